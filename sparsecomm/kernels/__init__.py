@@ -1,0 +1,1 @@
+"""Leaf compute: CPU tensors in, CPU tensors out. Enter through `sparsecomm.kernels.dispatch`."""

@@ -1,0 +1,101 @@
+"""What a kernel path has to provide.
+
+The public contract, with shapes, errors and worked examples, is the docstrings of `sparsecomm.kernels.dispatch`.
+Arguments reach an implementation already checked, so these functions trust sizes, dtypes and layouts. They do
+not trust the *content* of encoded bytes: that is for the decoders to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
+
+__all__ = ["Kernels"]
+
+
+class Kernels(Protocol):
+    """The modules `reference` and `native` both have this shape."""
+
+    def accumulate_select(
+        self,
+        grad: torch.Tensor,
+        residual: torch.Tensor,
+        threshold: float,
+        out_indices: torch.Tensor,
+        out_values: torch.Tensor,
+        scale: float,
+    ) -> SelectResult:
+        """See `dispatch.accumulate_select`."""
+        ...
+
+    def exact_topk(
+        self,
+        grad: torch.Tensor | None,
+        residual: torch.Tensor,
+        k: int,
+        out_indices: torch.Tensor,
+        out_values: torch.Tensor,
+        scale: float,
+    ) -> TopKResult:
+        """See `dispatch.exact_topk`."""
+        ...
+
+    def cut_topk(self, indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
+        """See `dispatch.cut_topk`."""
+        ...
+
+    def encode_indices(self, codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
+        """See `dispatch.encode_indices`."""
+        ...
+
+    def decode_indices(
+        self, codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor
+    ) -> None:
+        """See `dispatch.decode_indices`."""
+        ...
+
+    def encode_values(
+        self, codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
+    ) -> tuple[int, float]:
+        """See `dispatch.encode_values`."""
+        ...
+
+    def decode_values(
+        self, codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor
+    ) -> None:
+        """See `dispatch.decode_values`."""
+        ...
+
+    def scatter_add(self, out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """See `dispatch.scatter_add`."""
+        ...
+
+    def scatter_reduce(
+        self, out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
+    ) -> None:
+        """See `dispatch.scatter_reduce`."""
+        ...
+
+    def add_dense(self, out: torch.Tensor, data: torch.Tensor) -> None:
+        """See `dispatch.add_dense`."""
+        ...
+
+    def accumulate_dense(self, grad: torch.Tensor, residual: torch.Tensor, scale: float) -> int:
+        """See `dispatch.accumulate_dense`."""
+        ...
+
+    def crc32c(self, data: torch.Tensor, seed: int) -> int:
+        """See `dispatch.crc32c`."""
+        ...
+
+    def scratch_bytes(self) -> int:
+        """See `dispatch.scratch_bytes`."""
+        ...
+
+    def release_scratch(self) -> None:
+        """See `dispatch.release_scratch`."""
+        ...

@@ -1,0 +1,204 @@
+"""The C++ kernels: three builds of the same code in one binary, chosen by `set_path`.
+
+Importable without them: then `problem` says why they are missing. Arguments arrive checked (see `dispatch`), and go
+down as raw addresses and lengths, the cheapest call there is; the GIL is released in every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from sparsecomm.errors import KernelError, WireError
+from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
+
+problem: str | None = None
+"""Why the native kernels cannot be used; None if they can."""
+try:
+    from sparsecomm import _core
+except ImportError as error:
+    problem = f"the extension sparsecomm._core could not be loaded: {error}"
+
+__all__ = [
+    "accumulate_dense",
+    "accumulate_select",
+    "add_dense",
+    "crc32c",
+    "cut_topk",
+    "decode_indices",
+    "decode_values",
+    "encode_indices",
+    "encode_values",
+    "exact_topk",
+    "problem",
+    "release_scratch",
+    "scatter_add",
+    "scatter_reduce",
+    "scratch_bytes",
+    "set_path",
+    "supported_paths",
+]
+
+_DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def supported_paths() -> tuple[str, ...]:
+    """The paths that the binary has and this CPU can run, fastest first; empty if there is no binary."""
+    return () if problem else tuple(_core.paths())
+
+
+def set_path(name: str) -> None:
+    """Makes all functions of this module run the code of one of `supported_paths()`, in every thread."""
+    _core.set_path(name)
+
+
+def accumulate_select(
+    grad: torch.Tensor,
+    residual: torch.Tensor,
+    threshold: float,
+    out_indices: torch.Tensor,
+    out_values: torch.Tensor,
+    scale: float = 1.0,
+) -> SelectResult:
+    """See `dispatch.accumulate_select`."""
+    return SelectResult(
+        *_core.accumulate_select(
+            grad.data_ptr(),
+            _DTYPE_CODE[grad.dtype],
+            residual.data_ptr(),
+            residual.numel(),
+            threshold,
+            out_indices.data_ptr(),
+            out_values.data_ptr(),
+            out_indices.numel(),
+            scale,
+        )
+    )
+
+
+def exact_topk(
+    grad: torch.Tensor | None,
+    residual: torch.Tensor,
+    k: int,
+    out_indices: torch.Tensor,
+    out_values: torch.Tensor,
+    scale: float = 1.0,
+) -> TopKResult:
+    """See `dispatch.exact_topk`."""
+    return TopKResult(
+        *_core.exact_topk(
+            0 if grad is None else grad.data_ptr(),
+            -1 if grad is None else _DTYPE_CODE[grad.dtype],
+            residual.data_ptr(),
+            residual.numel(),
+            min(k, residual.numel()),
+            out_indices.data_ptr(),
+            out_values.data_ptr(),
+            out_indices.numel(),
+            scale,
+        )
+    )
+
+
+def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
+    """See `dispatch.cut_topk`."""
+    if k >= count:
+        return count
+    return _core.cut_topk(indices.data_ptr(), values.data_ptr(), count, k, residual.data_ptr())
+
+
+def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
+    """See `dispatch.encode_indices`."""
+    written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr(), out.numel())
+    if written < 0:
+        at = -1 - written
+        raise KernelError(f"indices[{at}] = {int(indices[at])} is not above its predecessor and below numel = {numel}")
+    return written
+
+
+def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
+    """See `dispatch.decode_indices`."""
+    status, got, want = _core.decode_indices(
+        int(codec), data.data_ptr(), data.numel(), nnz, numel, out_indices.data_ptr()
+    )
+    if status:
+        _raise_wire(status, got, want)
+
+
+def _raise_wire(status: int, got: float, want: int) -> NoReturn:
+    field, reason = {
+        1: ("index_bytes", f"must be {want}"),
+        2: ("nnz", f"must be numel = {want} for the dense codec"),
+        3: ("indices", f"must be ascending and below numel = {want}"),
+        4: ("indices", "the bits that pad the last byte must be zero"),
+        5: ("indices", f"the bitmap must have nnz = {want} ones"),
+        6: ("index_params", f"must be at most {want}"),
+        7: ("indices", f"must be below numel = {want}"),
+        8: ("index_bytes", f"must be at least {want}, one byte a block"),
+        9: ("index_bytes", f"must be between {want} and the bytes of numel bits more, with these parameters"),
+        10: ("indices", f"the unary stream must have nnz = {want} ones, the last one in its last byte"),
+        20: ("value_bytes", f"must be {want}"),
+        21: ("value_scale", "must be positive and finite in float32"),
+        22: ("value_scale", "must be finite and not negative"),
+        23: ("values", "quantized values must be between -127 and 127"),
+        24: ("values", "must be finite"),
+    }[status]
+    raise WireError(field, got, reason)
+
+
+def encode_values(
+    codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
+) -> tuple[int, float]:
+    """See `dispatch.encode_values`."""
+    return _core.encode_values(
+        int(codec), values.data_ptr(), values.numel(), out.data_ptr(), 0 if error is None else error.data_ptr()
+    )
+
+
+def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
+    """See `dispatch.decode_values`."""
+    status, got, want = _core.decode_values(
+        int(codec), data.data_ptr(), data.numel(), nnz, scale, out_values.data_ptr()
+    )
+    if status:
+        _raise_wire(status, int(got) if status in (20, 23) else got, want)
+
+
+def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """See `dispatch.scatter_add`."""
+    _core.scatter_add(out.data_ptr(), indices.data_ptr(), values.data_ptr(), indices.numel())
+
+
+def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float = 1.0) -> None:
+    """See `dispatch.scatter_reduce`."""
+    addresses = [(idx.data_ptr(), val.data_ptr(), val.numel()) for idx, val in parts]
+    _core.scatter_reduce(out.data_ptr(), _DTYPE_CODE[out.dtype], out.numel(), addresses, scale)
+
+
+def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
+    """See `dispatch.add_dense`."""
+    _core.add_dense(out.data_ptr(), data.data_ptr(), out.numel())
+
+
+def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:
+    """See `dispatch.accumulate_dense`."""
+    code = _DTYPE_CODE[grad.dtype]
+    return _core.accumulate_dense(grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale)
+
+
+def crc32c(data: torch.Tensor, seed: int = 0) -> int:
+    """See `dispatch.crc32c`."""
+    return _core.crc32c(data.data_ptr(), data.numel(), seed)
+
+
+def scratch_bytes() -> int:
+    """See `dispatch.scratch_bytes`."""
+    return 0 if problem else _core.scratch_bytes()
+
+
+def release_scratch() -> None:
+    """See `dispatch.release_scratch`."""
+    if not problem:
+        _core.release_scratch()

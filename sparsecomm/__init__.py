@@ -1,0 +1,61 @@
+"""sparsecomm: sparse gradient communication for PyTorch data-parallel training over MPI.
+
+```
+import sparsecomm as sc
+
+sc.init()
+ddp = torch.nn.parallel.DistributedDataParallel(model)
+state = sc.SparseState(sc.TopK(density=0.01))
+ddp.register_comm_hook(state, sc.sparse_hook)
+```
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from sparsecomm.compress import Compressor, Constant, Dense, ErrorFeedback, ThresholdTopK, TopK, Warmup
+from sparsecomm.errors import (
+    CollectiveMismatch,
+    CommTimeout,
+    ConfigError,
+    LaunchError,
+    RemoteError,
+    SparseCommError,
+    StateError,
+    TransportError,
+    WireError,
+)
+from sparsecomm.hooks import SparseState, sparse_hook
+from sparsecomm.launch import World, init, is_initialized, shutdown, world
+from sparsecomm.metrics import Metrics
+
+try:
+    __version__ = version("sparsecomm")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "CollectiveMismatch",
+    "CommTimeout",
+    "Compressor",
+    "ConfigError",
+    "Constant",
+    "Dense",
+    "ErrorFeedback",
+    "LaunchError",
+    "Metrics",
+    "RemoteError",
+    "SparseCommError",
+    "SparseState",
+    "StateError",
+    "ThresholdTopK",
+    "TopK",
+    "TransportError",
+    "Warmup",
+    "WireError",
+    "World",
+    "init",
+    "is_initialized",
+    "shutdown",
+    "sparse_hook",
+    "world",
+]

@@ -1,0 +1,43 @@
+"""Buffers that are reused from step to step, so that a warmed-up step allocates nothing that grows with n."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+__all__ = ["Arena"]
+
+
+class Arena:
+    """Named buffers that only grow. Used by one thread.
+
+    Attributes:
+        allocations: how many times memory was taken from the system.
+        allocated_bytes: bytes held now.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Hashable, torch.dtype], torch.Tensor] = {}
+        self.allocations = 0
+        self.allocated_bytes = 0
+
+    def get(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns a 1-D tensor of exactly `numel` elements; its content is whatever the last user left.
+
+        The memory of a key is the same on every call until a larger size is asked for. A quarter of headroom is
+        added then, since payload lengths vary a little from step to step.
+        """
+        buffer = self._buffers.get((key, dtype))
+        if buffer is None or buffer.numel() < numel:
+            held = 0 if buffer is None else buffer.numel() * buffer.element_size()
+            buffer = torch.empty(numel + numel // 4, dtype=dtype)
+            self._buffers[(key, dtype)] = buffer
+            self.allocations += 1
+            self.allocated_bytes += buffer.numel() * buffer.element_size() - held
+        return buffer[:numel]
+
+    def clear(self) -> None:
+        """Gives all memory back."""
+        self._buffers.clear()
+        self.allocated_bytes = 0

@@ -1,0 +1,87 @@
+"""The first round of every exchange: all headers to all ranks, so that all see the same disagreement or failure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.collectives.allgather import allgather_bodies, allgather_fixed
+from sparsecomm.errors import CollectiveMismatch, RemoteError
+from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
+from sparsecomm.wire import FLAG_ERROR, HEADER_BYTES, Header, check_body, read_header
+
+__all__ = ["agree"]
+
+_MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
+
+
+def agree(channel: Channel, payload: torch.Tensor, arena: Arena, key: Hashable) -> CollectiveSteps[list[Header]]:
+    """Exchanges headers and checks that all ranks are in the same exchange. Collective.
+
+    Args:
+        channel: the ranks.
+        payload: uint8, this rank's whole payload, header first.
+        arena: gives the receive buffers.
+        key: names them.
+
+    Returns:
+        The headers by rank, all consistent, none reporting an error.
+
+    Raises:
+        WireError: if a header is damaged; names the sender.
+        AgreedError: raised on every rank alike: its cause is a CollectiveMismatch that lists what each rank is in,
+            or a RemoteError that names the ranks that failed and why.
+    """
+    blocks = yield from allgather_fixed(channel, payload[:HEADER_BYTES], arena, (key, "headers"))
+    headers = []
+    for rank, block in enumerate(blocks):
+        header = read_header(block)
+        if header.rank != rank:
+            raise AgreedError(CollectiveMismatch(f"a payload from rank {rank} says that it is from rank {header.rank}"))
+        headers.append(header)
+    if any(h.flags & FLAG_ERROR for h in headers):
+        yield from _raise_remote(channel, payload, headers, arena, key)
+    _check_match(headers)
+    return headers
+
+
+def _check_match(headers: list[Header]) -> None:
+    """Raises the same error on all ranks, since all hold the same headers."""
+    differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
+    if not differ:
+        return
+    lines = []
+    for h in headers:
+        values = ", ".join(f"{f} = {_show(f, getattr(h, f))}" for f in differ)
+        lines.append(f"rank {h.rank}: {values}")
+    raise AgreedError(
+        CollectiveMismatch(
+            f"ranks disagree on {', '.join(differ)} in bucket {headers[0].bucket} of step {headers[0].step}: "
+            + "; ".join(lines)
+            + ". Do all ranks build the same model, with the same options, and run the same steps?"
+        )
+    )
+
+
+def _show(field: str, value: object) -> str:
+    if field == "layout_hash":
+        return f"{value:#018x}"
+    return str(getattr(value, "name", value))
+
+
+def _raise_remote(
+    channel: Channel, payload: torch.Tensor, headers: list[Header], arena: Arena, key: Hashable
+) -> CollectiveSteps[None]:
+    """Fetches the messages of the ranks that failed and raises them."""
+    lengths = [h.body_bytes if h.flags & FLAG_ERROR else 0 for h in headers]
+    mine = payload[HEADER_BYTES : HEADER_BYTES + lengths[channel.rank]]
+    bodies = yield from allgather_bodies(channel, mine, lengths, arena, (key, "errors"))
+    parts = []
+    for header, body in zip(headers, bodies, strict=True):
+        if header.flags & FLAG_ERROR:
+            check_body(header, body)
+            text = bytes(body.numpy()).decode("utf-8", "replace")
+            parts.append(f"rank {header.rank} failed in bucket {header.bucket} of step {header.step}: {text}")
+    raise AgreedError(RemoteError("; ".join(parts)))

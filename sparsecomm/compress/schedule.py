@@ -1,0 +1,83 @@
+"""How the density changes over the steps of a training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sparsecomm.errors import ConfigError
+
+__all__ = ["Constant", "Density", "Warmup", "check_density", "density_at"]
+
+
+def check_density(value: float, *, name: str = "density") -> float:
+    """Returns the density if it lies in (0, 1].
+
+    Raises:
+        ConfigError: if it is not a number in (0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a number in (0, 1], got {value!r}")
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(f"{name} must be in (0, 1], got {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same density at every step."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def __call__(self, step: int) -> float:
+        """Returns the density at this step."""
+        return self.density
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A list of densities, each held for a number of steps, then the final one (DGC's warm-up, by steps).
+
+    Attributes:
+        densities: the stages, e.g. ``(0.25, 0.063, 0.015, 0.004)``.
+        steps_per_stage: steps each stage lasts.
+        final: density after the last stage.
+    """
+
+    densities: Sequence[float]
+    steps_per_stage: int
+    final: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "densities", tuple(self.densities))
+        for i, d in enumerate(self.densities):
+            check_density(d, name=f"Warmup.densities[{i}]")
+        check_density(self.final, name="Warmup.final")
+        if isinstance(self.steps_per_stage, bool) or not isinstance(self.steps_per_stage, int):
+            raise ConfigError(f"Warmup.steps_per_stage must be an int, got {self.steps_per_stage!r}")
+        if self.steps_per_stage < 1:
+            raise ConfigError(f"Warmup.steps_per_stage must be at least 1, got {self.steps_per_stage!r}")
+
+    def __call__(self, step: int) -> float:
+        """Returns the density at this step."""
+        stage = step // self.steps_per_stage
+        return self.densities[stage] if stage < len(self.densities) else self.final
+
+
+Density = float | Constant | Warmup | Callable[[int], float]
+"""A constant in (0, 1], a schedule, or any callable from step to density."""
+
+
+def density_at(density: Density, step: int) -> float:
+    """Returns the density at a step, checked.
+
+    Raises:
+        ConfigError: if a callable returned something outside (0, 1].
+    """
+    if callable(density):
+        return check_density(density(step), name=f"density({step})")
+    return density

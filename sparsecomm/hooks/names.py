@@ -1,0 +1,31 @@
+"""Finding the DDP model that a state was registered with, and its parameters' names."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["find_ddp", "parameter_names"]
+
+
+def find_ddp(state: object) -> torch.nn.Module | None:
+    """Returns the DDP model whose comm hook has this state, or None.
+
+    DDP tells a hook neither the model nor the names of the parameters, so the one list that joins them is looked
+    up among live objects, once per state. Passing ``model=`` to the state avoids it.
+    """
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), DistributedDataParallel):
+            hooks: list[tuple[Any, object]] = getattr(candidate, "_comm_hooks", [])
+            if any(s is state for _, s in hooks):
+                return candidate  # type: ignore[no-any-return]
+    return None
+
+
+def parameter_names(model: torch.nn.Module) -> dict[int, str]:
+    """Returns {id(parameter): name}, without DDP's "module." so that names fit the plain model's state dict."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {id(p): name for name, p in inner.named_parameters()}

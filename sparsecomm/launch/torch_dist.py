@@ -1,0 +1,93 @@
+"""Brings up torch.distributed (Gloo, and NCCL where there are GPUs) without the user setting an address or port."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from sparsecomm.errors import LaunchError
+
+__all__ = ["init_from_environment", "init_over_mpi", "init_solo"]
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_NOTE_BYTES = 4096
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+
+
+def init_solo() -> None:
+    """Brings up a world of one."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+
+
+def init_from_environment(timeout: float) -> None:
+    """Brings up the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. Collective."""
+    dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
+
+
+def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:
+    """Brings up the world of an MPI communicator: rank 0 opens a store on a free port and tells the others. Collective.
+
+    Args:
+        comm: an mpi4py communicator over all ranks.
+        node_size: ranks on this node; if that is all of them, loopback is used.
+        timeout: seconds.
+
+    Returns:
+        The store, to be kept alive.
+
+    Raises:
+        LaunchError: if a rank cannot reach rank 0; names the addresses tried.
+    """
+    rank, size = comm.Get_rank(), comm.Get_size()
+    note = np.zeros(_NOTE_BYTES, dtype=np.uint8)
+    limit = timedelta(seconds=timeout)
+    store: Any = None
+    if rank == 0:
+        store = TCPStore("127.0.0.1", 0, size, True, limit, wait_for_workers=False)
+        addresses = ["127.0.0.1"] if node_size == size else _own_addresses()
+        text = f"{store.port} {' '.join(addresses)}".encode()[:_NOTE_BYTES]
+        note[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    comm.Bcast(note, root=0)
+    if rank != 0:
+        port, *addresses = bytes(note).rstrip(b"\0").decode().split()
+        store = TCPStore(_reachable(addresses, int(port), rank), int(port), size, False, limit)
+    dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=limit)
+    return store
+
+
+def _own_addresses() -> list[str]:
+    """Returns addresses under which other nodes may reach this one, the most likely first."""
+    found = [os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME")
+    names = [wanted] if wanted else [name for _, name in socket.if_nameindex()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for name in names:
+            with contextlib.suppress(OSError):
+                reply = fcntl.ioctl(s, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found.append(socket.inet_ntoa(reply[20:24]))
+    with contextlib.suppress(OSError):
+        found.append(socket.gethostbyname(socket.gethostname()))
+    return [a for a in dict.fromkeys(found) if not a.startswith("127.")] or ["127.0.0.1"]
+
+
+def _reachable(addresses: list[str], port: int, rank: int) -> str:
+    for address in addresses:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5.0):
+            return address
+    raise LaunchError(
+        f"rank {rank} on {socket.gethostname()} reaches rank 0 at none of {addresses} (port {port}); "
+        "set MASTER_ADDR or GLOO_SOCKET_IFNAME to the network that joins the nodes"
+    )

@@ -1,0 +1,241 @@
+"""The one thread that talks: a progress loop over collectives written as generators.
+
+Collectives start in the order in which they were submitted, many may be in flight, and each is resumed when the
+requests it waits for are complete. So send/receive pairs, several buckets and several states cannot deadlock each
+other, and timeouts and failures surface in one place.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
+from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Request, Transport
+
+__all__ = ["Engine"]
+
+_SPINS = 50  # polls before the thread starts to sleep between them
+_FIRST_SLEEP = 20e-6  # seconds
+_LAST_SLEEP = 500e-6  # seconds: a bound on the latency that polling adds, low enough not to starve two cores
+
+
+class _Task:
+    __slots__ = ("channel", "deadline", "label", "on_done", "on_error", "steps", "waiting")
+
+    def __init__(
+        self,
+        label: str,
+        channel: Channel,
+        steps: CollectiveSteps[Any],
+        on_done: Callable[[Any], None],
+        on_error: Callable[[BaseException], None],
+        deadline: float,
+    ) -> None:
+        self.label = label
+        self.channel = channel
+        self.steps = steps
+        self.on_done = on_done
+        self.on_error = on_error
+        self.deadline = deadline
+        self.waiting: Sequence[Request] = ()
+
+
+_Submission = tuple[
+    str, Callable[[Channel], CollectiveSteps[Any]], Callable[[Any], None], Callable[[BaseException], None]
+]
+
+
+class Engine:
+    """Runs collectives of one transport on one background thread.
+
+    Every rank must submit the same collectives in the same order. A failure that all ranks have agreed on
+    (`AgreedError`) fails that collective alone. After any other the engine is broken: everything in flight and
+    everything submitted later fails with that cause, because ranks no longer agree on what is being exchanged.
+
+    Args:
+        transport: used by this thread alone from now on.
+        timeout: seconds a collective may take from its start.
+    """
+
+    def __init__(self, transport: Transport, *, timeout: float = 300.0) -> None:
+        if not timeout > 0:
+            raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        self.transport = transport
+        self.timeout = timeout
+        self._queue: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
+        self._active: list[_Task] = []
+        self._broken: BaseException | None = None
+        self._sequence = 0
+        self._closing = False
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="sparsecomm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        label: str,
+        make: Callable[[Channel], CollectiveSteps[Any]],
+        on_done: Callable[[Any], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        """Queues a collective; returns at once. Exactly one of the callbacks is called, on the engine's thread.
+
+        Args:
+            label: names the collective in errors, e.g. "bucket 3 of step 10".
+            make: called with the collective's channel, returns its generator.
+            on_done: called with the generator's result.
+            on_error: called with what went wrong.
+
+        Raises:
+            TransportError: if the engine is closed or this process is a fork of its owner.
+        """
+        if os.getpid() != self._pid:
+            raise TransportError(
+                f"{label}: process {os.getpid()} was forked from rank {self.transport.rank} (process {self._pid}) "
+                "and cannot communicate; only the process that called sparsecomm.init() can"
+            )
+        if self._closing:
+            raise TransportError(f"{label}: submitted after the engine of rank {self.transport.rank} was closed")
+        self._queue.put((label, make, on_done, on_error))
+
+    def call(self, label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
+        """Submits a collective and blocks until it is done. Collective.
+
+        Returns:
+            The generator's result.
+
+        Raises:
+            SparseCommError: whatever made it fail.
+        """
+        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.submit(label, make, lambda r: done.put((r, None)), lambda e: done.put((None, e)))
+        result, error = done.get()
+        if error is not None:
+            raise error
+        return result
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Stops the thread when what was submitted has finished; waits for that for `timeout` seconds. Idempotent.
+
+        Returns:
+            Whether everything has finished.
+        """
+        if os.getpid() != self._pid:
+            return True
+        if not self._closing:
+            self._closing = True
+            self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        spins = 0
+        stop = False
+        while not (stop and not self._active):
+            started, stop_seen = self._take_new(block=not self._active and not stop, spins=spins)
+            stop |= stop_seen
+            if self._poll() or started:
+                spins = 0
+            else:
+                spins += 1
+        self.transport.close()
+
+    def _take_new(self, *, block: bool, spins: int) -> tuple[bool, bool]:
+        """Starts what was submitted; sleeps on the queue when there is nothing to do.
+
+        Returns:
+            Whether anything was started, and whether the engine was asked to stop.
+        """
+        started = False
+        wait: float | None = None if block else 0.0
+        if not block and spins > _SPINS:
+            wait = min(_LAST_SLEEP, _FIRST_SLEEP * (1 + (spins - _SPINS) / 8))
+        while True:
+            try:
+                item = self._queue.get(timeout=wait) if wait != 0.0 else self._queue.get_nowait()
+            except queue.Empty:
+                if wait == 0.0 and spins:
+                    time.sleep(0)
+                return started, False
+            if item is None:
+                return started, True
+            self._start(item)
+            started = True
+            wait = 0.0
+
+    def _start(self, item: _Submission) -> None:
+        label, make, on_done, on_error = item
+        self._sequence += 1
+        if self._broken is not None:
+            on_error(self._after_failure(label))
+            return
+        channel = Channel(self.transport, 1 + self._sequence % (min(self.transport.max_tag, 2**20) - 1))
+        try:
+            steps = make(channel)
+        except BaseException as error:
+            self._broken = error
+            on_error(error)
+            return
+        task = _Task(label, channel, steps, on_done, on_error, time.monotonic() + self.timeout)
+        self._active.append(task)
+        self._advance(task)
+
+    def _poll(self) -> bool:
+        """Gives every task in flight a chance; returns whether any moved."""
+        moved = False
+        for task in list(self._active):
+            if task not in self._active:
+                continue
+            try:
+                task.waiting = [r for r in task.waiting if not r.test()]
+            except Exception as error:
+                self._fail(task, error)
+                return True
+            if not task.waiting:
+                self._advance(task)
+                moved = True
+            elif time.monotonic() > task.deadline:
+                self._fail(task, self._timed_out(task))
+                return True
+        return moved
+
+    def _advance(self, task: _Task) -> None:
+        try:
+            task.waiting = list(next(task.steps))
+        except StopIteration as stop:
+            self._active.remove(task)
+            task.on_done(stop.value)
+        except AgreedError as agreed:
+            self._active.remove(task)
+            task.on_error(agreed.cause)
+        except BaseException as error:
+            self._fail(task, error)
+
+    def _fail(self, task: _Task, error: BaseException) -> None:
+        """Fails one task with its cause and all others in flight with a reference to it."""
+        self._broken = error
+        victims, self._active = self._active, []
+        for victim in victims:
+            for request in victim.channel.pending:
+                request.cancel()
+            victim.steps.close()
+            victim.on_error(error if victim is task else self._after_failure(victim.label))
+
+    def _after_failure(self, label: str) -> SparseCommError:
+        cause = self._broken
+        error = TransportError(f"{label}: not exchanged, communication failed before: {cause}")
+        error.__cause__ = cause
+        return error
+
+    def _timed_out(self, task: _Task) -> CommTimeout:
+        stuck = ", ".join(r.describe() for r in task.waiting)
+        return CommTimeout(
+            f"rank {self.transport.rank}: {task.label} did not finish within {self.timeout:g} s; "
+            f"still waiting for: {stuck}. Is that rank alive, and does it run the same training step? "
+            "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
+        )

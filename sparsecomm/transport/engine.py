@@ -7,15 +7,18 @@ other, and timeouts and failures surface in one place.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
-from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Request, Transport
+from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, GroupTransport, Request, Transport
 
 __all__ = ["Engine"]
 
@@ -24,36 +27,50 @@ _FIRST_SLEEP = 20e-6  # seconds
 _LAST_SLEEP = 500e-6  # seconds: a bound on the latency that polling adds, low enough not to starve two cores
 
 
+@dataclass(slots=True)
 class _Task:
-    __slots__ = ("channel", "deadline", "label", "on_done", "on_error", "steps", "waiting")
+    """A collective, submitted or in flight."""
 
-    def __init__(
-        self,
-        label: str,
-        channel: Channel,
-        steps: CollectiveSteps[Any],
-        on_done: Callable[[Any], None],
-        on_error: Callable[[BaseException], None],
-        deadline: float,
-    ) -> None:
-        self.label = label
-        self.channel = channel
-        self.steps = steps
-        self.on_done = on_done
-        self.on_error = on_error
-        self.deadline = deadline
-        self.waiting: Sequence[Request] = ()
+    label: str
+    make: Callable[[Channel], CollectiveSteps[Any]]
+    on_done: Callable[[Any], None]
+    on_error: Callable[[BaseException], None]
+    group: tuple[int, ...] | None
+    channel: Channel | None = None
+    steps: CollectiveSteps[Any] | None = None
+    deadline: float = math.inf
+    waiting: Sequence[Request] = ()
 
 
-_Submission = tuple[
-    str, Callable[[Channel], CollectiveSteps[Any]], Callable[[Any], None], Callable[[BaseException], None]
-]
+@dataclass(slots=True)
+class _Group:
+    """Ranks that communicate, and how many collectives they have started: their tags come from both."""
+
+    transport: Transport
+    first_tag: int
+    tags: int
+    started: int = 0
+
+    def open_channel(self) -> Channel:
+        self.started += 1
+        return Channel(self.transport, self.first_tag + self.started % self.tags)
+
+
+def _make_group(world: Transport, ranks: tuple[int, ...] | None) -> _Group:
+    """Gives every group of ranks its own range of tags; a clash of two ranges would be seen as a mismatch."""
+    tag_bits = min(world.max_tag.bit_length() - 1, 30)
+    group_bits = tag_bits * 2 // 5
+    tags = 1 << (tag_bits - group_bits)
+    if ranks is None:
+        return _Group(world, 0, tags)
+    slot = 1 + zlib.crc32(repr(ranks).encode()) % ((1 << group_bits) - 1)
+    return _Group(GroupTransport(world, ranks), slot * tags, tags)
 
 
 class Engine:
     """Runs collectives of one transport on one background thread.
 
-    Every rank must submit the same collectives in the same order. A failure that all ranks have agreed on
+    Every rank of a group must submit the same collectives in the same order. A failure that all ranks have agreed on
     (`AgreedError`) fails that collective alone. After any other the engine is broken: everything in flight and
     everything submitted later fails with that cause, because ranks no longer agree on what is being exchanged.
 
@@ -67,10 +84,10 @@ class Engine:
             raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self.transport = transport
         self.timeout = timeout
-        self._queue: queue.SimpleQueue[_Submission | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._active: list[_Task] = []
         self._broken: BaseException | None = None
-        self._sequence = 0
+        self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="sparsecomm-engine", daemon=True)
@@ -82,6 +99,8 @@ class Engine:
         make: Callable[[Channel], CollectiveSteps[Any]],
         on_done: Callable[[Any], None],
         on_error: Callable[[BaseException], None],
+        *,
+        group: tuple[int, ...] | None = None,
     ) -> None:
         """Queues a collective; returns at once. Exactly one of the callbacks is called, on the engine's thread.
 
@@ -90,6 +109,7 @@ class Engine:
             make: called with the collective's channel, returns its generator.
             on_done: called with the generator's result.
             on_error: called with what went wrong.
+            group: world ranks that take part, in order; all if None.
 
         Raises:
             TransportError: if the engine is closed or this process is a fork of its owner.
@@ -101,7 +121,7 @@ class Engine:
             )
         if self._closing:
             raise TransportError(f"{label}: submitted after the engine of rank {self.transport.rank} was closed")
-        self._queue.put((label, make, on_done, on_error))
+        self._queue.put(_Task(label, make, on_done, on_error, group))
 
     def call(self, label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
         """Submits a collective and blocks until it is done. Collective.
@@ -168,20 +188,20 @@ class Engine:
             started = True
             wait = 0.0
 
-    def _start(self, item: _Submission) -> None:
-        label, make, on_done, on_error = item
-        self._sequence += 1
+    def _start(self, task: _Task) -> None:
         if self._broken is not None:
-            on_error(self._after_failure(label))
+            task.on_error(self._after_failure(task.label))
             return
-        channel = Channel(self.transport, 1 + self._sequence % (min(self.transport.max_tag, 2**20) - 1))
         try:
-            steps = make(channel)
+            if task.group not in self._groups:
+                self._groups[task.group] = _make_group(self.transport, task.group)
+            task.channel = self._groups[task.group].open_channel()
+            task.steps = task.make(task.channel)
         except BaseException as error:
             self._broken = error
-            on_error(error)
+            task.on_error(error)
             return
-        task = _Task(label, channel, steps, on_done, on_error, time.monotonic() + self.timeout)
+        task.deadline = time.monotonic() + self.timeout
         self._active.append(task)
         self._advance(task)
 
@@ -205,6 +225,7 @@ class Engine:
         return moved
 
     def _advance(self, task: _Task) -> None:
+        assert task.steps is not None
         try:
             task.waiting = list(next(task.steps))
         except StopIteration as stop:
@@ -221,6 +242,8 @@ class Engine:
         self._broken = error
         victims, self._active = self._active, []
         for victim in victims:
+            assert victim.channel is not None
+            assert victim.steps is not None
             for request in victim.channel.pending:
                 request.cancel()
             victim.steps.close()

@@ -41,6 +41,7 @@ __all__ = [
     "supported_paths",
 ]
 
+_RICE_BYTES = 9
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -111,7 +112,7 @@ def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, re
 
 def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
     """See `dispatch.encode_indices`."""
-    written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr(), out.numel())
+    written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr())
     if written < 0:
         at = -1 - written
         raise KernelError(f"indices[{at}] = {int(indices[at])} is not above its predecessor and below numel = {numel}")
@@ -123,8 +124,11 @@ def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, 
     status, got, want = _core.decode_indices(
         int(codec), data.data_ptr(), data.numel(), nnz, numel, out_indices.data_ptr()
     )
+    if status == _RICE_BYTES:
+        most = want - -(-nnz // 8) + -(-numel // 8)
+        raise WireError("index_bytes", int(got), f"must be between {want} and {most} with these parameters")
     if status:
-        _raise_wire(status, got, want)
+        _raise_wire(status, int(got), want)
 
 
 def _raise_wire(status: int, got: float, want: int) -> NoReturn:
@@ -137,7 +141,6 @@ def _raise_wire(status: int, got: float, want: int) -> NoReturn:
         6: ("index_params", f"must be at most {want}"),
         7: ("indices", f"must be below numel = {want}"),
         8: ("index_bytes", f"must be at least {want}, one byte a block"),
-        9: ("index_bytes", f"must be between {want} and the bytes of numel bits more, with these parameters"),
         10: ("indices", f"the unary stream must have nnz = {want} ones, the last one in its last byte"),
         20: ("value_bytes", f"must be {want}"),
         21: ("value_scale", "must be positive and finite in float32"),

@@ -1,0 +1,155 @@
+// The Python module sparsecomm._core: addresses and sizes in, counts out. All checks are on the Python side.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace nb = nanobind;
+using Address = uint64_t;
+
+namespace {
+
+std::atomic<const sc::Kernels*> current{sc::portable_kernels()};
+
+const sc::Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+std::vector<const sc::Kernels*> supported() {
+  std::vector<const sc::Kernels*> out;
+  for (const sc::Kernels* k : {sc::avx512_kernels(), sc::avx2_kernels(), sc::portable_kernels()})
+    if (k) out.push_back(k);
+  return out;
+}
+
+// Bits of the smallest float that is not below the threshold, so that rounding never lets more through.
+uint32_t threshold_bits(double threshold) {
+  float rounded = static_cast<float>(threshold);
+  if (static_cast<double>(rounded) < threshold) rounded = std::nextafter(rounded, std::numeric_limits<float>::infinity());
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, 4);
+  return bits & sc::kMagnitude;
+}
+
+std::tuple<uint64_t, uint64_t, uint64_t> accumulate_select(Address grad, int type, Address residual, size_t n,
+                                                           double threshold, Address out_indices, Address out_values,
+                                                           size_t capacity, double scale) {
+  const sc::SelectOut r = kernels().accumulate_select(at<void>(grad), type, at<float>(residual), n,
+                                                      threshold_bits(threshold), at<uint32_t>(out_indices),
+                                                      at<float>(out_values), capacity, static_cast<float>(scale));
+  return {r.stored, r.total, r.nonfinite};
+}
+
+std::tuple<uint64_t, double, uint64_t> exact_topk(Address grad, int type, Address residual, size_t n, size_t k,
+                                                  Address out_indices, Address out_values, size_t capacity,
+                                                  double scale) {
+  const sc::TopKOut r =
+      kernels().exact_topk(at<void>(grad), type, at<float>(residual), n, k, at<uint32_t>(out_indices),
+                           at<float>(out_values), capacity, static_cast<float>(scale));
+  return {r.stored, static_cast<double>(r.threshold), r.nonfinite};
+}
+
+size_t cut_topk(Address indices, Address values, size_t count, size_t k, Address residual) {
+  return kernels().cut_topk(at<uint32_t>(indices), at<float>(values), count, k, at<float>(residual));
+}
+
+int64_t encode_indices(int codec, Address indices, size_t nnz, uint64_t numel, Address out) {
+  return kernels().encode_indices(codec, at<const uint32_t>(indices), nnz, numel, at<uint8_t>(out));
+}
+
+std::tuple<int, double, uint64_t> decode_indices(int codec, Address data, size_t nbytes, size_t nnz, uint64_t numel,
+                                                 Address out) {
+  const sc::DecodeOut r =
+      kernels().decode_indices(codec, at<const uint8_t>(data), nbytes, nnz, numel, at<uint32_t>(out));
+  return {r.status, r.got, r.want};
+}
+
+std::tuple<size_t, double> encode_values(int codec, Address values, size_t nnz, Address out, Address error) {
+  float scale = 1.0f;
+  const size_t bytes =
+      kernels().encode_values(codec, at<const float>(values), nnz, at<uint8_t>(out), at<float>(error), &scale);
+  return {bytes, static_cast<double>(scale)};
+}
+
+std::tuple<int, double, uint64_t> decode_values(int codec, Address data, size_t nbytes, size_t nnz, double scale,
+                                                Address out) {
+  const sc::DecodeOut r = kernels().decode_values(codec, at<const uint8_t>(data), nbytes, nnz,
+                                                  static_cast<float>(scale), at<float>(out));
+  return {r.status, r.got, r.want};
+}
+
+void scatter_add(Address out, Address indices, Address values, size_t nnz) {
+  kernels().scatter_add(at<float>(out), at<const uint32_t>(indices), at<const float>(values), nnz);
+}
+
+void scatter_reduce(Address out, int type, size_t n, const std::vector<std::tuple<Address, Address, size_t>>& parts,
+                    double scale) {
+  std::vector<sc::Part> list;
+  list.reserve(parts.size());
+  for (const auto& [indices, values, nnz] : parts)
+    list.push_back({at<const uint32_t>(indices), at<const float>(values), nnz});
+  kernels().scatter_reduce(at<void>(out), type, n, list.data(), list.size(), static_cast<float>(scale));
+}
+
+void add_dense(Address out, Address data, size_t n) {
+  kernels().add_dense(at<float>(out), at<const uint8_t>(data), n);
+}
+
+uint64_t accumulate_dense(Address grad, int type, Address residual, size_t n, double scale) {
+  return kernels()
+      .accumulate_select(at<void>(grad), type, at<float>(residual), n, sc::kInfBits, nullptr, nullptr, 0,
+                         static_cast<float>(scale))
+      .nonfinite;
+}
+
+uint32_t crc32c(Address data, size_t nbytes, uint32_t seed) {
+  return kernels().crc32c(at<const uint8_t>(data), nbytes, seed);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "C++ kernels of sparsecomm. Unchecked: use sparsecomm.kernels.dispatch.";
+  m.def("paths", [] {
+    std::vector<std::string> names;
+    for (const sc::Kernels* k : supported()) names.emplace_back(k->name);
+    return names;
+  });
+  m.def("set_path", [](const std::string& name) {
+    for (const sc::Kernels* k : supported())
+      if (name == k->name) {
+        current = k;
+        return;
+      }
+    throw nb::value_error(("no such path here: " + name).c_str());
+  });
+  const auto free_gil = nb::call_guard<nb::gil_scoped_release>();
+  m.def("accumulate_select", accumulate_select, free_gil);
+  m.def("exact_topk", exact_topk, free_gil);
+  m.def("cut_topk", cut_topk, free_gil);
+  m.def("encode_indices", encode_indices, free_gil);
+  m.def("decode_indices", decode_indices, free_gil);
+  m.def("encode_values", encode_values, free_gil);
+  m.def("decode_values", decode_values, free_gil);
+  m.def("scatter_add", scatter_add, free_gil);
+  m.def("scatter_reduce", scatter_reduce, free_gil);
+  m.def("add_dense", add_dense, free_gil);
+  m.def("accumulate_dense", accumulate_dense, free_gil);
+  m.def("crc32c", crc32c, free_gil);
+  m.def("scratch_bytes", sc::scratch_bytes);
+  m.def("release_scratch", sc::release_scratch);
+}

@@ -1,0 +1,81 @@
+// Adding sparse and dense vectors into dense ones.
+#pragma once
+
+#include "scalar.h"
+
+namespace sc {
+namespace {
+
+constexpr size_t kAhead = 32;  // indices to look ahead: hides the misses of caches and of address translation
+
+inline void scatter_add(float* out, const uint32_t* idx, const float* val, size_t nnz) {
+  size_t i = 0;
+  for (; i + kAhead < nnz; ++i) {
+    __builtin_prefetch(out + idx[i + kAhead], 1);
+    out[idx[i]] += val[i];
+  }
+  for (; i < nnz; ++i) out[idx[i]] += val[i];
+}
+
+inline void convert_region(const float* from, size_t n, Half* to) {
+  size_t i = 0;
+#if SC_SIMD
+  for (; i + V::W <= n; i += V::W) V::store_half(&to[i].bits, V::load(from + i));
+#endif
+  for (; i < n; ++i) to[i].bits = half_from(from[i]);
+}
+inline void convert_region(const float* from, size_t n, Bf16* to) {
+  for (size_t i = 0; i < n; ++i) to[i].bits = bf16_from(from[i]);
+}
+
+// Adds to `region`, which stands for elements [first, first + n), what the parts have there, in order. A part is
+// consumed as it goes.
+inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size_t nparts) {
+  for (size_t p = 0; p < nparts; ++p) {
+    Part& part = parts[p];
+    const uint32_t* const idx = part.indices;
+    const float* const val = part.values;
+    size_t i = 0;
+    // Ascending, distinct indices: if the n-th next one is at most n further on, the loop ends by the bound anyway.
+    while (i < part.nnz && idx[i] < first + n) {
+      region[idx[i] - first] += val[i];
+      ++i;
+    }
+    part.indices += i;
+    part.values += i;
+    part.nnz -= i;
+  }
+}
+
+// Region by region, so that zeroing, adding, scaling and rounding happen in the cache and memory sees one write.
+template <class T>
+void scatter_reduce_typed(T* out, size_t n, Part* parts, size_t nparts, float scale) {
+  constexpr bool kInPlace = sizeof(T) == 4;
+  constexpr size_t kRegionSize = kInPlace ? 65536 : 32768;
+  float* region = nullptr;
+  if constexpr (!kInPlace) region = static_cast<float*>(scratch(kRegion, kRegionSize * sizeof(float)));
+  for (size_t first = 0; first < n; first += kRegionSize) {
+    const size_t count = min_of(kRegionSize, n - first);
+    if constexpr (kInPlace) region = out + first;
+    std::memset(region, 0, count * sizeof(float));
+    add_parts(region, first, count, parts, nparts);
+    if (scale != 1.0f)
+      for (size_t i = 0; i < count; ++i) region[i] *= scale;
+    if constexpr (!kInPlace) convert_region(region, count, out + first);
+  }
+}
+
+inline void scatter_reduce(void* out, int type, size_t n, Part* parts, size_t nparts, float scale) {
+  switch (type) {
+    case kF16: return scatter_reduce_typed(static_cast<Half*>(out), n, parts, nparts, scale);
+    case kBf16: return scatter_reduce_typed(static_cast<Bf16*>(out), n, parts, nparts, scale);
+    default: return scatter_reduce_typed(static_cast<float*>(out), n, parts, nparts, scale);
+  }
+}
+
+inline void add_dense(float* out, const uint8_t* data, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] += float_of(load32(data + 4 * i));
+}
+
+}  // namespace
+}  // namespace sc

@@ -12,7 +12,17 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsecomm.compress import Compressor, Constant, Dense, ErrorFeedback, ThresholdTopK, TopK, Warmup
+from sparsecomm.compress import (
+    Compressor,
+    Constant,
+    Dense,
+    ErrorFeedback,
+    MomentumCorrection,
+    ThresholdTopK,
+    TopK,
+    Warmup,
+)
+from sparsecomm.config import SparseConfig
 from sparsecomm.errors import (
     CollectiveMismatch,
     CommTimeout,
@@ -24,9 +34,10 @@ from sparsecomm.errors import (
     TransportError,
     WireError,
 )
-from sparsecomm.hooks import SparseState, sparse_hook
+from sparsecomm.hooks import SparseState, allreduce_gradients, reshard, sparse_hook
 from sparsecomm.launch import World, init, is_initialized, shutdown, world
-from sparsecomm.metrics import Metrics
+from sparsecomm.metrics import BucketReport, Metrics
+from sparsecomm.presets import preset
 
 try:
     __version__ = version("sparsecomm")
@@ -34,6 +45,7 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "BucketReport",
     "CollectiveMismatch",
     "CommTimeout",
     "Compressor",
@@ -43,8 +55,10 @@ __all__ = [
     "ErrorFeedback",
     "LaunchError",
     "Metrics",
+    "MomentumCorrection",
     "RemoteError",
     "SparseCommError",
+    "SparseConfig",
     "SparseState",
     "StateError",
     "ThresholdTopK",
@@ -53,8 +67,11 @@ __all__ = [
     "Warmup",
     "WireError",
     "World",
+    "allreduce_gradients",
     "init",
     "is_initialized",
+    "preset",
+    "reshard",
     "shutdown",
     "sparse_hook",
     "world",

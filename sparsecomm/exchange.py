@@ -14,15 +14,15 @@ some rank saw NaN or infinity, NaN on every rank.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import agree, allgather_bodies, dense_ring_bytes, ring_allreduce
-from sparsecomm.compress import BucketLayout, Compressor, SelectionBuffers, roll_back
-from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_all, take_some
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
@@ -44,24 +44,8 @@ from sparsecomm.wire import (
 __all__ = ["Bucket", "Plan", "blank_header", "exchange", "report_failure"]
 
 
-_Pairs = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(slots=True)
-class Bucket:
-    """What one bucket keeps from step to step.
-
-    Attributes:
-        index: bucket number, the same on all ranks.
-        layout: the parameters in it.
-        residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
-        memory: the compressor's.
-    """
-
-    index: int
-    layout: BucketLayout
-    residual: torch.Tensor | None = None
-    memory: SelectorMemory = field(default_factory=SelectorMemory)
+_HALF_MAX = 65504.0
+_ERROR_FEEDBACK = ErrorFeedback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +59,10 @@ class Plan:
         k: nonzeros to select.
         value_codec: how values are written.
         index_codec: how indices are written; None for the smallest.
-        feedback: whether what is not sent is kept.
+        feedback: what happens to what is not sent; None forgets it.
+        grad_scale: what gradients arrive multiplied by (a GradScaler's scale); residuals are in unscaled units.
+        held: spans of parameters that this rank did not use in this step; their memory stays as it is.
+        clip_norm: norm that this bucket's gradient is clipped to by momentum correction; None for none.
     """
 
     step: int
@@ -84,7 +71,10 @@ class Plan:
     k: int
     value_codec: ValueCodec = ValueCodec.FP32
     index_codec: IndexCodec | None = None
-    feedback: bool = True
+    feedback: Feedback | None = _ERROR_FEEDBACK
+    grad_scale: float = 1.0
+    held: tuple[tuple[int, int], ...] = ()
+    clip_norm: float | None = None
 
 
 def exchange(
@@ -159,68 +149,84 @@ def blank_header(rank: int, world: int, bucket: int, step: int, numel: int) -> H
 def _exchange_sparse(
     channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena, report: BucketReport
 ) -> CollectiveSteps[None]:
-    residual = bucket.residual
-    assert residual is not None, "a sparse exchange needs a residual"
-    sent: _Pairs | None = None
+    taken: Taken | None = None
     try:
-        sent = _select(bucket, grad, residual, plan, arena, report)
-        header, payload = _encode(_blank(channel, bucket, grad, plan, report), sent, residual, plan, arena, report)
+        start = perf_counter()
+        taken = take_some(
+            bucket,
+            grad,
+            plan.compressor,
+            plan.k,
+            plan.feedback,
+            arena,
+            scale=1.0 / plan.grad_scale,
+            held=plan.held,
+            clip_norm=plan.clip_norm,
+        )
+        report.nnz, report.nonfinite = taken.values.numel(), taken.nonfinite
+        report.select_seconds = perf_counter() - start
+        header, payload = _encode(_blank(channel, bucket, grad, plan, report), taken, plan, arena, report)
     except Exception as error:
-        if sent is not None:
-            roll_back(grad, residual, *sent)
+        if taken is not None:
+            taken.undo()
         yield from report_failure(channel, _blank(channel, bucket, grad, plan, report), error, arena)
         raise  # not reached: the line above raises what all ranks now know
     try:
         start = perf_counter()
         headers = yield from agree(channel, payload, arena, bucket.index)
         if any(h.flags & FLAG_NONFINITE for h in headers):
-            roll_back(grad, residual, *sent)
-            grad.fill_(float("nan"))
+            taken.undo()
+            grad.fill_(math.nan)
             return
         mine = payload[HEADER_BYTES : HEADER_BYTES + header.body_bytes]
         bodies = yield from allgather_bodies(channel, mine, [h.body_bytes for h in headers], arena, bucket.index)
         report.wait_seconds = perf_counter() - start
         parts = _decode(headers, bodies, bucket.index, arena, report)
     except BaseException:
-        roll_back(grad, residual, *sent)
+        taken.undo()
         raise
     start = perf_counter()
-    kernels.scatter_reduce(grad, parts, scale=1.0 / channel.size)
+    scale = plan.grad_scale / channel.size
+    if grad.dtype == torch.float16:
+        average = arena.get((bucket.index, "work"), grad.numel(), torch.float32)
+        kernels.scatter_reduce(average, parts, scale=scale)
+        _keep_if_in_range(taken, average)
+    else:
+        kernels.scatter_reduce(grad, parts, scale=scale)
+        taken.commit()
     report.apply_seconds += perf_counter() - start
 
 
-def _select(
-    bucket: Bucket, grad: torch.Tensor, residual: torch.Tensor, plan: Plan, arena: Arena, report: BucketReport
-) -> _Pairs:
-    """Steps 1 and 2. Returns the indices and accumulated values taken out of the residual."""
-    start = perf_counter()
-    if not plan.feedback:
-        residual.zero_()
-    capacity = plan.compressor.capacity(plan.k, grad.numel())
-    out = SelectionBuffers(
-        indices=arena.get((bucket.index, "indices"), capacity, torch.uint32),
-        values=arena.get((bucket.index, "values"), capacity, torch.float32),
-    )
-    selection = plan.compressor.select(grad, residual, plan.k, bucket.memory, out)
-    report.nnz, report.nonfinite = selection.nnz, selection.nonfinite
-    report.select_seconds = perf_counter() - start
-    return out.indices[: selection.nnz], out.values[: selection.nnz]
+def _keep_if_in_range(taken: Taken, average: torch.Tensor) -> bool:
+    """Writes the average into a float16 bucket, unless it overflows there: the optimizer then skips the step.
+
+    All ranks hold the same average and decide alike.
+
+    Returns:
+        Whether the step is kept.
+    """
+    low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
+    if not (low >= -_HALF_MAX and high <= _HALF_MAX):
+        taken.undo()
+        taken.grad.fill_(math.nan)
+        return False
+    taken.grad.copy_(average)
+    taken.commit()
+    return True
 
 
-def _encode(
-    blank: Header, sent: _Pairs, residual: torch.Tensor, plan: Plan, arena: Arena, report: BucketReport
-) -> tuple[Header, torch.Tensor]:
+def _encode(blank: Header, taken: Taken, plan: Plan, arena: Arena, report: BucketReport) -> tuple[Header, torch.Tensor]:
     """Step 3: writes the payload and gives the residual what rounding drops."""
     start = perf_counter()
-    indices, values = sent
+    indices, values = taken.indices, taken.values
     nnz, numel = values.numel(), blank.numel
     codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
     most = max_payload_bytes(codec, plan.value_codec, nnz, numel)
     payload = arena.get((blank.bucket, "payload"), most, torch.uint8)
     error = arena.get((blank.bucket, "error"), nnz, torch.float32)
     header = encode_payload(replace(blank, index_codec=codec), indices, values, payload, error)
-    if plan.feedback and plan.value_codec != ValueCodec.FP32:
-        kernels.scatter_add(residual, indices, error)
+    if plan.value_codec != ValueCodec.FP32 and taken.bucket.residual is not None:
+        kernels.scatter_add(taken.bucket.residual, indices, error)
     report.encode_seconds = perf_counter() - start
     return header, payload
 
@@ -248,41 +254,42 @@ def _exchange_dense(
 ) -> CollectiveSteps[None]:
     """Sends everything, the residual included, as float32 around a ring."""
     residual, numel = bucket.residual, grad.numel()
-    report.nnz = numel
     start = perf_counter()
-    if residual is not None:
-        report.nonfinite = kernels.accumulate_dense(grad, residual)
+    unscale = 1.0 / plan.grad_scale
+    taken = take_all(bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm)
+    report.nnz, report.nonfinite = numel, taken.nonfinite
     report.select_seconds = perf_counter() - start
-    nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0, dtype=torch.float32)
+    work, summing = grad, False
     try:
         start = perf_counter()
         payload = arena.get((bucket.index, "payload"), HEADER_BYTES, torch.uint8)
         write_header(_blank(channel, bucket, grad, plan, report), payload)
         headers = yield from agree(channel, payload, arena, bucket.index)
         if any(h.flags & FLAG_NONFINITE for h in headers):
-            if residual is not None:
-                roll_back(grad, residual, *nothing)
-            grad.fill_(float("nan"))
+            taken.undo()
+            grad.fill_(math.nan)
             return
-        work = grad
         if residual is not None or grad.dtype != torch.float32:
             # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
             work = arena.get((bucket.index, "work"), numel, torch.float32)
             work.copy_(grad if residual is None else residual)
+        summing = True
         yield from ring_allreduce(channel, work, arena, bucket.index)
         report.wait_seconds = perf_counter() - start
     except BaseException:
-        if residual is not None:
-            roll_back(grad, residual, *nothing)
+        taken.undo()
+        if summing and work is grad:
+            grad.fill_(math.nan)  # summed in place: half a sum must not pass for a gradient
         raise
     start = perf_counter()
-    if channel.size > 1:
-        work.mul_(1.0 / channel.size)
-    if work is not grad:
-        grad.copy_(work)
-    if residual is not None:
-        residual.zero_()
-    report.apply_seconds = perf_counter() - start
+    work.mul_((plan.grad_scale if residual is not None else 1.0) / channel.size)
+    if grad.dtype == torch.float16:
+        _keep_if_in_range(taken, work)
+    else:
+        if work is not grad:
+            grad.copy_(work)
+        taken.commit()
+    report.apply_seconds += perf_counter() - start
 
 
 def _blank(channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, report: BucketReport) -> Header:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from time import perf_counter
 
-__all__ = ["BucketReport", "Metrics"]
+__all__ = ["BucketReport", "Metrics", "Recorder", "StepCallback"]
 
 
 @dataclass(slots=True)
@@ -47,6 +51,8 @@ class Metrics:
     Attributes:
         steps: optimizer-visible steps exchanged (backward passes that communicated).
         buckets: exchanges.
+        exposed_seconds: time between the hand-over of a step's last bucket and the end of its last exchange: what
+            communication adds to a step, everything else being hidden under backward.
     """
 
     steps: int = 0
@@ -61,6 +67,7 @@ class Metrics:
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
     apply_seconds: float = 0.0
+    exposed_seconds: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -78,3 +85,72 @@ class Metrics:
         for f in fields(report):
             if f.name not in ("bucket", "step"):
                 setattr(self, f.name, getattr(self, f.name) + getattr(report, f.name))
+
+    def merge(self, other: Metrics) -> None:
+        """Adds another's sums. Mutates self."""
+        for f in fields(other):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+StepCallback = Callable[[int, Metrics], None]
+"""Called with the step and its metrics."""
+
+
+class Recorder:
+    """Adds up reports; fed by the thread that hands buckets over and by the engine's.
+
+    Attributes:
+        callbacks: called after every step with its number and its metrics, on the engine's thread.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks: list[StepCallback] = []
+        self._lock = threading.Lock()
+        self._total = Metrics()
+        self._last_step = Metrics()
+        self._buckets: dict[int, BucketReport] = {}
+        self._open: dict[int, Metrics] = {}
+        self._submitted: dict[int, int] = {}
+        self._handed_over: dict[int, float] = {}
+
+    def submitted(self, step: int, *, last: bool) -> None:
+        """Notes that a bucket of this step was handed over; `last` if it was the step's last."""
+        with self._lock:
+            self._submitted[step] = self._submitted.get(step, 0) + 1
+            if last:
+                self._handed_over[step] = perf_counter()
+
+    def finished(self, report: BucketReport) -> None:
+        """Adds one bucket's report, and closes its step when that was the last to finish."""
+        step = report.step
+        with self._lock:
+            self._buckets[report.bucket] = report
+            current = self._open.setdefault(step, Metrics())
+            current.add(report)
+            if step not in self._handed_over or current.buckets < self._submitted[step]:
+                return
+            del self._open[step], self._submitted[step]
+            current.steps = 1
+            current.exposed_seconds = perf_counter() - self._handed_over.pop(step)
+            self._last_step = current
+            self._total.merge(current)
+        for callback in self.callbacks:
+            try:
+                callback(step, replace(current))
+            except Exception as error:
+                warnings.warn(f"a callback of SparseState.on_step failed at step {step}: {error!r}", stacklevel=2)
+
+    def total(self) -> Metrics:
+        """Returns the sums over all finished steps."""
+        with self._lock:
+            return replace(self._total)
+
+    def last_step(self) -> Metrics:
+        """Returns the sums over the last finished step."""
+        with self._lock:
+            return replace(self._last_step)
+
+    def buckets(self) -> dict[int, BucketReport]:
+        """Returns the last report of each bucket."""
+        with self._lock:
+            return {i: replace(r) for i, r in sorted(self._buckets.items())}

@@ -8,7 +8,7 @@ import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives.allgather import allgather_bodies, allgather_fixed
-from sparsecomm.errors import CollectiveMismatch, RemoteError
+from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.wire import FLAG_ERROR, HEADER_BYTES, Header, check_body, read_header
 
@@ -37,7 +37,10 @@ def agree(channel: Channel, payload: torch.Tensor, arena: Arena, key: Hashable) 
     blocks = yield from allgather_fixed(channel, payload[:HEADER_BYTES], arena, (key, "headers"))
     headers = []
     for rank, block in enumerate(blocks):
-        header = read_header(block)
+        try:
+            header = read_header(block)
+        except WireError as error:
+            raise error.at(rank=rank, bucket=read_header(payload).bucket) from None
         if header.rank != rank:
             raise AgreedError(CollectiveMismatch(f"a payload from rank {rank} says that it is from rank {header.rank}"))
         headers.append(header)

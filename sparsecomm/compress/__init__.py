@@ -1,25 +1,32 @@
 """Compressors: from a gradient and its residual to a sparse selection. Nothing here knows MPI or bytes."""
 
+from sparsecomm.compress.accumulate import Bucket, Taken, take_all, take_some
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.dense import Dense
-from sparsecomm.compress.feedback import BucketLayout, ErrorFeedback, ResidualStore, roll_back
+from sparsecomm.compress.feedback import ErrorFeedback, Feedback, MomentumCorrection
+from sparsecomm.compress.residuals import BucketLayout, ResidualStore
 from sparsecomm.compress.schedule import Constant, Density, Warmup, density_at
 from sparsecomm.compress.threshold import ThresholdTopK
 from sparsecomm.compress.topk import TopK
 
 __all__ = [
+    "Bucket",
     "BucketLayout",
     "Compressor",
     "Constant",
     "Dense",
     "Density",
     "ErrorFeedback",
+    "Feedback",
+    "MomentumCorrection",
     "ResidualStore",
     "Selection",
     "SelectionBuffers",
+    "Taken",
     "ThresholdTopK",
     "TopK",
     "Warmup",
     "density_at",
-    "roll_back",
+    "take_all",
+    "take_some",
 ]

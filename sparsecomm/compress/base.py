@@ -82,6 +82,8 @@ class Compressor(abc.ABC):
         k: int,
         memory: SelectorMemory,
         out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
     ) -> Selection:
         """Adds the gradient to the residual and takes out about k of the largest magnitudes.
 
@@ -91,6 +93,7 @@ class Compressor(abc.ABC):
             k: how many elements to select.
             memory: this bucket's memory. Mutated.
             out: filled with the selection, indices ascending.
+            scale: factor on the gradient.
         """
 
 

@@ -32,7 +32,9 @@ class Dense(Compressor):
         k: int,
         memory: SelectorMemory,
         out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
     ) -> Selection:
         """See `Compressor.select`. Selects every nonzero element."""
-        result = kernels.exact_topk(grad, residual, grad.numel(), out.indices, out.values)
+        result = kernels.exact_topk(grad, residual, grad.numel(), out.indices, out.values, scale=scale)
         return Selection(nnz=result.stored, nonfinite=result.nonfinite)

@@ -1,181 +1,58 @@
-"""Error feedback: what was not sent is kept, by parameter name, and comes back in the next step."""
+"""What is kept of a gradient that was not sent: options of error feedback and of momentum correction."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
-import torch
+from sparsecomm.errors import ConfigError
 
-from sparsecomm.errors import StateError
-
-__all__ = ["BucketLayout", "ErrorFeedback", "ResidualStore", "roll_back"]
+__all__ = ["ErrorFeedback", "Feedback", "MomentumCorrection"]
 
 
 @dataclass(frozen=True)
 class ErrorFeedback:
-    """Options of error feedback (Seide et al. 2014, Karimireddy et al. 2019).
+    """Error feedback (Seide et al. 2014, Karimireddy et al. 2019).
 
-    With it, acc = gradient + residual is compressed and residual = acc - what was sent, value rounding included.
-    Pass ``feedback=None`` to a state to drop what is not sent instead (for comparison only: it converges worse).
+    acc = gradient + residual is compressed and residual = acc - what was sent, value rounding included. With
+    ``feedback=None`` in its place, what is not sent is dropped (for comparison only: it converges worse).
     """
 
 
 @dataclass(frozen=True)
-class BucketLayout:
-    """Which parameters lie where in a flat bucket.
+class MomentumCorrection:
+    """Momentum before compression (Deep Gradient Compression, Lin et al. 2018); use an optimizer without momentum.
+
+    u = m u + g, v = v + u, the largest of v are sent (Nesterov: u = m (u + g), v = v + u + g). Each rank clips its
+    own gradient before: to clip_norm / sqrt(P), of which a bucket of n_b of the model's n elements gets the share
+    sqrt(n_b / n), since the norm over all buckets is not known yet when the first one travels.
 
     Attributes:
-        names: parameter names in bucket order.
-        shapes: their shapes.
-        strides: their strides, by which the flat slice is read back into the parameter's shape.
-        numel: total number of elements.
-        hash: 64 bits that are equal on all ranks iff names and shapes are.
+        momentum: m, in [0, 1).
+        nesterov: whether to look ahead.
+        masking: whether u is zeroed where v was sent (factor masking), so that stale momentum does not carry on.
+        clip_norm: norm that the global gradient is to be clipped to; None for no clipping.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...] | None, ...]
-    numel: int = field(init=False)
-    hash: int = field(init=False)
+    momentum: float = 0.9
+    nesterov: bool = False
+    masking: bool = True
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "numel", sum(torch.Size(s).numel() for s in self.shapes))
-        text = repr((self.names, tuple(tuple(s) for s in self.shapes))).encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        object.__setattr__(self, "hash", int.from_bytes(digest, "little"))
-
-    @classmethod
-    def of(cls, named: Sequence[tuple[str, torch.Tensor]]) -> BucketLayout:
-        """Builds the layout of parameters in bucket order.
-
-        DDP lays a dense non-overlapping parameter (a channels-last one too) into the bucket in its own memory
-        order, so its strides are kept; any other is laid out contiguously.
-        """
-        return cls(
-            names=tuple(name for name, _ in named),
-            shapes=tuple(tuple(p.shape) for _, p in named),
-            strides=tuple(tuple(p.stride()) if _is_dense(p) else None for _, p in named),
-        )
+        if isinstance(self.momentum, bool) or not isinstance(self.momentum, (int, float)):
+            raise ConfigError(f"MomentumCorrection.momentum must be a number in [0, 1), got {self.momentum!r}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"MomentumCorrection.momentum must be in [0, 1), got {self.momentum!r}")
+        for name in ("nesterov", "masking"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"MomentumCorrection.{name} must be True or False, got {getattr(self, name)!r}")
+        clip = self.clip_norm
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float))):
+            raise ConfigError(f"MomentumCorrection.clip_norm must be a positive number or None, got {clip!r}")
+        if clip is not None and not (math.isfinite(clip) and clip > 0):
+            raise ConfigError(f"MomentumCorrection.clip_norm must be a positive number or None, got {clip!r}")
 
 
-def _is_dense(p: torch.Tensor) -> bool:
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(p))
-
-
-class ResidualStore:
-    """Residuals of one rank: flat float32 tensors in bucket order, found by parameter name.
-
-    A parameter's residual is a slice of some bucket's flat tensor. When DDP rebuilds its buckets, the slices are
-    copied into the new flat tensors, so that nothing is lost and nothing depends on bucket numbers.
-    """
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, ...], torch.Tensor] = {}
-        self._where: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
-        self._pending: dict[str, torch.Tensor] = {}
-
-    def names(self) -> set[str]:
-        """Returns the names of all parameters that have a residual, loaded ones included."""
-        return set(self._where) | set(self._pending)
-
-    def has(self, layout: BucketLayout) -> bool:
-        """Returns whether any parameter of this bucket has a residual."""
-        return any(n in self._where or n in self._pending for n in layout.names)
-
-    def bucket(self, layout: BucketLayout) -> torch.Tensor:
-        """Returns the flat residual of a bucket, shape (layout.numel,), creating it (zeros) or moving into it.
-
-        Raises:
-            StateError: if a loaded residual has another shape than the parameter.
-        """
-        flat = self._flat.get(layout.names)
-        if flat is not None and flat.numel() == layout.numel and self._where[layout.names[0]][0] is flat:
-            return flat
-        self._check_pending(layout)
-        flat = torch.zeros(layout.numel, dtype=torch.float32)
-        offset = 0
-        for i, name in enumerate(layout.names):
-            n = torch.Size(layout.shapes[i]).numel()
-            here = flat[offset : offset + n]
-            if name in self._pending:
-                _shaped(flat, offset, layout, i).copy_(self._pending.pop(name))
-            elif name in self._where:
-                source, start, _, _ = self._where[name]
-                here.copy_(source[start : start + n])
-            self._where[name] = (flat, offset, layout, i)
-            offset += n
-        self._flat[layout.names] = flat
-        self._drop_unreferenced()
-        return flat
-
-    def _check_pending(self, layout: BucketLayout) -> None:
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            loaded = self._pending.get(name)
-            if loaded is not None and tuple(loaded.shape) != shape:
-                raise StateError(
-                    f"residual of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, the parameter has {shape}"
-                )
-
-    def _drop_unreferenced(self) -> None:
-        live = {id(flat) for flat, _, _, _ in self._where.values()}
-        self._flat = {k: f for k, f in self._flat.items() if id(f) in live}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of every residual in its parameter's shape, by name."""
-        out = {name: _shaped(flat, off, lay, i).clone() for name, (flat, off, lay, i) in self._where.items()}
-        out.update({name: t.clone() for name, t in self._pending.items()})
-        return out
-
-    def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
-        """Replaces all residuals; parameters that are not named get zeros. Checks everything before it changes.
-
-        Raises:
-            StateError: if a residual has the wrong dtype, is not finite, or has another shape than the parameter.
-        """
-        for name, t in residuals.items():
-            if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
-                kind = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-                raise StateError(f"residual of {name!r} must be a float32 tensor, got {kind}")
-            if not bool(torch.isfinite(t).all()):
-                raise StateError(f"residual of {name!r} holds non-finite values")
-            if name in self._where:
-                _, _, layout, i = self._where[name]
-                if tuple(t.shape) != layout.shapes[i]:
-                    raise StateError(
-                        f"residual of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
-                        f"the parameter has {layout.shapes[i]}"
-                    )
-        for flat in {id(w[0]): w[0] for w in self._where.values()}.values():
-            flat.zero_()
-        self._pending = {}
-        for name, t in residuals.items():
-            if name in self._where:
-                flat, offset, layout, i = self._where[name]
-                _shaped(flat, offset, layout, i).copy_(t)
-            else:
-                self._pending[name] = t.detach().cpu().clone()
-
-
-def _shaped(flat: torch.Tensor, offset: int, layout: BucketLayout, i: int) -> torch.Tensor:
-    """Returns the i-th parameter's slice of a flat bucket as a view in that parameter's shape."""
-    shape, stride = layout.shapes[i], layout.strides[i]
-    if stride is None:
-        return flat[offset : offset + torch.Size(shape).numel()].view(shape)
-    return flat.as_strided(shape, stride, flat.storage_offset() + offset)
-
-
-def roll_back(grad: torch.Tensor, residual: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Undoes an accumulate-and-select: the residual returns to what it was before, to rounding.
-
-    Args:
-        grad: the gradient that had been added, shape (n,), unchanged since.
-        residual: shape (n,), float32. Mutated.
-        indices: uint32, what had been taken out.
-        values: float32, the accumulated values that had been taken out.
-    """
-    residual[indices.to(torch.int64)] = values
-    step = grad.to(torch.float32)
-    # Where the sum was not finite the kernel had left the residual alone.
-    residual.sub_(torch.where(torch.isfinite(step), step, torch.zeros_like(step)))
+Feedback = ErrorFeedback | MomentumCorrection
+"""Either kind of feedback."""

@@ -48,11 +48,13 @@ class ThresholdTopK(SparsifyingCompressor):
         k: int,
         memory: SelectorMemory,
         out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
     ) -> Selection:
         """See `Compressor.select`."""
         if math.isnan(memory.threshold) or memory.age >= self.interval or memory.k != k:
-            return self._exact(grad, residual, k, memory, out)
-        result = kernels.accumulate_select(grad, residual, memory.threshold, out.indices, out.values)
+            return self._exact(grad, residual, k, memory, out, scale)
+        result = kernels.accumulate_select(grad, residual, memory.threshold, out.indices, out.values, scale=scale)
         memory.age += 1
         nnz = result.stored
         if result.total > result.stored:
@@ -70,10 +72,15 @@ class ThresholdTopK(SparsifyingCompressor):
 
     @staticmethod
     def _exact(
-        grad: torch.Tensor, residual: torch.Tensor, k: int, memory: SelectorMemory, out: SelectionBuffers
+        grad: torch.Tensor,
+        residual: torch.Tensor,
+        k: int,
+        memory: SelectorMemory,
+        out: SelectionBuffers,
+        scale: float,
     ) -> Selection:
         """Selects exactly and keeps the threshold for the steps to come."""
-        result = kernels.exact_topk(grad, residual, k, out.indices, out.values)
+        result = kernels.exact_topk(grad, residual, k, out.indices, out.values, scale=scale)
         # A threshold of 0 (nothing nonzero yet) would select every zero on the next step.
         memory.threshold = result.threshold if result.threshold > 0.0 else math.nan
         memory.age = 0

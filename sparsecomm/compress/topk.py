@@ -27,7 +27,9 @@ class TopK(SparsifyingCompressor):
         k: int,
         memory: SelectorMemory,
         out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
     ) -> Selection:
         """See `Compressor.select`. Selects exactly min(k, number of nonzeros) elements."""
-        result = kernels.exact_topk(grad, residual, k, out.indices, out.values)
+        result = kernels.exact_topk(grad, residual, k, out.indices, out.values, scale=scale)
         return Selection(nnz=result.stored, nonfinite=result.nonfinite)

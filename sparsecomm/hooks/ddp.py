@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from sparsecomm.errors import ConfigError
 from sparsecomm.hooks.state import SparseState
 
 __all__ = ["sparse_hook"]
@@ -20,5 +21,14 @@ def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> torch.futures.Fu
 
     Returns:
         A future of the averaged flat bucket. It fails, and with it ``loss.backward()``, if any rank failed.
+
+    Raises:
+        ConfigError: under DDP's Python reducer, which ignores what a hook returns.
     """
+    if isinstance(bucket, tuple):
+        raise ConfigError(
+            "this model runs under DDP's Python reducer (compiled autograd), which hands single gradients to comm "
+            "hooks and ignores their result; set torch._dynamo.config.optimize_ddp = 'ddp_optimizer' (or False) before "
+            "compiling, with which comm hooks work"
+        )
     return state.start(bucket.index(), bucket.parameters(), bucket.buffer(), last=bucket.is_last())

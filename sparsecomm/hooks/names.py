@@ -8,21 +8,29 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from sparsecomm.errors import ConfigError
+
 __all__ = ["find_ddp", "parameter_names"]
 
 
-def find_ddp(state: object) -> torch.nn.Module | None:
+def find_ddp(state: object) -> DistributedDataParallel | None:
     """Returns the DDP model whose comm hook has this state, or None.
 
     DDP tells a hook neither the model nor the names of the parameters, so the one list that joins them is looked
     up among live objects, once per state. Passing ``model=`` to the state avoids it.
+
+    Raises:
+        ConfigError: if several models share the state.
     """
+    found = []
     for candidate in gc.get_objects():
         if issubclass(type(candidate), DistributedDataParallel):
             hooks: list[tuple[Any, object]] = getattr(candidate, "_comm_hooks", [])
             if any(s is state for _, s in hooks):
-                return candidate  # type: ignore[no-any-return]
-    return None
+                found.append(candidate)
+    if len(found) > 1:
+        raise ConfigError(f"one SparseState is registered with {len(found)} DDP models; each needs its own")
+    return found[0] if found else None
 
 
 def parameter_names(model: torch.nn.Module) -> dict[int, str]:

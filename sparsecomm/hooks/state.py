@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import choose_collective
-from sparsecomm.compress import BucketLayout, Compressor, ErrorFeedback, ResidualStore, TopK
+from sparsecomm.compress import Bucket, BucketLayout, Compressor, MomentumCorrection, ResidualStore
+from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
-from sparsecomm.exchange import Bucket, Plan, blank_header, exchange, report_failure
+from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
+from sparsecomm.hooks.checkpoint import Checkpoint
 from sparsecomm.hooks.names import find_ddp, parameter_names
 from sparsecomm.launch import World, world
-from sparsecomm.metrics import BucketReport, Metrics
+from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL, IndexCodec, ValueCodec
+from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
-
-_COLLECTIVES = {"auto": None, "allgather": CollectiveKind.ALLGATHER, "dense": CollectiveKind.DENSE}
-_VALUE_CODECS = {c.name.lower(): c for c in ValueCodec}
-_INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
-_RESIDUAL = "residual."
 
 
 @dataclass(slots=True)
@@ -35,6 +36,27 @@ class _Known:
 
     parameters: tuple[int, ...]
     bucket: Bucket
+
+
+@dataclass(slots=True)
+class _Model:
+    """What the state has found out about the model it serves.
+
+    Attributes:
+        names: parameter names by id.
+        numel: elements of all its parameters.
+        ranks: world ranks of its process group; None if that is the world.
+        rank: this rank in the group.
+        size: ranks of the group.
+        may_skip: whether DDP lets parameters go unused in a step.
+    """
+
+    names: dict[int, str]
+    numel: int
+    ranks: tuple[int, ...] | None
+    rank: int
+    size: int
+    may_skip: bool
 
 
 class SparseState:
@@ -46,14 +68,11 @@ class SparseState:
     ```
 
     Args:
-        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
-        feedback: `ErrorFeedback()` keeps what is not sent for later steps; None drops it.
-        collective: "auto" (the one that moves fewer bytes), "allgather" or "dense".
-        value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
-        index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
-        dense_below: buckets of fewer elements are exchanged densely.
-        dense_steps: the first steps are exchanged densely.
+        compressor: how gradients are sparsified, or a whole `SparseConfig` (see `sc.preset`).
         model: the model, DDP or inner, for parameter names; found by itself when the hook is registered with DDP.
+        process_group: ranks that average; those of DDP's own group, or all, if None.
+        scaler: the GradScaler in use, so that residuals are kept in unscaled units.
+        options: the fields of `SparseConfig`: feedback, collective, value_codec, index_codec, dense_below, dense_steps.
 
     Raises:
         ConfigError: for an unknown or unacceptable option; names it and its value.
@@ -61,42 +80,70 @@ class SparseState:
 
     def __init__(
         self,
-        compressor: Compressor | None = None,
+        compressor: Compressor | SparseConfig | None = None,
         *,
-        feedback: ErrorFeedback | None = ErrorFeedback(),  # noqa: B008 - frozen, no state
-        collective: str = "auto",
-        value_codec: str = "fp16",
-        index_codec: str = "auto",
-        dense_below: int = 0,
-        dense_steps: int = 0,
         model: torch.nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        **options: Any,
     ) -> None:
-        self.compressor = TopK() if compressor is None else compressor
-        if not isinstance(self.compressor, Compressor):
-            raise ConfigError(
-                f"compressor must be a sparsecomm compressor such as TopK(density=0.01), got {compressor!r}"
-            )
-        if not (feedback is None or isinstance(feedback, ErrorFeedback)):
-            raise ConfigError(f"feedback must be ErrorFeedback() or None, got {feedback!r}")
-        self.feedback = feedback
-        self.collective: CollectiveKind | None = _option("collective", collective, _COLLECTIVES)
-        self.value_codec: ValueCodec = _option("value_codec", value_codec, _VALUE_CODECS)
-        self.index_codec: IndexCodec | None = _option("index_codec", index_codec, _INDEX_CODECS)
-        self.dense_below = _count("dense_below", dense_below)
-        self.dense_steps = _count("dense_steps", dense_steps)
+        self.config = SparseConfig.of(compressor, options)
         self.step = 0
         self.last_error: BaseException | None = None
         self.arena = Arena()
-        self._metrics = Metrics()
-        self._lock = threading.Lock()
-        self._store = ResidualStore()
+        self._given_model = model
+        self._given_group = process_group
+        self._scaler: torch.amp.GradScaler | None = None
+        self._model: _Model | None = None
+        self._recorder = Recorder()
+        self._residuals = ResidualStore("residual")
+        self._velocities = ResidualStore("velocity")
         self._known: dict[int, _Known] = {}
-        self._selectors: dict[int, torch.Tensor] = {}
-        self._names: dict[int, str] | None = None if model is None else parameter_names(model)
+        self._selectors: dict[int, SelectorMemory] = {}
+        self._lock = threading.Lock()
+        if scaler is not None:
+            self.attach_scaler(scaler)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuses to be pickled whole: `state_dict` is what a checkpoint holds."""
         raise StateError("a SparseState is not picklable; save state.state_dict() and load it with load_state_dict")
+
+    # --- options ------------------------------------------------------------------------------------------------
+
+    def update(self, compressor: Compressor | SparseConfig | None = None, **options: Any) -> None:
+        """Changes options from the next step on, without registering again. Must be called alike on all ranks.
+
+        Args:
+            compressor: another compressor, or a whole `SparseConfig`.
+            options: fields of `SparseConfig`, or ``density=``.
+
+        Raises:
+            ConfigError: for an unknown or unacceptable option; nothing is changed then.
+        """
+        if isinstance(compressor, SparseConfig):
+            self.config = compressor.change(**options)
+        else:
+            if compressor is not None:
+                options = {"compressor": compressor, **options}
+            self.config = self.config.change(**options)
+        for known in self._known.values():
+            known.bucket.memory = SelectorMemory()
+
+    def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """Tells the state which GradScaler multiplies the losses. Call it before the first step.
+
+        Raises:
+            ConfigError: if it is no GradScaler.
+            StateError: if steps were taken without it, since residuals are then in scaled units.
+        """
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise ConfigError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}")
+        if self._scaler is not scaler and self.step > 0:
+            raise StateError(
+                f"a GradScaler was attached after {self.step} steps: the residuals are in the units of the gradients "
+                "until then; attach it before the first step, or load a checkpoint into a new state"
+            )
+        self._scaler = scaler
 
     # --- one bucket ---------------------------------------------------------------------------------------------
 
@@ -115,15 +162,15 @@ class SparseState:
         step = self.step
         if last:
             self.step += 1
+        model = self._attach(here)
         outer: torch.futures.Future[Any] = torch.futures.Future()
         # Only a callback that raises gives a torch future an error that C++ can read (set_exception does not).
         result: torch.futures.Future[torch.Tensor] = outer.then(_value_or_raise)
         label = f"bucket {index} of step {step}"
+        self._recorder.submitted(step, last=last)
 
         def done(report: BucketReport) -> None:
-            with self._lock:
-                self._metrics.add(report)
-                self._metrics.steps += int(last)
+            self._recorder.finished(report)
             outer.set_result(grad)
 
         def failed(error: BaseException) -> None:
@@ -131,134 +178,164 @@ class SparseState:
             outer.set_result(error)
 
         try:
-            bucket, plan = self._prepare(index, parameters, grad, step, here)
+            bucket, plan = self._prepare(index, parameters, grad, step, model)
         except Exception as error:
-            header = blank_header(here.rank, here.size, index, step, grad.numel())
+            header = blank_header(model.rank, model.size, index, step, grad.numel())
             cause = error
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
                 return report_failure(channel, header, cause, self.arena)
 
-            here.engine.submit(label, tell, done, failed)
+            here.engine.submit(label, tell, done, failed, group=model.ranks)
             return result
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
             return exchange(channel, bucket, grad, plan, self.arena)
 
-        here.engine.submit(label, run, done, failed)
+        here.engine.submit(label, run, done, failed, group=model.ranks)
         return result
 
+    def _attach(self, here: World) -> _Model:
+        """Finds out, once, which model and ranks this state serves."""
+        if self._model is not None:
+            return self._model
+        model = self._given_model
+        ddp = model if isinstance(model, DistributedDataParallel) else find_ddp(self)
+        if model is None:
+            model = ddp
+        group = self._given_group or getattr(ddp, "process_group", None)
+        members = tuple(range(here.size)) if group is None else tuple(dist.get_process_group_ranks(group))
+        if here.rank not in members:
+            raise ConfigError(f"rank {here.rank} is not in the process group of its SparseState, ranks {list(members)}")
+        names = {} if model is None else parameter_names(model)
+        self._model = _Model(
+            names=names,
+            numel=0 if model is None else sum(p.numel() for p in model.parameters()),
+            ranks=None if members == tuple(range(here.size)) else members,
+            rank=members.index(here.rank),
+            size=len(members),
+            may_skip=bool(getattr(ddp, "find_unused_parameters", True) or getattr(ddp, "static_graph", True)),
+        )
+        return self._model
+
     def _prepare(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, here: World
+        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, model: _Model
     ) -> tuple[Bucket, Plan]:
         """Checks a bucket and decides how it is exchanged."""
-        _check_gradient(grad, here.rank, index)
-        bucket = self._bucket(index, parameters, grad)
-        numel = grad.numel()
-        k = self.compressor.k_for(numel, step)
-        plan = Plan(
+        _check_gradient(grad, model.rank, index)
+        config, numel = self.config, grad.numel()
+        bucket = self._bucket(index, parameters, grad, model)
+        k = config.compressor.k_for(numel, step)
+        collective = self._collective(k, numel, step, model.size)
+        momentum = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
+        if collective != CollectiveKind.DENSE or momentum is not None or self._residuals.has(bucket.layout):
+            bucket.residual = self._residuals.bucket(bucket.layout)
+        bucket.velocity = None if momentum is None else self._velocities.bucket(bucket.layout)
+        clip_norm = None
+        if momentum is not None and momentum.clip_norm is not None:
+            clip_norm = momentum.clip_norm / math.sqrt(model.size) * math.sqrt(numel / max(model.numel, 1))
+        return bucket, Plan(
             step=step,
-            collective=self._collective(k, numel, step, here.size),
-            compressor=self.compressor,
+            collective=collective,
+            compressor=config.compressor,
             k=k,
-            value_codec=self.value_codec,
-            index_codec=self.index_codec,
-            feedback=self.feedback is not None,
+            value_codec=config.values,
+            index_codec=config.indices,
+            feedback=config.feedback,
+            grad_scale=self._grad_scale(),
+            held=_unused(bucket.layout, grad) if model.may_skip and bucket.residual is not None else (),
+            clip_norm=clip_norm,
         )
-        if bucket.residual is None and (plan.collective != CollectiveKind.DENSE or self._store.has(bucket.layout)):
-            bucket.residual = self._store.bucket(bucket.layout)
-        return bucket, plan
+
+    def _grad_scale(self) -> float:
+        return float(self._scaler.get_scale()) if self._scaler is not None and self._scaler.is_enabled() else 1.0
 
     def _collective(self, k: int, numel: int, step: int, size: int) -> CollectiveKind:
-        if self.compressor.is_dense or step < self.dense_steps or numel < self.dense_below:
+        config = self.config
+        if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
             return CollectiveKind.DENSE
-        if self.collective is not None:
-            return self.collective
-        return choose_collective(k, numel, size, self.value_codec, self.index_codec)
+        if config.collective_kind is not None:
+            return config.collective_kind
+        return choose_collective(k, numel, size, config.values, config.indices)
 
-    def _bucket(self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor) -> Bucket:
+    def _bucket(self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: _Model) -> Bucket:
         """Returns what is known of this bucket, moving residuals by name if DDP has rebuilt its buckets."""
         ids = tuple(id(p) for p in parameters)
         known = self._known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == grad.numel():
             return known.bucket
-        layout = BucketLayout.of([(self._name(p), p) for p in parameters])
+        layout = BucketLayout.of([(_name(p, model), p) for p in parameters])
         if layout.numel != grad.numel():
             raise ConfigError(
                 f"bucket {index} has {grad.numel()} elements, its {len(ids)} parameters have {layout.numel}"
             )
-        bucket = Bucket(index, layout)
-        if self._store.has(layout):
-            bucket.residual = self._store.bucket(layout)
-        selector = self._selectors.pop(layout.hash, None)
-        if selector is not None:
-            bucket.memory.threshold = float(selector[0])
-            bucket.memory.age, bucket.memory.k = int(selector[1]), int(selector[2])
+        bucket = Bucket(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
         self._known[index] = _Known(ids, bucket)
         return bucket
-
-    def _name(self, parameter: torch.Tensor) -> str:
-        names = self._find_names()
-        if names is None:
-            raise ConfigError(
-                "the model of this SparseState is unknown; register it with ddp.register_comm_hook(state, sparse_hook) "
-                "or pass model= to SparseState"
-            )
-        name = names.get(id(parameter))
-        if name is None:
-            raise ConfigError(
-                f"a bucket holds a parameter of shape {tuple(parameter.shape)} that is not in the state's model; "
-                "one SparseState serves one model"
-            )
-        return name
-
-    def _find_names(self) -> dict[int, str] | None:
-        if self._names is None:
-            found = find_ddp(self)
-            self._names = None if found is None else parameter_names(found)
-        return self._names
 
     # --- counters and checkpoints -------------------------------------------------------------------------------
 
     def metrics(self) -> Metrics:
         """Returns a copy of this rank's counters since the state was made."""
-        with self._lock:
-            return replace(self._metrics)
+        return self._recorder.total()
+
+    def last_step(self) -> Metrics:
+        """Returns this rank's counters of the last finished step alone."""
+        return self._recorder.last_step()
+
+    def buckets(self) -> dict[int, BucketReport]:
+        """Returns the last report of every bucket, by bucket number."""
+        return self._recorder.buckets()
+
+    def on_step(self, callback: StepCallback) -> None:
+        """Has `callback(step, metrics of that step)` called after every step, on the engine's thread: keep it short."""
+        self._recorder.callbacks.append(callback)
+
+    def residual_norm(self) -> float:
+        """Returns the 2-norm of this rank's residual over all parameters. Reads all of it; not collective."""
+        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._residuals.flat()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
 
-        Keys: ``step`` (int64), ``residual.<parameter name>`` (float32, the parameter's shape), and
-        ``selector.<layout hash>`` (float64: threshold, age, k of a reused threshold).
+        Keys: ``step``, ``rank``, ``world_size`` (int64), ``residual.<parameter name>``, ``velocity.<parameter name>``
+        (float32, the parameter's shape), ``selector.<layout hash>`` (float64: a reused threshold, its age, its k).
         """
-        out = {"step": torch.tensor(self.step)}
-        if self.feedback is not None:
-            out.update({_RESIDUAL + name: t for name, t in sorted(self._store.state().items())})
+        model = self._attach(world())
+        made = Checkpoint(self.step, model.rank, model.size)
+        if self.config.feedback is not None:
+            made.residuals = self._residuals.state()
+        if isinstance(self.config.feedback, MomentumCorrection):
+            made.velocities = self._velocities.state()
         for known in self._known.values():
-            m = known.bucket.memory
-            if m.k:
-                out[f"selector.{known.bucket.layout.hash:016x}"] = torch.tensor(
-                    [m.threshold, m.age, m.k], dtype=torch.float64
-                )
-        return out
+            if known.bucket.memory.k:
+                made.selectors[known.bucket.layout.hash] = known.bucket.memory
+        return made.to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Restores this rank's state, into a live model too. Checks everything before it changes anything.
 
         Raises:
-            StateError: for unknown keys, a parameter the model does not have or has in another shape, or a model
-                parameter that the checkpoint lacks; names them all.
+            StateError: for unknown keys, a parameter the model does not have or has in another shape, a model
+                parameter that the checkpoint lacks (names them all), or a checkpoint of another rank or world size
+                (see `reshard`).
         """
-        residuals, selectors, step = _split(state_dict)
-        names = self._find_names()
-        if names is not None:
-            _check_names(set(residuals), set(names.values()))
-        self._store.load(residuals)
-        for known in self._known.values():
-            known.bucket.memory = type(known.bucket.memory)()
+        loaded = Checkpoint.from_dict(state_dict)
+        model = self._attach(world())
+        if (loaded.rank, loaded.world_size) != (model.rank, model.size):
+            raise StateError(
+                f"rank {model.rank} of {model.size} was given the checkpoint of rank {loaded.rank} of "
+                f"{loaded.world_size}; every rank loads its own; sparsecomm.reshard makes them for another world size"
+            )
+        if model.names:
+            loaded.check_names(set(model.names.values()))
+        self._residuals.check(loaded.residuals)
+        self._velocities.check(loaded.velocities)
+        self._residuals.load(loaded.residuals)
+        self._velocities.load(loaded.velocities)
         self._known.clear()
-        self._selectors = selectors
-        self.step = step
+        self._selectors = loaded.selectors
+        self.step = loaded.step
 
 
 def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
@@ -268,16 +345,30 @@ def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _option(name: str, value: Any, known: Mapping[str, Any]) -> Any:
-    if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return known[value]
+def _name(parameter: torch.Tensor, model: _Model) -> str:
+    if not model.names:
+        raise ConfigError(
+            "the model of this SparseState is unknown; register it with ddp.register_comm_hook(state, sparse_hook) "
+            "or pass model= to SparseState"
+        )
+    name = model.names.get(id(parameter))
+    if name is None:
+        raise ConfigError(
+            f"a bucket holds a parameter of shape {tuple(parameter.shape)} that is not in the state's model; "
+            "one SparseState serves one model"
+        )
+    return name
 
 
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name} must be an int >= 0, got {value!r}")
-    return value
+def _unused(layout: BucketLayout, grad: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step."""
+    spans, start = [], 0
+    for shape in layout.shapes:
+        end = start + math.prod(shape)
+        if end > start and not bool(grad[start:end].any()):
+            spans.append((start, end))
+        start = end
+    return tuple(spans)
 
 
 def _check_gradient(grad: torch.Tensor, rank: int, bucket: int) -> None:
@@ -294,31 +385,3 @@ def _check_gradient(grad: torch.Tensor, rank: int, bucket: int) -> None:
         raise ConfigError(f"{where}: gradients on {grad.device} are not supported by this version, only on the CPU")
     if grad.numel() > MAX_NUMEL:
         raise ConfigError(f"{where}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")
-
-
-def _split(
-    state_dict: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor], int]:
-    """Sorts a checkpoint's entries into residuals by name, selectors by layout hash, and the step."""
-    residuals: dict[str, torch.Tensor] = {}
-    selectors: dict[int, torch.Tensor] = {}
-    unknown = []
-    for key, value in state_dict.items():
-        if key.startswith(_RESIDUAL):
-            residuals[key.removeprefix(_RESIDUAL)] = value
-        elif key.startswith("selector."):
-            selectors[int(key.removeprefix("selector."), 16)] = value
-        elif key != "step":
-            unknown.append(key)
-    if unknown or "step" not in state_dict:
-        what = f"has unknown entries {sorted(unknown)}" if unknown else "has no entry 'step'"
-        raise StateError(f"this is not a SparseState checkpoint: it {what}")
-    return residuals, selectors, int(state_dict["step"])
-
-
-def _check_names(loaded: set[str], model: set[str]) -> None:
-    extra, missing = sorted(loaded - model), sorted(model - loaded)
-    if extra:
-        raise StateError(f"the checkpoint is of another model: it has residuals of {extra}, which this model lacks")
-    if loaded and missing:
-        raise StateError(f"the checkpoint is of another model: it lacks the residuals of {missing}")

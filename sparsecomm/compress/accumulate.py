@@ -1,0 +1,230 @@
+"""From a gradient and a bucket's memory to what is taken out of it for sending, and how to undo that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.compress.base import Compressor, SelectionBuffers, SelectorMemory
+from sparsecomm.compress.feedback import Feedback, MomentumCorrection
+from sparsecomm.compress.residuals import BucketLayout
+from sparsecomm.kernels import dispatch as kernels
+
+__all__ = ["Bucket", "Taken", "take_all", "take_some"]
+
+Span = tuple[int, int]
+"""First element and one past the last."""
+
+
+@dataclass(slots=True)
+class Bucket:
+    """What one bucket keeps from step to step.
+
+    Attributes:
+        index: bucket number, the same on all ranks.
+        layout: the parameters in it.
+        residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
+        memory: the compressor's.
+        velocity: float32, shape (layout.numel,), the momentum u of momentum correction; None without it.
+    """
+
+    index: int
+    layout: BucketLayout
+    residual: torch.Tensor | None = None
+    memory: SelectorMemory = field(default_factory=SelectorMemory)
+    velocity: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Taken:
+    """What was added to a bucket's memory and taken out of it, and all that is needed to undo both.
+
+    Attributes:
+        bucket: whose memory it was.
+        grad: the gradient as it came, shape (n,); must be unchanged when `undo` is called.
+        scale: factor that brings the gradient into the residual's units.
+        nonfinite: elements that were NaN or infinite.
+        indices: uint32, shape (nnz,), ascending; empty for a dense exchange.
+        values: float32, shape (nnz,).
+        source: what was added to the residual: the gradient (times scale), or the velocity; None if nothing was.
+        momentum: the options of momentum correction, if in use.
+        clip: factor by which momentum correction clipped the gradient.
+        held: elements whose residual and velocity were put aside, with their content.
+        whole: whether all of the residual is sent, not only what `indices` names.
+    """
+
+    bucket: Bucket
+    grad: torch.Tensor
+    scale: float
+    nonfinite: int
+    indices: torch.Tensor
+    values: torch.Tensor
+    source: torch.Tensor | None
+    momentum: MomentumCorrection | None = None
+    clip: float = 1.0
+    held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    whole: bool = False
+
+    def commit(self) -> None:
+        """Makes the step final after the exchange has succeeded.
+
+        What was sent whole leaves the residual; the velocity is zeroed where something was selected (DGC's factor
+        masking); what was put aside comes back.
+        """
+        velocity = self.bucket.velocity
+        if self.whole and self.bucket.residual is not None:
+            self.bucket.residual.zero_()
+        if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
+            velocity[self.indices.to(torch.int64)] = 0.0
+        self._restore_held()
+
+    def undo(self) -> None:
+        """Returns residual and velocity to what they were before the step, to rounding."""
+        self._subtract()
+        self._restore_held()
+
+    def _restore_held(self) -> None:
+        for place, content in self.held:
+            place.copy_(content)
+        self.held = []
+
+    def _subtract(self) -> None:
+        residual, velocity = self.bucket.residual, self.bucket.velocity
+        if residual is None or self.source is None:
+            return
+        residual[self.indices.to(torch.int64)] = self.values
+        if self.momentum is None:
+            step = self.grad.to(torch.float32) * self.scale
+            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
+            residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+            return
+        assert velocity is not None
+        residual.sub_(self.source)
+        step = self.grad.to(torch.float32) * (self.scale * self.clip)
+        m = self.momentum.momentum
+        if m == 0.0:
+            velocity.zero_()
+        elif self.momentum.nesterov:
+            velocity.div_(m).sub_(step)
+        else:
+            velocity.sub_(step).div_(m)
+
+
+def take_some(
+    bucket: Bucket,
+    grad: torch.Tensor,
+    compressor: Compressor,
+    k: int,
+    feedback: Feedback | None,
+    arena: Arena,
+    *,
+    scale: float = 1.0,
+    held: Sequence[Span] = (),
+    clip_norm: float | None = None,
+) -> Taken:
+    """Adds a gradient to a bucket's memory and takes out about k elements.
+
+    The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
+
+    Args:
+        bucket: Mutated.
+        grad: shape (n,), float32, float16 or bfloat16.
+        compressor: selects.
+        k: how many elements to select.
+        feedback: what to do with the rest; None forgets it.
+        arena: gives the buffers.
+        scale: factor that brings the gradient into the residual's units.
+        held: elements of parameters that this rank did not use in this step (their gradient is zero): their memory
+            stays as it is, since DDP would throw away what is sent for a parameter that no rank used.
+        clip_norm: norm this bucket's gradient is clipped to, for momentum correction.
+    """
+    residual = bucket.residual
+    assert residual is not None, "a sparse exchange needs a residual"
+    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm)
+    if taken.source is None:
+        return taken
+    capacity = compressor.capacity(k, grad.numel())
+    out = SelectionBuffers(
+        indices=arena.get((bucket.index, "indices"), capacity, torch.uint32),
+        values=arena.get((bucket.index, "values"), capacity, torch.float32),
+    )
+    unit = scale if taken.momentum is None else 1.0
+    selection = compressor.select(taken.source, residual, k, bucket.memory, out, scale=unit)
+    taken.nonfinite += selection.nonfinite
+    taken.indices, taken.values = out.indices[: selection.nnz], out.values[: selection.nnz]
+    return taken
+
+
+def take_all(
+    bucket: Bucket,
+    grad: torch.Tensor,
+    feedback: Feedback | None,
+    arena: Arena,
+    *,
+    scale: float = 1.0,
+    held: Sequence[Span] = (),
+    clip_norm: float | None = None,
+) -> Taken:
+    """Adds a gradient to a bucket's memory, to be sent whole: the residual then is what to send.
+
+    Where nothing was ever left over (no residual) the gradient itself is what to send. Arguments as in `take_some`.
+    The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
+    """
+    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm)
+    taken.whole = True
+    if bucket.residual is not None and taken.source is not None:
+        unit = scale if taken.momentum is None else 1.0
+        taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+    return taken
+
+
+def _begin(
+    bucket: Bucket,
+    grad: torch.Tensor,
+    feedback: Feedback | None,
+    arena: Arena,
+    scale: float,
+    held: Sequence[Span],
+    clip_norm: float | None,
+) -> Taken:
+    """Puts held memory aside and, with momentum correction, turns the gradient into a velocity."""
+    if feedback is None and bucket.residual is not None:
+        bucket.residual.zero_()
+    nothing = grad.new_empty(0, dtype=torch.uint32), grad.new_empty(0, dtype=torch.float32)
+    taken = Taken(bucket, grad, scale, 0, *nothing, source=grad)
+    for memory in (bucket.residual, bucket.velocity):
+        if memory is not None:
+            for start, end in held:
+                place = memory[start:end]
+                taken.held.append((place, place.clone()))
+                place.zero_()
+    if isinstance(feedback, MomentumCorrection):
+        taken.momentum = feedback
+        _accelerate(taken, feedback, arena, clip_norm)
+    return taken
+
+
+def _accelerate(taken: Taken, options: MomentumCorrection, arena: Arena, clip_norm: float | None) -> None:
+    """Updates the velocity: u = m u + g, or u = m (u + g) with u + g added. NaN and infinity leave it as it was."""
+    velocity, grad = taken.bucket.velocity, taken.grad
+    assert velocity is not None, "momentum correction needs a velocity"
+    n = grad.numel()
+    low, high = (float(x) for x in torch.aminmax(grad)) if n else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        taken.nonfinite = n - int(torch.isfinite(grad).sum())
+        taken.source = None
+        return
+    if clip_norm is not None and n:
+        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) * abs(taken.scale)
+        taken.clip = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+    factor = taken.scale * taken.clip
+    if options.nesterov:
+        velocity.add_(grad, alpha=factor).mul_(options.momentum)
+        source = arena.get((taken.bucket.index, "look-ahead"), n, torch.float32)
+        taken.source = torch.add(velocity, grad, alpha=factor, out=source)
+    else:
+        taken.source = velocity.mul_(options.momentum).add_(grad, alpha=factor)

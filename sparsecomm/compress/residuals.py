@@ -1,0 +1,171 @@
+"""Residuals of one rank, flat in bucket order, found by parameter name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsecomm.errors import StateError
+
+__all__ = ["BucketLayout", "ResidualStore"]
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """Which parameters lie where in a flat bucket.
+
+    Attributes:
+        names: parameter names in bucket order.
+        shapes: their shapes.
+        strides: their strides, by which the flat slice is read back into the parameter's shape.
+        numel: total number of elements.
+        hash: 64 bits that are equal on all ranks iff names and shapes are.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+    numel: int = field(init=False)
+    hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numel", sum(torch.Size(s).numel() for s in self.shapes))
+        text = repr((self.names, tuple(tuple(s) for s in self.shapes))).encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        object.__setattr__(self, "hash", int.from_bytes(digest, "little"))
+
+    @classmethod
+    def of(cls, named: Sequence[tuple[str, torch.Tensor]]) -> BucketLayout:
+        """Builds the layout of parameters in bucket order.
+
+        DDP lays a dense non-overlapping parameter (a channels-last one too) into the bucket in its own memory
+        order, so its strides are kept; any other is laid out contiguously.
+        """
+        return cls(
+            names=tuple(name for name, _ in named),
+            shapes=tuple(tuple(p.shape) for _, p in named),
+            strides=tuple(tuple(p.stride()) if _is_dense(p) else None for _, p in named),
+        )
+
+
+def _is_dense(p: torch.Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(p))
+
+
+class ResidualStore:
+    """Residuals of one rank: flat float32 tensors in bucket order, found by parameter name.
+
+    A parameter's residual is a slice of some bucket's flat tensor. When DDP rebuilds its buckets, the slices are
+    copied into the new flat tensors, so that nothing is lost and nothing depends on bucket numbers.
+    """
+
+    def __init__(self, what: str = "residual") -> None:
+        self._what = what
+        self._flat: dict[tuple[str, ...], torch.Tensor] = {}
+        self._where: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
+        self._pending: dict[str, torch.Tensor] = {}
+
+    def names(self) -> set[str]:
+        """Returns the names of all parameters that have a residual, loaded ones included."""
+        return set(self._where) | set(self._pending)
+
+    def has(self, layout: BucketLayout) -> bool:
+        """Returns whether any parameter of this bucket has a residual."""
+        return any(n in self._where or n in self._pending for n in layout.names)
+
+    def bucket(self, layout: BucketLayout) -> torch.Tensor:
+        """Returns the flat residual of a bucket, shape (layout.numel,), creating it (zeros) or moving into it.
+
+        Raises:
+            StateError: if a loaded residual has another shape than the parameter.
+        """
+        flat = self._flat.get(layout.names)
+        if flat is not None and flat.numel() == layout.numel and self._where[layout.names[0]][0] is flat:
+            return flat
+        self._check_pending(layout)
+        flat = torch.zeros(layout.numel, dtype=torch.float32)
+        offset = 0
+        for i, name in enumerate(layout.names):
+            n = torch.Size(layout.shapes[i]).numel()
+            here = flat[offset : offset + n]
+            if name in self._pending:
+                _shaped(flat, offset, layout, i).copy_(self._pending.pop(name))
+            elif name in self._where:
+                source, start, _, _ = self._where[name]
+                here.copy_(source[start : start + n])
+            self._where[name] = (flat, offset, layout, i)
+            offset += n
+        self._flat[layout.names] = flat
+        self._drop_unreferenced()
+        return flat
+
+    def _check_pending(self, layout: BucketLayout) -> None:
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            loaded = self._pending.get(name)
+            if loaded is not None and tuple(loaded.shape) != shape:
+                raise StateError(
+                    f"{self._what} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, "
+                    f"the parameter has {shape}"
+                )
+
+    def _drop_unreferenced(self) -> None:
+        live = {id(flat) for flat, _, _, _ in self._where.values()}
+        self._flat = {k: f for k, f in self._flat.items() if id(f) in live}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns a copy of every residual in its parameter's shape, by name."""
+        out = {name: _shaped(flat, off, lay, i).clone() for name, (flat, off, lay, i) in self._where.items()}
+        out.update({name: t.clone() for name, t in self._pending.items()})
+        return out
+
+    def flat(self) -> list[torch.Tensor]:
+        """Returns all flat tensors and those loaded for buckets not seen yet."""
+        return list({id(w[0]): w[0] for w in self._where.values()}.values()) + list(self._pending.values())
+
+    def check(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Checks what is to be loaded.
+
+        Raises:
+            StateError: if a residual has the wrong dtype, is not finite, or has another shape than the parameter.
+        """
+        for name, t in residuals.items():
+            if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
+                kind = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+                raise StateError(f"{self._what} of {name!r} must be a float32 tensor, got {kind}")
+            if not bool(torch.isfinite(t).all()):
+                raise StateError(f"{self._what} of {name!r} holds non-finite values")
+            if name in self._where:
+                _, _, layout, i = self._where[name]
+                if tuple(t.shape) != layout.shapes[i]:
+                    raise StateError(
+                        f"{self._what} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
+                        f"the parameter has {layout.shapes[i]}"
+                    )
+
+    def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Replaces all residuals; parameters that are not named get zeros. Checks everything before it changes.
+
+        Raises:
+            StateError: see `check`.
+        """
+        self.check(residuals)
+        for flat in {id(w[0]): w[0] for w in self._where.values()}.values():
+            flat.zero_()
+        self._pending = {}
+        for name, t in residuals.items():
+            if name in self._where:
+                flat, offset, layout, i = self._where[name]
+                _shaped(flat, offset, layout, i).copy_(t)
+            else:
+                self._pending[name] = t.detach().cpu().clone()
+
+
+def _shaped(flat: torch.Tensor, offset: int, layout: BucketLayout, i: int) -> torch.Tensor:
+    """Returns the i-th parameter's slice of a flat bucket as a view in that parameter's shape."""
+    shape, stride = layout.shapes[i], layout.strides[i]
+    if stride is None:
+        return flat[offset : offset + torch.Size(shape).numel()].view(shape)
+    return flat.as_strided(shape, stride, flat.storage_offset() + offset)

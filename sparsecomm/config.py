@@ -1,0 +1,113 @@
+"""All options of an exchange in one frozen object that can be printed, compared and changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from sparsecomm.compress import Compressor, ErrorFeedback, Feedback, MomentumCorrection, TopK
+from sparsecomm.compress.base import SparsifyingCompressor
+from sparsecomm.errors import ConfigError
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["SparseConfig"]
+
+_COLLECTIVES = {"auto": None, "allgather": CollectiveKind.ALLGATHER, "dense": CollectiveKind.DENSE}
+_VALUE_CODECS = {c.name.lower(): c for c in ValueCodec}
+_INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Options of a `SparseState`.
+
+    Attributes:
+        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
+        feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
+            applying momentum (DGC); None drops it.
+        collective: "auto" (the one that moves fewer bytes), "allgather" or "dense".
+        value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
+        index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
+        dense_below: buckets of fewer elements are exchanged densely.
+        dense_steps: the first steps are exchanged densely.
+
+    Raises:
+        ConfigError: for an unknown or unacceptable option; names it and its value.
+    """
+
+    compressor: Compressor = field(default_factory=TopK)
+    feedback: Feedback | None = field(default_factory=ErrorFeedback)
+    collective: str = "auto"
+    value_codec: str = "fp16"
+    index_codec: str = "auto"
+    dense_below: int = 0
+    dense_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compressor, Compressor):
+            raise ConfigError(
+                f"compressor must be a sparsecomm compressor such as TopK(density=0.01), got {self.compressor!r}"
+            )
+        if not (self.feedback is None or isinstance(self.feedback, (ErrorFeedback, MomentumCorrection))):
+            raise ConfigError(
+                f"feedback must be ErrorFeedback(), MomentumCorrection(...) or None, got {self.feedback!r}"
+            )
+        _one_of("collective", self.collective, _COLLECTIVES)
+        _one_of("value_codec", self.value_codec, _VALUE_CODECS)
+        _one_of("index_codec", self.index_codec, _INDEX_CODECS)
+        for name in ("dense_below", "dense_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} must be an int >= 0, got {value!r}")
+
+    @classmethod
+    def of(cls, compressor: Compressor | SparseConfig | None, options: Mapping[str, Any]) -> SparseConfig:
+        """Builds a config from a compressor or another config, and options that override it.
+
+        Raises:
+            ConfigError: for an option that does not exist; lists those that do.
+        """
+        base = compressor if isinstance(compressor, SparseConfig) else cls()
+        if compressor is not None and not isinstance(compressor, SparseConfig):
+            options = {"compressor": compressor, **options}
+        return base.change(**options)
+
+    def change(self, **options: Any) -> SparseConfig:
+        """Returns a copy with other options; `density=` changes the compressor's density.
+
+        Raises:
+            ConfigError: for an option that does not exist, or a density for a compressor that has none.
+        """
+        known = [f.name for f in fields(self)]
+        unknown = sorted(set(options) - set(known) - {"density"})
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(unknown)}; known are {', '.join([*known, 'density'])}")
+        density = options.pop("density", None)
+        changed = replace(self, **options)
+        if density is None:
+            return changed
+        if not isinstance(changed.compressor, SparsifyingCompressor):
+            raise ConfigError(f"density = {density!r}: {changed.compressor!r} has no density")
+        return replace(changed, compressor=replace(changed.compressor, density=density))
+
+    @property
+    def collective_kind(self) -> CollectiveKind | None:
+        """The collective as it is written in a header; None to choose by bytes."""
+        return _COLLECTIVES[self.collective]
+
+    @property
+    def values(self) -> ValueCodec:
+        """The value codec."""
+        return _VALUE_CODECS[self.value_codec]
+
+    @property
+    def indices(self) -> IndexCodec | None:
+        """The index codec; None for the smallest."""
+        return _INDEX_CODECS[self.index_codec]
+
+
+def _one_of(name: str, value: Any, known: Mapping[str, Any]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,0 +1,132 @@
+"""Checkpoints of a state: a flat dict of tensors per rank, checked whole before anything is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.errors import StateError
+
+__all__ = ["Checkpoint", "reshard"]
+
+_RESIDUAL, _VELOCITY, _SELECTOR = "residual.", "velocity.", "selector."
+_NUMBERS = ("step", "rank", "world_size")
+
+
+@dataclass
+class Checkpoint:
+    """What a rank's checkpoint holds.
+
+    Attributes:
+        step: training step.
+        rank: rank that saved it.
+        world_size: ranks of the group that saved it.
+        residuals: float32, by parameter name, in the parameter's shape.
+        velocities: likewise, of momentum correction.
+        selectors: the compressor's memory by layout hash.
+    """
+
+    step: int
+    rank: int
+    world_size: int
+    residuals: dict[str, torch.Tensor] = field(default_factory=dict)
+    velocities: dict[str, torch.Tensor] = field(default_factory=dict)
+    selectors: dict[int, SelectorMemory] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the flat dict of tensors."""
+        out = {name: torch.tensor(getattr(self, name)) for name in _NUMBERS}
+        out.update({_RESIDUAL + name: t for name, t in sorted(self.residuals.items())})
+        out.update({_VELOCITY + name: t for name, t in sorted(self.velocities.items())})
+        for layout, m in sorted(self.selectors.items()):
+            numbers = torch.tensor([m.threshold, m.age, m.k], dtype=torch.float64)
+            out[f"{_SELECTOR}{layout:016x}"] = numbers
+        return out
+
+    @classmethod
+    def from_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
+        """Reads a flat dict.
+
+        Raises:
+            StateError: if it is not a checkpoint of a `SparseState`; names what is unknown or missing.
+        """
+        missing = [name for name in _NUMBERS if name not in state_dict]
+        if missing:
+            raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
+        step, rank, world_size = (int(state_dict[name]) for name in _NUMBERS)
+        made = cls(step, rank, world_size)
+        unknown = []
+        for key, value in state_dict.items():
+            if key.startswith(_RESIDUAL):
+                made.residuals[key.removeprefix(_RESIDUAL)] = value
+            elif key.startswith(_VELOCITY):
+                made.velocities[key.removeprefix(_VELOCITY)] = value
+            elif key.startswith(_SELECTOR):
+                threshold, age, k = (float(x) for x in value)
+                layout = int(key.removeprefix(_SELECTOR), 16)
+                made.selectors[layout] = SelectorMemory(threshold, int(age), int(k))
+            elif key not in _NUMBERS:
+                unknown.append(key)
+        if unknown:
+            raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
+        return made
+
+    def check_names(self, model: set[str]) -> None:
+        """Checks that the residuals are those of a model.
+
+        Raises:
+            StateError: names the parameters that only one of the two has.
+        """
+        for what, loaded in (("residuals", set(self.residuals)), ("velocities", set(self.velocities))):
+            extra, missing = sorted(loaded - model), sorted(model - loaded)
+            if extra:
+                raise StateError(f"the checkpoint is of another model: it has {what} of {extra}, which this one lacks")
+            if loaded and missing:
+                raise StateError(f"the checkpoint is of another model: it lacks the {what} of {missing}")
+
+
+def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Turns the checkpoints of all ranks of one world into those of a world of another size, losing nothing.
+
+    An update is the sum over ranks divided by P, so what must survive is (sum of residuals) / P: with P ranks before
+    and P' after, the residuals are multiplied by P' / P. When ranks go, rank j takes over those of ranks j, j + P',
+    ...; when ranks come, ranks j, j + P, ... share rank j's equally. Velocities, which every rank holds of its own
+    gradients, are shared out in the same way.
+
+    Args:
+        state_dicts: what each rank's `state_dict` returned, in rank order.
+        world_size: the new number of ranks.
+
+    Returns:
+        One state dict a rank, for `load_state_dict`.
+
+    Raises:
+        StateError: if they are not all ranks of one world at one step.
+    """
+    old = [Checkpoint.from_dict(d) for d in state_dicts]
+    if world_size < 1:
+        raise StateError(f"a world needs at least 1 rank, got {world_size}")
+    if [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
+        saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
+        raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
+    if len({c.step for c in old}) > 1:
+        raise StateError(f"the checkpoints are of different steps: {[c.step for c in old]}")
+    return [_new_rank(old, j, world_size).to_dict() for j in range(world_size)]
+
+
+def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
+    sources = range(rank, len(old), size) if size < len(old) else [rank % len(old)]
+    shared_by = len(range(rank % len(old), size, len(old))) if size >= len(old) else 1
+    factor = size / len(old) / shared_by
+    made = Checkpoint(old[0].step, rank, size)
+    for kind in ("residuals", "velocities"):
+        for source in sources:
+            into = getattr(made, kind)
+            for name, t in getattr(old[source], kind).items():
+                into[name] = into[name] + t * factor if name in into else t * factor
+    if size == len(old):
+        made.selectors = dict(old[rank].selectors)
+    return made

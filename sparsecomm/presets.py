@@ -1,0 +1,59 @@
+"""Option sets named by the papers they come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsecomm.compress import Dense, ErrorFeedback, MomentumCorrection, ThresholdTopK, TopK, Warmup
+from sparsecomm.config import SparseConfig
+from sparsecomm.errors import ConfigError
+
+__all__ = ["PRESETS", "preset"]
+
+
+def _dgc(steps_per_epoch: int = 1000, momentum: float = 0.9, clip_norm: float | None = None) -> SparseConfig:
+    """Deep Gradient Compression (Lin et al. 2018): momentum correction, factor masking, warm-up to 0.1%.
+
+    The optimizer then has no momentum of its own.
+    """
+    return SparseConfig(
+        compressor=TopK(density=Warmup((0.25, 0.063, 0.015, 0.004), steps_per_stage=steps_per_epoch, final=0.001)),
+        feedback=MomentumCorrection(momentum=momentum, clip_norm=clip_norm),
+    )
+
+
+def _ef_topk(density: float = 0.01) -> SparseConfig:
+    """Top-k with error feedback (Stich et al. 2018), exact selection, fp32 values."""
+    return SparseConfig(compressor=TopK(density=density), feedback=ErrorFeedback(), value_codec="fp32")
+
+
+def _oktopk(density: float = 0.01) -> SparseConfig:
+    """Top-k by a threshold reused for 32 steps (Ok-Topk, Li and Hoefler 2022), with this version's allgather."""
+    return SparseConfig(compressor=ThresholdTopK(density=density, interval=32), feedback=ErrorFeedback())
+
+
+def _dense() -> SparseConfig:
+    """No compression: float32 around a ring."""
+    return SparseConfig(compressor=Dense())
+
+
+PRESETS = {"dense": _dense, "dgc": _dgc, "ef-topk": _ef_topk, "oktopk": _oktopk}
+"""Functions that make a `SparseConfig`, by name."""
+
+
+def preset(name: str, **options: Any) -> SparseConfig:
+    """Returns a named option set; print it, or change it with `.change(...)`.
+
+    Args:
+        name: one of `PRESETS`.
+        options: arguments of that preset, e.g. ``density=0.001``.
+
+    Raises:
+        ConfigError: for an unknown name or argument.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} does not exist; known are {', '.join(PRESETS)}")
+    try:
+        return PRESETS[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"preset {name!r}: {error}") from None

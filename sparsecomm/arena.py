@@ -22,16 +22,16 @@ class Arena:
         self.allocations = 0
         self.allocated_bytes = 0
 
-    def get(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    def get(self, key: Hashable, numel: int, dtype: torch.dtype, *, reserve: int = 0) -> torch.Tensor:
         """Returns a 1-D tensor of exactly `numel` elements; its content is whatever the last user left.
 
-        The memory of a key is the same on every call until a larger size is asked for. A quarter of headroom is
-        added then, since payload lengths vary a little from step to step.
+        The memory of a key is the same on every call until a larger size is asked for. Then a quarter of headroom is
+        added, or memory for `reserve` elements is taken if that is more.
         """
         buffer = self._buffers.get((key, dtype))
         if buffer is None or buffer.numel() < numel:
             held = 0 if buffer is None else buffer.numel() * buffer.element_size()
-            buffer = torch.empty(numel + numel // 4, dtype=dtype)
+            buffer = torch.empty(max(numel + numel // 4, reserve), dtype=dtype)
             self._buffers[(key, dtype)] = buffer
             self.allocations += 1
             self.allocated_bytes += buffer.numel() * buffer.element_size() - held

@@ -165,7 +165,7 @@ def _exchange_sparse(
         )
         report.nnz, report.nonfinite = taken.values.numel(), taken.nonfinite
         report.select_seconds = perf_counter() - start
-        header, payload = _encode(_blank(channel, bucket, grad, plan, report), taken, plan, arena, report)
+        header, payload, most = _encode(_blank(channel, bucket, grad, plan, report), taken, plan, arena, report)
     except Exception as error:
         if taken is not None:
             taken.undo()
@@ -179,9 +179,10 @@ def _exchange_sparse(
             grad.fill_(math.nan)
             return
         mine = payload[HEADER_BYTES : HEADER_BYTES + header.body_bytes]
-        bodies = yield from allgather_bodies(channel, mine, [h.body_bytes for h in headers], arena, bucket.index)
+        lengths = [h.body_bytes for h in headers]
+        bodies = yield from allgather_bodies(channel, mine, lengths, arena, bucket.index, reserve=most - HEADER_BYTES)
         report.wait_seconds = perf_counter() - start
-        parts = _decode(headers, bodies, bucket.index, arena, report)
+        parts = _decode(headers, bodies, taken.capacity, arena, report)
     except BaseException:
         taken.undo()
         raise
@@ -215,30 +216,36 @@ def _keep_if_in_range(taken: Taken, average: torch.Tensor) -> bool:
     return True
 
 
-def _encode(blank: Header, taken: Taken, plan: Plan, arena: Arena, report: BucketReport) -> tuple[Header, torch.Tensor]:
-    """Step 3: writes the payload and gives the residual what rounding drops."""
+def _encode(
+    blank: Header, taken: Taken, plan: Plan, arena: Arena, report: BucketReport
+) -> tuple[Header, torch.Tensor, int]:
+    """Step 3: writes the payload and gives the residual what rounding drops.
+
+    Returns:
+        The header, the payload, and the bytes that a payload may grow to when more is selected in a later step.
+    """
     start = perf_counter()
     indices, values = taken.indices, taken.values
     nnz, numel = values.numel(), blank.numel
     codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
-    most = max_payload_bytes(codec, plan.value_codec, nnz, numel)
+    most = max_payload_bytes(codec, plan.value_codec, max(nnz, taken.capacity), numel)
     payload = arena.get((blank.bucket, "payload"), most, torch.uint8)
-    error = arena.get((blank.bucket, "error"), nnz, torch.float32)
+    error = arena.get((blank.bucket, "error"), nnz, torch.float32, reserve=taken.capacity)
     header = encode_payload(replace(blank, index_codec=codec), indices, values, payload, error)
     if plan.value_codec != ValueCodec.FP32 and taken.bucket.residual is not None:
         kernels.scatter_add(taken.bucket.residual, indices, error)
     report.encode_seconds = perf_counter() - start
-    return header, payload
+    return header, payload, most
 
 
 def _decode(
-    headers: list[Header], bodies: list[torch.Tensor], bucket: int, arena: Arena, report: BucketReport
+    headers: list[Header], bodies: list[torch.Tensor], capacity: int, arena: Arena, report: BucketReport
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Step 5: decodes and checks every rank's payload; nothing is applied yet."""
     start = perf_counter()
-    total = sum(h.nnz for h in headers)
-    indices = arena.get((bucket, "all indices"), total, torch.uint32)
-    values = arena.get((bucket, "all values"), total, torch.float32)
+    total, most = sum(h.nnz for h in headers), capacity * len(headers)
+    indices = arena.get((report.bucket, "all indices"), total, torch.uint32, reserve=most)
+    values = arena.get((report.bucket, "all values"), total, torch.float32, reserve=most)
     parts, offset = [], 0
     for header, body in zip(headers, bodies, strict=True):
         part = (indices[offset : offset + header.nnz], values[offset : offset + header.nnz])

@@ -49,7 +49,7 @@ def allgather_fixed(
 
 
 def allgather_bodies(
-    channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable
+    channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable, *, reserve: int = 0
 ) -> CollectiveSteps[list[torch.Tensor]]:
     """Gathers byte strings of known lengths from every rank. Collective.
 
@@ -62,12 +62,13 @@ def allgather_bodies(
         lengths: bytes of each rank's body, the same list on all ranks.
         arena: gives the receive buffer.
         key: names the receive buffer.
+        reserve: bytes that a body may grow to in later steps.
 
     Returns:
         The bodies by rank (this rank's is `mine`), views into the arena.
     """
     size, rank = channel.size, channel.rank
-    buffer = arena.get((key, "bodies"), sum(lengths) - lengths[rank], torch.uint8)
+    buffer = arena.get((key, "bodies"), sum(lengths) - lengths[rank], torch.uint8, reserve=reserve * (size - 1))
     bodies, offset = [], 0
     for r, length in enumerate(lengths):
         if r == rank:

@@ -54,6 +54,7 @@ class Taken:
         momentum: the options of momentum correction, if in use.
         clip: factor by which momentum correction clipped the gradient.
         held: elements whose residual and velocity were put aside, with their content.
+        capacity: how many pairs the compressor may take from this bucket in a step.
         whole: whether all of the residual is sent, not only what `indices` names.
     """
 
@@ -67,6 +68,7 @@ class Taken:
     momentum: MomentumCorrection | None = None
     clip: float = 1.0
     held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    capacity: int = 0
     whole: bool = False
 
     def commit(self) -> None:
@@ -145,9 +147,9 @@ def take_some(
     residual = bucket.residual
     assert residual is not None, "a sparse exchange needs a residual"
     taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm)
+    capacity = taken.capacity = compressor.capacity(k, grad.numel())
     if taken.source is None:
         return taken
-    capacity = compressor.capacity(k, grad.numel())
     out = SelectionBuffers(
         indices=arena.get((bucket.index, "indices"), capacity, torch.uint32),
         values=arena.get((bucket.index, "values"), capacity, torch.float32),

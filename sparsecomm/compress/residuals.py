@@ -37,6 +37,10 @@ class BucketLayout:
         digest = hashlib.blake2b(text, digest_size=8).digest()
         object.__setattr__(self, "hash", int.from_bytes(digest, "little"))
 
+    def __hash__(self) -> int:
+        """Returns the layout hash: cheap, since buckets are looked up at every step."""
+        return self.hash
+
     @classmethod
     def of(cls, named: Sequence[tuple[str, torch.Tensor]]) -> BucketLayout:
         """Builds the layout of parameters in bucket order.
@@ -64,7 +68,7 @@ class ResidualStore:
 
     def __init__(self, what: str = "residual") -> None:
         self._what = what
-        self._flat: dict[tuple[str, ...], torch.Tensor] = {}
+        self._flat: dict[BucketLayout, torch.Tensor] = {}
         self._where: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
         self._pending: dict[str, torch.Tensor] = {}
 
@@ -82,24 +86,26 @@ class ResidualStore:
         Raises:
             StateError: if a loaded residual has another shape than the parameter.
         """
-        flat = self._flat.get(layout.names)
-        if flat is not None and flat.numel() == layout.numel and self._where[layout.names[0]][0] is flat:
-            return flat
+        cached = self._flat.get(layout)
+        if cached is not None:
+            return cached
         self._check_pending(layout)
         flat = torch.zeros(layout.numel, dtype=torch.float32)
         offset = 0
         for i, name in enumerate(layout.names):
-            n = torch.Size(layout.shapes[i]).numel()
-            here = flat[offset : offset + n]
+            here = _shaped(flat, offset, layout, i)
             if name in self._pending:
-                _shaped(flat, offset, layout, i).copy_(self._pending.pop(name))
+                here.copy_(self._pending.pop(name))
             elif name in self._where:
-                source, start, _, _ = self._where[name]
-                here.copy_(source[start : start + n])
+                here.copy_(_shaped(*self._where[name]))
+            offset += torch.Size(layout.shapes[i]).numel()
+        moved = {id(self._where[name][0]) for name in layout.names if name in self._where}
+        self._flat = {k: v for k, v in self._flat.items() if id(v) not in moved}
+        offset = 0
+        for i, name in enumerate(layout.names):
             self._where[name] = (flat, offset, layout, i)
-            offset += n
-        self._flat[layout.names] = flat
-        self._drop_unreferenced()
+            offset += torch.Size(layout.shapes[i]).numel()
+        self._flat[layout] = flat
         return flat
 
     def _check_pending(self, layout: BucketLayout) -> None:
@@ -110,10 +116,6 @@ class ResidualStore:
                     f"{self._what} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, "
                     f"the parameter has {shape}"
                 )
-
-    def _drop_unreferenced(self) -> None:
-        live = {id(flat) for flat, _, _, _ in self._where.values()}
-        self._flat = {k: f for k, f in self._flat.items() if id(f) in live}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns a copy of every residual in its parameter's shape, by name."""

@@ -23,7 +23,7 @@ class ThresholdTopK(SparsifyingCompressor):
     """Top-k with an exact threshold now and then, reused in between.
 
     The count then varies around k: a count above 4k/3 is cut back to the k largest, a count outside
-    [2k/3, 5k/4] nudges the threshold, and one below k/3 makes the next step exact again.
+    [2k/3, 5k/4] nudges the threshold, and one below k/3 or beyond the buffers is selected again, exactly.
 
     Attributes:
         density: k / n, a number in (0, 1], a schedule, or a callable from step to density.
@@ -57,15 +57,13 @@ class ThresholdTopK(SparsifyingCompressor):
         result = kernels.accumulate_select(grad, residual, memory.threshold, out.indices, out.values, scale=scale)
         memory.age += 1
         nnz = result.stored
-        if result.total > result.stored:
+        if result.total > result.stored or nnz < k / 3:
             nnz = self._reselect(residual, k, memory, out, result)
         elif nnz > 4 * k / 3 + _SLACK / 2:
             nnz = kernels.cut_topk(out.indices, out.values, nnz, k, residual)
             memory.threshold = float(out.values[:nnz].abs().min())
         elif nnz > 5 * k / 4:
             memory.threshold *= 1 + _NUDGE
-        elif nnz < k / 3:
-            memory.age = self.interval
         elif nnz < 2 * k / 3:
             memory.threshold *= 1 - _NUDGE
         return Selection(nnz=nnz, nonfinite=result.nonfinite)
@@ -91,7 +89,7 @@ class ThresholdTopK(SparsifyingCompressor):
     def _reselect(
         residual: torch.Tensor, k: int, memory: SelectorMemory, out: SelectionBuffers, first: SelectResult
     ) -> int:
-        """The threshold was far too low: puts everything back and selects exactly from the residual."""
+        """The threshold was far off: puts everything back and selects exactly from the residual."""
         kernels.scatter_add(residual, out.indices[: first.stored], out.values[: first.stored])
         result = kernels.exact_topk(None, residual, k, out.indices, out.values)
         memory.threshold = result.threshold if result.threshold > 0.0 else math.nan

@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
@@ -24,10 +25,11 @@ __all__ = ["Engine"]
 
 _SPINS = 50  # polls before the thread starts to sleep between them
 _FIRST_SLEEP = 20e-6  # seconds
+_WINDOW = 32  # collectives in flight at once; those submitted later wait their turn
 _LAST_SLEEP = 500e-6  # seconds: a bound on the latency that polling adds, low enough not to starve two cores
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Task:
     """A collective, submitted or in flight."""
 
@@ -39,7 +41,15 @@ class _Task:
     channel: Channel | None = None
     steps: CollectiveSteps[Any] | None = None
     deadline: float = math.inf
-    waiting: Sequence[Request] = ()
+    waiting: deque[Request] = field(default_factory=deque)
+
+    def ready(self) -> bool:
+        """Returns whether all it waits for is complete. Stops at the first that is not: any test lets all progress."""
+        while self.waiting:
+            if not self.waiting[0].test():
+                return False
+            self.waiting.popleft()
+        return True
 
 
 @dataclass(slots=True)
@@ -85,7 +95,8 @@ class Engine:
         self.transport = transport
         self.timeout = timeout
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._active: list[_Task] = []
+        self._active: dict[_Task, None] = {}  # in order of submission
+        self._backlog: deque[_Task] = deque()
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
@@ -156,37 +167,41 @@ class Engine:
     def _run(self) -> None:
         spins = 0
         stop = False
-        while not (stop and not self._active):
-            started, stop_seen = self._take_new(block=not self._active and not stop, spins=spins)
-            stop |= stop_seen
-            if self._poll() or started:
-                spins = 0
-            else:
-                spins += 1
+        while not (stop and not self._active and not self._backlog):
+            stop |= self._take_new(block=not self._active and not self._backlog and not stop, spins=spins)
+            moved = self._start_backlog()
+            moved |= self._poll()
+            spins = 0 if moved else spins + 1
         self.transport.close()
 
-    def _take_new(self, *, block: bool, spins: int) -> tuple[bool, bool]:
-        """Starts what was submitted; sleeps on the queue when there is nothing to do.
+    def _take_new(self, *, block: bool, spins: int) -> bool:
+        """Takes over what was submitted; sleeps on the queue when there is nothing to do.
 
         Returns:
-            Whether anything was started, and whether the engine was asked to stop.
+            Whether the engine was asked to stop.
         """
-        started = False
         wait: float | None = None if block else 0.0
         if not block and spins > _SPINS:
             wait = min(_LAST_SLEEP, _FIRST_SLEEP * (1 + (spins - _SPINS) / 8))
         while True:
             try:
-                item = self._queue.get(timeout=wait) if wait != 0.0 else self._queue.get_nowait()
+                task = self._queue.get(timeout=wait) if wait != 0.0 else self._queue.get_nowait()
             except queue.Empty:
                 if wait == 0.0 and spins:
                     time.sleep(0)
-                return started, False
-            if item is None:
-                return started, True
-            self._start(item)
-            started = True
+                return False
+            if task is None:
+                return True
+            self._backlog.append(task)
             wait = 0.0
+
+    def _start_backlog(self) -> bool:
+        """Starts what was submitted, in order, as far as the window allows; returns whether anything was started."""
+        started = False
+        while self._backlog and len(self._active) < _WINDOW:
+            self._start(self._backlog.popleft())
+            started = True
+        return started
 
     def _start(self, task: _Task) -> None:
         if self._broken is not None:
@@ -202,45 +217,48 @@ class Engine:
             task.on_error(error)
             return
         task.deadline = time.monotonic() + self.timeout
-        self._active.append(task)
+        self._active[task] = None
         self._advance(task)
 
     def _poll(self) -> bool:
         """Gives every task in flight a chance; returns whether any moved."""
         moved = False
+        now = time.monotonic()
         for task in list(self._active):
-            if task not in self._active:
-                continue
             try:
-                task.waiting = [r for r in task.waiting if not r.test()]
+                ready = task.ready()
             except Exception as error:
                 self._fail(task, error)
                 return True
-            if not task.waiting:
-                self._advance(task)
+            if ready:
                 moved = True
-            elif time.monotonic() > task.deadline:
+                if not self._advance(task):
+                    return True
+            elif now > task.deadline:
                 self._fail(task, self._timed_out(task))
                 return True
         return moved
 
-    def _advance(self, task: _Task) -> None:
+    def _advance(self, task: _Task) -> bool:
+        """Resumes a task; returns False if that broke the engine."""
         assert task.steps is not None
         try:
-            task.waiting = list(next(task.steps))
+            task.waiting.extend(next(task.steps))
         except StopIteration as stop:
-            self._active.remove(task)
+            del self._active[task]
             task.on_done(stop.value)
         except AgreedError as agreed:
-            self._active.remove(task)
+            del self._active[task]
             task.on_error(agreed.cause)
         except BaseException as error:
             self._fail(task, error)
+            return False
+        return True
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """Fails one task with its cause and all others in flight with a reference to it."""
         self._broken = error
-        victims, self._active = self._active, []
+        victims, self._active = list(self._active), {}
         for victim in victims:
             assert victim.channel is not None
             assert victim.steps is not None

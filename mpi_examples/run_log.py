@@ -1,0 +1,127 @@
+"""What a training run writes down: one JSON file of settings and rows, and the picture drawn from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class LogError(ValueError):
+    """A log cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One step.
+
+    Attributes:
+        step: Updates done so far; row 0 is the model before training.
+        train_loss: Rank 0's own batch, nats per byte, before this update; None in row 0.
+        val_loss: The fixed validation batches, after this update; None where it was not measured.
+        seconds: Cumulative training time on rank 0; evaluation, checkpoints and start-up left out.
+        bytes_sent: Cumulative gradient bytes this rank put on the wire, headers counted.
+        ratio: What a ring allreduce of fp32 would have sent in this step over what was sent; None in row 0.
+    """
+
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    seconds: float
+    bytes_sent: int
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """Settings and rows of one run. ``rows`` grows by one a step."""
+
+    meta: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Short name for tables and legends."""
+        compressor = str(self.meta["compressor"])
+        if compressor == "none":
+            return "dense fp32 (plain DDP)"
+        if compressor == "dense":
+            return "dense (through sparsecomm)"
+        return f"{compressor} {float(self.meta['density']):.3g}".replace("topk", "top-k")
+
+    def evaluated(self) -> list[tuple[Row, float]]:
+        """Rows that carry a validation loss, and that loss."""
+        return [(row, row.val_loss) for row in self.rows if row.val_loss is not None]
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        text = json.dumps({"meta": self.meta, "rows": [asdict(row) for row in self.rows]}, indent=1)
+        replace_file(path, (text + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> RunLog:
+        """Read a file that ``write`` wrote.
+
+        Raises:
+            LogError: It is missing or is no such file.
+        """
+        try:
+            document = json.loads(path.read_text())
+            names = {f.name for f in fields(Row)}
+            rows = [Row(**{k: v for k, v in row.items() if k in names}) for row in document["rows"]]
+            return cls(dict(document["meta"]), rows)
+        except OSError as error:
+            raise LogError(f"cannot read the log {path}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LogError(f"{path} is not a log of train_gpt.py: {error!r}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write through a temporary file beside ``path``, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def plot(logs: Sequence[RunLog], path: Path) -> tuple[Path, Path]:
+    """Draw validation loss against steps, bytes sent (log scale) and training time.
+
+    Args:
+        logs: One curve each.
+        path: The PNG; an SVG of the same name goes beside it.
+
+    Returns:
+        The PNG's and the SVG's paths.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), sharey=True, layout="constrained")
+    titles = ("at equal steps", "at equal bytes", "at equal time")
+    labels = ("step", "bytes sent per rank (MB, log scale)", "training time (s)")
+    for axis, title, label in zip(axes, titles, labels, strict=True):
+        axis.set(title=title, xlabel=label)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0].set_ylabel("validation loss (nats per byte)")
+    axes[1].set_xscale("log")
+    for log, colour, marker in zip(logs, ("#4c4c4c", "#d1495b", "#00798c", "#edae49"), "os^D", strict=False):
+        points = log.evaluated()
+        losses = [loss for _, loss in points]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5, "label": log.label}
+        axes[0].plot([row.step for row, _ in points], losses, **style)
+        sent = [(row.bytes_sent / 1e6, loss) for row, loss in points if row.bytes_sent > 0]
+        axes[1].plot([x for x, _ in sent], [y for _, y in sent], **style)
+        axes[2].plot([row.seconds for row, _ in points], losses, **style)
+    axes[0].legend(frameon=False)
+    vector = path.with_suffix(".svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    figure.savefig(vector)
+    plt.close(figure)
+    return path, vector

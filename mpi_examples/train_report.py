@@ -1,0 +1,93 @@
+"""What rank 0 shows of a training run: a progress bar on a terminal, a line per evaluation elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from run_log import Row
+
+SMOOTHED = 20  # steps the shown loss, speed and ratio are averaged over
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches stdout.
+
+    Open MPI gives every rank a pseudo-terminal even where its own stdout is a file or a pipe, so under it the
+    question goes to the parent process, which is mpirun or its daemon.
+    """
+    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout.isatty()
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
+
+
+class Report:
+    """Shows rows as they are made; every method is a no-op on ranks other than 0."""
+
+    def __init__(self, *, rank: int, steps: int, tokens_per_step: int, progress: str) -> None:
+        """Prepare.
+
+        Args:
+            rank: This rank.
+            steps: The bar's length.
+            tokens_per_step: Of all ranks together.
+            progress: "on" draws the bar whatever stdout is, "auto" on a terminal only, "off" never.
+        """
+        self._speaks = rank == 0
+        self._tokens = tokens_per_step
+        self._steps = steps
+        bar = self._speaks and (progress == "on" or (progress == "auto" and on_terminal()))
+        self._console = Console(force_terminal=bar, highlight=False)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if bar:
+            text = TextColumn("loss {task.fields[loss]}  {task.fields[speed]}  {task.fields[ratio]}")
+            columns = (
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(24),
+                text,
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console, refresh_per_second=4)
+            self._task = self._bar.add_task("", total=steps, loss="-", speed="", ratio="")
+
+    def __enter__(self) -> Report:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if self._speaks:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    def show(self, rows: list[Row]) -> None:
+        """Show the newest row."""
+        if not self._speaks:
+            return
+        row = rows[-1]
+        recent = rows[-SMOOTHED - 1 :]
+        losses = [r.train_loss for r in recent if r.train_loss is not None]
+        loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
+        elapsed = recent[-1].seconds - recent[0].seconds
+        speed = f"{(len(recent) - 1) * self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
+        ratio = f"{row.ratio:.1f}x smaller" if row.ratio is not None else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row.step, loss=loss, speed=speed, ratio=ratio)
+        elif row.val_loss is not None:
+            self.say(
+                f"step {row.step:5d}/{self._steps}  validation {row.val_loss:.4f}  training {loss}  "
+                f"{speed}  {row.bytes_sent / 1e6:.2f} MB sent  {ratio}"
+            )

@@ -1,0 +1,228 @@
+"""train_gpt.py end to end, as a user starts it, and its parts in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import demo
+import gpt_checkpoint
+import gpt_data
+import gpt_model
+import gpt_options
+import pytest
+import torch
+
+SCRIPT = demo.HERE / "train_gpt.py"
+TINY = ("--size", "tiny", "--batch", "2", "--block", "32", "--eval-every", "5", "--progress", "off")
+SPARSE = (*TINY, "--steps", "10", "--density", "0.01", "--warmup-steps", "3", "--collective", "allgather")
+
+
+def launch(*flags: str | Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    """Run the example; ranks 0 means plain python without a launcher."""
+    mpirun = demo.find_mpirun()
+    if ranks and mpirun is None:
+        pytest.skip("no mpirun on this machine")
+    launcher = demo.launch_line(mpirun, ranks) if ranks and mpirun else []
+    command = [*launcher, sys.executable, str(SCRIPT), *map(str, flags)]
+    environment = demo.launch_environment()
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of ten steps that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = (*SPARSE, "--out", folder / "out", "--log", folder / "log.json", "--plot", folder / "loss.png")
+    return folder, launch(*flags, ranks=2)
+
+
+def test_topk_end_to_end(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = whole
+    assert done.returncode == 0, done.stderr
+    assert "replicas agree" in done.stdout
+    assert done.stdout.count("replicas") == 1, "only rank 0 prints"
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "loss.svg").read_text()
+
+    log = read(folder / "log.json")
+    meta, rows = log["meta"], log["rows"]
+    assert meta["world_size"] == 2
+    assert meta["density"] == 0.01
+    assert meta["dense_bytes_per_step"] == 4 * meta["parameters"]  # 2 * 4 * n * (P - 1) / P
+    assert set(meta["versions"]) == {"python", "torch", "sparsecomm"}
+    assert [row["step"] for row in rows] == list(range(11))
+    assert all(set(row) == set(rows[0]) for row in rows)
+    assert all(math.isfinite(row["train_loss"]) for row in rows[1:])
+    assert rows[0]["val_loss"] > rows[-1]["val_loss"] > 1.0
+    assert all(a["bytes_sent"] < b["bytes_sent"] for a, b in pairwise(rows))
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(rows))
+    assert rows[1]["ratio"] < 15  # a quarter of the gradient
+    assert all(row["ratio"] > 100 for row in rows[4:])  # 1%, 16-bit values, headers counted
+
+
+def test_resumed_run_is_the_uninterrupted_one(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, done = whole
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    flags = (*SPARSE, "--out", out, "--log", tmp_path / "log.json")
+    first = launch(*flags, "--stop-after", "5", ranks=2)
+    assert first.returncode == 0, first.stderr
+    second = launch(*flags, "--resume", ranks=2)
+    assert second.returncode == 0, second.stderr
+    assert "resumed at step 5" in second.stdout
+
+    for part in ("model.pt", "rank0.pt", "rank1.pt"):
+        ours, theirs = (_load(f / "step-00000010" / part) for f in (out, folder / "out"))
+        assert_same(ours, theirs, part)
+    residuals = [_load(out / "step-00000010" / f"rank{r}.pt")["comm"] for r in (0, 1)]
+    tensors = [v for v in residuals[0].values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    assert any(bool(v.abs().max() > 0) for v in tensors), "the residual was really there"
+    assert [p.name for p in out.glob("step-*")] == ["step-00000010"], "older checkpoints are dropped"
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read(path)["rows"]]
+        for path in (tmp_path / "log.json", folder / "log.json")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    content.pop("meta", None)  # names folders
+    content.pop("rows", None)  # compared without their seconds
+    return content
+
+
+def assert_same(ours: Any, theirs: Any, where: str) -> None:
+    """Equal to the bit, however deep."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(a, b, f"{where}/{i}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def test_resume_refuses_other_settings_and_a_full_folder(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = whole
+    assert done.returncode == 0, done.stderr
+    other = launch(*SPARSE, "--density", "0.02", "--out", folder / "out", "--resume", ranks=2)
+    assert other.returncode == 2
+    assert other.stderr.count("train_gpt.py: error") == 1
+    assert "cannot resume: density was 0.01" in other.stderr
+    assert "is 0.02 now" in other.stderr
+    again = launch(*SPARSE, "--out", folder / "out", ranks=0)
+    assert again.returncode == 2
+    assert "--resume it, or name another --out" in again.stderr
+    fewer = launch(*SPARSE, "--out", folder / "out", "--resume", ranks=0)
+    assert fewer.returncode == 2
+    assert "world_size was 2" in fewer.stderr
+
+
+def test_text_file_and_plain_python(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    log = tmp_path / "log.json"
+    done = launch(*TINY, "--compressor", "dense", "--steps", "3", "--text", text, "--log", log, ranks=0)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 1" in done.stdout
+    meta = read(log)["meta"]
+    assert meta["text"] == str(text)
+    assert meta["world_size"] == 1
+    assert read(log)["rows"][-1]["val_loss"] < read(log)["rows"][0]["val_loss"]
+
+
+def test_missing_text_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
+    done = launch(*TINY, "--text", tmp_path / "nowhere.txt", ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.count("train_gpt.py: error") == 1
+    assert "cannot read --text" in done.stderr
+    assert "nowhere.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--density", "0"], "0 is not in (0, 1]"),
+        (["--density", "1.5"], "1.5 is not in (0, 1]"),
+        (["--density", "nan"], "nan is not in (0, 1]"),
+        (["--density", "much"], "--density"),
+        (["--compressor", "zip"], "invalid choice: 'zip'"),
+        (["--steps", "0"], "0 is not a positive number"),
+        (["--lr", "inf"], "inf is not a positive number"),
+        (["--beta1", "1"], "1 is not in [0, 1)"),
+        (["--seed", "-1"], "-1 is negative"),
+        (["--warmup-densities", ".25,2"], "2 is not in (0, 1]"),
+        (["--warmup-steps", "4"], "4 is no multiple of its 3 densities"),
+        (["--warmup-steps", "9", "--steps", "6"], "more than --steps 6"),
+        (["--warmup-steps", "3", "--compressor", "none"], "no meaning with --compressor none"),
+        (["--resume"], "need --out DIR"),
+        (["--dens", "0.1"], "unrecognized arguments: --dens"),
+    ],
+)
+def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        gpt_options.parse(flags, "")
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unusable_texts(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(gpt_data.DataError, match=r"too short: 9 training and 0 validation bytes.*--block 64"):
+        gpt_data.load_corpus(str(short), 64)
+    with pytest.raises(gpt_data.DataError, match="cannot read --text"):
+        gpt_data.load_corpus(str(tmp_path), 64)
+
+
+def test_batches_are_a_function_of_seed_rank_and_step() -> None:
+    corpus = gpt_data.load_corpus(None, 64)
+    assert len(corpus.train) > 10 * len(corpus.val) > 1_000_000
+
+    def batch(seed: int, rank: int, step: int) -> torch.Tensor:
+        return gpt_data.training_batch(corpus, seed=seed, rank=rank, step=step, batch=4, block=64)[0]
+
+    assert torch.equal(batch(1, 2, 3), batch(1, 2, 3))
+    assert len({batch(*key).numpy().tobytes() for key in [(1, 2, 3), (0, 2, 3), (1, 1, 3), (1, 2, 4)]}) == 4
+    inputs, targets = gpt_data.validation_batches(corpus, 64)[-1]
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [("tiny", 0.7, 1.0), ("demo", 3.0, 3.5), ("25m", 25.0, 27.0)])
+def test_sizes(size: str, low: float, high: float) -> None:
+    assert low < gpt_model.count_parameters(gpt_model.build(size, 64, 0)) / 1e6 < high
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(gpt_checkpoint.CheckpointError, match="holds no checkpoint"):
+        gpt_checkpoint.load(tmp_path, rank=0)
+    target = tmp_path / "step-00000001"
+    target.mkdir()
+    (tmp_path / "latest").write_text(target.name)
+    with pytest.raises(gpt_checkpoint.CheckpointError, match=r"model\.pt is missing"):
+        gpt_checkpoint.load(tmp_path, rank=0)
+    (target / "model.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(gpt_checkpoint.CheckpointError, match=r"model\.pt is damaged"):
+        gpt_checkpoint.load(tmp_path, rank=0)

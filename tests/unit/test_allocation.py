@@ -1,0 +1,123 @@
+"""Buffers are reused: after warm-up a step allocates nothing that grows with n."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+import torch
+from helpers import Cluster, gradient, plan
+from torch.profiler import ProfilerActivity, profile
+
+from sparsecomm.arena import Arena
+from sparsecomm.compress import Compressor, Dense, ThresholdTopK, TopK
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import ValueCodec
+
+N = 20_000
+COMPRESSORS = [TopK(0.01), ThresholdTopK(0.01), ThresholdTopK(0.01, interval=8), Dense()]
+
+
+def test_the_arena_hands_out_the_same_memory_again() -> None:
+    arena = Arena()
+    first = arena.get("a", 100, torch.float32)
+    first.fill_(3.0)
+    smaller = arena.get("a", 10, torch.float32)
+    assert smaller.shape == (10,)
+    assert bool((smaller == 3.0).all())
+    assert smaller.data_ptr() == first.data_ptr()
+    assert arena.allocations == 1
+
+
+def test_the_arena_grows_with_headroom_and_counts_bytes() -> None:
+    arena = Arena()
+    arena.get("a", 1000, torch.float32)
+    assert arena.allocations == 1
+    assert arena.allocated_bytes >= 4 * 1000
+    arena.get("a", 1200, torch.float32)
+    assert arena.allocations == 1, "a little more must fit"
+    arena.get("a", 10_000, torch.float32)
+    arena.get("b", 10, torch.uint8)
+    assert arena.allocations == 3
+    assert 40_010 <= arena.allocated_bytes <= 2 * 40_010
+    arena.clear()
+    assert arena.allocated_bytes == 0
+
+
+def test_keys_and_dtypes_do_not_share_memory() -> None:
+    arena = Arena()
+    buffers = [arena.get("a", 4, torch.float32), arena.get("a", 4, torch.uint8), arena.get(("a", 1), 4, torch.float32)]
+    assert len({b.data_ptr() for b in buffers}) == 3
+
+
+def test_the_arena_gives_empty_tensors() -> None:
+    assert Arena().get("none", 0, torch.uint32).numel() == 0
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_arena_stops_growing_after_warm_up(compressor: Compressor, size: int) -> None:
+    cluster = Cluster(size, N)
+
+    def step(number: int) -> None:
+        grads = [gradient("normal", N, torch.float32, 100 * number + r) * (1 + r) for r in range(size)]
+        cluster.step(
+            grads, plan(N, compressor=compressor, dense=compressor.is_dense, step=number, value_codec=ValueCodec.FP16)
+        )
+
+    for number in range(10):
+        step(number)
+    warm = [a.allocations for a in cluster.arenas]
+    for number in range(10, 60):
+        step(number)
+    assert [a.allocations for a in cluster.arenas] == warm
+
+
+def test_the_arena_stops_growing_even_if_payloads_vary_as_much_as_the_compressor_allows() -> None:
+    """The count of a reused threshold may drift up to the cut at 4k/3; buffers must have been sized for that."""
+    cluster = Cluster(2, N)
+    how = ThresholdTopK(0.05, interval=1000)
+    scale, sent = 1.0, []
+    warm: list[int] = []
+    for number in range(60):
+        scale *= 0.9 if number < 10 else 1.05
+        grads = [gradient("normal", N, torch.float32, 100 * number + r) * scale for r in range(2)]
+        reports = cluster.step(grads, plan(N, compressor=how, step=number, value_codec=ValueCodec.FP16))
+        sent.append(reports[0].nnz)
+        if number == 9:
+            warm = [a.allocations for a in cluster.arenas]
+    assert max(sent[10:]) > 1.3 * max(sent[:10]), "the test must make payloads grow"
+    assert [a.allocations for a in cluster.arenas] == warm
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
+    compressor: Compressor, dtype: torch.dtype
+) -> None:
+    """Everything but the virtual network's copies: a world of one, through the whole of `exchange`."""
+    if kernels.current_path() == "reference":
+        pytest.skip("the reference kernels may allocate")
+    cluster = Cluster(1, N)
+    grads = [gradient("normal", N, dtype, step) for step in range(8)]
+
+    def step(number: int) -> None:
+        cluster.step([grads[number]], plan(N, compressor=compressor, dense=compressor.is_dense, step=number))
+
+    for number in range(4):
+        step(number)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(4)
+        step(5)
+    largest = max((e.cpu_memory_usage for e in profiler.events()), default=0)
+    assert largest < N // 10, f"torch allocated {largest} bytes in one operation"
+    tracemalloc.start()
+    try:
+        step(6)
+        tracemalloc.reset_peak()
+        held = tracemalloc.get_traced_memory()[0]
+        step(7)
+        peak = tracemalloc.get_traced_memory()[1] - held
+    finally:
+        tracemalloc.stop()
+    assert peak < N, f"python and numpy allocated {peak} bytes in one step"

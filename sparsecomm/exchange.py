@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
-from time import perf_counter
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +24,7 @@ from sparsecomm.collectives import agree, allgather_bodies, dense_ring_bytes, ri
 from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_all, take_some
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
+from sparsecomm.trace import Stage
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
@@ -63,6 +63,7 @@ class Plan:
         grad_scale: what gradients arrive multiplied by (a GradScaler's scale); residuals are in unscaled units.
         held: spans of parameters that this rank did not use in this step; their memory stays as it is.
         clip_norm: norm that this bucket's gradient is clipped to by momentum correction; None for none.
+        profiled: whether torch.profiler is running.
     """
 
     step: int
@@ -75,6 +76,33 @@ class Plan:
     grad_scale: float = 1.0
     held: tuple[tuple[int, int], ...] = ()
     clip_norm: float | None = None
+    profiled: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    """One exchange in progress: what `exchange` was given, and its report."""
+
+    channel: Channel
+    bucket: Bucket
+    grad: torch.Tensor
+    plan: Plan
+    arena: Arena
+    report: BucketReport
+
+    def stage(self, name: str) -> Stage:
+        return Stage(name, self.report, profiled=self.plan.profiled and name != "wait")
+
+    def header(self) -> Header:
+        """Returns this exchange's header, nothing of the content in it yet."""
+        plan = self.plan
+        header = blank_header(
+            self.channel.rank, self.channel.size, self.bucket.index, plan.step, self.grad.numel(), plan.collective
+        )
+        header.layout_hash = self.bucket.layout.hash
+        if self.report.nonfinite:
+            header.flags = FLAG_NONFINITE
+        return header
 
 
 def exchange(
@@ -99,10 +127,11 @@ def exchange(
     """
     report = BucketReport(bucket=bucket.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
+    job = _Job(channel, bucket, grad, plan, arena, report)
     if plan.collective == CollectiveKind.DENSE:
-        yield from _exchange_dense(channel, bucket, grad, plan, arena, report)
+        yield from _exchange_dense(job)
     else:
-        yield from _exchange_sparse(channel, bucket, grad, plan, arena, report)
+        yield from _exchange_sparse(job)
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report
@@ -127,11 +156,13 @@ def report_failure(channel: Channel, header: Header, cause: BaseException, arena
     raise AgreedError(cause)
 
 
-def blank_header(rank: int, world: int, bucket: int, step: int, numel: int) -> Header:
+def blank_header(
+    rank: int, world: int, bucket: int, step: int, numel: int, collective: CollectiveKind = CollectiveKind.DENSE
+) -> Header:
     """Returns a header that says which exchange it is and nothing of its content yet."""
     return Header(
         flags=0,
-        collective=CollectiveKind.DENSE,
+        collective=collective,
         value_codec=ValueCodec.FP32,
         index_codec=IndexCodec.RAW,
         rank=rank,
@@ -146,165 +177,145 @@ def blank_header(rank: int, world: int, bucket: int, step: int, numel: int) -> H
     )
 
 
-def _exchange_sparse(
-    channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena, report: BucketReport
-) -> CollectiveSteps[None]:
+def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
+    channel, grad, plan, arena, report = job.channel, job.grad, job.plan, job.arena, job.report
     taken: Taken | None = None
     try:
-        start = perf_counter()
-        taken = take_some(
-            bucket,
-            grad,
-            plan.compressor,
-            plan.k,
-            plan.feedback,
-            arena,
-            scale=1.0 / plan.grad_scale,
-            held=plan.held,
-            clip_norm=plan.clip_norm,
-        )
-        report.nnz, report.nonfinite = taken.values.numel(), taken.nonfinite
-        report.select_seconds = perf_counter() - start
-        header, payload, most = _encode(_blank(channel, bucket, grad, plan, report), taken, plan, arena, report)
+        with job.stage("select"):
+            taken = take_some(
+                job.bucket,
+                grad,
+                plan.compressor,
+                plan.k,
+                plan.feedback,
+                arena,
+                scale=1.0 / plan.grad_scale,
+                held=plan.held,
+                clip_norm=plan.clip_norm,
+            )
+            report.nnz, report.nonfinite = taken.values.numel(), taken.nonfinite
+        with job.stage("encode"):
+            header, payload, most = _encode(job, taken)
     except Exception as error:
         if taken is not None:
             taken.undo()
-        yield from report_failure(channel, _blank(channel, bucket, grad, plan, report), error, arena)
+        yield from report_failure(channel, job.header(), error, arena)
         raise  # not reached: the line above raises what all ranks now know
     try:
-        start = perf_counter()
-        headers = yield from agree(channel, payload, arena, bucket.index)
-        if any(h.flags & FLAG_NONFINITE for h in headers):
-            taken.undo()
-            grad.fill_(math.nan)
-            return
-        mine = payload[HEADER_BYTES : HEADER_BYTES + header.body_bytes]
-        lengths = [h.body_bytes for h in headers]
-        bodies = yield from allgather_bodies(channel, mine, lengths, arena, bucket.index, reserve=most - HEADER_BYTES)
-        report.wait_seconds = perf_counter() - start
-        parts = _decode(headers, bodies, taken.capacity, arena, report)
+        with job.stage("wait"):
+            headers = yield from agree(channel, payload, arena, job.bucket.index)
+            if any(h.flags & FLAG_NONFINITE for h in headers):
+                taken.undo()
+                grad.fill_(math.nan)
+                return
+            mine = payload[HEADER_BYTES : HEADER_BYTES + header.body_bytes]
+            lengths = [h.body_bytes for h in headers]
+            reserve = most - HEADER_BYTES
+            bodies = yield from allgather_bodies(channel, mine, lengths, arena, job.bucket.index, reserve=reserve)
+        with job.stage("apply"):
+            parts = _decode(headers, bodies, taken.capacity, arena, job.bucket.index)
     except BaseException:
         taken.undo()
         raise
-    start = perf_counter()
-    scale = plan.grad_scale / channel.size
-    if grad.dtype == torch.float16:
-        average = arena.get((bucket.index, "work"), grad.numel(), torch.float32)
-        kernels.scatter_reduce(average, parts, scale=scale)
-        _keep_if_in_range(taken, average)
-    else:
-        kernels.scatter_reduce(grad, parts, scale=scale)
-        taken.commit()
-    report.apply_seconds += perf_counter() - start
+    with job.stage("apply"):
+        scale = plan.grad_scale / channel.size
+        if grad.dtype == torch.float16:
+            average = arena.get((job.bucket.index, "work"), grad.numel(), torch.float32)
+            kernels.scatter_reduce(average, parts, scale=scale)
+            _keep_if_in_range(taken, average)
+        else:
+            kernels.scatter_reduce(grad, parts, scale=scale)
+            taken.commit()
 
 
-def _keep_if_in_range(taken: Taken, average: torch.Tensor) -> bool:
-    """Writes the average into a float16 bucket, unless it overflows there: the optimizer then skips the step.
-
-    All ranks hold the same average and decide alike.
-
-    Returns:
-        Whether the step is kept.
-    """
-    low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
-    if not (low >= -_HALF_MAX and high <= _HALF_MAX):
-        taken.undo()
-        taken.grad.fill_(math.nan)
-        return False
-    taken.grad.copy_(average)
-    taken.commit()
-    return True
-
-
-def _encode(
-    blank: Header, taken: Taken, plan: Plan, arena: Arena, report: BucketReport
-) -> tuple[Header, torch.Tensor, int]:
+def _encode(job: _Job, taken: Taken) -> tuple[Header, torch.Tensor, int]:
     """Step 3: writes the payload and gives the residual what rounding drops.
 
     Returns:
         The header, the payload, and the bytes that a payload may grow to when more is selected in a later step.
     """
-    start = perf_counter()
-    indices, values = taken.indices, taken.values
-    nnz, numel = values.numel(), blank.numel
-    codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
-    most = max_payload_bytes(codec, plan.value_codec, max(nnz, taken.capacity), numel)
-    payload = arena.get((blank.bucket, "payload"), most, torch.uint8)
-    error = arena.get((blank.bucket, "error"), nnz, torch.float32, reserve=taken.capacity)
-    header = encode_payload(replace(blank, index_codec=codec), indices, values, payload, error)
-    if plan.value_codec != ValueCodec.FP32 and taken.bucket.residual is not None:
-        kernels.scatter_add(taken.bucket.residual, indices, error)
-    report.encode_seconds = perf_counter() - start
+    plan, arena, bucket = job.plan, job.arena, job.bucket
+    nnz, numel = taken.values.numel(), job.grad.numel()
+    header = job.header()
+    header.value_codec = plan.value_codec
+    header.index_codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
+    # Index bytes need not grow with nnz (no gaps are left when all is sent), so both ends are asked.
+    sizes = (nnz, max(nnz, taken.capacity))
+    most = max(max_payload_bytes(header.index_codec, plan.value_codec, size, numel) for size in sizes)
+    payload = arena.get((bucket.index, "payload"), most, torch.uint8)
+    error = arena.get((bucket.index, "error"), nnz, torch.float32, reserve=taken.capacity)
+    encode_payload(header, taken.indices, taken.values, payload, error)
+    if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
+        kernels.scatter_add(bucket.residual, taken.indices, error)
     return header, payload, most
 
 
 def _decode(
-    headers: list[Header], bodies: list[torch.Tensor], capacity: int, arena: Arena, report: BucketReport
+    headers: list[Header], bodies: list[torch.Tensor], capacity: int, arena: Arena, key: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Step 5: decodes and checks every rank's payload; nothing is applied yet."""
-    start = perf_counter()
     total, most = sum(h.nnz for h in headers), capacity * len(headers)
-    indices = arena.get((report.bucket, "all indices"), total, torch.uint32, reserve=most)
-    values = arena.get((report.bucket, "all values"), total, torch.float32, reserve=most)
+    indices = arena.get((key, "all indices"), total, torch.uint32, reserve=most)
+    values = arena.get((key, "all values"), total, torch.float32, reserve=most)
     parts, offset = [], 0
     for header, body in zip(headers, bodies, strict=True):
         part = (indices[offset : offset + header.nnz], values[offset : offset + header.nnz])
         decode_body(header, body, *part)
         parts.append(part)
         offset += header.nnz
-    report.apply_seconds = perf_counter() - start
     return parts
 
 
-def _exchange_dense(
-    channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena, report: BucketReport
-) -> CollectiveSteps[None]:
+def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
     """Sends everything, the residual included, as float32 around a ring."""
-    residual, numel = bucket.residual, grad.numel()
-    start = perf_counter()
-    unscale = 1.0 / plan.grad_scale
-    taken = take_all(bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm)
-    report.nnz, report.nonfinite = numel, taken.nonfinite
-    report.select_seconds = perf_counter() - start
+    channel, grad, plan, arena, report = job.channel, job.grad, job.plan, job.arena, job.report
+    residual, key = job.bucket.residual, job.bucket.index
+    with job.stage("select"):
+        unscale = 1.0 / plan.grad_scale
+        taken = take_all(
+            job.bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm
+        )
+        report.nnz, report.nonfinite = grad.numel(), taken.nonfinite
     work, summing = grad, False
     try:
-        start = perf_counter()
-        payload = arena.get((bucket.index, "payload"), HEADER_BYTES, torch.uint8)
-        write_header(_blank(channel, bucket, grad, plan, report), payload)
-        headers = yield from agree(channel, payload, arena, bucket.index)
-        if any(h.flags & FLAG_NONFINITE for h in headers):
-            taken.undo()
-            grad.fill_(math.nan)
-            return
-        if residual is not None or grad.dtype != torch.float32:
-            # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
-            work = arena.get((bucket.index, "work"), numel, torch.float32)
-            work.copy_(grad if residual is None else residual)
-        summing = True
-        yield from ring_allreduce(channel, work, arena, bucket.index)
-        report.wait_seconds = perf_counter() - start
+        with job.stage("wait"):
+            payload = arena.get((key, "payload"), HEADER_BYTES, torch.uint8)
+            write_header(job.header(), payload)
+            headers = yield from agree(channel, payload, arena, key)
+            if any(h.flags & FLAG_NONFINITE for h in headers):
+                taken.undo()
+                grad.fill_(math.nan)
+                return
+            if residual is not None or grad.dtype != torch.float32:
+                # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
+                work = arena.get((key, "work"), grad.numel(), torch.float32)
+                work.copy_(grad if residual is None else residual)
+            summing = True
+            yield from ring_allreduce(channel, work, arena, key)
     except BaseException:
         taken.undo()
         if summing and work is grad:
             grad.fill_(math.nan)  # summed in place: half a sum must not pass for a gradient
         raise
-    start = perf_counter()
-    work.mul_((plan.grad_scale if residual is not None else 1.0) / channel.size)
-    if grad.dtype == torch.float16:
-        _keep_if_in_range(taken, work)
-    else:
-        if work is not grad:
-            grad.copy_(work)
-        taken.commit()
-    report.apply_seconds += perf_counter() - start
+    with job.stage("apply"):
+        work.mul_((plan.grad_scale if residual is not None else 1.0) / channel.size)
+        if grad.dtype == torch.float16:
+            _keep_if_in_range(taken, work)
+        else:
+            if work is not grad:
+                grad.copy_(work)
+            taken.commit()
 
 
-def _blank(channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, report: BucketReport) -> Header:
-    """Returns the header of an exchange before anything is encoded."""
-    return replace(
-        blank_header(channel.rank, channel.size, bucket.index, plan.step, grad.numel()),
-        flags=FLAG_NONFINITE if report.nonfinite else 0,
-        collective=plan.collective,
-        value_codec=ValueCodec.FP32 if plan.collective == CollectiveKind.DENSE else plan.value_codec,
-        layout_hash=bucket.layout.hash,
-    )
+def _keep_if_in_range(taken: Taken, average: torch.Tensor) -> None:
+    """Writes the average into a float16 bucket, unless it overflows there: the optimizer then skips the step.
+
+    All ranks hold the same average and decide alike.
+    """
+    low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
+    if not (low >= -_HALF_MAX and high <= _HALF_MAX):
+        taken.undo()
+        taken.grad.fill_(math.nan)
+        return
+    taken.grad.copy_(average)
+    taken.commit()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sparsecomm.errors import ConfigError, LaunchError
 from sparsecomm.launch import torch_dist
 from sparsecomm.launch.detect import Launch, detect
+from sparsecomm.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, SoloTransport, Transport
 
 __all__ = ["World", "default_timeout", "init", "is_initialized", "shutdown", "world"]
@@ -124,6 +125,7 @@ def init(*, timeout: float | None = None) -> World:
     engine = Engine(transport, timeout=limit)
     _owned.world = World(transport.rank, transport.size, local_rank, local_size, launch.launcher, engine)
     _owned.pid = os.getpid()
+    open_timeline(transport.rank)
     _install_excepthook(transport)
     atexit.register(shutdown)
     return _owned.world
@@ -152,6 +154,7 @@ def shutdown() -> None:
         return
     _owned.world = None
     finished = made.engine.close()
+    close_timeline()
     if _owned.old_hook is not None:
         sys.excepthook = _owned.old_hook
     if not finished:

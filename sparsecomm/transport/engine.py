@@ -7,6 +7,7 @@ other, and timeouts and failures surface in one place.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
@@ -52,29 +53,37 @@ class _Task:
         return True
 
 
-@dataclass(slots=True)
 class _Group:
-    """Ranks that communicate, and how many collectives they have started: their tags come from both."""
+    """Ranks that communicate, and how many collectives they have started: their tags come from both.
 
-    transport: Transport
-    first_tag: int
-    tags: int
-    started: int = 0
+    Every group has its own range of tags; a clash of two ranges would be seen as a mismatch of headers. It has its own
+    window and backlog too, since only within a group do all ranks submit in the same order.
+    """
+
+    def __init__(self, world: Transport, ranks: tuple[int, ...] | None) -> None:
+        self._world = world
+        self._ranks = ranks
+        self._transport: Transport | None = None
+        self._started = 0
+        self.in_flight = 0
+        self.backlog: deque[_Task] = deque()
 
     def open_channel(self) -> Channel:
-        self.started += 1
-        return Channel(self.transport, self.first_tag + self.started % self.tags)
+        """Returns the channel of the next collective.
 
-
-def _make_group(world: Transport, ranks: tuple[int, ...] | None) -> _Group:
-    """Gives every group of ranks its own range of tags; a clash of two ranges would be seen as a mismatch."""
-    tag_bits = min(world.max_tag.bit_length() - 1, 30)
-    group_bits = tag_bits * 2 // 5
-    tags = 1 << (tag_bits - group_bits)
-    if ranks is None:
-        return _Group(world, 0, tags)
-    slot = 1 + zlib.crc32(repr(ranks).encode()) % ((1 << group_bits) - 1)
-    return _Group(GroupTransport(world, ranks), slot * tags, tags)
+        Raises:
+            TransportError: if these ranks cannot be a group.
+        """
+        tag_bits = min(self._world.max_tag.bit_length() - 1, 30)
+        group_bits = tag_bits * 2 // 5
+        tags = 1 << (tag_bits - group_bits)
+        slot = 0
+        if self._transport is None:
+            self._transport = self._world if self._ranks is None else GroupTransport(self._world, self._ranks)
+        if self._ranks is not None:
+            slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
+        self._started += 1
+        return Channel(self._transport, slot * tags + self._started % tags)
 
 
 class Engine:
@@ -95,8 +104,8 @@ class Engine:
         self.transport = transport
         self.timeout = timeout
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._active: dict[_Task, None] = {}  # in order of submission
-        self._backlog: deque[_Task] = deque()
+        self._active: dict[_Task, _Group] = {}  # in order of submission
+        self._waiting = 0  # submitted, not yet started
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
@@ -167,8 +176,8 @@ class Engine:
     def _run(self) -> None:
         spins = 0
         stop = False
-        while not (stop and not self._active and not self._backlog):
-            stop |= self._take_new(block=not self._active and not self._backlog and not stop, spins=spins)
+        while not (stop and not self._active and not self._waiting):
+            stop |= self._take_new(block=not self._active and not self._waiting and not stop, spins=spins)
             moved = self._start_backlog()
             moved |= self._poll()
             spins = 0 if moved else spins + 1
@@ -192,33 +201,42 @@ class Engine:
                 return False
             if task is None:
                 return True
-            self._backlog.append(task)
+            if task.group not in self._groups:
+                self._groups[task.group] = _Group(self.transport, task.group)
+            self._groups[task.group].backlog.append(task)
+            self._waiting += 1
             wait = 0.0
 
     def _start_backlog(self) -> bool:
-        """Starts what was submitted, in order, as far as the window allows; returns whether anything was started."""
+        """Starts what was submitted, in order, as far as each group's window allows; returns whether any was."""
         started = False
-        while self._backlog and len(self._active) < _WINDOW:
-            self._start(self._backlog.popleft())
+        while self._waiting:
+            ready = [g for g in self._groups.values() if g.backlog and g.in_flight < _WINDOW]
+            if not ready:
+                break
+            for group in ready:
+                self._waiting -= 1
+                self._start(group.backlog.popleft(), group)
             started = True
         return started
 
-    def _start(self, task: _Task) -> None:
+    def _start(self, task: _Task, group: _Group) -> None:
         if self._broken is not None:
-            task.on_error(self._after_failure(task.label))
+            self._call(task.on_error, self._after_failure(task.label), task.label)
             return
+        group.in_flight += 1
+        self._active[task] = group
+        task.deadline = time.monotonic() + self.timeout
         try:
-            if task.group not in self._groups:
-                self._groups[task.group] = _make_group(self.transport, task.group)
-            task.channel = self._groups[task.group].open_channel()
+            task.channel = group.open_channel()
             task.steps = task.make(task.channel)
         except BaseException as error:
-            self._broken = error
-            task.on_error(error)
+            self._fail(task, error)
             return
-        task.deadline = time.monotonic() + self.timeout
-        self._active[task] = None
         self._advance(task)
+
+    def _leave(self, task: _Task) -> None:
+        self._active.pop(task).in_flight -= 1
 
     def _poll(self) -> bool:
         """Gives every task in flight a chance; returns whether any moved."""
@@ -245,11 +263,11 @@ class Engine:
         try:
             task.waiting.extend(next(task.steps))
         except StopIteration as stop:
-            del self._active[task]
-            task.on_done(stop.value)
+            self._leave(task)
+            self._call(task.on_done, stop.value, task.label)
         except AgreedError as agreed:
-            del self._active[task]
-            task.on_error(agreed.cause)
+            self._leave(task)
+            self._call(task.on_error, agreed.cause, task.label)
         except BaseException as error:
             self._fail(task, error)
             return False
@@ -258,14 +276,25 @@ class Engine:
     def _fail(self, task: _Task, error: BaseException) -> None:
         """Fails one task with its cause and all others in flight with a reference to it."""
         self._broken = error
-        victims, self._active = list(self._active), {}
-        for victim in victims:
-            assert victim.channel is not None
-            assert victim.steps is not None
-            for request in victim.channel.pending:
-                request.cancel()
-            victim.steps.close()
-            victim.on_error(error if victim is task else self._after_failure(victim.label))
+        for victim in list(self._active):
+            self._leave(victim)
+            # Closing lets a collective undo what it did. An error in that must not leave others waiting.
+            for request in victim.channel.pending if victim.channel is not None else ():
+                with contextlib.suppress(Exception):
+                    request.cancel()
+            if victim.steps is not None:
+                with contextlib.suppress(Exception):
+                    victim.steps.close()
+            reason = error if victim is task else self._after_failure(victim.label)
+            self._call(victim.on_error, reason, victim.label)
+
+    def _call(self, callback: Callable[[Any], None], argument: Any, label: str) -> None:
+        """Calls back; an error in that breaks the engine, but does not stop it."""
+        try:
+            callback(argument)
+        except Exception as error:
+            self._broken = TransportError(f"{label}: its callback raised {type(error).__name__}: {error}")
+            self._broken.__cause__ = error
 
     def _after_failure(self, label: str) -> SparseCommError:
         cause = self._broken

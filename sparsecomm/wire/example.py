@@ -31,8 +31,8 @@ def worked_example() -> str:
     indices = torch.tensor([2, 9]).to(torch.uint32)
     values = torch.tensor([1.5, -0.25])
     out = torch.zeros(max_payload_bytes(blank.index_codec, blank.value_codec, 2, 10), dtype=torch.uint8)
-    header = encode_payload(blank, indices, values, out, torch.empty(2))
-    data = bytes(out[: HEADER_BYTES + header.body_bytes].numpy())
+    encode_payload(blank, indices, values, out, torch.empty(2))
+    data = bytes(out[: HEADER_BYTES + blank.body_bytes].numpy())
     return "\n".join(f"{i:3d}  {data[i : i + 16].hex(' ')}" for i in range(0, len(data), 16))
 
 

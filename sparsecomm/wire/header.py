@@ -50,9 +50,9 @@ class CollectiveKind(IntEnum):
     DENSE = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
-    """What a payload says of itself.
+    """What a payload says of itself. Not frozen, since one is made for every exchange and completed as it goes.
 
     Attributes:
         flags: bit set of FLAG_NONFINITE and FLAG_ERROR.
@@ -195,13 +195,13 @@ def _check_sizes(h: Header) -> None:
         raise WireError("nnz", h.nnz, f"more than numel = {h.numel}")
     if not (math.isfinite(h.value_scale) and h.value_scale > 0.0):
         raise WireError("value_scale", h.value_scale, "must be finite and positive")
+    if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0:
+        raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
     if h.flags & FLAG_ERROR:
-        if h.nnz or h.index_bytes or h.value_bytes > MAX_ERROR_BYTES:
-            raise WireError("value_bytes", h.value_bytes, f"an error message has at most {MAX_ERROR_BYTES} bytes")
+        _at_most(h, "an error message", nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
         return
     if h.collective == CollectiveKind.DENSE:
-        if h.nnz or h.body_bytes:
-            raise WireError("nnz", h.nnz, "a dense exchange announces no body")
+        _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)
         return
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
         raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")
@@ -211,3 +211,9 @@ def _check_sizes(h: Header) -> None:
     values = kernels.max_value_bytes(h.value_codec, h.nnz)
     if h.value_bytes != values:
         raise WireError("value_bytes", h.value_bytes, f"{h.value_codec.name} needs {values} for nnz = {h.nnz}")
+
+
+def _at_most(h: Header, what: str, **limits: int) -> None:
+    for field, most in limits.items():
+        if getattr(h, field) > most:
+            raise WireError(field, getattr(h, field), f"{what} has at most {most}")

@@ -37,32 +37,25 @@ def max_payload_bytes(index_codec: IndexCodec, value_codec: ValueCodec, nnz: int
 
 def encode_payload(
     header: Header, indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor
-) -> Header:
-    """Writes a payload.
+) -> None:
+    """Writes a payload: the first HEADER_BYTES + header.body_bytes of `out`.
 
     Args:
-        header: flags, codecs, ids and numel; lengths, nnz, scale and checksum are filled in here.
+        header: flags, codecs, ids and numel. Mutated: lengths, nnz, scale and checksum are filled in.
         indices: uint32, shape (nnz,), strictly ascending, all below header.numel.
         values: float32, shape (nnz,), finite.
         out: uint8, at least `max_payload_bytes` long. Mutated.
         error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
-
-    Returns:
-        The completed header; the payload is the first HEADER_BYTES + header.body_bytes of `out`.
     """
     body = out[HEADER_BYTES:]
     index_bytes = kernels.encode_indices(header.index_codec, indices, header.numel, body)
     value_bytes, scale = kernels.encode_values(header.value_codec, values, body[index_bytes:], error)
-    done = replace(
-        header,
-        nnz=values.numel(),
-        index_bytes=index_bytes,
-        value_bytes=value_bytes,
-        value_scale=scale,
-        body_crc=kernels.crc32c(body[: index_bytes + value_bytes]),
-    )
-    write_header(done, out)
-    return done
+    header.nnz = values.numel()
+    header.index_bytes = index_bytes
+    header.value_bytes = value_bytes
+    header.value_scale = scale
+    header.body_crc = kernels.crc32c(body[: index_bytes + value_bytes])
+    write_header(header, out)
 
 
 def encode_error(header: Header, message: str, out: torch.Tensor) -> Header:

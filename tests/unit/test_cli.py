@@ -135,7 +135,7 @@ def test_rows_are_shown_and_written_whole(tmp_path: Path) -> None:
     ("args", "code", "expected"),
     [
         (("--numel", "-1"), 1, "numel = -1 is negative"),
-        (("--numel", "many"), 2, "many"),
+        (("--numel", "many"), 2, "--numel"),
         (("--density", "0.1,x"), 2, "'0.1,x' is not a list of floats"),
         (("--nonsense",), 2, "--nonsense"),
         (("--json", "/proc/nowhere/rows.json"), 1, "/proc/nowhere"),

@@ -52,6 +52,8 @@ class ThresholdTopK(SparsifyingCompressor):
         scale: float = 1.0,
     ) -> Selection:
         """See `Compressor.select`."""
+        if k >= grad.numel():
+            return self._exact(grad, residual, k, memory, out, scale)
         if math.isnan(memory.threshold) or memory.age >= self.interval or memory.k != k:
             return self._exact(grad, residual, k, memory, out, scale)
         result = kernels.accumulate_select(grad, residual, memory.threshold, out.indices, out.values, scale=scale)

@@ -92,10 +92,10 @@ def at_equal_steps(dense: RunLog, sparse: RunLog) -> Verdict:
     gap = ours[step] / theirs[step] - 1.0
     word = "higher" if gap > 0 else "lower"
     return Verdict(
-        at=f"equal steps: {step}",
+        at=f"steps: {step}",
         dense=theirs[step],
         sparse=ours[step],
-        note=f"compressed is {abs(gap):.1%} {word}",
+        note=f"compressed {abs(gap):.1%} {word}",
     )
 
 
@@ -108,12 +108,12 @@ def at_equal_bytes(dense: RunLog, sparse: RunLog) -> Verdict:
     budget = last.bytes_sent
     reached = [(row, loss) for row, loss in dense.evaluated() if row.bytes_sent >= budget]
     row, theirs = reached[0] if reached else dense.evaluated()[-1]
-    note = f"dense is at step {row.step} there ({row.bytes_sent / 1e6:.1f} MB)"
+    note = f"dense at step {row.step} ({row.bytes_sent / 1e6:.1f} MB)"
     if not reached:
-        note += ": it never sent as many"
+        note += ", never as many"
     elif dense.rows[1].bytes_sent > budget:
-        note += ": it had not even finished its first step"
-    return Verdict(at=f"equal bytes: {budget / 1e6:.1f} MB per rank", dense=theirs, sparse=ours, note=note)
+        note += ", before its first step was over"
+    return Verdict(at=f"bytes: {budget / 1e6:.1f} MB", dense=theirs, sparse=ours, note=note)
 
 
 def at_equal_time(dense: RunLog, sparse: RunLog) -> Verdict:
@@ -122,10 +122,10 @@ def at_equal_time(dense: RunLog, sparse: RunLog) -> Verdict:
     theirs, ours = (_loss_at(log, seconds) for log in (dense, sparse))
     slower = summarise(sparse).step_seconds / summarise(dense).step_seconds
     return Verdict(
-        at=f"equal time: {seconds:.1f} s",
+        at=f"time: {seconds:.1f} s",
         dense=theirs,
         sparse=ours,
-        note=f"a compressed step takes {slower:.2f}x a dense one on this machine",
+        note=f"compressed step takes {slower:.2f}x",
     )
 
 
@@ -138,23 +138,26 @@ def _loss_at(log: RunLog, seconds: float) -> float:
 
 
 def tables(dense: RunLog, sparse: RunLog) -> tuple[Table, Table]:
-    """The runs side by side, and their losses at equal steps, bytes and time."""
-    runs = Table(title="The same training twice")
-    headings = ("run", "validation\nloss", "step time\n(median)", "bytes a step\nin warm-up")
-    for heading in (*headings, "bytes a step\nafter", "total\nsent", "smaller than\nfp32 dense"):
-        runs.add_column(heading, justify="left" if heading == "run" else "right")
-    for summary in (summarise(dense), summarise(sparse)):
-        runs.add_row(
-            summary.label,
-            f"{summary.val_loss:.4f}",
-            f"{summary.step_seconds * 1e3:.0f} ms",
-            "-" if summary.warmup_bytes is None else f"{summary.warmup_bytes:,.0f}",
-            f"{summary.bytes_per_step:,.0f}",
-            f"{summary.total_bytes / 1e6:,.1f} MB",
-            "-" if summary.ratio is None else f"{summary.ratio:.1f}x",
-        )
+    """The runs side by side, and their losses at equal steps, bytes and time; 80 columns suffice."""
+    summaries = [summarise(dense), summarise(sparse)]
+    runs = Table("", *(s.label for s in summaries), title="The same training twice")
+    for column in runs.columns[1:]:
+        column.justify = "right"
+    warmup = sparse.meta["warmup_steps"]
+    runs.add_row("validation loss at the end", *(f"{s.val_loss:.4f}" for s in summaries))
+    runs.add_row("step time, median", *(f"{s.step_seconds * 1e3:.0f} ms" for s in summaries))
+    runs.add_row(
+        f"bytes a step, first {warmup} (warm-up)",
+        *("-" if s.warmup_bytes is None else f"{s.warmup_bytes:,.0f}" for s in summaries),
+    )
+    runs.add_row("bytes a step, after", *(f"{s.bytes_per_step:,.0f}" for s in summaries))
+    runs.add_row("bytes in all", *(f"{s.total_bytes:,}" for s in summaries))
+    runs.add_row(
+        "fewer than fp32 dense, after",
+        *("-" if s.ratio is None else f"{s.ratio:.1f}x" for s in summaries),
+    )
     losses = Table(title="Validation loss (nats per byte, lower is better)")
-    for heading in ("at", "dense", "compressed", "note"):
+    for heading in ("at equal", "dense", "compressed", "note"):
         losses.add_column(heading, justify="right" if heading in ("dense", "compressed") else "left")
     for verdict in (f(dense, sparse) for f in (at_equal_steps, at_equal_bytes, at_equal_time)):
         losses.add_row(verdict.at, f"{verdict.dense:.4f}", f"{verdict.sparse:.4f}", verdict.note)
@@ -165,12 +168,11 @@ def show(dense: RunLog, sparse: RunLog, console: Console) -> None:
     """Print both tables, and what the bytes are."""
     for table in tables(dense, sparse):
         console.print(table)
-    ranks, parameters = dense.meta["world_size"], dense.meta["parameters"]
+    meta = dense.meta
     console.print(
-        f"{parameters:,} parameters, {ranks} ranks on this machine. Bytes are what one rank sends: "
-        f"{dense.meta['bytes_are']} for the dense run, {sparse.meta['bytes_are']} for the compressed one, "
-        "headers included. Ranks on one machine talk through memory, so compression saves them no time; "
-        "the bytes are what a network between machines would carry.",
+        f"{meta['parameters']:,} parameters, {meta['world_size']} ranks. Bytes are what one rank sends, headers "
+        f"included: {sparse.meta['bytes_are']} for the compressed run, {meta['bytes_are']} for the dense one. "
+        "Ranks on one machine talk through memory: this shows traffic, not what a slow network would make of it.",
         highlight=False,
     )
 

@@ -21,14 +21,14 @@ from rich.console import Console
 from run_log import RunLog, plot
 
 HERE = Path(__file__).resolve().parent
-STEPS = 450
+STEPS = 500
 COMMON = ["--size", "demo", "--batch", "4", "--block", "64", "--eval-every", "50", "--seed", "0"]
 RUNS = {
     "dense": ["--compressor", "none"],
     # allgather, not "auto": the demo is to show sparse traffic whatever "auto" would prefer here.
     "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather"],
 }
-WARMUP_STEPS = 60
+WARMUP_STEPS = 150
 
 
 def find_mpirun() -> str | None:
@@ -63,7 +63,7 @@ def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
     script = [sys.executable, str(HERE / "train_gpt.py"), *COMMON, *RUNS[name]]
     script += ["--steps", str(steps), "--log", str(log)]
     if name == "topk":
-        script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 6 * 3))]
+        script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 9 * 3))]
     print(f"$ {' '.join([*launcher, *script])}", flush=True)
     status = subprocess.run(launcher + script, env=launch_environment(), check=False).returncode
     if status or not log.exists():

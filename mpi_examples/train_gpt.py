@@ -238,7 +238,7 @@ def read_checkpoint(
 
 def describe(settings: Settings, size: int, corpus: Corpus, parameters: int) -> dict[str, Any]:
     """The log's ``meta``."""
-    counted = "computed: 8 * n * (P - 1) / P a step" if settings.compressor == "none" else "counted"
+    counted = "computed as a ring allreduce" if settings.compressor == "none" else "counted"
     return {
         **asdict(settings),
         "warmup_densities": list(settings.warmup_densities),

@@ -63,39 +63,39 @@ def test_summary(dense: RunLog, sparse: RunLog) -> None:
 
 def test_equal_steps(dense: RunLog, sparse: RunLog) -> None:
     verdict = compare_runs.at_equal_steps(dense, sparse)
-    assert (verdict.at, verdict.dense, verdict.sparse) == ("equal steps: 10", 2.0, 2.2)
-    assert verdict.note == "compressed is 10.0% higher"
+    assert (verdict.at, verdict.dense, verdict.sparse) == ("steps: 10", 2.0, 2.2)
+    assert verdict.note == "compressed 10.0% higher"
 
 
 def test_equal_bytes_gives_dense_the_benefit_of_the_doubt(dense: RunLog, sparse: RunLog) -> None:
     verdict = compare_runs.at_equal_bytes(dense, sparse)  # 2.32 MB: within dense's first step
     assert (verdict.dense, verdict.sparse) == (4.0, 2.2)
-    assert verdict.note == "dense is at step 1 there (4.0 MB): it had not even finished its first step"
+    assert verdict.note == "dense at step 1 (4.0 MB), before its first step was over"
     more = make("topk", [N] * 10, 0.2, {10: 2.2})  # 10 MB: dense passes that in step 3, evaluated in step 4
     verdict = compare_runs.at_equal_bytes(dense, more)
     assert verdict.dense == 3.0
-    assert verdict.note == "dense is at step 4 there (16.0 MB)"
+    assert verdict.note == "dense at step 4 (16.0 MB)"
     most = make("topk", [5 * N] * 10, 0.2, {10: 2.2})
-    assert "never sent as many" in compare_runs.at_equal_bytes(dense, most).note
+    assert "never as many" in compare_runs.at_equal_bytes(dense, most).note
 
 
 def test_equal_time_interpolates(dense: RunLog, sparse: RunLog) -> None:
     verdict = compare_runs.at_equal_time(dense, sparse)  # dense ends after 1 s, in the compressed run's step 5
-    assert verdict.at == "equal time: 1.0 s"
+    assert verdict.at == "time: 1.0 s"
     assert verdict.dense == 2.0
     assert verdict.sparse == pytest.approx(3.4 + (2.2 - 3.4) / 6)
-    assert "2.00x a dense one" in verdict.note
+    assert "takes 2.00x" in verdict.note
 
 
 def test_table_plot_and_command_line(dense: RunLog, sparse: RunLog, tmp_path: Path) -> None:
     dense.write(tmp_path / "dense.json")
     sparse.write(tmp_path / "sparse.json")
     assert RunLog.read(tmp_path / "sparse.json").rows == sparse.rows
-    console = Console(width=120, record=True, file=(tmp_path / "table.txt").open("w"))
+    console = Console(width=80, record=True, file=(tmp_path / "table.txt").open("w"))
     compare_runs.show(dense, sparse, console)
     console.file.close()
     text = (tmp_path / "table.txt").read_text()
-    for piece in ("100.0x", "40,000", "4,000,000", "2.3 MB", "2.2000", "10.0% higher"):
+    for piece in ("100.0x", "40,000", "4,000,000", "2,320,000", "2.2000", "10.0% higher"):
         assert piece in text
     names = [str(tmp_path / name) for name in ("dense.json", "sparse.json")]
     assert compare_runs.main([*names, "--plot", str(tmp_path / "sub" / "c.png")]) == 0

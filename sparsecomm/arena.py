@@ -29,13 +29,17 @@ class Arena:
         added, or memory for `reserve` elements is taken if that is more.
         """
         buffer = self._buffers.get((key, dtype))
-        if buffer is None or buffer.numel() < numel:
-            held = 0 if buffer is None else buffer.numel() * buffer.element_size()
-            buffer = torch.empty(max(numel + numel // 4, reserve), dtype=dtype)
-            self._buffers[(key, dtype)] = buffer
-            self.allocations += 1
-            self.allocated_bytes += buffer.numel() * buffer.element_size() - held
-        return buffer[:numel]
+        if buffer is None or len(buffer) < numel:
+            buffer = self._grow(key, max(numel + numel // 4, reserve), dtype)
+        return buffer if len(buffer) == numel else buffer[:numel]
+
+    def _grow(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        old = self._buffers.get((key, dtype))
+        buffer = torch.empty(numel, dtype=dtype)
+        self._buffers[(key, dtype)] = buffer
+        self.allocations += 1
+        self.allocated_bytes += buffer.nbytes - (0 if old is None else old.nbytes)
+        return buffer
 
     def clear(self) -> None:
         """Gives all memory back."""

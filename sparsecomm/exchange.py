@@ -44,6 +44,7 @@ from sparsecomm.wire import (
 __all__ = ["Bucket", "Plan", "blank_header", "exchange", "report_failure"]
 
 
+_Pairs = tuple[torch.Tensor, torch.Tensor]
 _HALF_MAX = 65504.0
 _ERROR_FEEDBACK = ErrorFeedback()
 
@@ -152,7 +153,7 @@ def report_failure(channel: Channel, header: Header, cause: BaseException, arena
     payload = arena.get((header.bucket, "failure"), HEADER_BYTES + MAX_ERROR_BYTES, torch.uint8)
     encode_error(header, f"{type(cause).__name__}: {cause}", payload)
     with contextlib.suppress(AgreedError):
-        yield from agree(channel, payload, arena, header.bucket)
+        yield from agree(channel, header, payload, arena, header.bucket)
     raise AgreedError(cause)
 
 
@@ -203,7 +204,7 @@ def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
         raise  # not reached: the line above raises what all ranks now know
     try:
         with job.stage("wait"):
-            headers = yield from agree(channel, payload, arena, job.bucket.index)
+            headers = yield from agree(channel, header, payload, arena, job.bucket.index)
             if any(h.flags & FLAG_NONFINITE for h in headers):
                 taken.undo()
                 grad.fill_(math.nan)
@@ -213,7 +214,7 @@ def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
             reserve = most - HEADER_BYTES
             bodies = yield from allgather_bodies(channel, mine, lengths, arena, job.bucket.index, reserve=reserve)
         with job.stage("apply"):
-            parts = _decode(headers, bodies, taken.capacity, arena, job.bucket.index)
+            parts = _decode(job, headers, bodies, taken)
     except BaseException:
         taken.undo()
         raise
@@ -250,19 +251,29 @@ def _encode(job: _Job, taken: Taken) -> tuple[Header, torch.Tensor, int]:
     return header, payload, most
 
 
-def _decode(
-    headers: list[Header], bodies: list[torch.Tensor], capacity: int, arena: Arena, key: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Step 5: decodes and checks every rank's payload; nothing is applied yet."""
-    total, most = sum(h.nnz for h in headers), capacity * len(headers)
+def _decode(job: _Job, headers: list[Header], bodies: list[torch.Tensor], taken: Taken) -> list[_Pairs]:
+    """Step 5: decodes and checks every rank's payload; nothing is applied yet.
+
+    This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
+    indices are at hand.
+    """
+    arena, key = job.arena, job.bucket.index
+    total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
     indices = arena.get((key, "all indices"), total, torch.uint32, reserve=most)
     values = arena.get((key, "all values"), total, torch.float32, reserve=most)
     parts, offset = [], 0
-    for header, body in zip(headers, bodies, strict=True):
-        part = (indices[offset : offset + header.nnz], values[offset : offset + header.nnz])
-        decode_body(header, body, *part)
+    for rank, (header, body) in enumerate(zip(headers, bodies, strict=True)):
+        end = offset + header.nnz
+        part = (indices[offset:end], values[offset:end])
+        if rank == job.channel.rank:
+            part = (taken.indices, part[1])
+            kernels.decode_values(
+                header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, part[1]
+            )
+        else:
+            decode_body(header, body, *part)
         parts.append(part)
-        offset += header.nnz
+        offset = end
     return parts
 
 
@@ -280,8 +291,9 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
     try:
         with job.stage("wait"):
             payload = arena.get((key, "payload"), HEADER_BYTES, torch.uint8)
-            write_header(job.header(), payload)
-            headers = yield from agree(channel, payload, arena, key)
+            header = job.header()
+            write_header(header, payload)
+            headers = yield from agree(channel, header, payload, arena, key)
             if any(h.flags & FLAG_NONFINITE for h in headers):
                 taken.undo()
                 grad.fill_(math.nan)

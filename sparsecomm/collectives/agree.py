@@ -17,12 +17,15 @@ __all__ = ["agree"]
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
 
 
-def agree(channel: Channel, payload: torch.Tensor, arena: Arena, key: Hashable) -> CollectiveSteps[list[Header]]:
+def agree(
+    channel: Channel, mine: Header, payload: torch.Tensor, arena: Arena, key: Hashable
+) -> CollectiveSteps[list[Header]]:
     """Exchanges headers and checks that all ranks are in the same exchange. Collective.
 
     Args:
         channel: the ranks.
-        payload: uint8, this rank's whole payload, header first.
+        mine: this rank's header.
+        payload: uint8, this rank's whole payload, that header first.
         arena: gives the receive buffers.
         key: names them.
 
@@ -37,10 +40,13 @@ def agree(channel: Channel, payload: torch.Tensor, arena: Arena, key: Hashable) 
     blocks = yield from allgather_fixed(channel, payload[:HEADER_BYTES], arena, (key, "headers"))
     headers = []
     for rank, block in enumerate(blocks):
+        if rank == channel.rank:
+            headers.append(mine)
+            continue
         try:
             header = read_header(block)
         except WireError as error:
-            raise error.at(rank=rank, bucket=read_header(payload).bucket) from None
+            raise error.at(rank=rank, bucket=mine.bucket) from None
         if header.rank != rank:
             raise AgreedError(CollectiveMismatch(f"a payload from rank {rank} says that it is from rank {header.rank}"))
         headers.append(header)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from sparsecomm.errors import WireError
@@ -58,11 +56,11 @@ def encode_payload(
     write_header(header, out)
 
 
-def encode_error(header: Header, message: str, out: torch.Tensor) -> Header:
+def encode_error(header: Header, message: str, out: torch.Tensor) -> None:
     """Writes a payload that tells the other ranks that this one failed, and why.
 
     Args:
-        header: ids and numel of what was to be exchanged.
+        header: ids and numel of what was to be exchanged. Mutated: completed.
         message: cut to MAX_ERROR_BYTES of UTF-8.
         out: uint8, at least HEADER_BYTES + MAX_ERROR_BYTES long. Mutated.
     """
@@ -70,17 +68,12 @@ def encode_error(header: Header, message: str, out: torch.Tensor) -> Header:
     out[HEADER_BYTES : HEADER_BYTES + len(text)] = torch.frombuffer(bytearray(text or b" "), dtype=torch.uint8)[
         : len(text)
     ]
-    done = replace(
-        header,
-        flags=header.flags | FLAG_ERROR,
-        nnz=0,
-        index_bytes=0,
-        value_bytes=len(text),
-        value_scale=1.0,
-        body_crc=kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + len(text)]),
-    )
-    write_header(done, out)
-    return done
+    header.flags |= FLAG_ERROR
+    header.nnz = header.index_bytes = 0
+    header.value_bytes = len(text)
+    header.value_scale = 1.0
+    header.body_crc = kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + len(text)])
+    write_header(header, out)
 
 
 def check_body(header: Header, body: torch.Tensor) -> None:

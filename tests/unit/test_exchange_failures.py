@@ -105,8 +105,9 @@ def test_ranks_with_different_plans_all_see_both_values(size: int, mine: Plan, o
 def test_ranks_with_different_worlds_all_see_both_sizes() -> None:
     def make(channel: Channel) -> CollectiveSteps[list[Header]]:
         payload = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        write_header(blank_header(channel.rank, channel.size + channel.rank, 0, 0, N), payload)
-        return agree(channel, payload, Arena(), 0)
+        mine = blank_header(channel.rank, channel.size + channel.rank, 0, 0, N)
+        write_header(mine, payload)
+        return agree(channel, mine, payload, Arena(), 0)
 
     for outcome in Cluster(3, N).world.run(make, return_exceptions=True):
         assert isinstance(outcome, AgreedError)

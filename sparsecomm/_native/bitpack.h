@@ -28,6 +28,7 @@ void pack_block(const uint32_t* values, uint8_t* out) {
   }
 }
 
+#if !SC_SIMD
 // Reads up to 8 bytes behind the block.
 template <unsigned kWidth>
 void unpack_block(const uint8_t* data, uint32_t* values) {
@@ -40,11 +41,13 @@ void unpack_block(const uint8_t* data, uint32_t* values) {
   }
 }
 template <>
-inline void pack_block<0>(const uint32_t*, uint8_t*) {}
-template <>
 inline void unpack_block<0>(const uint8_t*, uint32_t* values) {
   std::memset(values, 0, kBlock * sizeof *values);
 }
+#endif
+
+template <>
+inline void pack_block<0>(const uint32_t*, uint8_t*) {}
 
 #define SC_WIDTHS(X)                                                                                            \
   X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) \
@@ -64,21 +67,46 @@ inline void pack(const uint32_t* values, size_t count, unsigned width, uint8_t* 
   if (count != kBlock) std::memcpy(out, partial, packed_bytes(count, width));
 }
 
-// The inverse; reads no byte at or behind `end`, and leaves garbage in values[count..127].
-inline void unpack(const uint8_t* data, const uint8_t* end, size_t count, unsigned width, uint32_t* values) {
-  uint8_t partial[kBlock * 4 + 8];
-  const size_t bytes = packed_bytes(count, width);
-  if (size_t(end - data) < kBlock / 8 * width + 8) {
-    std::memset(partial, 0, sizeof partial);
-    if (bytes) std::memcpy(partial, data, bytes);
-    data = partial;
+#if SC_SIMD
+
+// A vector of W values takes W * width / 8 whole bytes, at most one vector: each lane picks the two words that its
+// bits may straddle. Reads up to one vector behind the block.
+inline void unpack_vectors(const uint8_t* data, unsigned width, uint32_t* values) {
+  const typename V::I at = V::mul_lanes(width), word = V::shift_right(at, V::set1(5u)), one = V::set1(1u);
+  const typename V::I shift = V::and_(at, V::set1(31u)), back = V::sub(V::set1(32u), shift), next = V::add(word, one);
+  const typename V::I mask = V::set1(uint32_t((uint64_t(1) << width) - 1));
+  for (size_t i = 0; i < kBlock; i += V::W, data += V::W * width / 8) {
+    const typename V::I words = V::load_bytes(data);
+    V::store_index(values + i, V::and_(mask, V::or_(V::shift_right(V::permute(words, word), shift),
+                                                    V::shift_left(V::permute(words, next), back))));
   }
+}
+constexpr size_t kOverread = 4 * V::W;
+
+#else
+
+inline void unpack_vectors(const uint8_t* data, unsigned width, uint32_t* values) {
   switch (width) {
 #define SC_CASE(w) \
   case w: unpack_block<w>(data, values); break;
     SC_WIDTHS(SC_CASE)
 #undef SC_CASE
   }
+}
+constexpr size_t kOverread = 8;
+
+#endif
+
+// The inverse; reads no byte at or behind `end`, and leaves garbage in values[count..127].
+inline void unpack(const uint8_t* data, const uint8_t* end, size_t count, unsigned width, uint32_t* values) {
+  uint8_t partial[kBlock * 4 + kOverread];
+  if (size_t(end - data) < kBlock / 8 * width + kOverread) {
+    std::memset(partial, 0, sizeof partial);
+    const size_t bytes = packed_bytes(count, width);
+    if (bytes) std::memcpy(partial, data, bytes);
+    data = partial;
+  }
+  unpack_vectors(data, width, values);
 }
 
 }  // namespace

@@ -158,16 +158,20 @@ inline uint64_t count_ones(const uint8_t* data, size_t nbytes) {
   return ones;
 }
 
-// Appends base + position of each one of a word, and returns how many. Writes in eights: up to 7 too many.
-template <class T>
-inline size_t append_ones(uint64_t word, T base, T* out) {
+// Appends base + position of each one of a word, and returns how many; may write up to kSurplus entries too many.
+constexpr size_t kSurplus = 16;
+inline size_t append_ones(uint64_t word, uint32_t base, uint32_t* out) {
+#if SC_SIMD
+  return V::ones(word, base, out);
+#else
   const size_t ones = size_t(__builtin_popcountll(word));
   for (size_t i = 0; i < ones; i += 8)
     for (size_t j = 0; j < 8; ++j) {
-      out[i + j] = base + T(word ? __builtin_ctzll(word) : 0);
+      out[i + j] = base + uint32_t(word ? __builtin_ctzll(word) : 0);
       word &= word - 1;
     }
   return ones;
+#endif
 }
 
 inline DecodeOut ok() { return {kOk, 0, 0}; }
@@ -179,10 +183,10 @@ inline DecodeOut decode_bitmap(const uint8_t* data, size_t nbytes, size_t nnz, u
   const uint64_t ones = count_ones(data, nbytes);
   if (ones != nnz) return fail(kBitmapOnes, ones, nnz);
   size_t count = 0;
-  uint32_t spill[64 + 8];
+  uint32_t spill[64 + kSurplus];
   for (size_t at = 0; at < nbytes; at += 8) {
     const uint64_t word = load_up_to(data + at, data + nbytes);
-    if (nnz - count >= 64) {
+    if (nnz - count >= 64 + kSurplus) {
       count += append_ones(word, uint32_t(at * 8), out + count);
     } else {  // no room for surplus writes
       const size_t got = append_ones(word, uint32_t(at * 8), spill);
@@ -221,6 +225,32 @@ DecodeOut out_of_range(uint64_t next, size_t count, uint64_t numel, Gap gap) {
   return fail(kIndexRange, next, numel);
 }
 
+// Turns a block of gaps into indices behind `next`, one above the last index so far, and moves `next`. In 64 bits no
+// block can wrap it.
+inline void sum_gaps(const uint32_t* gaps, size_t count, unsigned width, uint64_t& next, uint32_t* out) {
+#if SC_SIMD
+  if (count == kBlock && width <= 24) {  // the sum of the block is below 2**31: 32 bits suffice to find it
+    const typename V::I one = V::set1(1u);
+    const uint32_t start = uint32_t(next);
+    typename V::I last = V::set1(start - 1);
+    for (size_t i = 0; i < kBlock; i += V::W) {
+      const typename V::I sums = V::prefix_sum(V::add(V::load_index(gaps + i), one));
+      const typename V::I idx = V::add(last, sums);
+      V::store_index(out + i, idx);
+      last = V::add(last, V::broadcast_last(sums));
+    }
+    next += uint32_t(out[kBlock - 1] + 1 - start);
+    return;
+  }
+#else
+  (void)width;
+#endif
+  for (size_t i = 0; i < count; ++i) {
+    next += gaps[i];
+    out[i] = uint32_t(next++);
+  }
+}
+
 inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, uint64_t numel, uint32_t* out) {
   size_t packed = 0;
   const DecodeOut head = read_block_bytes(data, nbytes, nnz, 32, packed);
@@ -230,18 +260,14 @@ inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, 
   if (nnz % kBlock && !padding_is_zero(data + nbytes - 1, nnz, data[blocks - 1]))
     return fail(kPadding, data[nbytes - 1], 0);
   const uint8_t* from = data + blocks;
-  uint64_t next = 0;  // one above the last index; in 64 bits a block cannot wrap it
+  uint64_t next = 0;
   uint32_t gaps[kBlock];
   for (size_t b = 0; b < blocks; ++b) {
     const size_t count = min_of(kBlock, nnz - b * kBlock);
     unpack(from, data + nbytes, count, data[b], gaps);
     from += packed_bytes(count, data[b]);
     const uint64_t start = next;
-    uint32_t* const to = out + b * kBlock;
-    for (size_t i = 0; i < count; ++i) {
-      next += gaps[i];
-      to[i] = uint32_t(next++);
-    }
+    sum_gaps(gaps, count, data[b], next, out + b * kBlock);
     if (next > numel) return out_of_range(start, count, numel, [&](size_t i) { return uint64_t(gaps[i]); });
   }
   return ok();
@@ -261,29 +287,46 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
   const uint64_t ones = count_ones(unary, size_t(end - unary));
   if (ones != nnz || (unary < end && end[-1] == 0)) return fail(kUnaryOnes, ones, nnz);
 
-  uint64_t where[kBlock + 64 + 8];  // positions of ones in the unary stream
+  // where[1..have]: positions of the next ones in the unary stream, modulo 2**32; where[0]: of the last one used.
+  uint32_t where[1 + kBlock + 64 + kSurplus];
+  where[0] = 0xFFFFFFFFu;
   size_t have = 0;
-  uint64_t base = 0, before = ~uint64_t(0), next = 0;
+  uint64_t base = 0, next = 0;
   uint32_t low[kBlock];
   for (size_t b = 0; b < blocks; ++b) {
     const size_t count = min_of(kBlock, nnz - b * kBlock);
-    for (; have < count; unary += 8, base += 64) have += append_ones(load_up_to(unary, end), base, where + have);
+    for (; have < count; unary += 8, base += 64)
+      have += append_ones(load_up_to(unary, end), uint32_t(base), where + 1 + have);
     const unsigned r = data[b];
     unpack(from, data + start, count, r, low);
     from += packed_bytes(count, r);
-    const uint64_t first = next, origin = before;
+    const uint64_t first = next;
     uint32_t* const to = out + b * kBlock;
-    for (size_t i = 0; i < count; ++i) {
-      next += ((where[i] - before - 1) << r) + low[i];
-      before = where[i];
-      to[i] = uint32_t(next++);
-    }
-    if (next > numel)
-      return out_of_range(first, count, numel, [&](size_t i) {
-        return ((where[i] - (i ? where[i - 1] : origin) - 1) << r) + low[i];
-      });
+    // A quotient below 2**32 has survived the modulus.
+    const auto gap = [&](size_t i) { return (uint64_t(where[i + 1] - where[i] - 1) << r) + low[i]; };
+#if SC_SIMD
+    if (count == kBlock && r <= 24 && numel <= (uint64_t(1) << 31)) {
+      const typename V::I one = V::set1(1u), shift = V::set1(r);
+      typename V::I last = V::set1(uint32_t(first) - 1);
+      for (size_t i = 0; i < kBlock; i += V::W) {
+        const typename V::I steps = V::sub(V::load_index(where + i + 1), V::load_index(where + i));
+        const typename V::I high = V::shift_left(V::sub(steps, one), shift);
+        const typename V::I sums = V::prefix_sum(V::add(V::add(high, one), V::load_index(low + i)));
+        V::store_index(to + i, V::add(last, sums));
+        last = V::add(last, V::broadcast_last(sums));
+      }
+      // The low parts sum to less than 2**31: what the last index, modulo 2**32, leaves after the known rest.
+      const uint64_t known = (uint64_t(where[kBlock] - where[0] - kBlock) << r) + kBlock;
+      next = first + known + uint32_t(to[kBlock - 1] + 1 - uint32_t(first) - uint32_t(known));
+    } else
+#endif
+      for (size_t i = 0; i < count; ++i) {
+        next += gap(i);
+        to[i] = uint32_t(next++);
+      }
+    if (next > numel) return out_of_range(first, count, numel, gap);
     have -= count;
-    std::memmove(where, where + count, have * sizeof *where);
+    std::memmove(where, where + count, (have + 1) * sizeof *where);
   }
   return ok();
 }

@@ -62,6 +62,33 @@ struct V {
     _mm256_storeu_ps(out_v, _mm256_permutevar8x32_ps(value, order));
   }
   static I load_index(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_index(uint32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static I load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul_lanes(uint32_t by) { return _mm256_mullo_epi32(iota(0), set1(by)); }  // 0, by, 2 * by, ...
+  static I and_(I a, I b) { return _mm256_and_si256(a, b); }
+  static I or_(I a, I b) { return _mm256_or_si256(a, b); }
+  static I shift_right(I v, I by) { return _mm256_srlv_epi32(v, by); }
+  static I shift_left(I v, I by) { return _mm256_sllv_epi32(v, by); }  // 32 and more gives 0
+  static I permute(I v, I from) { return _mm256_permutevar8x32_epi32(v, from); }
+  static I broadcast_last(I v) { return _mm256_permutevar8x32_epi32(v, _mm256_set1_epi32(7)); }
+  static I prefix_sum(I v) {  // inclusive
+    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 4));
+    v = _mm256_add_epi32(v, _mm256_slli_si256(v, 8));
+    const I low = _mm256_permutevar8x32_epi32(v, _mm256_set1_epi32(3));
+    return _mm256_add_epi32(v, _mm256_blend_epi32(_mm256_setzero_si256(), low, 0xF0));
+  }
+  // Writes base + position of each one of a word, lowest first, and up to a vector of garbage behind them.
+  static size_t ones(uint64_t word, uint32_t base, uint32_t* out) {
+    const uint32_t* const start = out;
+    for (uint32_t at = 0; at < 64; at += 8, word >>= 8) {
+      uint64_t lanes;
+      std::memcpy(&lanes, kCompress.lane[word & 0xFF], 8);
+      store_index(out, _mm256_add_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(lanes))), set1(base + at)));
+      out += __builtin_popcount(unsigned(word & 0xFF));
+    }
+    return size_t(out - start);
+  }
 };
 
 }  // namespace

@@ -50,6 +50,33 @@ struct V {
     _mm512_storeu_ps(out_v, _mm512_maskz_compress_ps(m, value));
   }
   static I load_index(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_index(uint32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  static I load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul_lanes(uint32_t by) { return _mm512_mullo_epi32(iota(0), set1(by)); }  // 0, by, 2 * by, ...
+  static I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  static I shift_right(I v, I by) { return _mm512_srlv_epi32(v, by); }
+  static I shift_left(I v, I by) { return _mm512_sllv_epi32(v, by); }  // 32 and more gives 0
+  static I permute(I v, I from) { return _mm512_permutexvar_epi32(from, v); }
+  static I broadcast_last(I v) { return _mm512_permutexvar_epi32(_mm512_set1_epi32(15), v); }
+  static I prefix_sum(I v) {  // inclusive
+    const I zero = _mm512_setzero_si512();
+    v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 15));
+    v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 14));
+    v = _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 12));
+    return _mm512_add_epi32(v, _mm512_alignr_epi32(v, zero, 8));
+  }
+  // Writes base + position of each one of a word, lowest first, and up to a vector of garbage behind them.
+  static size_t ones(uint64_t word, uint32_t base, uint32_t* out) {
+    const uint32_t* const start = out;
+    for (uint32_t at = 0; at < 64; at += 16, word >>= 16) {
+      const M m = M(word);
+      _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, iota(base + at)));
+      out += __builtin_popcount(m);
+    }
+    return size_t(out - start);
+  }
 };
 
 }  // namespace

@@ -155,7 +155,7 @@ inline DecodeOut decode_values(int codec, const uint8_t* data, size_t nbytes, si
   } else if (n) {
     std::memcpy(out, data, 4 * n);
   }
-  if (largest_magnitude(out, n) >= kInfBits) {
+  if (n && largest_magnitude(out, n) >= kInfBits) {
     size_t i = 0;
     while (magnitude(out[i]) < kInfBits) ++i;
     return {kNotFinite, double(out[i]), 0};

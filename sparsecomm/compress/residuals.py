@@ -134,9 +134,11 @@ class ResidualStore:
             StateError: if a residual has the wrong dtype, is not finite, or has another shape than the parameter.
         """
         for name, t in residuals.items():
-            if not isinstance(t, torch.Tensor) or t.dtype != torch.float32:
-                kind = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
+            if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.layout != torch.strided:
+                kind = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
                 raise StateError(f"{self._what} of {name!r} must be a float32 tensor, got {kind}")
+            if t.shape == (0,):
+                continue  # a parameter that had none
             if not bool(torch.isfinite(t).all()):
                 raise StateError(f"{self._what} of {name!r} holds non-finite values")
             if name in self._where:
@@ -158,6 +160,8 @@ class ResidualStore:
             flat.zero_()
         self._pending = {}
         for name, t in residuals.items():
+            if t.shape == (0,):
+                continue
             if name in self._where:
                 flat, offset, layout, i = self._where[name]
                 _shaped(flat, offset, layout, i).copy_(t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +57,7 @@ class Checkpoint:
         missing = [name for name in _NUMBERS if name not in state_dict]
         if missing:
             raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
-        step, rank, world_size = (int(state_dict[name]) for name in _NUMBERS)
+        step, rank, world_size = (_count(name, state_dict[name]) for name in _NUMBERS)
         made = cls(step, rank, world_size)
         unknown = []
         for key, value in state_dict.items():
@@ -65,9 +66,7 @@ class Checkpoint:
             elif key.startswith(_VELOCITY):
                 made.velocities[key.removeprefix(_VELOCITY)] = value
             elif key.startswith(_SELECTOR):
-                threshold, age, k = (float(x) for x in value)
-                layout = int(key.removeprefix(_SELECTOR), 16)
-                made.selectors[layout] = SelectorMemory(threshold, int(age), int(k))
+                made.selectors[_layout_hash(key)] = _selector(key, value)
             elif key not in _NUMBERS:
                 unknown.append(key)
         if unknown:
@@ -86,6 +85,34 @@ class Checkpoint:
                 raise StateError(f"the checkpoint is of another model: it has {what} of {extra}, which this one lacks")
             if loaded and missing:
                 raise StateError(f"the checkpoint is of another model: it lacks the {what} of {missing}")
+
+    def name_all(self, model: set[str]) -> None:
+        """Adds an empty tensor for every parameter without a residual (frozen ones), so that names can be compared."""
+        for kind in (self.residuals, self.velocities):
+            if kind:
+                kind.update({name: torch.empty(0) for name in model - set(kind)})
+
+
+def _count(key: str, value: object) -> int:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_floating_point() or int(value) < 0:
+        raise StateError(f"the checkpoint's {key!r} must be one whole number >= 0, got {value!r}")
+    return int(value)
+
+
+def _layout_hash(key: str) -> int:
+    try:
+        return int(key.removeprefix(_SELECTOR), 16)
+    except ValueError:
+        raise StateError(f"the checkpoint's {key!r} does not name a layout by 16 hexadecimal digits") from None
+
+
+def _selector(key: str, value: object) -> SelectorMemory:
+    if isinstance(value, torch.Tensor) and value.shape == (3,) and value.dtype == torch.float64:
+        threshold, age, k = (float(x) for x in value)
+        known = math.isnan(threshold) or 0 <= threshold < math.inf
+        if known and all(x >= 0 and x == int(x) for x in (age, k) if math.isfinite(x)) and math.isfinite(age + k):
+            return SelectorMemory(threshold, int(age), int(k))
+    raise StateError(f"the checkpoint's {key!r} must hold a threshold, its age and its k, got {value!r}")
 
 
 def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
@@ -126,7 +153,8 @@ def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
         for source in sources:
             into = getattr(made, kind)
             for name, t in getattr(old[source], kind).items():
-                into[name] = into[name] + t * factor if name in into else t * factor
+                if t.numel() or name not in into:
+                    into[name] = t * factor + into[name] if name in into and into[name].numel() else t * factor
     if size == len(old):
         made.selectors = dict(old[rank].selectors)
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +99,7 @@ class SparseState:
         self._velocities = ResidualStore("velocity")
         self._known: dict[int, _Known] = {}
         self._selectors: dict[int, SelectorMemory] = {}
-        self._lock = threading.Lock()
+        self._unchecked: Checkpoint | None = None  # loaded before the model was known
         if scaler is not None:
             self.attach_scaler(scaler)
 
@@ -162,7 +161,6 @@ class SparseState:
         step = self.step
         if last:
             self.step += 1
-        model = self._attach(here)
         outer: torch.futures.Future[Any] = torch.futures.Future()
         # Only a callback that raises gives a torch future an error that C++ can read (set_exception does not).
         result: torch.futures.Future[torch.Tensor] = outer.then(_value_or_raise)
@@ -178,15 +176,16 @@ class SparseState:
             outer.set_result(error)
 
         try:
+            model = self._attach(here)
             bucket, plan = self._prepare(index, parameters, grad, step, model)
         except Exception as error:
-            header = blank_header(model.rank, model.size, index, step, grad.numel())
-            cause = error
+            cause, numel = error, grad.numel()
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
+                header = blank_header(channel.rank, channel.size, index, step, numel)
                 return report_failure(channel, header, cause, self.arena)
 
-            here.engine.submit(label, tell, done, failed, group=model.ranks)
+            here.engine.submit(label, tell, done, failed, group=None if self._model is None else self._model.ranks)
             return result
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
@@ -207,21 +206,25 @@ class SparseState:
         members = tuple(range(here.size)) if group is None else tuple(dist.get_process_group_ranks(group))
         if here.rank not in members:
             raise ConfigError(f"rank {here.rank} is not in the process group of its SparseState, ranks {list(members)}")
-        names = {} if model is None else parameter_names(model)
-        self._model = _Model(
-            names=names,
+        found = _Model(
+            names={} if model is None else parameter_names(model),
             numel=0 if model is None else sum(p.numel() for p in model.parameters()),
             ranks=None if members == tuple(range(here.size)) else members,
             rank=members.index(here.rank),
             size=len(members),
             may_skip=bool(getattr(ddp, "find_unused_parameters", True) or getattr(ddp, "static_graph", True)),
         )
-        return self._model
+        if model is not None:
+            self._model = found
+        return found
 
     def _prepare(
         self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, model: _Model
     ) -> tuple[Bucket, Plan]:
         """Checks a bucket and decides how it is exchanged."""
+        if self._unchecked is not None:
+            self._unchecked.check_names(set(model.names.values()))
+            self._unchecked = None
         _check_gradient(grad, model.rank, index)
         config, numel = self.config, grad.numel()
         bucket = self._bucket(index, parameters, grad, model)
@@ -308,6 +311,8 @@ class SparseState:
             made.residuals = self._residuals.state()
         if isinstance(self.config.feedback, MomentumCorrection):
             made.velocities = self._velocities.state()
+        made.name_all(set(model.names.values()))
+        made.selectors = dict(self._selectors)
         for known in self._known.values():
             if known.bucket.memory.k:
                 made.selectors[known.bucket.layout.hash] = known.bucket.memory
@@ -330,6 +335,7 @@ class SparseState:
             )
         if model.names:
             loaded.check_names(set(model.names.values()))
+        self._unchecked = None if model.names else loaded
         self._residuals.check(loaded.residuals)
         self._velocities.check(loaded.velocities)
         self._residuals.load(loaded.residuals)

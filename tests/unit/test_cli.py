@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from sparsecomm import __version__
+import sparsecomm
 from sparsecomm.cli.app import app
 from sparsecomm.cli.bench import options_of, write_json
 from sparsecomm.errors import ConfigError
@@ -53,7 +54,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[...
     """A registry with one bench in place of the real one."""
     module = types.ModuleType("sparsecomm.benches")
     module.BENCHES = {"sample": sample}  # type: ignore[attr-defined]
+    module.__path__ = []
     monkeypatch.setitem(sys.modules, "sparsecomm.benches", module)
+    monkeypatch.setattr(sparsecomm, "benches", module, raising=False)
     seen.clear()
     return module.BENCHES
 
@@ -80,7 +83,7 @@ def test_help_and_version_load_no_mpi(option: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "doctor" in done.stdout or f"sparsecomm {__version__}" in done.stdout
+    assert "doctor" in done.stdout or f"sparsecomm {sparsecomm.__version__}" in done.stdout
 
 
 def test_bench_lists_what_the_registry_holds() -> None:
@@ -129,6 +132,25 @@ def test_rows_are_shown_and_written_whole(tmp_path: Path) -> None:
         assert expected in done.output
     assert json.loads(file.read_text()) == sample()
     assert [p.name for p in file.parent.iterdir()] == ["rows.json"]
+
+
+def test_a_bench_may_show_its_rows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def print_table(result: Mapping[str, Any], console: Console) -> None:
+        console.print(f"my own table of {len(result['rows'])} rows")
+
+    monkeypatch.setattr(sys.modules[__name__], "print_table", print_table, raising=False)
+    assert "my own table of 2 rows" in call("bench", "sample").output
+
+
+def test_the_real_benches_are_found_and_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # the sample registry
+    file = tmp_path / "wire.json"
+    done = call("bench", "wire", "--numel", "4096", "--density", "0.01", "--repeats", "2", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    result = json.loads(file.read_text())
+    assert "torch" in result["meta"]
+    assert {row["density"] for row in result["rows"]} == {0.01}
+    assert {"kernels", "wire"} <= set(call("bench").output.split())
 
 
 @pytest.mark.parametrize(

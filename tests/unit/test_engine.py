@@ -310,7 +310,7 @@ def test_closing_waits_for_what_is_in_flight_and_is_idempotent() -> None:
     outcomes = Outcomes()
     outcomes.submit(engines[0], "x", gather_ranks)
     assert not engines[0].close(0.1)
-    with pytest.raises(TransportError, match="late.*submitted after the engine of rank 0 was closed"):
+    with pytest.raises(TransportError, match=r"late.*submitted after the engine of rank 0 was closed"):
         engines[0].call("late", at_once(1))
     assert engines[1].call("x", gather_ranks) == [0, 1]
     assert engines[0].close(20.0)

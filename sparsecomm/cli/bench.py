@@ -1,15 +1,18 @@
 """`sparsecomm bench NAME`: runs a measurement of `sparsecomm.benches`, shows its rows and writes them as JSON.
 
-Nothing here knows a bench by name: the registry says which there are, a bench's signature which options it takes,
-its docstring what they mean.
+Nothing here knows a bench by name. Any module in `sparsecomm.benches` may register one; its signature says which
+options it takes, its docstring what they mean, and `print_table(result, console)` beside it, if there, shows its rows.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
+import pkgutil
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,19 +38,27 @@ def run(args: Sequence[str]) -> int:
     Returns:
         The exit code: 2 for an unknown bench, 1 if it failed.
     """
-    from sparsecomm.benches import BENCHES
-
+    benches = _registry()
     if not args or args[0] in ("--list", "--help", "-h"):
-        _print_list(BENCHES)
+        _print_list(benches)
         return 0
     name, *rest = args
-    if name not in BENCHES:
-        known = ", ".join(sorted(BENCHES))
+    if name not in benches:
+        known = ", ".join(sorted(benches))
         message = Text.assemble(("error:", "red"), f" there is no bench {name!r}; known: {known}")
         Console(stderr=True).print(message, soft_wrap=True)
         return 2
-    _command(name, BENCHES[name])(args=rest, prog_name=f"sparsecomm bench {name}")
+    _command(name, benches[name])(args=rest, prog_name=f"sparsecomm bench {name}")
     return 0
+
+
+def _registry() -> Mapping[str, Bench]:
+    """Returns all benches: a module registers its own when it is imported."""
+    from sparsecomm import benches
+
+    for module in pkgutil.iter_modules(benches.__path__):
+        importlib.import_module(f"{benches.__name__}.{module.name}")
+    return benches.BENCHES
 
 
 def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
@@ -124,13 +135,16 @@ def _command(name: str, bench: Bench) -> typer.Typer:
 def _measure(name: str, bench: Bench, options: Mapping[str, Any], json_file: Path | None) -> int:
     """Runs a bench; rank 0 shows and writes what it returns."""
     console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(width=160)  # a log or a pipe has room for all columns
     try:
         if json_file is not None:  # before the long part
             json_file.parent.mkdir(parents=True, exist_ok=True)
         result = bench(**options)
         if detect().rank != 0:
             return 0
-        _print_rows(name, result, console)
+        print_table = getattr(sys.modules[bench.__module__], "print_table", None)
+        print_table(result, console) if print_table else _print_rows(name, result, console)
         if json_file is not None:
             write_json(json_file, result)
             console.print(f"written: {json_file}", soft_wrap=True, highlight=False)

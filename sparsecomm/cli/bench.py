@@ -156,9 +156,7 @@ def _measure(name: str, bench: Bench, options: Mapping[str, Any], json_file: Pat
 
 def _print_list(benches: Mapping[str, Bench]) -> None:
     console = Console()
-    console.print(
-        "Usage: sparsecomm bench NAME [--json FILE] [OPTIONS]     (NAME --help shows the options)\n", markup=False
-    )
+    console.print("Usage: sparsecomm bench NAME [--json FILE] [OPTIONS]   (NAME --help lists them)\n", markup=False)
     table = Table.grid(padding=(0, 2))
     for name in sorted(benches):
         table.add_row(f"  [bold]{name}[/]", _summary(benches[name]))

@@ -51,6 +51,7 @@ class Metrics:
     Attributes:
         steps: optimizer-visible steps exchanged (backward passes that communicated).
         buckets: exchanges.
+        communication_seconds: time between the hand-over of a step's first bucket and the end of its last exchange.
         exposed_seconds: time between the hand-over of a step's last bucket and the end of its last exchange: what
             communication adds to a step, everything else being hidden under backward.
     """
@@ -67,6 +68,7 @@ class Metrics:
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
     apply_seconds: float = 0.0
+    communication_seconds: float = 0.0
     exposed_seconds: float = 0.0
 
     @property
@@ -111,14 +113,17 @@ class Recorder:
         self._buckets: dict[int, BucketReport] = {}
         self._open: dict[int, Metrics] = {}
         self._submitted: dict[int, int] = {}
+        self._first: dict[int, float] = {}
         self._handed_over: dict[int, float] = {}
 
     def submitted(self, step: int, *, last: bool) -> None:
         """Notes that a bucket of this step was handed over; `last` if it was the step's last."""
         with self._lock:
+            now = perf_counter()
             self._submitted[step] = self._submitted.get(step, 0) + 1
+            self._first.setdefault(step, now)
             if last:
-                self._handed_over[step] = perf_counter()
+                self._handed_over[step] = now
 
     def finished(self, report: BucketReport) -> None:
         """Adds one bucket's report, and closes its step when that was the last to finish."""
@@ -131,7 +136,9 @@ class Recorder:
                 return
             del self._open[step], self._submitted[step]
             current.steps = 1
-            current.exposed_seconds = perf_counter() - self._handed_over.pop(step)
+            now = perf_counter()
+            current.communication_seconds = now - self._first.pop(step)
+            current.exposed_seconds = now - self._handed_over.pop(step)
             self._last_step = current
             self._total.merge(current)
         for callback in self.callbacks:

@@ -1,0 +1,265 @@
+"""What the hook costs beyond kernels and messages, and how much of an exchange hides under backward."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsecomm as sc
+from sparsecomm.benches import bench, meta, table, verdict
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import HEADER_BYTES
+
+__all__ = ["print_table", "run", "run_overlap"]
+
+_GOAL = 150e-6  # seconds a bucket
+
+
+@bench("hook")
+def run(
+    shapes: Sequence[str] = ("1000x1024", "10x2500000"),
+    density: float = 0.01,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """Times whole exchanges by a SparseState against their kernels and messages alone. Also under mpirun.
+
+    Overhead = seconds a bucket - kernel seconds - message seconds, medians of rounds taken in turn.
+
+    Args:
+        shapes: buckets and elements of each, as "1000x1024".
+        density: fraction selected.
+        repeats: timed rounds.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``, a row a shape: buckets, numel, world, seconds, kernel_seconds,
+        message_seconds, overhead_seconds (all a bucket), goal, ok.
+    """
+    world = sc.init()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = []
+        for shape in shapes:
+            buckets, numel = (int(x) for x in shape.split("x"))
+            rows.append(_row(world, buckets, numel, density, repeats))
+    finally:
+        torch.set_num_threads(threads)
+    return {"meta": meta() | {"world": world.size}, "rows": rows}
+
+
+def _row(world: sc.World, buckets: int, numel: int, density: float, repeats: int) -> dict[str, Any]:
+    parameters = [torch.nn.Parameter(torch.zeros(numel)) for _ in range(buckets)]
+    model = torch.nn.ParameterList(parameters)
+    state = sc.SparseState(sc.TopK(density=density), model=model, collective="allgather", index_codec="rice")
+    generator = torch.Generator().manual_seed(world.rank)
+    grads = [torch.randn(numel, generator=generator) for _ in range(buckets)]
+
+    last = buckets - 1
+
+    def whole() -> None:
+        futures = [state.start(i, [parameters[i]], grads[i], last=i == last) for i in range(buckets)]
+        for future in futures:
+            future.wait()
+
+    k = max(1, round(density * numel))
+    alone = _kernels_alone(grads, k, world.size)
+    body = kernels.estimate_index_bytes(IndexCodec.RICE, k, numel) + kernels.max_value_bytes(ValueCodec.FP16, k)
+    samples: dict[str, list[float]] = {"whole": [], "kernels": [], "messages": []}
+    for round_ in range(-2, repeats):
+        for name, task in (("whole", whole), ("kernels", alone), ("messages", lambda: _messages(world, buckets, body))):
+            for g in grads:
+                g.normal_(generator=generator)
+            seconds = _timed(task, world)
+            if round_ >= 0:
+                samples[name].append(seconds / buckets if name != "messages" or world.size > 1 else 0.0)
+    whole_s, kernel_s, message_s = (statistics.median(samples[n]) for n in ("whole", "kernels", "messages"))
+    overhead = whole_s - kernel_s - message_s
+    return {
+        "buckets": buckets,
+        "numel": numel,
+        "world": world.size,
+        "seconds": whole_s,
+        "kernel_seconds": kernel_s,
+        "message_seconds": message_s,
+        "overhead_seconds": overhead,
+        "goal": _GOAL,
+        "ok": verdict(overhead, _GOAL),
+    }
+
+
+def _timed(task: Callable[[], object], world: sc.World) -> float:
+    if world.size > 1:
+        world.barrier()
+    start = perf_counter()
+    task()
+    return perf_counter() - start
+
+
+def _kernels_alone(grads: Sequence[torch.Tensor], k: int, size: int) -> Callable[[], None]:
+    """Returns a call of just the kernels that the exchanges of these buckets need on one rank of `size`."""
+    numel = grads[0].numel()
+    residuals = [torch.zeros(numel) for _ in grads]
+    indices, values, error = torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(k)
+    data = torch.empty(kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k, dtype=torch.uint8)
+    decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(size)]
+    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+
+    def one(grad: torch.Tensor, residual: torch.Tensor) -> None:
+        n = kernels.exact_topk(grad, residual, k, indices, values).stored
+        index_bytes = kernels.encode_indices(IndexCodec.RICE, indices[:n], numel, data)
+        value_bytes, scale = kernels.encode_values(ValueCodec.FP16, values[:n], data[index_bytes:], error)
+        body = data[: index_bytes + value_bytes]
+        kernels.crc32c(body)
+        kernels.crc32c(header)
+        kernels.scatter_add(residual, indices[:n], error[:n])
+        for rank, (idx, val) in enumerate(decoded):
+            if rank:
+                kernels.crc32c(header)
+                kernels.crc32c(body)
+                kernels.decode_indices(IndexCodec.RICE, body[:index_bytes], n, numel, idx)
+            kernels.decode_values(ValueCodec.FP16, body[index_bytes:], n, scale, val)
+        own = (indices[:n], decoded[0][1][:n])
+        kernels.scatter_reduce(grad, [own, *((i[:n], v[:n]) for i, v in decoded[1:])], scale=1.0 / size)
+
+    def call() -> None:
+        for grad, residual in zip(grads, residuals, strict=True):
+            one(grad, residual)
+
+    return call
+
+
+def _messages(world: sc.World, buckets: int, body: int) -> None:
+    """Sends what `buckets` exchanges send, without anything else."""
+
+    def steps(channel: Channel) -> CollectiveSteps[None]:
+        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        out = torch.zeros(body, dtype=torch.uint8)
+        others = range(1, channel.size)
+        into = {d: (torch.empty_like(header), torch.empty_like(out)) for d in others}
+        for _ in range(buckets):
+            for i, data in enumerate((header, out)):
+                requests = [channel.irecv(into[d][i], (channel.rank - d) % channel.size) for d in others]
+                requests += [channel.isend(data, (channel.rank + d) % channel.size) for d in others]
+                yield requests
+                channel.pending.clear()
+
+    world.engine.call("bench messages", steps)
+
+
+@bench("overlap")
+def run_overlap(
+    width: int = 1024,
+    layers: int = 12,
+    batch: int = 64,
+    density: float = 0.01,
+    bucket_mb: int = 4,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """Times backward of a DDP model with sparse_hook against one with a hook that does nothing. Run it under mpirun.
+
+    Args:
+        width: of the square layers.
+        layers: how many.
+        batch: examples a rank.
+        density: fraction selected.
+        bucket_mb: DDP's bucket_cap_mb.
+        repeats: timed rounds.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``, one row: world, numel, buckets, backward_seconds (with a hook that does
+        nothing), sparse_backward_seconds, added_seconds (their difference), communication_seconds (hand-over of the
+        first bucket to the end of the last exchange), exposed_seconds (hand-over of the last bucket to that end),
+        hidden (fraction of communication_seconds that was under backward), ok (exposed < communication).
+    """
+    world = sc.init()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        row = _overlap(world, width, layers, batch, density, bucket_mb, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    return {"meta": meta() | {"world": world.size}, "rows": [row]}
+
+
+def _overlap(
+    world: sc.World, width: int, layers: int, batch: int, density: float, bucket_mb: int, repeats: int
+) -> dict[str, Any]:
+    def model() -> DistributedDataParallel:
+        torch.manual_seed(0)
+        inner = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+        return DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
+
+    plain, sparse = model(), model()
+    plain.register_comm_hook(None, _nothing)
+    state = sc.SparseState(sc.TopK(density=density), collective="allgather")
+    sparse.register_comm_hook(state, sc.sparse_hook)
+    x = torch.randn(batch, width)
+    samples: dict[str, list[float]] = {"plain": [], "sparse": [], "communication": [], "exposed": []}
+    for round_ in range(-2, repeats):
+        for name, ddp in (("plain", plain), ("sparse", sparse)):
+            loss = ddp(x).square().mean()
+            seconds = _timed(loss.backward, world)
+            if round_ >= 0:
+                samples[name].append(seconds)
+        if round_ >= 0:
+            samples["communication"].append(state.last_step().communication_seconds)
+            samples["exposed"].append(state.last_step().exposed_seconds)
+    m = {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        "world": world.size,
+        "numel": sum(p.numel() for p in plain.parameters()),
+        "buckets": len(state.buckets()),
+        "backward_seconds": m["plain"],
+        "sparse_backward_seconds": m["sparse"],
+        "added_seconds": m["sparse"] - m["plain"],
+        "communication_seconds": m["communication"],
+        "exposed_seconds": m["exposed"],
+        "hidden": 1.0 - m["exposed"] / m["communication"],
+        "ok": verdict(m["exposed"], m["communication"]),
+    }
+
+
+def _nothing(state: object, bucket):  # type: ignore[no-untyped-def]
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the rows of either bench."""
+    rows = result["rows"]
+    if "hidden" in rows[0]:
+        columns = {
+            "ranks": ("world", "d"),
+            "buckets": ("buckets", "d"),
+            "bwd s": ("backward_seconds", ".4f"),
+            "hook s": ("sparse_backward_seconds", ".4f"),
+            "comm s": ("communication_seconds", ".4f"),
+            "exposed s": ("exposed_seconds", ".4f"),
+            "hidden": ("hidden", ".0%"),
+            "": ("ok", ""),
+        }
+        title = "overlap: how much of the communication hides under backward"
+    else:
+        rows = [{k: v * 1e6 if k.endswith("seconds") or k == "goal" else v for k, v in row.items()} for row in rows]
+        columns = {
+            "ranks": ("world", "d"),
+            "buckets": ("buckets", "d"),
+            "n": ("numel", "d"),
+            "us": ("seconds", ".0f"),
+            "kernels": ("kernel_seconds", ".0f"),
+            "msgs": ("message_seconds", ".0f"),
+            "over": ("overhead_seconds", ".0f"),
+            "goal": ("goal", ".0f"),
+            "": ("ok", ""),
+        }
+        title = "hook: microseconds a bucket beyond kernels and messages"
+    (console or Console()).print(table(title, rows, columns))

@@ -225,9 +225,10 @@ class SparseState:
         if self._unchecked is not None:
             self._unchecked.check_names(set(model.names.values()))
             self._unchecked = None
-        _check_gradient(grad, model.rank, index)
+        where = f"rank {model.rank}, bucket {index}"
+        _check_gradient(grad, parameters, where)
         config, numel = self.config, grad.numel()
-        bucket = self._bucket(index, parameters, grad, model)
+        bucket = self._bucket(index, parameters, grad, model, where)
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
         momentum = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
@@ -262,17 +263,17 @@ class SparseState:
             return config.collective_kind
         return choose_collective(k, numel, size, config.values, config.indices)
 
-    def _bucket(self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: _Model) -> Bucket:
+    def _bucket(
+        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: _Model, where: str
+    ) -> Bucket:
         """Returns what is known of this bucket, moving residuals by name if DDP has rebuilt its buckets."""
         ids = tuple(id(p) for p in parameters)
         known = self._known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == grad.numel():
             return known.bucket
-        layout = BucketLayout.of([(_name(p, model), p) for p in parameters])
+        layout = BucketLayout.of([(_name(p, model, where), p) for p in parameters])
         if layout.numel != grad.numel():
-            raise ConfigError(
-                f"bucket {index} has {grad.numel()} elements, its {len(ids)} parameters have {layout.numel}"
-            )
+            raise ConfigError(f"{where}: {grad.numel()} elements, but its {len(ids)} parameters have {layout.numel}")
         bucket = Bucket(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
         self._known[index] = _Known(ids, bucket)
         return bucket
@@ -352,16 +353,16 @@ def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _name(parameter: torch.Tensor, model: _Model) -> str:
+def _name(parameter: torch.Tensor, model: _Model, where: str) -> str:
     if not model.names:
         raise ConfigError(
-            "the model of this SparseState is unknown; register it with ddp.register_comm_hook(state, sparse_hook) "
+            f"{where}: the model of this SparseState is unknown; register it with ddp.register_comm_hook(state, sparse_hook) "
             "or pass model= to SparseState"
         )
     name = model.names.get(id(parameter))
     if name is None:
         raise ConfigError(
-            f"a bucket holds a parameter of shape {tuple(parameter.shape)} that is not in the state's model; "
+            f"{where}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
             "one SparseState serves one model"
         )
     return name
@@ -379,15 +380,16 @@ def _unused(layout: BucketLayout, grad: torch.Tensor) -> tuple[tuple[int, int], 
     return tuple(spans)
 
 
-def _check_gradient(grad: torch.Tensor, rank: int, bucket: int) -> None:
-    where = f"rank {rank}, bucket {bucket}"
+def _check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where: str) -> None:
+    # DDP hands complex gradients over as pairs of real numbers: only the parameters tell.
+    dtypes = {p.dtype for p in parameters if p.is_complex()} or {grad.dtype}
     if grad.layout != torch.strided:
         raise ConfigError(
             f"{where}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
         )
-    if grad.dtype not in GRAD_DTYPES:
+    if not dtypes <= set(GRAD_DTYPES):
         raise ConfigError(
-            f"{where}: gradients of dtype {grad.dtype} are not supported, only float32, float16, bfloat16"
+            f"{where}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
         )
     if grad.device.type != "cpu":
         raise ConfigError(f"{where}: gradients on {grad.device} are not supported by this version, only on the CPU")

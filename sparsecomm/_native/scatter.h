@@ -10,9 +10,9 @@ constexpr size_t kAhead = 32;  // indices to look ahead: hides the misses of cac
 
 inline void scatter_add(float* out, const uint32_t* idx, const float* val, size_t nnz) {
   size_t i = 0;
-  for (; i + kAhead < nnz; ++i) {
-    __builtin_prefetch(out + idx[i + kAhead], 1);
-    out[idx[i]] += val[i];
+  for (; i + kAhead + 4 <= nnz; i += 4) {
+    for (size_t j = 0; j < 4; ++j) __builtin_prefetch(out + idx[i + kAhead + j], 1);
+    for (size_t j = 0; j < 4; ++j) out[idx[i + j]] += val[i + j];
   }
   for (; i < nnz; ++i) out[idx[i]] += val[i];
 }

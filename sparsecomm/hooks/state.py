@@ -356,8 +356,8 @@ def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
 def _name(parameter: torch.Tensor, model: _Model, where: str) -> str:
     if not model.names:
         raise ConfigError(
-            f"{where}: the model of this SparseState is unknown; register it with ddp.register_comm_hook(state, sparse_hook) "
-            "or pass model= to SparseState"
+            f"{where}: the model of this SparseState is unknown; register the state with "
+            "ddp.register_comm_hook(state, sparse_hook) or pass model= to SparseState"
         )
     name = model.names.get(id(parameter))
     if name is None:

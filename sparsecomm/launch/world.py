@@ -6,9 +6,10 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -62,6 +63,8 @@ class _Owned:
     mpi: bool = False
     store: Any = None
     old_hook: Any = None
+    old_exit: Any = None
+    exit_code: int = 0
     pid: int = 0
 
 
@@ -153,10 +156,15 @@ def shutdown() -> None:
     if made is None or _owned.pid != os.getpid():
         return
     _owned.world = None
-    finished = made.engine.close()
+    failed = _owned.exit_code != 0 and made.size > 1
+    finished = failed or made.engine.close()
     close_timeline()
     if _owned.old_hook is not None:
         sys.excepthook = _owned.old_hook
+        sys.exit = _owned.old_exit
+    if failed:
+        print(f"sparsecomm: rank {made.rank} called sys.exit({_owned.exit_code}); ending the job", file=sys.stderr)
+        made.engine.transport.abort(_owned.exit_code)
     if not finished:
         # Something of ours is still waiting for a rank; MPI_Finalize would wait with it.
         made.engine.transport.abort(1)
@@ -222,7 +230,10 @@ def _check_torch(transport: Transport) -> None:
 
 
 def _install_excepthook(transport: Transport) -> None:
-    """Makes an exception that reaches the top end the job: MPI_Finalize would wait for the other ranks for ever."""
+    """Makes an exception that reaches the top, or sys.exit with an error, end the job.
+
+    MPI_Finalize would wait for the other ranks for ever. SystemExit does not pass the excepthook, hence sys.exit.
+    """
     if transport.size == 1:
         return
     old = _owned.old_hook = sys.excepthook
@@ -241,4 +252,10 @@ def _install_excepthook(transport: Transport) -> None:
         sys.stdout.flush()
         transport.abort(1)
 
+    def remember_code(status: Any = None) -> NoReturn:
+        if status not in (None, 0) and threading.current_thread() is threading.main_thread() and os.getpid() == owner:
+            _owned.exit_code = status if isinstance(status, int) else 1
+        raise SystemExit(status)
+
     sys.excepthook = end_the_job
+    _owned.old_exit, sys.exit = sys.exit, remember_code

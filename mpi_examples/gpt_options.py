@@ -48,6 +48,7 @@ class Settings:
     stop_after: int | None
     log: str | None
     plot: str | None
+    tensorboard: str | None
     progress: str
 
     @property
@@ -173,6 +174,7 @@ def _parser(description: str) -> _Parser:
     out.add_argument("--stop-after", type=_positive, metavar="STEP", help="end early here, to resume later")
     out.add_argument("--log", metavar="JSON", help="write settings and one row a step")
     out.add_argument("--plot", metavar="PNG", help="draw the loss (an SVG goes beside it)")
+    out.add_argument("--tensorboard", metavar="DIR", help="write scalars for TensorBoard (rank 0)")
     out.add_argument("--progress", choices=("auto", "on", "off"), default="auto", help="progress bar")
     return parser
 
@@ -192,4 +194,6 @@ def parse(arguments: Sequence[str] | None, description: str) -> Settings:
         parser.error(f"--warmup-steps {settings.warmup_steps} is more than --steps {settings.steps}")
     if settings.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'sparsecomm[demo]'")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs tensorboard: pip install 'sparsecomm[demo]'")
     return settings

@@ -28,6 +28,7 @@ from gpt_data import Corpus, DataError, load_corpus, training_batch, validation_
 from gpt_model import GPT, build, count_parameters
 from gpt_options import TRAJECTORY, Settings, fail, parse
 from run_log import Row, RunLog, plot
+from tensorboard_log import Scalars
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from train_report import Report
@@ -296,6 +297,7 @@ def train(trainer: Trainer, report: Report) -> None:
     settings = trainer.settings
     batches = validation_batches(trainer.corpus, settings.block)
     folder = Path(settings.out) if settings.out else None
+    scalars = Scalars(settings.tensorboard if trainer.rank == 0 else None, trainer.state)
     if trainer.step == 0:
         evaluate(trainer, batches)
         report.show(trainer.log.rows)
@@ -305,9 +307,11 @@ def train(trainer: Trainer, report: Report) -> None:
         if last or trainer.step % settings.eval_every == 0 or trainer.step in EARLY_EVALS:
             evaluate(trainer, batches)
         report.show(trainer.log.rows)
+        scalars.add(trainer.log.rows[-1])
         due = settings.save_every and trainer.step % settings.save_every == 0
         if folder is not None and (last or due):
             save(trainer, folder)
+    scalars.close()
 
 
 def finish(trainer: Trainer, report: Report) -> int:

@@ -1,0 +1,56 @@
+"""Scalars for TensorBoard: loss, and what communication did in the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from run_log import Row
+
+import sparsecomm as sc
+
+__all__ = ["Scalars"]
+
+
+class Scalars:
+    """Writes one point a step; does nothing without a folder.
+
+    Args:
+        folder: TensorBoard's log folder, or None.
+        state: the run's SparseState, or None for plain DDP.
+    """
+
+    def __init__(self, folder: str | None, state: sc.SparseState | None) -> None:
+        self._state = state
+        self._writer: Any = None
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder)
+
+    def add(self, row: Row) -> None:
+        """Adds the points of one step."""
+        if self._writer is None:
+            return
+        points = {"loss/train": row.train_loss, "loss/validation": row.val_loss, "communication/ratio": row.ratio}
+        if self._state is not None:
+            last = self._state.last_step()
+            points |= {
+                "communication/bytes_sent": last.bytes_sent,
+                "communication/nonzeros": last.nnz,
+                "communication/density": last.density,
+                "communication/residual_norm": self._state.residual_norm(),
+                "seconds/select": last.select_seconds,
+                "seconds/encode": last.encode_seconds,
+                "seconds/wait": last.wait_seconds,
+                "seconds/apply": last.apply_seconds,
+                "seconds/communication": last.communication_seconds,
+                "seconds/exposed": last.exposed_seconds,
+            }
+        for name, value in points.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, row.step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()

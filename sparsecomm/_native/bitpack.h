@@ -69,17 +69,29 @@ inline void pack(const uint32_t* values, size_t count, unsigned width, uint8_t* 
 
 #if SC_SIMD
 
-// A vector of W values takes W * width / 8 whole bytes, at most one vector: each lane picks the two words that its
-// bits may straddle. Reads up to one vector behind the block.
-inline void unpack_vectors(const uint8_t* data, unsigned width, uint32_t* values) {
-  const typename V::I at = V::mul_lanes(width), word = V::shift_right(at, V::set1(5u)), one = V::set1(1u);
-  const typename V::I shift = V::and_(at, V::set1(31u)), back = V::sub(V::set1(32u), shift), next = V::add(word, one);
+// Calls use(i, vector of values i .. i + W - 1) for a whole block. W values take W * width / 8 whole bytes, at most one
+// vector; each lane picks the two words that its bits may straddle. Reads up to one vector behind the block.
+template <class Use>
+void unpack_each(const uint8_t* data, unsigned width, Use use) {
+  const size_t step = V::W * width / 8;
   const typename V::I mask = V::set1(uint32_t((uint64_t(1) << width) - 1));
-  for (size_t i = 0; i < kBlock; i += V::W, data += V::W * width / 8) {
-    const typename V::I words = V::load_bytes(data);
-    V::store_index(values + i, V::and_(mask, V::or_(V::shift_right(V::permute(words, word), shift),
-                                                    V::shift_left(V::permute(words, next), back))));
+  if (width <= V::kNarrow) {
+    const typename V::I from = V::narrow_words(width), shift = V::narrow_shifts(width);
+    for (size_t i = 0; i < kBlock; i += V::W, data += step)
+      use(i, V::and_(mask, V::shift_right(V::narrow_pick(V::load_bytes(data), from), shift)));
+    return;
   }
+  const typename V::I at = V::mul_lanes(width), word = V::shift_right(at, V::set1(5u));
+  const typename V::I next = V::add(word, V::set1(1u)), shift = V::and_(at, V::set1(31u));
+  const typename V::I back = V::sub(V::set1(32u), shift);
+  for (size_t i = 0; i < kBlock; i += V::W, data += step) {
+    const typename V::I words = V::load_bytes(data);
+    use(i, V::and_(mask, V::or_(V::shift_right(V::permute(words, word), shift),
+                                V::shift_left(V::permute(words, next), back))));
+  }
+}
+inline void unpack_vectors(const uint8_t* data, unsigned width, uint32_t* values) {
+  unpack_each(data, width, [&](size_t i, typename V::I v) { V::store_index(values + i, v); });
 }
 constexpr size_t kOverread = 4 * V::W;
 

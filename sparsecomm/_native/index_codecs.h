@@ -225,32 +225,6 @@ DecodeOut out_of_range(uint64_t next, size_t count, uint64_t numel, Gap gap) {
   return fail(kIndexRange, next, numel);
 }
 
-// Turns a block of gaps into indices behind `next`, one above the last index so far, and moves `next`. In 64 bits no
-// block can wrap it.
-inline void sum_gaps(const uint32_t* gaps, size_t count, unsigned width, uint64_t& next, uint32_t* out) {
-#if SC_SIMD
-  if (count == kBlock && width <= 24) {  // the sum of the block is below 2**31: 32 bits suffice to find it
-    const typename V::I one = V::set1(1u);
-    const uint32_t start = uint32_t(next);
-    typename V::I last = V::set1(start - 1);
-    for (size_t i = 0; i < kBlock; i += V::W) {
-      const typename V::I sums = V::prefix_sum(V::add(V::load_index(gaps + i), one));
-      const typename V::I idx = V::add(last, sums);
-      V::store_index(out + i, idx);
-      last = V::add(last, V::broadcast_last(sums));
-    }
-    next += uint32_t(out[kBlock - 1] + 1 - start);
-    return;
-  }
-#else
-  (void)width;
-#endif
-  for (size_t i = 0; i < count; ++i) {
-    next += gaps[i];
-    out[i] = uint32_t(next++);
-  }
-}
-
 inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, uint64_t numel, uint32_t* out) {
   size_t packed = 0;
   const DecodeOut head = read_block_bytes(data, nbytes, nnz, 32, packed);
@@ -260,15 +234,44 @@ inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, 
   if (nnz % kBlock && !padding_is_zero(data + nbytes - 1, nnz, data[blocks - 1]))
     return fail(kPadding, data[nbytes - 1], 0);
   const uint8_t* from = data + blocks;
-  uint64_t next = 0;
+  uint64_t next = 0;  // one above the last index so far: 64 bits, which no block can wrap
   uint32_t gaps[kBlock];
+#if SC_SIMD
+  typename V::I last = V::set1(0xFFFFFFFFu);  // the last index in every lane
+  const typename V::I one = V::set1(1u);
+#endif
   for (size_t b = 0; b < blocks; ++b) {
     const size_t count = min_of(kBlock, nnz - b * kBlock);
-    unpack(from, data + nbytes, count, data[b], gaps);
-    from += packed_bytes(count, data[b]);
+    const unsigned width = data[b];
     const uint64_t start = next;
-    sum_gaps(gaps, count, data[b], next, out + b * kBlock);
+    uint32_t* const to = out + b * kBlock;
+#if SC_SIMD
+    // The sum of such a block is below 2**31, so that 32 bits suffice to find it.
+    if (count == kBlock && width <= 24 && size_t(data + nbytes - from) >= kBlock / 8 * width + kOverread) {
+      unpack_each(from, width, [&](size_t i, typename V::I gap) {
+        const typename V::I sums = V::prefix_sum(V::add(gap, one));
+        V::store_index(to + i, V::add(last, sums));
+        last = V::add(last, V::broadcast_last(sums));
+      });
+      next += uint32_t(to[kBlock - 1] + 1 - uint32_t(start));
+      from += kBlock / 8 * width;
+      if (next > numel) {
+        unpack_vectors(from - kBlock / 8 * width, width, gaps);
+        return out_of_range(start, count, numel, [&](size_t i) { return uint64_t(gaps[i]); });
+      }
+      continue;
+    }
+#endif
+    unpack(from, data + nbytes, count, width, gaps);
+    from += packed_bytes(count, width);
+    for (size_t i = 0; i < count; ++i) {
+      next += gaps[i];
+      to[i] = uint32_t(next++);
+    }
     if (next > numel) return out_of_range(start, count, numel, [&](size_t i) { return uint64_t(gaps[i]); });
+#if SC_SIMD
+    last = V::set1(uint32_t(next) - 1);
+#endif
   }
   return ok();
 }

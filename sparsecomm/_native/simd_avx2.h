@@ -71,6 +71,11 @@ struct V {
   static I shift_right(I v, I by) { return _mm256_srlv_epi32(v, by); }
   static I shift_left(I v, I by) { return _mm256_sllv_epi32(v, by); }  // 32 and more gives 0
   static I permute(I v, I from) { return _mm256_permutevar8x32_epi32(v, from); }
+  // No permutation of 16-bit words across the register here.
+  static constexpr unsigned kNarrow = 0;
+  static I narrow_words(uint32_t) { return set1(0u); }
+  static I narrow_shifts(uint32_t) { return set1(0u); }
+  static I narrow_pick(I words, I) { return words; }
   static I broadcast_last(I v) { return _mm256_permutevar8x32_epi32(v, _mm256_set1_epi32(7)); }
   static I prefix_sum(I v) {  // inclusive
     v = _mm256_add_epi32(v, _mm256_slli_si256(v, 4));

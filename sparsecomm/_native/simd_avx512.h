@@ -59,6 +59,14 @@ struct V {
   static I shift_right(I v, I by) { return _mm512_srlv_epi32(v, by); }
   static I shift_left(I v, I by) { return _mm512_sllv_epi32(v, by); }  // 32 and more gives 0
   static I permute(I v, I from) { return _mm512_permutexvar_epi32(from, v); }
+  // Lane i of 16 values of up to 17 bits: one permutation of 16-bit words brings all of its bits.
+  static constexpr unsigned kNarrow = 17;
+  static I narrow_words(uint32_t width) {
+    const I low = _mm512_srli_epi32(mul_lanes(width), 4);
+    return or_(low, _mm512_slli_epi32(add(low, set1(1u)), 16));
+  }
+  static I narrow_shifts(uint32_t width) { return and_(mul_lanes(width), set1(15u)); }
+  static I narrow_pick(I words, I from) { return _mm512_permutexvar_epi16(from, words); }
   static I broadcast_last(I v) { return _mm512_permutexvar_epi32(_mm512_set1_epi32(15), v); }
   static I prefix_sum(I v) {  // inclusive
     const I zero = _mm512_setzero_si512();

@@ -17,15 +17,15 @@ struct Cut {
   size_t ties_in, ties;
 };
 
-// Histogram of the magnitudes whose high bits (above kShift + kBits) equal `prefix`. Four interleaved copies, since
-// gradients repeat themselves and increments of one counter would wait for each other; what does not count goes to a
-// bin of its own instead of around an unpredictable branch.
-template <int kShift, int kBits, bool kAll, class Skip>
-void histogram(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip skip) {
+// Histogram of the magnitudes whose high bits (above kShift + kBits) equal `prefix`. What does not count goes to a bin
+// of its own instead of around an unpredictable branch. Long vectors use four interleaved copies, since gradients repeat
+// themselves and increments of one counter would wait for each other; short ones are not worth clearing four.
+template <int kShift, int kBits, bool kAll, size_t kCopies, class Skip>
+void histogram_copies(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip skip) {
   constexpr uint32_t kBins = 1u << kBits;
   static_assert(kShift + kBits <= 31, "magnitudes have 31 bits");
   for (size_t b = 0; b < kBins; ++b) counts[b] = 0;
-  uint32_t part[4][kBins + 16];
+  uint32_t part[kCopies][kBins + 16];
   for (size_t begin = 0; begin < n; begin += size_t(1) << 31) {  // 32-bit counters
     const size_t end = min_of(n, begin + (size_t(1) << 31));
     std::memset(part, 0, sizeof part);
@@ -35,11 +35,20 @@ void histogram(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip s
       ++to[in ? bin : kBins];
     };
     size_t i = begin;
-    for (; i + 4 <= end; i += 4)
-      for (size_t j = 0; j < 4; ++j) count(i + j, part[j]);
+    for (; i + kCopies <= end; i += kCopies)
+      for (size_t j = 0; j < kCopies; ++j) count(i + j, part[j]);
     for (; i < end; ++i) count(i, part[0]);
-    for (size_t b = 0; b < kBins; ++b) counts[b] += size_t(part[0][b]) + part[1][b] + part[2][b] + part[3][b];
+    for (size_t b = 0; b < kBins; ++b)
+      for (size_t j = 0; j < kCopies; ++j) counts[b] += part[j][b];
   }
+}
+
+template <int kShift, int kBits, bool kAll, class Skip>
+void histogram(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip skip) {
+  if (n < 8192)
+    histogram_copies<kShift, kBits, kAll, 1>(v, n, prefix, counts, skip);
+  else
+    histogram_copies<kShift, kBits, kAll, 4>(v, n, prefix, counts, skip);
 }
 
 // From the top bin down: the bin in which the k-th falls; k becomes its rank within that bin.

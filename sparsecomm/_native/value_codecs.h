@@ -152,8 +152,15 @@ inline DecodeOut decode_values(int codec, const uint8_t* data, size_t nbytes, si
   } else if (codec == kValInt8) {
     const DecodeOut status = decode_int8(data, n, out);
     if (status.status) return status;
-  } else if (n) {
-    std::memcpy(out, data, 4 * n);
+  } else {
+    int32_t top = 0;  // copied and checked in one pass
+    for (size_t i = 0; i < n; ++i) {
+      const uint32_t x = load32(data + 4 * i);
+      const int32_t m = int32_t(x & kMagnitude);
+      top = m > top ? m : top;
+      out[i] = float_of(x);
+    }
+    if (uint32_t(top) < kInfBits) return {kOk, 0.0, 0};
   }
   if (n && largest_magnitude(out, n) >= kInfBits) {
     size_t i = 0;

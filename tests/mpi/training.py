@@ -107,7 +107,10 @@ def residual_of(state: sc.SparseState, model: nn.Module) -> torch.Tensor:
     """This rank's residual in the order of `flat(model)`; zero where there is none."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     saved = state.state_dict()
-    parts = [saved.get(f"residual.{name}", torch.zeros(p.shape)) for name, p in inner.named_parameters()]
+    parts = []
+    for name, p in inner.named_parameters():
+        kept = saved.get(f"residual.{name}", torch.empty(0))
+        parts.append(kept if kept.numel() else torch.zeros(p.shape))
     return torch.cat([p.double().reshape(-1) for p in parts])
 
 

@@ -244,7 +244,9 @@ def _encode(job: _Job, taken: Taken) -> tuple[Header, torch.Tensor, int]:
     sizes = (nnz, max(nnz, taken.capacity))
     most = max(max_payload_bytes(header.index_codec, plan.value_codec, size, numel) for size in sizes)
     payload = arena.get((bucket.index, "payload"), most, torch.uint8)
-    error = arena.get((bucket.index, "error"), nnz, torch.float32, reserve=taken.capacity)
+    error = arena.get(
+        "rounding", nnz, torch.float32, reserve=taken.capacity
+    )  # free again at once: all buckets share it
     encode_payload(header, taken.indices, taken.values, payload, error)
     if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
         kernels.scatter_add(bucket.residual, taken.indices, error)
@@ -257,10 +259,11 @@ def _decode(job: _Job, headers: list[Header], bodies: list[torch.Tensor], taken:
     This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
     indices are at hand.
     """
-    arena, key = job.arena, job.bucket.index
+    arena = job.arena
     total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
-    indices = arena.get((key, "all indices"), total, torch.uint32, reserve=most)
-    values = arena.get((key, "all values"), total, torch.float32, reserve=most)
+    # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
+    indices = arena.get("decoded indices", total, torch.uint32, reserve=most)
+    values = arena.get("decoded values", total, torch.float32, reserve=most)
     parts, offset = [], 0
     for rank, (header, body) in enumerate(zip(headers, bodies, strict=True)):
         end = offset + header.nnz

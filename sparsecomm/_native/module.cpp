@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -23,6 +24,19 @@ namespace {
 std::atomic<const sc::Kernels*> current{sc::portable_kernels()};
 
 const sc::Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+
+// Lets other Python threads run while a kernel works. Not for short work: giving the interpreter up for a microsecond
+// can cost the milliseconds until another thread gives it back.
+class FreeGil {
+ public:
+  explicit FreeGil(size_t bytes) {
+    if (bytes >= kWorthIt) released_.emplace();
+  }
+
+ private:
+  static constexpr size_t kWorthIt = size_t{1} << 16;
+  std::optional<nb::gil_scoped_release> released_;
+};
 
 template <class T>
 T* at(Address address) {
@@ -48,6 +62,7 @@ uint32_t threshold_bits(double threshold) {
 std::tuple<uint64_t, uint64_t, uint64_t> accumulate_select(Address grad, int type, Address residual, size_t n,
                                                            double threshold, Address out_indices, Address out_values,
                                                            size_t capacity, double scale) {
+  const FreeGil free(n * 4);
   const sc::SelectOut r = kernels().accumulate_select(at<void>(grad), type, at<float>(residual), n,
                                                       threshold_bits(threshold), at<uint32_t>(out_indices),
                                                       at<float>(out_values), capacity, static_cast<float>(scale));
@@ -57,6 +72,7 @@ std::tuple<uint64_t, uint64_t, uint64_t> accumulate_select(Address grad, int typ
 std::tuple<uint64_t, double, uint64_t> exact_topk(Address grad, int type, Address residual, size_t n, size_t k,
                                                   Address out_indices, Address out_values, size_t capacity,
                                                   double scale) {
+  const FreeGil free(n * 4);
   const sc::TopKOut r =
       kernels().exact_topk(at<void>(grad), type, at<float>(residual), n, k, at<uint32_t>(out_indices),
                            at<float>(out_values), capacity, static_cast<float>(scale));
@@ -64,21 +80,25 @@ std::tuple<uint64_t, double, uint64_t> exact_topk(Address grad, int type, Addres
 }
 
 size_t cut_topk(Address indices, Address values, size_t count, size_t k, Address residual) {
+  const FreeGil free(count * 8);
   return kernels().cut_topk(at<uint32_t>(indices), at<float>(values), count, k, at<float>(residual));
 }
 
 int64_t encode_indices(int codec, Address indices, size_t nnz, uint64_t numel, Address out) {
+  const FreeGil free(nnz * 4 + (codec == sc::kBitmap ? numel / 8 : 0));
   return kernels().encode_indices(codec, at<const uint32_t>(indices), nnz, numel, at<uint8_t>(out));
 }
 
 std::tuple<int, double, uint64_t> decode_indices(int codec, Address data, size_t nbytes, size_t nnz, uint64_t numel,
                                                  Address out) {
+  const FreeGil free(nbytes);
   const sc::DecodeOut r =
       kernels().decode_indices(codec, at<const uint8_t>(data), nbytes, nnz, numel, at<uint32_t>(out));
   return {r.status, r.got, r.want};
 }
 
 std::tuple<size_t, double> encode_values(int codec, Address values, size_t nnz, Address out, Address error) {
+  const FreeGil free(nnz * 4);
   float scale = 1.0f;
   const size_t bytes =
       kernels().encode_values(codec, at<const float>(values), nnz, at<uint8_t>(out), at<float>(error), &scale);
@@ -87,12 +107,14 @@ std::tuple<size_t, double> encode_values(int codec, Address values, size_t nnz, 
 
 std::tuple<int, double, uint64_t> decode_values(int codec, Address data, size_t nbytes, size_t nnz, double scale,
                                                 Address out) {
+  const FreeGil free(nnz * 4);
   const sc::DecodeOut r = kernels().decode_values(codec, at<const uint8_t>(data), nbytes, nnz,
                                                   static_cast<float>(scale), at<float>(out));
   return {r.status, r.got, r.want};
 }
 
 void scatter_add(Address out, Address indices, Address values, size_t nnz) {
+  const FreeGil free(nnz * 8);
   kernels().scatter_add(at<float>(out), at<const uint32_t>(indices), at<const float>(values), nnz);
 }
 
@@ -102,14 +124,17 @@ void scatter_reduce(Address out, int type, size_t n, const std::vector<std::tupl
   list.reserve(parts.size());
   for (const auto& [indices, values, nnz] : parts)
     list.push_back({at<const uint32_t>(indices), at<const float>(values), nnz});
+  const FreeGil free(n * 4);
   kernels().scatter_reduce(at<void>(out), type, n, list.data(), list.size(), static_cast<float>(scale));
 }
 
 void add_dense(Address out, Address data, size_t n) {
+  const FreeGil free(n * 4);
   kernels().add_dense(at<float>(out), at<const uint8_t>(data), n);
 }
 
 uint64_t accumulate_dense(Address grad, int type, Address residual, size_t n, double scale) {
+  const FreeGil free(n * 4);
   return kernels()
       .accumulate_select(at<void>(grad), type, at<float>(residual), n, sc::kInfBits, nullptr, nullptr, 0,
                          static_cast<float>(scale))
@@ -117,6 +142,7 @@ uint64_t accumulate_dense(Address grad, int type, Address residual, size_t n, do
 }
 
 uint32_t crc32c(Address data, size_t nbytes, uint32_t seed) {
+  const FreeGil free(nbytes);
   return kernels().crc32c(at<const uint8_t>(data), nbytes, seed);
 }
 
@@ -137,19 +163,18 @@ NB_MODULE(_core, m) {
       }
     throw nb::value_error(("no such path here: " + name).c_str());
   });
-  const auto free_gil = nb::call_guard<nb::gil_scoped_release>();
-  m.def("accumulate_select", accumulate_select, free_gil);
-  m.def("exact_topk", exact_topk, free_gil);
-  m.def("cut_topk", cut_topk, free_gil);
-  m.def("encode_indices", encode_indices, free_gil);
-  m.def("decode_indices", decode_indices, free_gil);
-  m.def("encode_values", encode_values, free_gil);
-  m.def("decode_values", decode_values, free_gil);
-  m.def("scatter_add", scatter_add, free_gil);
-  m.def("scatter_reduce", scatter_reduce, free_gil);
-  m.def("add_dense", add_dense, free_gil);
-  m.def("accumulate_dense", accumulate_dense, free_gil);
-  m.def("crc32c", crc32c, free_gil);
+  m.def("accumulate_select", accumulate_select);
+  m.def("exact_topk", exact_topk);
+  m.def("cut_topk", cut_topk);
+  m.def("encode_indices", encode_indices);
+  m.def("decode_indices", decode_indices);
+  m.def("encode_values", encode_values);
+  m.def("decode_values", decode_values);
+  m.def("scatter_add", scatter_add);
+  m.def("scatter_reduce", scatter_reduce);
+  m.def("add_dense", add_dense);
+  m.def("accumulate_dense", accumulate_dense);
+  m.def("crc32c", crc32c);
   m.def("scratch_bytes", sc::scratch_bytes);
   m.def("release_scratch", sc::release_scratch);
 }

@@ -1,0 +1,205 @@
+"""Speed of the compute kernels, against the memory floor and against what torch offers for the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsecomm.benches import Timing, alternate, bench, meta, table, verdict
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import IndexCodec, ValueCodec
+
+__all__ = ["print_table", "run"]
+
+RESNET50 = 25_557_032
+"""Parameters of ResNet-50: the vector that facts.md measured."""
+
+
+@bench("kernels")
+def run(
+    numel: int = RESNET50,
+    densities: Sequence[float] = (0.001, 0.01, 0.1),
+    paths: Sequence[str] | None = None,
+    repeats: int = 15,
+) -> dict[str, Any]:
+    """Measures accumulate_select, exact_topk, index encoding, and decode + add, on one thread.
+
+    Goals (ratios): accumulate_select at most 1.25x `residual.add_(grad)` up to 1% density and 1.6x at 10%; exact_topk
+    at most 3.5x that floor and 1/20 of the torch way; BITPACK encoding at most 2 ns an index; decode + add no slower
+    than `torch.index_add_` with int64 indices that are decoded already.
+
+    Args:
+        numel: elements of the dense vector.
+        densities: nonzeros over elements.
+        paths: kernel paths, all available ones by default. Goals are for the SIMD paths only.
+        repeats: timed rounds.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``; each row has op, path, density, numel, seconds, spread and what applies of
+        codec, floor_seconds, floor_ratio, torch_seconds, torch_ratio (ours over torch's), ns_per_index, goal, measured,
+        ok.
+    """
+    before, threads = kernels.current_path(), torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+    try:
+        info = meta()
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+        for density in densities:
+            k = max(1, round(numel * density))
+            for path in paths or kernels.available_paths():
+                kernels.set_path(path)
+                rounds = max(3, repeats // 5) if path == "reference" else repeats
+                for row in (*_selecting(grad, k, rounds), *_decoding(grad, k, rounds)):
+                    simd = path.startswith("avx")
+                    goal = row.pop("goal", None) if simd else row.pop("goal", None) and None
+                    rows.append(
+                        {"op": row.pop("op"), "path": path, "density": density, "numel": numel, "nnz": k}
+                        | row
+                        | {"goal": goal, "ok": verdict(row["measured"], goal)}
+                    )
+    finally:
+        kernels.set_path(before)
+        torch.set_num_threads(threads)
+    return {"meta": info, "rows": rows}
+
+
+def _torch_topk(grad: torch.Tensor, residual: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one writes without kernels."""
+    residual.add_(grad)
+    indices = residual.abs().topk(k, sorted=False).indices
+    values = residual[indices]
+    residual[indices] = 0.0
+    return indices, values
+
+
+def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
+    n = grad.numel()
+    density = k / n
+    residual, floor = torch.zeros(n), torch.zeros(n)
+    room = k + k // 4 + 64
+    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
+    threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
+
+    def rest() -> None:
+        # Every round selects from the same vector, as if training stood still; also walks all of the residual, so
+        # that each task finds the caches in the same state.
+        residual.zero_()
+
+    timings = alternate(
+        {
+            "floor": lambda: residual.add_(grad),
+            "select": lambda: kernels.accumulate_select(grad, residual, threshold, indices, values),
+            "topk": lambda: kernels.exact_topk(grad, residual, k, indices, values),
+            "torch": lambda: _torch_topk(grad, residual, k),
+        },
+        repeats=repeats,
+        before=rest,
+        slow=["torch"],
+    )
+    del floor
+    base, torch_way = timings["floor"], timings["torch"]
+
+    def against_floor(op: str, timing: Timing, goal: float) -> dict[str, Any]:
+        ratio = timing.seconds / base.seconds
+        return {
+            "op": op,
+            "seconds": timing.seconds,
+            "spread": timing.spread,
+            "floor_seconds": base.seconds,
+            "floor_ratio": ratio,
+            "torch_seconds": torch_way.seconds,
+            "torch_ratio": timing.seconds / torch_way.seconds,
+            "metric": "x floor",
+            "measured": ratio,
+            "goal": goal,
+        }
+
+    topk = against_floor("exact_topk", timings["topk"], 3.5)
+    faster = topk | {"metric": "x torch", "measured": topk["torch_ratio"], "goal": 0.05}
+    return [
+        against_floor("accumulate_select", timings["select"], 1.25 if density < 0.05 else 1.6),
+        topk,
+        faster,
+    ]
+
+
+def _decoding(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
+    n = grad.numel()
+    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+    kernels.exact_topk(None, grad.clone(), k, indices, values)
+    wide = indices.to(torch.int64)
+    value_bytes = torch.empty(kernels.max_value_bytes(ValueCodec.FP32, k), dtype=torch.uint8)
+    kernels.encode_values(ValueCodec.FP32, values, value_bytes)
+    out = torch.zeros(n)
+    got_indices, got_values = torch.empty_like(indices), torch.empty_like(values)
+    rows: list[dict[str, Any]] = []
+    for codec in (IndexCodec.BITPACK, IndexCodec.RICE):
+        buffer = torch.empty(kernels.max_index_bytes(codec, k, n), dtype=torch.uint8)
+        encoded = buffer[: kernels.encode_indices(codec, indices, n, buffer)]
+
+        def encode(codec: IndexCodec = codec, buffer: torch.Tensor = buffer) -> None:
+            kernels.encode_indices(codec, indices, n, buffer)
+
+        def decode_add(codec: IndexCodec = codec, encoded: torch.Tensor = encoded) -> None:
+            kernels.decode_indices(codec, encoded, k, n, got_indices)
+            kernels.decode_values(ValueCodec.FP32, value_bytes, k, 1.0, got_values)
+            kernels.scatter_add(out, got_indices, got_values)
+
+        timings = alternate(
+            {"encode": encode, "decode_add": decode_add, "torch": lambda: out.index_add_(0, wide, values)},
+            repeats=repeats,
+        )
+        coding, adding, torch_way = timings["encode"], timings["decode_add"], timings["torch"]
+        common = {"codec": codec.name, "bits_per_index": 8 * encoded.numel() / k}
+        rows.append(
+            {
+                "op": "encode",
+                "seconds": coding.seconds,
+                "spread": coding.spread,
+                "ns_per_index": coding.seconds / k * 1e9,
+                "metric": "ns/index",
+                "measured": coding.seconds / k * 1e9,
+                "goal": 2.0 if codec == IndexCodec.BITPACK else None,
+            }
+            | common
+        )
+        ratio = adding.seconds / torch_way.seconds
+        rows.append(
+            {
+                "op": "decode_add",
+                "seconds": adding.seconds,
+                "spread": adding.spread,
+                "torch_seconds": torch_way.seconds,
+                "torch_ratio": ratio,
+                "ns_per_index": adding.seconds / k * 1e9,
+                "metric": "x torch",
+                "measured": ratio,
+                "goal": 1.0 if codec == IndexCodec.BITPACK else None,
+            }
+            | common
+        )
+    return rows
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints a result of `run` with its goals."""
+    columns = {
+        "op": ("op", ""),
+        "codec": ("codec", ""),
+        "path": ("path", ""),
+        "density": ("density", "g"),
+        "ms": ("ms", ".3f"),
+        "spread": ("spread", ".0%"),
+        "measured": ("measured", ".3f"),
+        "unit": ("metric", ""),
+        "goal": ("goal", "g"),
+        "verdict": ("ok", ""),
+    }
+    rows = [row | {"ms": row["seconds"] * 1e3} for row in result["rows"]]
+    numel = rows[0]["numel"] if rows else 0
+    title = f"kernels, n = {numel:,}, one thread, {result['meta']['cpu']}"
+    (console or Console()).print(table(title, rows, columns))

@@ -228,7 +228,7 @@ def test_a_state_without_a_model_says_how_to_give_it_one(world: sc.World) -> Non
 def test_a_bucket_of_another_size_than_its_parameters_is_refused(world: sc.World) -> None:
     model = mlp()
     state = sparse(model=model)
-    with pytest.raises(RuntimeError, match="bucket 0 has 5 elements"):
+    with pytest.raises(RuntimeError, match="bucket 0: 5 elements"):
         state.start(0, list(model.parameters()), torch.ones(5), last=True).wait()
     assert_still_works(world)
 

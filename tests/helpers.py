@@ -259,23 +259,29 @@ def mpirun_command(ranks: int, *, options: Sequence[str] = ()) -> list[str]:
     return [found, "--oversubscribe", "--bind-to", "none", *options, "-n", str(ranks)]
 
 
-def run_job(command: Sequence[str | Path], *, deadline: float, env: Mapping[str, str] | None = None) -> Job:
-    """Runs a command to its end; kills its whole process group and fails the test after `deadline` seconds."""
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC"))
-    }
-    clean |= {
+def job_environment() -> dict[str, str]:
+    """This process's environment without its own launcher's variables, and with the checkout importable."""
+    launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC")
+    return {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        **(env or {}),
     }
+
+
+def run_job(command: Sequence[str | Path], *, deadline: float, env: Mapping[str, str] | None = None) -> Job:
+    """Runs a command to its end; kills its whole process group and fails the test after `deadline` seconds."""
     start = monotonic()
     code: int | None = None
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
-            list(map(str, command)), stdout=out, stderr=err, env=clean, cwd=ROOT, start_new_session=True
+            list(map(str, command)),
+            stdout=out,
+            stderr=err,
+            env=job_environment() | dict(env or {}),
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             code = process.wait(deadline)

@@ -1,0 +1,108 @@
+"""The order of the layers, what may import MPI, and what importing the package loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, job_environment
+
+PACKAGE = ROOT / "sparsecomm"
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
+
+# From the bottom up; a layer may import itself and what stands before it.
+LAYERS = [
+    "errors types arena",
+    "_core kernels",
+    "compress wire",
+    "transport",
+    "collectives",
+    "metrics trace launch config presets exchange",
+    "hooks backend ps",
+    "plan benches",
+    "cli",
+]
+ORDER = [layer for group in LAYERS for layer in group.split()]
+NOT_YET = {
+    "launch": {"metrics", "config"},
+    "config": {"launch", "exchange"},
+    "presets": {"exchange", "launch"},
+}
+"""Neighbours in a group of `LAYERS` that have no business with each other."""
+FACADES = {"__init__", "__main__"}
+MOST_LINES = 400
+
+
+def layer_of(path: Path) -> str:
+    """The package or module directly below sparsecomm that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """Line and full name of everything a file imports, in functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_layer_imports_only_from_below(path: Path) -> None:
+    mine = layer_of(path)
+    if mine in FACADES:
+        return
+    assert mine in ORDER, f"{mine} has no place in the order of layers"
+    for line, name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "sparsecomm" or len(parts) == 1:
+            continue
+        theirs = parts[1]
+        if theirs == "__version__":
+            continue
+        assert theirs in ORDER, f"{path}:{line} imports {name}, which has no place in the order of layers"
+        assert ORDER.index(theirs) <= ORDER.index(mine), f"{path}:{line}: {mine} imports {theirs}, which is above it"
+        assert theirs not in NOT_YET.get(mine, set()), f"{path}:{line}: {mine} has no business with {theirs}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_mpi_transport_and_the_command_line_import_mpi4py(path: Path) -> None:
+    allowed = path == PACKAGE / "transport" / "mpi.py" or layer_of(path) == "cli"
+    users = [line for line, name in imported(path) if name.split(".")[0] == "mpi4py"]
+    assert allowed or not users, f"{path}:{users}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_stay_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines < MOST_LINES, f"{path} has {lines} lines"
+
+
+def test_importing_the_package_loads_neither_mpi_nor_triton() -> None:
+    code = "import sys, sparsecomm; print([m for m in sys.modules if m.split('.')[0] in ('mpi4py', 'triton')])"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=job_environment(), check=True, timeout=120)
+    assert done.stdout == "[]\n"
+    assert done.stderr == ""
+
+
+def test_the_facade_exports_what_it_says() -> None:
+    import sparsecomm
+
+    assert sorted(sparsecomm.__all__) == list(sparsecomm.__all__), "in order"
+    assert all(hasattr(sparsecomm, name) for name in sparsecomm.__all__)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is_and_what_it_exports(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} has no docstring"
+    names = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    defines = any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") for n in tree.body)
+    assert "__all__" in names or not defines, f"{path} has no __all__"

@@ -1,0 +1,29 @@
+"""Every test that takes `path` runs on each kernel path that this machine has, against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+from sparsecomm.kernels import dispatch as kernels
+
+T = TypeVar("T")
+FAST = tuple(p for p in kernels.available_paths() if p != "reference")
+
+
+@pytest.fixture(params=FAST or ("reference",))
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    kernels.set_path(request.param)
+    yield request.param
+    kernels.set_path(None)
+
+
+def by_reference(path: str, call: Callable[[], T]) -> T:
+    """Runs a call on the reference, then goes back to the path under test."""
+    kernels.set_path("reference")
+    try:
+        return call()
+    finally:
+        kernels.set_path(path)

@@ -1,0 +1,42 @@
+"""Which path runs is what was asked for, or an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sparsecomm.errors import ConfigError
+from sparsecomm.kernels import dispatch as kernels
+
+
+def test_every_available_path_can_be_set() -> None:
+    for name in kernels.available_paths():
+        kernels.set_path(name)
+        assert kernels.current_path() == name
+    kernels.set_path(None)
+
+
+def test_an_unknown_path_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"'sse9'.*reference"):
+        kernels.set_path("sse9")
+
+
+@pytest.mark.parametrize("name", kernels.available_paths())
+def test_the_environment_forces_a_path(name: str) -> None:
+    code = "from sparsecomm.kernels import dispatch as d; print(d.current_path())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPARSECOMM_KERNELS": name},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_the_native_kernels_are_here() -> None:
+    """The suite is to test them: a build that failed silently would leave only the reference."""
+    assert kernels.native_problem() is None
+    assert "portable" in kernels.available_paths()

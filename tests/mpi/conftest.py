@@ -6,6 +6,7 @@ on one rank is a failure on all of them and the next test starts together.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator, Iterator
 from datetime import timedelta
@@ -24,6 +25,7 @@ _passed = pytest.StashKey[bool]()
 @pytest.fixture(scope="session")
 def world() -> sc.World:
     """The world of all ranks; stays up until the process ends."""
+    gc.freeze()  # a state looks for its DDP model among live objects: leave it only those of the tests
     return sc.init(timeout=float(os.environ.get("SPARSECOMM_TIMEOUT", "60")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -217,6 +218,14 @@ def test_one_state_for_two_models_is_refused(world: sc.World) -> None:
     with pytest.raises((RuntimeError, sc.ConfigError), match="one SparseState"):
         step_both()
     assert_still_works(world)
+
+
+def test_a_frozen_heap_does_not_hide_the_model(world: sc.World) -> None:
+    """gc.freeze() before forking DataLoader workers is common advice; a state must find its DDP model all the same."""
+    ddp = wrap(mlp(), sparse())
+    gc.freeze()
+    for _ in train(ddp, 2):
+        assert_replicas_equal(ddp)
 
 
 def test_a_state_without_a_model_says_how_to_give_it_one(world: sc.World) -> None:

@@ -1,0 +1,101 @@
+"""What a user can watch and change while training: callbacks, last step, buckets, live options, loss scaling."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from training import assert_replicas_equal, flat, loss_of, mlp, residual_of, summed, train, wrap
+
+import sparsecomm as sc
+
+
+def test_callbacks_see_every_step_once_and_in_order(world: sc.World) -> None:
+    state = sc.SparseState(sc.TopK(0.1), collective="allgather")
+    seen: list[tuple[int, sc.Metrics]] = []
+    state.on_step(lambda step, metrics: seen.append((step, metrics)))
+    ddp = wrap(mlp(), state)
+    for _ in train(ddp, 5):
+        pass
+    assert [step for step, _ in seen] == list(range(5))
+    assert all(m.steps == 1 for _, m in seen)
+    assert sum(m.bytes_sent for _, m in seen) == state.metrics().bytes_sent
+    assert state.last_step() == seen[-1][1]
+    assert sum(r.numel for r in state.buckets().values()) == sum(p.numel() for p in ddp.parameters())
+    assert all(r.step == 4 for r in state.buckets().values())
+
+
+def test_the_norm_of_the_residual_is_that_of_the_checkpoint(world: sc.World) -> None:
+    state = sc.SparseState(sc.TopK(0.1), collective="allgather")
+    ddp = wrap(mlp(), state)
+    assert state.residual_norm() == 0.0
+    for _ in train(ddp, 3):
+        pass
+    assert math.isclose(state.residual_norm(), float(residual_of(state, ddp).norm()), rel_tol=1e-6)
+
+
+def test_options_changed_while_training_take_effect_and_lose_nothing(world: sc.World) -> None:
+    state = sc.SparseState(sc.TopK(0.01), collective="allgather", value_codec="fp32")
+    ddp = wrap(mlp(), state)
+    for _ in train(ddp, 3):
+        pass
+    sparse = state.last_step().density
+    before = summed(residual_of(state, ddp))
+    state.update(sc.ThresholdTopK(0.5), value_codec="int8")
+    assert torch.equal(summed(residual_of(state, ddp)), before)
+    for _ in train(ddp, 2, first=3):
+        assert_replicas_equal(ddp)
+    assert state.last_step().density > 10 * sparse
+    state.update(sc.TopK(1.0), value_codec="fp32")
+    for _ in train(ddp, 1, first=5):
+        pass
+    assert state.residual_norm() == 0.0, "everything was sent"
+
+
+def test_loss_scaling_by_powers_of_two_changes_nothing(world: sc.World) -> None:
+    plain_state = sc.SparseState(sc.TopK(0.1), value_codec="fp32", collective="allgather")
+    plain = wrap(mlp(), plain_state)
+    for _ in train(plain, 6, momentum=0.0):
+        pass
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    state = sc.SparseState(sc.TopK(0.1), value_codec="fp32", collective="allgather", scaler=scaler)
+    ddp = wrap(mlp(), state)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(ddp, step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() > 1024.0, "the test needs a change of scale"
+    assert torch.equal(flat(ddp), flat(plain))
+    assert torch.equal(residual_of(state, ddp), residual_of(plain_state, plain))
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all_and_scales_stay_equal(world: sc.World) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    state = sc.SparseState(sc.TopK(0.1), value_codec="fp32", scaler=scaler)
+    ddp = wrap(mlp(), state)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = scaler.scale(loss_of(ddp, step))
+        (loss * math.inf if step == 2 and world.rank == world.size - 1 else loss).backward()
+        before = flat(ddp)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(flat(ddp), before) == (step == 2)
+        assert_replicas_equal(ddp)
+    assert scaler.get_scale() == 512.0
+    assert math.isfinite(state.residual_norm())
+
+
+def test_a_scaler_that_comes_too_late_is_refused(world: sc.World) -> None:
+    state = sc.SparseState(sc.TopK(0.1))
+    ddp = wrap(mlp(), state)
+    for _ in train(ddp, 2):
+        pass
+    with pytest.raises(sc.StateError, match="after 2 steps"):
+        state.attach_scaler(torch.amp.GradScaler("cpu"))
+    with pytest.raises(sc.ConfigError, match="GradScaler"):
+        state.attach_scaler(1024.0)  # type: ignore[arg-type]

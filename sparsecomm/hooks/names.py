@@ -22,15 +22,25 @@ def find_ddp(state: object) -> DistributedDataParallel | None:
     Raises:
         ConfigError: if several models share the state.
     """
+    found = _registered(state)
+    if not found and gc.get_freeze_count():
+        # A frozen heap (common advice before workers fork) is not listed.
+        gc.unfreeze()
+        found = _registered(state)
+        gc.freeze()
+    if len(found) > 1:
+        raise ConfigError(f"one SparseState is registered with {len(found)} DDP models; each needs its own")
+    return found[0] if found else None
+
+
+def _registered(state: object) -> list[DistributedDataParallel]:
     found = []
     for candidate in gc.get_objects():
         if issubclass(type(candidate), DistributedDataParallel):
             hooks: list[tuple[Any, object]] = getattr(candidate, "_comm_hooks", [])
             if any(s is state for _, s in hooks):
                 found.append(candidate)
-    if len(found) > 1:
-        raise ConfigError(f"one SparseState is registered with {len(found)} DDP models; each needs its own")
-    return found[0] if found else None
+    return found
 
 
 def parameter_names(model: torch.nn.Module) -> dict[int, str]:

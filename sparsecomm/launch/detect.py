@@ -57,8 +57,16 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
             return _checked(
                 Launch(launcher, _number(env, rank), _number(env, size), _number(env, local, None), mpi=True)
             )
-    if all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        return _from_torch(env, "environment")
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = _from_torch(env, "environment")
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing and found.size > 1:
+            raise LaunchError(
+                f"RANK = {found.rank} and WORLD_SIZE = {found.size} are set, but not {' and '.join(missing)}: "
+                "set them to rank 0's address and a free port there, or launch with mpirun or torchrun"
+            )
+        if not missing:
+            return found
     return Launch("python", 0, 1, 0, mpi=False)
 
 

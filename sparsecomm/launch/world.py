@@ -111,7 +111,7 @@ def init(*, timeout: float | None = None) -> World:
             )
         return _owned.world
     limit = default_timeout() if timeout is None else timeout
-    if not (isinstance(limit, (int, float)) and limit > 0):
+    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
     launch = detect()
     transport: Transport
@@ -183,6 +183,11 @@ def _join_mpi(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
     from sparsecomm.transport.mpi import MPITransport, import_mpi
 
     MPI = import_mpi()
+    if MPI.Is_finalized():
+        raise LaunchError(
+            "MPI was finalized (sparsecomm.shutdown() was called) and cannot be initialized again in this process; "
+            "call sparsecomm.init() once"
+        )
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         _owned.mpi = True

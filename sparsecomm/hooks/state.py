@@ -249,7 +249,7 @@ class SparseState:
             grad_scale=self._grad_scale(),
             held=_unused(bucket.layout, grad) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
-            profiled=torch._C._autograd._profiler_enabled(),
+            profiled=torch.autograd.profiler._is_profiler_enabled,
         )
 
     def _grad_scale(self) -> float:

@@ -18,7 +18,7 @@ def count() -> Counter[tuple[str, str]]:
     return tried
 
 
-@pytest.fixture(scope="session", autouse=True, params=kernels.available_paths())
+@pytest.fixture(scope="module", autouse=True, params=kernels.available_paths())
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernel path in use."""
     kernels.set_path(request.param)

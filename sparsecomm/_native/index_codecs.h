@@ -235,7 +235,7 @@ inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, 
     return fail(kPadding, data[nbytes - 1], 0);
   const uint8_t* from = data + blocks;
   uint64_t next = 0;  // one above the last index so far: 64 bits, which no block can wrap
-  uint32_t gaps[kBlock];
+  alignas(64) uint32_t gaps[kBlock];
 #if SC_SIMD
   typename V::I last = V::set1(0xFFFFFFFFu);  // the last index in every lane
   const typename V::I one = V::set1(1u);
@@ -291,11 +291,11 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
   if (ones != nnz || (unary < end && end[-1] == 0)) return fail(kUnaryOnes, ones, nnz);
 
   // where[1..have]: positions of the next ones in the unary stream, modulo 2**32; where[0]: of the last one used.
-  uint32_t where[1 + kBlock + 64 + kSurplus];
+  alignas(64) uint32_t where[1 + kBlock + 64 + kSurplus];
   where[0] = 0xFFFFFFFFu;
   size_t have = 0;
   uint64_t base = 0, next = 0;
-  uint32_t low[kBlock];
+  alignas(64) uint32_t low[kBlock];
   for (size_t b = 0; b < blocks; ++b) {
     const size_t count = min_of(kBlock, nnz - b * kBlock);
     for (; have < count; unary += 8, base += 64)

@@ -97,17 +97,26 @@ class Timing:
         seconds: the median.
         spread: distance between the quartiles, as a fraction of the median.
         best: the minimum.
+        samples: all of them, in order.
     """
 
     seconds: float
     spread: float
     best: float
+    samples: tuple[float, ...] = ()
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as another task of the same `alternate` call: the median over the rounds.
+
+        Paired by round, because noise from outside lasts longer than a round and so hits both.
+        """
+        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=False))
 
 
 def _timing(samples: list[float]) -> Timing:
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, median, median)
-    return Timing(median, (high - low) / median if median else 0.0, min(samples))
+    return Timing(median, (high - low) / median if median else 0.0, min(samples), tuple(samples))
 
 
 def alternate(

@@ -79,7 +79,7 @@ def _torch_topk(grad: torch.Tensor, residual: torch.Tensor, k: int) -> tuple[tor
 def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
     n = grad.numel()
     density = k / n
-    residual, floor = torch.zeros(n), torch.zeros(n)
+    residual = torch.zeros(n)
     room = k + k // 4 + 64
     indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
@@ -100,11 +100,10 @@ def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]
         before=rest,
         slow=["torch"],
     )
-    del floor
     base, torch_way = timings["floor"], timings["torch"]
 
     def against_floor(op: str, timing: Timing, goal: float) -> dict[str, Any]:
-        ratio = timing.seconds / base.seconds
+        ratio = timing.over(base)
         return {
             "op": op,
             "seconds": timing.seconds,
@@ -112,7 +111,7 @@ def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]
             "floor_seconds": base.seconds,
             "floor_ratio": ratio,
             "torch_seconds": torch_way.seconds,
-            "torch_ratio": timing.seconds / torch_way.seconds,
+            "torch_ratio": timing.over(torch_way),
             "metric": "x floor",
             "measured": ratio,
             "goal": goal,
@@ -167,7 +166,7 @@ def _decoding(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
             }
             | common
         )
-        ratio = adding.seconds / torch_way.seconds
+        ratio = adding.over(torch_way)
         rows.append(
             {
                 "op": "decode_add",

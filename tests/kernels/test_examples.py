@@ -1,0 +1,32 @@
+"""The worked examples in the docstrings are true on every path."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+from sparsecomm.kernels import dispatch
+
+
+@pytest.mark.parametrize("module", ["select", "codecs", "combine", "sizes"])
+def test_docstrings(path: str, module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"sparsecomm.kernels.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_kernel_has_an_example() -> None:
+    plumbing = {
+        "available_paths",
+        "current_path",
+        "native_problem",
+        "release_scratch",
+        "scratch_bytes",
+        "set_path",
+    }
+    for name in set(dispatch.__all__) - plumbing:
+        function = getattr(dispatch, name)
+        if callable(function):
+            assert ">>>" in (function.__doc__ or ""), name

@@ -132,7 +132,7 @@ class Recorder:
             self._buckets[report.bucket] = report
             current = self._open.setdefault(step, Metrics())
             current.add(report)
-            if step not in self._handed_over or current.buckets < self._submitted[step]:
+            if step not in self._handed_over or step not in self._submitted or current.buckets < self._submitted[step]:
                 return
             del self._open[step], self._submitted[step]
             current.steps = 1
@@ -146,6 +146,12 @@ class Recorder:
                 callback(step, replace(current))
             except Exception as error:
                 warnings.warn(f"a callback of SparseState.on_step failed at step {step}: {error!r}", stacklevel=2)
+
+    def abandon(self, step: int) -> None:
+        """Forgets a step in which a bucket failed."""
+        with self._lock:
+            for entries in (self._open, self._submitted, self._first, self._handed_over):
+                entries.pop(step, None)
 
     def total(self) -> Metrics:
         """Returns the sums over all finished steps."""

@@ -48,7 +48,7 @@ def agree(
         except WireError as error:
             raise error.at(rank=rank, bucket=mine.bucket) from None
         if header.rank != rank:
-            raise AgreedError(CollectiveMismatch(f"a payload from rank {rank} says that it is from rank {header.rank}"))
+            raise WireError("rank", header.rank, "not the sender's", rank=rank, bucket=mine.bucket)
         headers.append(header)
     if any(h.flags & FLAG_ERROR for h in headers):
         yield from _raise_remote(channel, payload, headers, arena, key)

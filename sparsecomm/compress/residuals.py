@@ -22,7 +22,7 @@ class BucketLayout:
         shapes: their shapes.
         strides: their strides, by which the flat slice is read back into the parameter's shape.
         numel: total number of elements.
-        hash: 64 bits that are equal on all ranks iff names and shapes are.
+        hash: 64 bits that are equal on all ranks iff names, shapes and memory orders are.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,8 @@ class BucketLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numel", sum(torch.Size(s).numel() for s in self.shapes))
-        text = repr((self.names, tuple(tuple(s) for s in self.shapes))).encode()
+        orders = tuple(_memory_order(s, t) for s, t in zip(self.shapes, self.strides, strict=True))
+        text = repr((self.names, tuple(tuple(s) for s in self.shapes), orders)).encode()
         digest = hashlib.blake2b(text, digest_size=8).digest()
         object.__setattr__(self, "hash", int.from_bytes(digest, "little"))
 
@@ -53,6 +54,12 @@ class BucketLayout:
             shapes=tuple(tuple(p.shape) for _, p in named),
             strides=tuple(tuple(p.stride()) if _is_dense(p) else None for _, p in named),
         )
+
+
+def _memory_order(shape: tuple[int, ...], stride: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns the dimensions from the slowest to the fastest; those of length 1 have no place in it."""
+    dims = [d for d in range(len(shape)) if shape[d] != 1]
+    return tuple(dims if stride is None else sorted(dims, key=lambda d: -stride[d]))
 
 
 def _is_dense(p: torch.Tensor) -> bool:
@@ -123,9 +130,10 @@ class ResidualStore:
         out.update({name: t.clone() for name, t in self._pending.items()})
         return out
 
-    def flat(self) -> list[torch.Tensor]:
-        """Returns all flat tensors and those loaded for buckets not seen yet."""
-        return list({id(w[0]): w[0] for w in self._where.values()}.values()) + list(self._pending.values())
+    def slices(self) -> list[torch.Tensor]:
+        """Returns every parameter's residual, as a view."""
+        views = [_shaped(flat, offset, layout, i) for flat, offset, layout, i in self._where.values()]
+        return views + list(self._pending.values())
 
     def check(self, residuals: Mapping[str, torch.Tensor]) -> None:
         """Checks what is to be loaded.

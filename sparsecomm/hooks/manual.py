@@ -37,13 +37,14 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
         state.start(i, bucket, flat, last=i == len(buckets) - 1)
         for i, (bucket, flat) in enumerate(zip(buckets, flats, strict=True))
     ]
-    for future in futures:
+    failed: BaseException | None = None
+    for future in futures:  # all of them: nothing may still be in flight when this returns or raises
         try:
             future.wait()
-        except RuntimeError:
-            if state.last_error is not None:
-                raise state.last_error from None
-            raise
+        except RuntimeError as error:
+            failed = failed or state.last_error or error
+    if failed is not None:
+        raise failed
     for bucket, flat in zip(buckets, flats, strict=True):
         _give_back(bucket, flat)
 

@@ -127,6 +127,9 @@ class SparseState:
             self.config = self.config.change(**options)
         for known in self._known.values():
             known.bucket.memory = SelectorMemory()
+        self._selectors.clear()
+        if not isinstance(self.config.feedback, MomentumCorrection):
+            self._velocities = ResidualStore("velocity")
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
@@ -168,11 +171,14 @@ class SparseState:
         self._recorder.submitted(step, last=last)
 
         def done(report: BucketReport) -> None:
-            self._recorder.finished(report)
-            outer.set_result(grad)
+            try:
+                self._recorder.finished(report)
+            finally:
+                outer.set_result(grad)
 
         def failed(error: BaseException) -> None:
             self.last_error = error
+            self._recorder.abandon(step)
             outer.set_result(error)
 
         try:
@@ -185,13 +191,14 @@ class SparseState:
                 header = blank_header(channel.rank, channel.size, index, step, numel)
                 return report_failure(channel, header, cause, self.arena)
 
-            here.engine.submit(label, tell, done, failed, group=None if self._model is None else self._model.ranks)
+            group = None if self._model is None else self._model.ranks
+            here.engine.submit(label, tell, done, failed, group=group, key=(id(self), index))
             return result
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
             return exchange(channel, bucket, grad, plan, self.arena)
 
-        here.engine.submit(label, run, done, failed, group=model.ranks)
+        here.engine.submit(label, run, done, failed, group=model.ranks, key=(id(self), index))
         return result
 
     def _attach(self, here: World) -> _Model:
@@ -298,7 +305,7 @@ class SparseState:
 
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads all of it; not collective."""
-        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._residuals.flat()))
+        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._residuals.slices()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
@@ -336,9 +343,9 @@ class SparseState:
             )
         if model.names:
             loaded.check_names(set(model.names.values()))
-        self._unchecked = None if model.names else loaded
         self._residuals.check(loaded.residuals)
         self._velocities.check(loaded.velocities)
+        self._unchecked = None if model.names else loaded
         self._residuals.load(loaded.residuals)
         self._velocities.load(loaded.velocities)
         self._known.clear()

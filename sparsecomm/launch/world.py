@@ -234,6 +234,15 @@ def _check_torch(transport: Transport) -> None:
         )
 
 
+class _Exit(SystemExit):
+    """What sys.exit raises: if somebody catches it, the script goes on, and its code must not end the job later."""
+
+    def __del__(self) -> None:
+        # Caught, it dies while a script's frame is running; at the end of the script there is none left.
+        if sys._getframe().f_back is not None:
+            _owned.exit_code = 0
+
+
 def _install_excepthook(transport: Transport) -> None:
     """Makes an exception that reaches the top, or sys.exit with an error, end the job.
 
@@ -260,7 +269,7 @@ def _install_excepthook(transport: Transport) -> None:
     def remember_code(status: Any = None) -> NoReturn:
         if status not in (None, 0) and threading.current_thread() is threading.main_thread() and os.getpid() == owner:
             _owned.exit_code = status if isinstance(status, int) else 1
-        raise SystemExit(status)
+        raise _Exit(status)
 
     sys.excepthook = end_the_job
     _owned.old_exit, sys.exit = sys.exit, remember_code

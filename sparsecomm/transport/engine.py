@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class _Task:
     on_done: Callable[[Any], None]
     on_error: Callable[[BaseException], None]
     group: tuple[int, ...] | None
+    key: Hashable
     channel: Channel | None = None
     steps: CollectiveSteps[Any] | None = None
     deadline: float = math.inf
@@ -66,6 +67,7 @@ class _Group:
         self._transport: Transport | None = None
         self._started = 0
         self.in_flight = 0
+        self.keys: set[Hashable] = set()
         self.backlog: deque[_Task] = deque()
 
     def open_channel(self) -> Channel:
@@ -109,6 +111,7 @@ class Engine:
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
+        self._died = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="sparsecomm-engine", daemon=True)
         self._thread.start()
@@ -121,6 +124,7 @@ class Engine:
         on_error: Callable[[BaseException], None],
         *,
         group: tuple[int, ...] | None = None,
+        key: Hashable = None,
     ) -> None:
         """Queues a collective; returns at once. Exactly one of the callbacks is called, on the engine's thread.
 
@@ -130,6 +134,7 @@ class Engine:
             on_done: called with the generator's result.
             on_error: called with what went wrong.
             group: world ranks that take part, in order; all if None.
+            key: what the collective works in (its buffers); one with the same key starts when this one has ended.
 
         Raises:
             TransportError: if the engine is closed or this process is a fork of its owner.
@@ -139,9 +144,9 @@ class Engine:
                 f"{label}: process {os.getpid()} was forked from rank {self.transport.rank} (process {self._pid}) "
                 "and cannot communicate; only the process that called sparsecomm.init() can"
             )
-        if self._closing:
+        if self._closing or not self._thread.is_alive():
             raise TransportError(f"{label}: submitted after the engine of rank {self.transport.rank} was closed")
-        self._queue.put(_Task(label, make, on_done, on_error, group))
+        self._queue.put(_Task(label, make, on_done, on_error, group, key))
 
     def call(self, label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
         """Submits a collective and blocks until it is done. Collective.
@@ -152,6 +157,8 @@ class Engine:
         Raises:
             SparseCommError: whatever made it fail.
         """
+        if threading.current_thread() is self._thread:
+            raise TransportError(f"{label}: the engine's own thread (a callback) cannot wait for a collective")
         done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self.submit(label, make, lambda r: done.put((r, None)), lambda e: done.put((None, e)))
         result, error = done.get()
@@ -171,9 +178,21 @@ class Engine:
             self._closing = True
             self._queue.put(None)
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return not self._thread.is_alive() and not self._died
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # a bug of ours: nobody may be left waiting for this thread
+            self._died = True
+            self._broken = error
+            for task in [*self._active, *(t for g in self._groups.values() for t in g.backlog)]:
+                self._call(task.on_error, self._after_failure(task.label), task.label)
+        self._fail_late()
+        with contextlib.suppress(Exception):
+            self.transport.close()
+
+    def _loop(self) -> None:
         spins = 0
         stop = False
         while not (stop and not self._active and not self._waiting):
@@ -181,7 +200,15 @@ class Engine:
             moved = self._start_backlog()
             moved |= self._poll()
             spins = 0 if moved else spins + 1
-        self.transport.close()
+
+    def _fail_late(self) -> None:
+        """Fails what was submitted while the thread was ending."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                task = self._queue.get_nowait()
+                if task is not None:
+                    error = TransportError(f"{task.label}: submitted while the engine was closing")
+                    self._call(task.on_error, error, task.label)
 
     def _take_new(self, *, block: bool, spins: int) -> bool:
         """Takes over what was submitted; sleeps on the queue when there is nothing to do.
@@ -211,7 +238,11 @@ class Engine:
         """Starts what was submitted, in order, as far as each group's window allows; returns whether any was."""
         started = False
         while self._waiting:
-            ready = [g for g in self._groups.values() if g.backlog and g.in_flight < _WINDOW]
+            ready = [
+                g
+                for g in self._groups.values()
+                if g.backlog and g.in_flight < _WINDOW and g.backlog[0].key not in g.keys
+            ]
             if not ready:
                 break
             for group in ready:
@@ -225,6 +256,8 @@ class Engine:
             self._call(task.on_error, self._after_failure(task.label), task.label)
             return
         group.in_flight += 1
+        if task.key is not None:
+            group.keys.add(task.key)
         self._active[task] = group
         task.deadline = time.monotonic() + self.timeout
         try:
@@ -236,7 +269,9 @@ class Engine:
         self._advance(task)
 
     def _leave(self, task: _Task) -> None:
-        self._active.pop(task).in_flight -= 1
+        group = self._active.pop(task)
+        group.in_flight -= 1
+        group.keys.discard(task.key)
 
     def _poll(self) -> bool:
         """Gives every task in flight a chance; returns whether any moved."""
@@ -292,7 +327,7 @@ class Engine:
         """Calls back; an error in that breaks the engine, but does not stop it."""
         try:
             callback(argument)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: this thread serves everybody
             self._broken = TransportError(f"{label}: its callback raised {type(error).__name__}: {error}")
             self._broken.__cause__ = error
 

@@ -90,6 +90,20 @@ class _Job:
     plan: Plan
     arena: Arena
     report: BucketReport
+    settle: bool = True
+
+    def keep(self, taken: Taken) -> None:
+        """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
+        if self.settle:
+            taken.commit()
+        else:
+            self.bucket.unsettled = taken
+
+    def skip(self, taken: Taken) -> None:
+        """Some rank saw NaN or infinity, or the average is out of range: undoes the step, visibly on all ranks."""
+        taken.undo()
+        self.grad.fill_(math.nan)
+        self.report.skipped = 1
 
     def stage(self, name: str) -> Stage:
         return Stage(name, self.report, profiled=self.plan.profiled and name != "wait")
@@ -107,7 +121,7 @@ class _Job:
 
 
 def exchange(
-    channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena
+    channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena, *, settle: bool = True
 ) -> CollectiveSteps[BucketReport]:
     """Averages a gradient bucket over all ranks, sparsely or densely. Collective.
 
@@ -117,6 +131,8 @@ def exchange(
         grad: shape (n,), float32, float16 or bfloat16, contiguous, not divided by P. Mutated: becomes the average.
         plan: what to do.
         arena: gives all work buffers.
+        settle: whether the step is final once this bucket is exchanged; else the caller calls `Bucket.settle` when it
+            knows whether the optimizer takes the whole step.
 
     Returns:
         What it cost.
@@ -128,7 +144,8 @@ def exchange(
     """
     report = BucketReport(bucket=bucket.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
-    job = _Job(channel, bucket, grad, plan, arena, report)
+    job = _Job(channel, bucket, grad, plan, arena, report, settle)
+    bucket.settle()
     if plan.collective == CollectiveKind.DENSE:
         yield from _exchange_dense(job)
     else:
@@ -206,8 +223,7 @@ def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
         with job.stage("wait"):
             headers = yield from agree(channel, header, payload, arena, job.bucket.index)
             if any(h.flags & FLAG_NONFINITE for h in headers):
-                taken.undo()
-                grad.fill_(math.nan)
+                job.skip(taken)
                 return
             mine = payload[HEADER_BYTES : HEADER_BYTES + header.body_bytes]
             lengths = [h.body_bytes for h in headers]
@@ -223,10 +239,10 @@ def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
         if grad.dtype == torch.float16:
             average = arena.get((job.bucket.index, "work"), grad.numel(), torch.float32)
             kernels.scatter_reduce(average, parts, scale=scale)
-            _keep_if_in_range(taken, average)
+            _keep_if_in_range(job, taken, average)
         else:
             kernels.scatter_reduce(grad, parts, scale=scale)
-            taken.commit()
+            job.keep(taken)
 
 
 def _encode(job: _Job, taken: Taken) -> tuple[Header, torch.Tensor, int]:
@@ -284,12 +300,16 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
     """Sends everything, the residual included, as float32 around a ring."""
     channel, grad, plan, arena, report = job.channel, job.grad, job.plan, job.arena, job.report
     residual, key = job.bucket.residual, job.bucket.index
-    with job.stage("select"):
-        unscale = 1.0 / plan.grad_scale
-        taken = take_all(
-            job.bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm
-        )
-        report.nnz, report.nonfinite = grad.numel(), taken.nonfinite
+    try:
+        with job.stage("select"):
+            unscale = 1.0 / plan.grad_scale
+            taken = take_all(
+                job.bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm
+            )
+            report.nnz, report.nonfinite = grad.numel(), taken.nonfinite
+    except Exception as error:
+        yield from report_failure(channel, job.header(), error, arena)
+        raise  # not reached
     work, summing = grad, False
     try:
         with job.stage("wait"):
@@ -298,8 +318,7 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
             write_header(header, payload)
             headers = yield from agree(channel, header, payload, arena, key)
             if any(h.flags & FLAG_NONFINITE for h in headers):
-                taken.undo()
-                grad.fill_(math.nan)
+                job.skip(taken)
                 return
             if residual is not None or grad.dtype != torch.float32:
                 # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
@@ -315,22 +334,21 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
     with job.stage("apply"):
         work.mul_((plan.grad_scale if residual is not None else 1.0) / channel.size)
         if grad.dtype == torch.float16:
-            _keep_if_in_range(taken, work)
+            _keep_if_in_range(job, taken, work)
         else:
             if work is not grad:
                 grad.copy_(work)
-            taken.commit()
+            job.keep(taken)
 
 
-def _keep_if_in_range(taken: Taken, average: torch.Tensor) -> None:
+def _keep_if_in_range(job: _Job, taken: Taken, average: torch.Tensor) -> None:
     """Writes the average into a float16 bucket, unless it overflows there: the optimizer then skips the step.
 
     All ranks hold the same average and decide alike.
     """
     low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
     if not (low >= -_HALF_MAX and high <= _HALF_MAX):
-        taken.undo()
-        taken.grad.fill_(math.nan)
+        job.skip(taken)
         return
-    taken.grad.copy_(average)
-    taken.commit()
+    job.grad.copy_(average)
+    job.keep(taken)

@@ -24,6 +24,7 @@ class BucketReport:
         bytes_received: bytes this rank received.
         dense_bytes: bytes a ring allreduce of float32 would have sent from this rank.
         nonfinite: elements that were NaN or infinite on this rank.
+        skipped: 1 if the bucket became NaN on all ranks because of such elements on some rank.
         select_seconds: accumulate and select.
         encode_seconds: encode, rounding errors kept.
         wait_seconds: from the first message to the last.
@@ -38,6 +39,7 @@ class BucketReport:
     bytes_received: int = 0
     dense_bytes: int = 0
     nonfinite: int = 0
+    skipped: int = 0
     select_seconds: float = 0.0
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -64,6 +66,7 @@ class Metrics:
     bytes_received: int = 0
     dense_bytes: int = 0
     nonfinite: int = 0
+    skipped: int = 0
     select_seconds: float = 0.0
     encode_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -125,8 +128,13 @@ class Recorder:
             if last:
                 self._handed_over[step] = now
 
-    def finished(self, report: BucketReport) -> None:
-        """Adds one bucket's report, and closes its step when that was the last to finish."""
+    def finished(self, report: BucketReport, *, close: Callable[[Metrics], None] | None = None) -> None:
+        """Adds one bucket's report, and closes its step when that was the last to finish.
+
+        Args:
+            report: of the bucket.
+            close: called with the step's sums if this closed it, before the callbacks.
+        """
         step = report.step
         with self._lock:
             self._buckets[report.bucket] = report
@@ -141,6 +149,8 @@ class Recorder:
             current.exposed_seconds = now - self._handed_over.pop(step)
             self._last_step = current
             self._total.merge(current)
+        if close is not None:
+            close(current)
         for callback in self.callbacks:
             try:
                 callback(step, replace(current))

@@ -30,6 +30,7 @@ class Bucket:
         residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
         memory: the compressor's.
         velocity: float32, shape (layout.numel,), the momentum u of momentum correction; None without it.
+        unsettled: an exchanged step that may still have to be taken back, because the optimizer may skip it.
     """
 
     index: int
@@ -37,6 +38,13 @@ class Bucket:
     residual: torch.Tensor | None = None
     memory: SelectorMemory = field(default_factory=SelectorMemory)
     velocity: torch.Tensor | None = None
+    unsettled: Taken | None = None
+
+    def settle(self, *, skipped: bool = False) -> None:
+        """Makes the last exchanged step final, or takes it back if the optimizer skips it."""
+        taken, self.unsettled = self.unsettled, None
+        if taken is not None:
+            taken.give_back() if skipped else taken.commit()
 
 
 @dataclass(slots=True)
@@ -55,6 +63,7 @@ class Taken:
         clip: factor by which momentum correction clipped the gradient.
         held: elements whose residual and velocity were put aside, with their content.
         capacity: how many pairs the compressor may take from this bucket in a step.
+        accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
     """
 
@@ -69,6 +78,7 @@ class Taken:
     clip: float = 1.0
     held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     capacity: int = 0
+    accumulated: bool = False
     whole: bool = False
 
     def commit(self) -> None:
@@ -86,7 +96,23 @@ class Taken:
 
     def undo(self) -> None:
         """Returns residual and velocity to what they were before the step, to rounding."""
-        self._subtract()
+        residual, velocity = self.bucket.residual, self.bucket.velocity
+        if self.accumulated and residual is not None and self.source is not None:
+            residual[self.indices.to(torch.int64)] = self.values
+            step = self.source if self.momentum is not None else self.grad.to(torch.float32) * self.scale
+            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
+            residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+        if self.momentum is not None and velocity is not None and self.source is not None:
+            _rewind(velocity, self.grad.to(torch.float32) * (self.scale * self.clip), self.momentum)
+        self._restore_held()
+
+    def give_back(self) -> None:
+        """Takes a step back that was exchanged, but that the optimizer skips: what was sent returns to the residual.
+
+        Unlike `undo` it keeps this step's gradient, which is finite in this bucket: nothing is lost, only later.
+        """
+        if self.bucket.residual is not None and not self.whole:
+            self.bucket.residual[self.indices.to(torch.int64)] = self.values
         self._restore_held()
 
     def _restore_held(self) -> None:
@@ -94,26 +120,16 @@ class Taken:
             place.copy_(content)
         self.held = []
 
-    def _subtract(self) -> None:
-        residual, velocity = self.bucket.residual, self.bucket.velocity
-        if residual is None or self.source is None:
-            return
-        residual[self.indices.to(torch.int64)] = self.values
-        if self.momentum is None:
-            step = self.grad.to(torch.float32) * self.scale
-            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
-            residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
-            return
-        assert velocity is not None
-        residual.sub_(self.source)
-        step = self.grad.to(torch.float32) * (self.scale * self.clip)
-        m = self.momentum.momentum
-        if m == 0.0:
-            velocity.zero_()
-        elif self.momentum.nesterov:
-            velocity.div_(m).sub_(step)
-        else:
-            velocity.sub_(step).div_(m)
+
+def _rewind(velocity: torch.Tensor, step: torch.Tensor, options: MomentumCorrection) -> None:
+    """Undoes one update of the velocity."""
+    m = options.momentum
+    if m == 0.0:
+        velocity.zero_()
+    elif options.nesterov:
+        velocity.div_(m).sub_(step)
+    else:
+        velocity.sub_(step).div_(m)
 
 
 def take_some(
@@ -150,12 +166,17 @@ def take_some(
     capacity = taken.capacity = compressor.capacity(k, grad.numel())
     if taken.source is None:
         return taken
-    out = SelectionBuffers(
-        indices=arena.get((bucket.index, "indices"), capacity, torch.uint32),
-        values=arena.get((bucket.index, "values"), capacity, torch.float32),
-    )
     unit = scale if taken.momentum is None else 1.0
-    selection = compressor.select(taken.source, residual, k, bucket.memory, out, scale=unit)
+    try:
+        out = SelectionBuffers(
+            indices=arena.get((bucket.index, "indices"), capacity, torch.uint32),
+            values=arena.get((bucket.index, "values"), capacity, torch.float32),
+        )
+        selection = compressor.select(taken.source, residual, k, bucket.memory, out, scale=unit)
+    except BaseException:
+        taken.undo()
+        raise
+    taken.accumulated = True
     taken.nonfinite += selection.nonfinite
     taken.indices, taken.values = out.indices[: selection.nnz], out.values[: selection.nnz]
     return taken
@@ -181,6 +202,7 @@ def take_all(
     if bucket.residual is not None and taken.source is not None:
         unit = scale if taken.momentum is None else 1.0
         taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+        taken.accumulated = True
     return taken
 
 

@@ -19,11 +19,11 @@ from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
 from sparsecomm.hooks.checkpoint import Checkpoint
+from sparsecomm.hooks.gradients import check_gradient, unused_spans
 from sparsecomm.hooks.names import find_ddp, parameter_names
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
@@ -172,7 +172,7 @@ class SparseState:
 
         def done(report: BucketReport) -> None:
             try:
-                self._recorder.finished(report)
+                self._recorder.finished(report, close=self._close_step)
             finally:
                 outer.set_result(grad)
 
@@ -196,10 +196,19 @@ class SparseState:
             return result
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
-            return exchange(channel, bucket, grad, plan, self.arena)
+            return exchange(channel, bucket, grad, plan, self.arena, settle=not self._may_skip())
 
         here.engine.submit(label, run, done, failed, group=model.ranks, key=(id(self), index))
         return result
+
+    def _may_skip(self) -> bool:
+        """Returns whether the optimizer may skip a step because of one bucket, and throw the others away with it."""
+        return self._scaler is not None and self._scaler.is_enabled()
+
+    def _close_step(self, step: Metrics) -> None:
+        """At the end of a step takes all of it back if the GradScaler will skip it."""
+        for known in self._known.values():
+            known.bucket.settle(skipped=step.skipped > 0)
 
     def _attach(self, here: World) -> _Model:
         """Finds out, once, which model and ranks this state serves."""
@@ -233,7 +242,7 @@ class SparseState:
             self._unchecked.check_names(set(model.names.values()))
             self._unchecked = None
         where = f"rank {model.rank}, bucket {index}"
-        _check_gradient(grad, parameters, where)
+        check_gradient(grad, parameters, where)
         config, numel = self.config, grad.numel()
         bucket = self._bucket(index, parameters, grad, model, where)
         k = config.compressor.k_for(numel, step)
@@ -254,13 +263,13 @@ class SparseState:
             index_codec=config.indices,
             feedback=config.feedback,
             grad_scale=self._grad_scale(),
-            held=_unused(bucket.layout, grad) if model.may_skip and bucket.residual is not None else (),
+            held=unused_spans(bucket.layout, grad) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
             profiled=torch.autograd.profiler._is_profiler_enabled,
         )
 
     def _grad_scale(self) -> float:
-        return float(self._scaler.get_scale()) if self._scaler is not None and self._scaler.is_enabled() else 1.0
+        return float(self._scaler.get_scale()) if self._scaler is not None and self._may_skip() else 1.0
 
     def _collective(self, k: int, numel: int, step: int, size: int) -> CollectiveKind:
         config = self.config
@@ -373,32 +382,3 @@ def _name(parameter: torch.Tensor, model: _Model, where: str) -> str:
             "one SparseState serves one model"
         )
     return name
-
-
-def _unused(layout: BucketLayout, grad: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step."""
-    spans, start = [], 0
-    for shape in layout.shapes:
-        end = start + math.prod(shape)
-        # A used parameter nearly always shows in its first elements; only the others are read to their end.
-        if end > start and not bool(grad[start : min(end, start + 256)].any()) and not bool(grad[start:end].any()):
-            spans.append((start, end))
-        start = end
-    return tuple(spans)
-
-
-def _check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where: str) -> None:
-    # DDP hands complex gradients over as pairs of real numbers: only the parameters tell.
-    dtypes = {p.dtype for p in parameters if p.is_complex()} or {grad.dtype}
-    if grad.layout != torch.strided:
-        raise ConfigError(
-            f"{where}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
-        )
-    if not dtypes <= set(GRAD_DTYPES):
-        raise ConfigError(
-            f"{where}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
-        )
-    if grad.device.type != "cpu":
-        raise ConfigError(f"{where}: gradients on {grad.device} are not supported by this version, only on the CPU")
-    if grad.numel() > MAX_NUMEL:
-        raise ConfigError(f"{where}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")

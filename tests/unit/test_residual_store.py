@@ -130,13 +130,18 @@ def test_overlapping_and_expanded_parameters_are_laid_out_contiguously() -> None
     assert torch.equal(store.state()["x"], torch.arange(6.0).view(2, 3))
 
 
-def test_hashes_tell_names_shapes_and_order_apart_but_not_strides() -> None:
+def test_hashes_tell_names_shapes_order_and_memory_order_apart() -> None:
     hashes = {bucket_of(*names).hash for names in (("a", "b"), ("b", "a"), ("a",), ("b",), ("d",))}
     assert len(hashes) == 5
     image = torch.empty(2, 3, 4, 4)
     a = BucketLayout.of([("w", image)])
     b = BucketLayout.of([("w", image.to(memory_format=torch.channels_last))])
-    assert a.hash == b.hash
+    assert a.hash != b.hash, "the same bucket position is another element"
+    thin = torch.empty(2, 3, 1, 1)
+    formats = [
+        BucketLayout.of([("w", thin.to(memory_format=f))]) for f in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert formats[0].hash == formats[1].hash, "dimensions of length 1 have no order"
     assert a.numel == 96
     assert a.hash < 2**64
 

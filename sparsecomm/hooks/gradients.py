@@ -1,0 +1,48 @@
+"""What a bucket of gradients must be, and which parameters in it were used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sparsecomm.compress import BucketLayout
+from sparsecomm.errors import ConfigError
+from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
+
+__all__ = ["check_gradient", "unused_spans"]
+
+
+def unused_spans(layout: BucketLayout, grad: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step."""
+    spans, start = [], 0
+    for shape in layout.shapes:
+        end = start + math.prod(shape)
+        # A used parameter nearly always shows in its first elements; only the others are read to their end.
+        if end > start and not bool(grad[start : min(end, start + 256)].any()) and not bool(grad[start:end].any()):
+            spans.append((start, end))
+        start = end
+    return tuple(spans)
+
+
+def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where: str) -> None:
+    """Checks a flat bucket.
+
+    Raises:
+        ConfigError: for a layout, dtype, device or size that cannot be exchanged; starts with `where`.
+    """
+    # DDP hands complex gradients over as pairs of real numbers: only the parameters tell.
+    dtypes = {p.dtype for p in parameters if p.is_complex()} or {grad.dtype}
+    if grad.layout != torch.strided:
+        raise ConfigError(
+            f"{where}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
+        )
+    if not dtypes <= set(GRAD_DTYPES):
+        raise ConfigError(
+            f"{where}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
+        )
+    if grad.device.type != "cpu":
+        raise ConfigError(f"{where}: gradients on {grad.device} are not supported by this version, only on the CPU")
+    if grad.numel() > MAX_NUMEL:
+        raise ConfigError(f"{where}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")

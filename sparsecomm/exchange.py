@@ -210,6 +210,7 @@ def _exchange_sparse(job: _Job) -> CollectiveSteps[None]:
                 scale=1.0 / plan.grad_scale,
                 held=plan.held,
                 clip_norm=plan.clip_norm,
+                lasting=job.settle,
             )
             report.nnz, report.nonfinite = taken.values.numel(), taken.nonfinite
         with job.stage("encode"):
@@ -304,7 +305,14 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
         with job.stage("select"):
             unscale = 1.0 / plan.grad_scale
             taken = take_all(
-                job.bucket, grad, plan.feedback, arena, scale=unscale, held=plan.held, clip_norm=plan.clip_norm
+                job.bucket,
+                grad,
+                plan.feedback,
+                arena,
+                scale=unscale,
+                held=plan.held,
+                clip_norm=plan.clip_norm,
+                lasting=job.settle,
             )
             report.nnz, report.nonfinite = grad.numel(), taken.nonfinite
     except Exception as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sparsecomm.errors import LaunchError
 from sparsecomm.metrics import BucketReport
 
 __all__ = ["Stage", "Timeline", "close_timeline", "open_timeline"]
@@ -88,10 +89,20 @@ _timeline: Timeline | None = None
 
 
 def open_timeline(rank: int) -> None:
-    """Starts a timeline if the environment variable SPARSECOMM_TIMELINE names a file."""
+    """Starts a timeline if the environment variable SPARSECOMM_TIMELINE names a file.
+
+    Raises:
+        LaunchError: if it cannot be written there; at the end of the run that would be too late.
+    """
     global _timeline
+    _timeline = None
     path = os.environ.get("SPARSECOMM_TIMELINE")
-    _timeline = Timeline(path, rank) if path else None
+    if not path:
+        return
+    folder = Path(path).parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise LaunchError(f"rank {rank}: SPARSECOMM_TIMELINE={path}: {folder} is not a folder that can be written to")
+    _timeline = Timeline(path, rank)
 
 
 def close_timeline() -> None:

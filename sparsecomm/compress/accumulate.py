@@ -44,7 +44,7 @@ class Bucket:
         """Makes the last exchanged step final, or takes it back if the optimizer skips it."""
         taken, self.unsettled = self.unsettled, None
         if taken is not None:
-            taken.give_back() if skipped else taken.commit()
+            taken.undo() if skipped else taken.commit()
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Taken:
 
     Attributes:
         bucket: whose memory it was.
-        grad: the gradient as it came, shape (n,); must be unchanged when `undo` is called.
+        grad: the gradient as it came, shape (n,); must be unchanged when `undo` is called without a copy (`before`).
         scale: factor that brings the gradient into the residual's units.
         nonfinite: elements that were NaN or infinite.
         indices: uint32, shape (nnz,), ascending; empty for a dense exchange.
@@ -65,6 +65,7 @@ class Taken:
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
+        before: residual and velocity, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
     bucket: Bucket
@@ -80,6 +81,7 @@ class Taken:
     capacity: int = 0
     accumulated: bool = False
     whole: bool = False
+    before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Makes the step final after the exchange has succeeded.
@@ -95,7 +97,12 @@ class Taken:
         self._restore_held()
 
     def undo(self) -> None:
-        """Returns residual and velocity to what they were before the step, to rounding."""
+        """Returns residual and velocity to what they were before the step; to rounding, if no copy was kept."""
+        if self.before:
+            for memory, content in self.before:
+                memory.copy_(content)
+            self.held = []
+            return
         residual, velocity = self.bucket.residual, self.bucket.velocity
         if self.accumulated and residual is not None and self.source is not None:
             residual[self.indices.to(torch.int64)] = self.values
@@ -104,15 +111,6 @@ class Taken:
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
         if self.momentum is not None and velocity is not None and self.source is not None:
             _rewind(velocity, self.grad.to(torch.float32) * (self.scale * self.clip), self.momentum)
-        self._restore_held()
-
-    def give_back(self) -> None:
-        """Takes a step back that was exchanged, but that the optimizer skips: what was sent returns to the residual.
-
-        Unlike `undo` it keeps this step's gradient, which is finite in this bucket: nothing is lost, only later.
-        """
-        if self.bucket.residual is not None and not self.whole:
-            self.bucket.residual[self.indices.to(torch.int64)] = self.values
         self._restore_held()
 
     def _restore_held(self) -> None:
@@ -143,6 +141,7 @@ def take_some(
     scale: float = 1.0,
     held: Sequence[Span] = (),
     clip_norm: float | None = None,
+    lasting: bool = True,
 ) -> Taken:
     """Adds a gradient to a bucket's memory and takes out about k elements.
 
@@ -159,10 +158,11 @@ def take_some(
         held: elements of parameters that this rank did not use in this step (their gradient is zero): their memory
             stays as it is, since DDP would throw away what is sent for a parameter that no rank used.
         clip_norm: norm this bucket's gradient is clipped to, for momentum correction.
+        lasting: whether the gradient stays as it is until commit or undo; else a copy of the memory is kept to undo by.
     """
     residual = bucket.residual
     assert residual is not None, "a sparse exchange needs a residual"
-    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm)
+    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm, lasting)
     capacity = taken.capacity = compressor.capacity(k, grad.numel())
     if taken.source is None:
         return taken
@@ -191,13 +191,14 @@ def take_all(
     scale: float = 1.0,
     held: Sequence[Span] = (),
     clip_norm: float | None = None,
+    lasting: bool = True,
 ) -> Taken:
     """Adds a gradient to a bucket's memory, to be sent whole: the residual then is what to send.
 
     Where nothing was ever left over (no residual) the gradient itself is what to send. Arguments as in `take_some`.
     The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
     """
-    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm)
+    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm, lasting)
     taken.whole = True
     if bucket.residual is not None and taken.source is not None:
         unit = scale if taken.momentum is None else 1.0
@@ -214,14 +215,18 @@ def _begin(
     scale: float,
     held: Sequence[Span],
     clip_norm: float | None,
+    lasting: bool,
 ) -> Taken:
     """Puts held memory aside and, with momentum correction, turns the gradient into a velocity."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
     nothing = grad.new_empty(0, dtype=torch.uint32), grad.new_empty(0, dtype=torch.float32)
     taken = Taken(bucket, grad, scale, 0, *nothing, source=grad)
-    for memory in (bucket.residual, bucket.velocity):
+    for name, memory in (("residual", bucket.residual), ("velocity", bucket.velocity)):
         if memory is not None:
+            if not lasting:
+                copy = arena.get((bucket.index, name, "before"), memory.numel(), torch.float32)
+                taken.before.append((memory, copy.copy_(memory)))
             for start, end in held:
                 place = memory[start:end]
                 taken.held.append((place, place.clone()))

@@ -10,7 +10,7 @@ import torch
 
 from sparsecomm.errors import StateError
 
-__all__ = ["BucketLayout", "ResidualStore"]
+__all__ = ["BucketLayout", "ResidualStore", "check_residuals"]
 
 
 @dataclass(frozen=True)
@@ -118,63 +118,66 @@ class ResidualStore:
     def _check_pending(self, layout: BucketLayout) -> None:
         for name, shape in zip(layout.names, layout.shapes, strict=True):
             loaded = self._pending.get(name)
-            if loaded is not None and tuple(loaded.shape) != shape:
-                raise StateError(
-                    f"{self._what} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, "
-                    f"the parameter has {shape}"
-                )
+            if loaded is not None:
+                self._check_shape(name, loaded, shape)
+
+    def _check_shape(self, name: str, loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(loaded.shape) != shape:
+            raise StateError(
+                f"{self._what} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, the parameter has {shape}"
+            )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of every residual in its parameter's shape, by name."""
-        out = {name: _shaped(flat, off, lay, i).clone() for name, (flat, off, lay, i) in self._where.items()}
-        out.update({name: t.clone() for name, t in self._pending.items()})
-        return out
+        """Returns a contiguous copy of every residual in its parameter's shape, by name."""
+        views = {name: _shaped(flat, off, lay, i) for name, (flat, off, lay, i) in self._where.items()}
+        views.update(self._pending)
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in views.items()}
 
     def slices(self) -> list[torch.Tensor]:
         """Returns every parameter's residual, as a view."""
         views = [_shaped(flat, offset, layout, i) for flat, offset, layout, i in self._where.values()]
         return views + list(self._pending.values())
 
-    def check(self, residuals: Mapping[str, torch.Tensor]) -> None:
-        """Checks what is to be loaded.
-
-        Raises:
-            StateError: if a residual has the wrong dtype, is not finite, or has another shape than the parameter.
-        """
-        for name, t in residuals.items():
-            if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.layout != torch.strided:
-                kind = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
-                raise StateError(f"{self._what} of {name!r} must be a float32 tensor, got {kind}")
-            if t.shape == (0,):
-                continue  # a parameter that had none
-            if not bool(torch.isfinite(t).all()):
-                raise StateError(f"{self._what} of {name!r} holds non-finite values")
-            if name in self._where:
-                _, _, layout, i = self._where[name]
-                if tuple(t.shape) != layout.shapes[i]:
-                    raise StateError(
-                        f"{self._what} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
-                        f"the parameter has {layout.shapes[i]}"
-                    )
-
     def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
         """Replaces all residuals; parameters that are not named get zeros. Checks everything before it changes.
 
         Raises:
-            StateError: see `check`.
+            StateError: see `check_residuals`; or if one has another shape than its parameter.
         """
-        self.check(residuals)
+        check_residuals(self._what, residuals)
+        for name, t in residuals.items():
+            if name in self._where and t.shape != (0,):
+                _, _, layout, i = self._where[name]
+                self._check_shape(name, t, layout.shapes[i])
         for flat in {id(w[0]): w[0] for w in self._where.values()}.values():
             flat.zero_()
         self._pending = {}
         for name, t in residuals.items():
-            if t.shape == (0,):
-                continue
+            if not bool(t.any()):
+                continue  # what a dense bucket saves must not give it a residual
             if name in self._where:
                 flat, offset, layout, i = self._where[name]
                 _shaped(flat, offset, layout, i).copy_(t)
             else:
                 self._pending[name] = t.detach().cpu().clone()
+
+
+def check_residuals(what: str, residuals: Mapping[str, torch.Tensor]) -> None:
+    """Checks what is to be loaded or resharded.
+
+    Args:
+        what: "residual" or "velocity", for the message.
+        residuals: by parameter name; an empty one stands for none.
+
+    Raises:
+        StateError: if one is not float32, not dense, or not finite; names it.
+    """
+    for name, t in residuals.items():
+        if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.layout != torch.strided:
+            kind = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
+            raise StateError(f"{what} of {name!r} must be a float32 tensor, got {kind}")
+        if not bool(torch.isfinite(t).all()):
+            raise StateError(f"{what} of {name!r} holds non-finite values")
 
 
 def _shaped(flat: torch.Tensor, offset: int, layout: BucketLayout, i: int) -> torch.Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sparsecomm.compress import check_residuals
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import StateError
 
-__all__ = ["Checkpoint", "reshard"]
+__all__ = ["Checkpoint", "fill_names", "reshard"]
 
 _RESIDUAL, _VELOCITY, _SELECTOR = "residual.", "velocity.", "selector."
 _NUMBERS = ("step", "rank", "world_size")
@@ -73,24 +74,55 @@ class Checkpoint:
             raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
         return made
 
-    def check_names(self, model: set[str]) -> None:
-        """Checks that the residuals are those of a model.
+    def check(self) -> None:
+        """Checks what can be known without a model.
 
         Raises:
-            StateError: names the parameters that only one of the two has.
+            StateError: for what is no residual, or if none is named though steps were taken.
         """
-        for what, loaded in (("residuals", set(self.residuals)), ("velocities", set(self.velocities))):
-            extra, missing = sorted(loaded - model), sorted(model - loaded)
+        check_residuals("residual", self.residuals)
+        check_residuals("velocity", self.velocities)
+        if self.step > 0 and not self.residuals:
+            raise StateError(
+                f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only what "
+                "it is handed, so register the hook (or pass model=) before loading into a new state"
+            )
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks that the residuals are those of a model.
+
+        Args:
+            shapes: shapes of its parameters by name.
+
+        Raises:
+            StateError: names the parameters that only one of the two has, or has in another shape.
+        """
+        model = set(shapes)
+        for what, loaded in (("residual", self.residuals), ("velocity", self.velocities)):
+            extra, missing = sorted(set(loaded) - model), sorted(model - set(loaded))
             if extra:
-                raise StateError(f"the checkpoint is of another model: it has {what} of {extra}, which this one lacks")
+                raise StateError(f"the checkpoint is of another model: it has the {what} of {extra}, unknown here")
             if loaded and missing:
                 raise StateError(f"the checkpoint is of another model: it lacks the {what} of {missing}")
+            for name, t in loaded.items():
+                if t.shape != (0,) and tuple(t.shape) != shapes[name]:
+                    raise StateError(
+                        f"{what} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
+                        f"the parameter has {shapes[name]}"
+                    )
 
-    def name_all(self, model: set[str]) -> None:
-        """Adds an empty tensor for every parameter without a residual (frozen ones), so that names can be compared."""
-        for kind in (self.residuals, self.velocities):
-            if kind:
-                kind.update({name: torch.empty(0) for name in model - set(kind)})
+
+def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], kept: set[str]) -> None:
+    """Names the parameters that have no residual yet: zeros for those that may get one, empty for the others.
+
+    Args:
+        residuals: by name. Mutated.
+        shapes: shapes of the model's parameters by name.
+        kept: names of parameters that may get a residual.
+    """
+    for name, shape in shapes.items():
+        if name not in residuals:
+            residuals[name] = torch.zeros(shape if name in kept else 0)
 
 
 def _count(key: str, value: object) -> int:
@@ -133,15 +165,38 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     Raises:
         StateError: if they are not all ranks of one world at one step.
     """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
     old = [Checkpoint.from_dict(d) for d in state_dicts]
-    if world_size < 1:
-        raise StateError(f"a world needs at least 1 rank, got {world_size}")
-    if [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
+    if not old or [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
         saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
         raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
     if len({c.step for c in old}) > 1:
         raise StateError(f"the checkpoints are of different steps: {[c.step for c in old]}")
+    for c in old:
+        c.check()
+        _check_alike(old[0], c)
     return [_new_rank(old, j, world_size).to_dict() for j in range(world_size)]
+
+
+def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+    for what, a, b in (
+        ("residual", first.residuals, other.residuals),
+        ("velocity", first.velocities, other.velocities),
+    ):
+        unlike = sorted(set(a) ^ set(b))
+        if unlike:
+            raise StateError(
+                f"the checkpoints are of different models: only one of ranks 0 and {other.rank} "
+                f"has the {what} of {unlike}"
+            )
+        for name in a:
+            shapes = {tuple(t.shape) for t in (a[name], b[name])} - {(0,)}
+            if len(shapes) > 1:
+                raise StateError(
+                    f"{what} of {name!r} has shape {tuple(a[name].shape)} on rank 0, "
+                    f"{tuple(b[name].shape)} on rank {other.rank}"
+                )
 
 
 def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:

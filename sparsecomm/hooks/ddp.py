@@ -23,8 +23,10 @@ def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> torch.futures.Fu
         A future of the averaged flat bucket. It fails, and with it ``loss.backward()``, if any rank failed.
 
     Raises:
-        ConfigError: under DDP's Python reducer, which ignores what a hook returns.
+        ConfigError: for a state of another kind, and under DDP's Python reducer, which ignores what a hook returns.
     """
+    if not isinstance(state, SparseState):
+        raise ConfigError(f"sparse_hook needs a SparseState, got {state!r}; write sparsecomm.SparseState(compressor)")
     if isinstance(bucket, tuple):
         raise ConfigError(
             "this model runs under DDP's Python reducer (compiled autograd), which hands single gradients to comm "

@@ -26,17 +26,19 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
         bucket_bytes: gradients are exchanged in flat buckets of about this size, last parameters first.
 
     Raises:
-        ConfigError: for a DDP model, which averages by itself.
+        ConfigError: for a DDP model, which averages by itself, or bucket_bytes < 1.
         SparseCommError: what made the exchange fail, on every rank.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ConfigError("allreduce_gradients is for models without DDP; register sparse_hook with this one instead")
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ConfigError(f"bucket_bytes must be a whole number >= 1, got {bucket_bytes!r}")
     buckets = _buckets([p for p in model.parameters() if p.requires_grad], bucket_bytes)
-    flats = [torch.cat([_flat_grad(p) for p in bucket]) for bucket in buckets]
-    futures = [
-        state.start(i, bucket, flat, last=i == len(buckets) - 1)
-        for i, (bucket, flat) in enumerate(zip(buckets, flats, strict=True))
-    ]
+    flats, futures = [], []
+    for i, bucket in enumerate(buckets):
+        flat, error = _flatten(bucket)
+        flats.append(flat)
+        futures.append(state.start(i, bucket, flat, last=i == len(buckets) - 1, error=error))
     failed: BaseException | None = None
     for future in futures:  # all of them: nothing may still be in flight when this returns or raises
         try:
@@ -69,6 +71,14 @@ def _memory_order(p: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         order = sorted(range(like.dim()), key=like.stride, reverse=True)
         return p.permute(order).reshape(-1)
     return p.reshape(-1)
+
+
+def _flatten(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Exception | None]:
+    """Returns the gradients as one flat tensor, or what is wrong with them: the other ranks must be told, too."""
+    try:
+        return torch.cat([_flat_grad(p) for p in bucket]), None
+    except Exception as error:
+        return torch.zeros(sum(p.numel() for p in bucket)), error
 
 
 def _flat_grad(p: torch.Tensor) -> torch.Tensor:

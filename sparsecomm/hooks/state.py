@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import choose_collective
@@ -18,9 +17,9 @@ from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
-from sparsecomm.hooks.checkpoint import Checkpoint
+from sparsecomm.hooks.checkpoint import Checkpoint, fill_names
 from sparsecomm.hooks.gradients import check_gradient, unused_spans
-from sparsecomm.hooks.names import find_ddp, parameter_names
+from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
@@ -35,27 +34,6 @@ class _Known:
 
     parameters: tuple[int, ...]
     bucket: Bucket
-
-
-@dataclass(slots=True)
-class _Model:
-    """What the state has found out about the model it serves.
-
-    Attributes:
-        names: parameter names by id.
-        numel: elements of all its parameters.
-        ranks: world ranks of its process group; None if that is the world.
-        rank: this rank in the group.
-        size: ranks of the group.
-        may_skip: whether DDP lets parameters go unused in a step.
-    """
-
-    names: dict[int, str]
-    numel: int
-    ranks: tuple[int, ...] | None
-    rank: int
-    size: int
-    may_skip: bool
 
 
 class SparseState:
@@ -93,13 +71,15 @@ class SparseState:
         self._given_model = model
         self._given_group = process_group
         self._scaler: torch.amp.GradScaler | None = None
-        self._model: _Model | None = None
+        self._model: ServedModel | None = None
         self._recorder = Recorder()
         self._residuals = ResidualStore("residual")
         self._velocities = ResidualStore("velocity")
         self._known: dict[int, _Known] = {}
         self._selectors: dict[int, SelectorMemory] = {}
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
+        self._looked = -1  # step at which the DDP model was last looked up because of other buckets
+        self._exchanged = False  # whether steps were taken, after the last loading
         if scaler is not None:
             self.attach_scaler(scaler)
 
@@ -136,11 +116,12 @@ class SparseState:
 
         Raises:
             ConfigError: if it is no GradScaler.
-            StateError: if steps were taken without it, since residuals are then in scaled units.
+            StateError: if steps were taken without it, since residuals are then in scaled units; what was loaded from
+                a checkpoint never is.
         """
         if not isinstance(scaler, torch.amp.GradScaler):
             raise ConfigError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}")
-        if self._scaler is not scaler and self.step > 0:
+        if self._scaler is not scaler and self._exchanged:
             raise StateError(
                 f"a GradScaler was attached after {self.step} steps: the residuals are in the units of the gradients "
                 "until then; attach it before the first step, or load a checkpoint into a new state"
@@ -150,7 +131,13 @@ class SparseState:
     # --- one bucket ---------------------------------------------------------------------------------------------
 
     def start(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, *, last: bool
+        self,
+        index: int,
+        parameters: Sequence[torch.Tensor],
+        grad: torch.Tensor,
+        *,
+        last: bool,
+        error: Exception | None = None,
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts the exchange of one bucket; returns at once. Collective, in the same order on all ranks.
 
@@ -159,6 +146,7 @@ class SparseState:
             parameters: the parameters whose gradients make up the bucket, in order.
             grad: the flat bucket, shape (n,). Mutated when the future completes: becomes the average over ranks.
             last: whether this is the last bucket of this backward pass.
+            error: what has gone wrong on this rank already; all ranks are told instead of exchanging.
         """
         here = world()
         step = self.step
@@ -169,6 +157,7 @@ class SparseState:
         result: torch.futures.Future[torch.Tensor] = outer.then(_value_or_raise)
         label = f"bucket {index} of step {step}"
         self._recorder.submitted(step, last=last)
+        self._exchanged = True
 
         def done(report: BucketReport) -> None:
             try:
@@ -181,18 +170,27 @@ class SparseState:
             self._recorder.abandon(step)
             outer.set_result(error)
 
+        ids = tuple(id(p) for p in parameters)
         try:
-            model = self._attach(here)
+            wrappers = self._wrappers(here) if self._must_look(index, ids, step) else None
+        except Exception as unknown:  # who else takes part, if anybody does
+            failed(unknown)
+            return result
+        ranks = wrappers.ranks if wrappers is not None else self._model.ranks if self._model is not None else None
+        try:
+            if error is not None:
+                raise error
+            model = self._attach(here, wrappers)
+            model.check_join()
             bucket, plan = self._prepare(index, parameters, grad, step, model)
-        except Exception as error:
-            cause, numel = error, grad.numel()
+        except Exception as caught:
+            cause, numel = caught, grad.numel()
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
                 header = blank_header(channel.rank, channel.size, index, step, numel)
                 return report_failure(channel, header, cause, self.arena)
 
-            group = None if self._model is None else self._model.ranks
-            here.engine.submit(label, tell, done, failed, group=group, key=(id(self), index))
+            here.engine.submit(label, tell, done, failed, group=ranks, key=(id(self), index))
             return result
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
@@ -210,36 +208,42 @@ class SparseState:
         for known in self._known.values():
             known.bucket.settle(skipped=step.skipped > 0)
 
-    def _attach(self, here: World) -> _Model:
-        """Finds out, once, which model and ranks this state serves."""
-        if self._model is not None:
-            return self._model
-        model = self._given_model
-        ddp = model if isinstance(model, DistributedDataParallel) else find_ddp(self)
-        if model is None:
-            model = ddp
-        group = self._given_group or getattr(ddp, "process_group", None)
-        members = tuple(range(here.size)) if group is None else tuple(dist.get_process_group_ranks(group))
-        if here.rank not in members:
-            raise ConfigError(f"rank {here.rank} is not in the process group of its SparseState, ranks {list(members)}")
-        found = _Model(
-            names={} if model is None else parameter_names(model),
-            numel=0 if model is None else sum(p.numel() for p in model.parameters()),
-            ranks=None if members == tuple(range(here.size)) else members,
-            rank=members.index(here.rank),
-            size=len(members),
-            may_skip=bool(getattr(ddp, "find_unused_parameters", True) or getattr(ddp, "static_graph", True)),
-        )
-        if model is not None:
+    def _wrappers(self, here: World) -> Wrappers:
+        return find_wrappers(self, self._given_model, self._given_group, here)
+
+    def _must_look(self, index: int, ids: tuple[int, ...], step: int) -> bool:
+        """Returns whether to find out which DDP model this is: at first, and when it may be another one by now.
+
+        Another one shows by other buckets; so does a rebuild, hence once a step at most.
+        """
+        model = self._model
+        if model is None or model.is_gone():
+            return True
+        known = self._known.get(index)
+        if not model.ddps or known is None or known.parameters == ids or self._looked == step:
+            return False
+        self._looked = step
+        return True
+
+    def _attach(self, here: World, wrappers: Wrappers | None = None) -> ServedModel:
+        """Returns what is known of the model this state serves, from these wrappers if they were looked up anew."""
+        if wrappers is None:
+            if self._model is not None and not self._model.is_gone():
+                return self._model
+            wrappers = self._wrappers(here)
+        if self._model is not None and not wrappers.ddps:
+            return self._model  # the script has dropped its DDP model; what was known still goes for the checkpoint
+        found = ServedModel.of(wrappers, self._given_model, here.rank)
+        if found.names:
             self._model = found
         return found
 
     def _prepare(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, model: _Model
+        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, model: ServedModel
     ) -> tuple[Bucket, Plan]:
         """Checks a bucket and decides how it is exchanged."""
         if self._unchecked is not None:
-            self._unchecked.check_names(set(model.names.values()))
+            self._unchecked.check_model(model.shapes)
             self._unchecked = None
         where = f"rank {model.rank}, bucket {index}"
         check_gradient(grad, parameters, where)
@@ -280,7 +284,7 @@ class SparseState:
         return choose_collective(k, numel, size, config.values, config.indices)
 
     def _bucket(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: _Model, where: str
+        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: ServedModel, where: str
     ) -> Bucket:
         """Returns what is known of this bucket, moving residuals by name if DDP has rebuilt its buckets."""
         ids = tuple(id(p) for p in parameters)
@@ -324,11 +328,15 @@ class SparseState:
         """
         model = self._attach(world())
         made = Checkpoint(self.step, model.rank, model.size)
-        if self.config.feedback is not None:
-            made.residuals = self._residuals.state()
-        if isinstance(self.config.feedback, MomentumCorrection):
-            made.velocities = self._velocities.state()
-        made.name_all(set(model.names.values()))
+        feedback = self.config.feedback
+        made.residuals = self._residuals.state() if feedback is not None else {}
+        made.velocities = self._velocities.state() if isinstance(feedback, MomentumCorrection) else {}
+        # Named in full from the first step on, so that torch.distributed.checkpoint, which fills what it is handed,
+        # loads into a fresh state.
+        kept = model.trainable if feedback is not None and not self.config.compressor.is_dense else set()
+        fill_names(made.residuals, model.shapes, kept)
+        if isinstance(feedback, MomentumCorrection):
+            fill_names(made.velocities, model.shapes, kept)
         made.selectors = dict(self._selectors)
         for known in self._known.values():
             if known.bucket.memory.k:
@@ -350,16 +358,16 @@ class SparseState:
                 f"rank {model.rank} of {model.size} was given the checkpoint of rank {loaded.rank} of "
                 f"{loaded.world_size}; every rank loads its own; sparsecomm.reshard makes them for another world size"
             )
+        loaded.check()
         if model.names:
-            loaded.check_names(set(model.names.values()))
-        self._residuals.check(loaded.residuals)
-        self._velocities.check(loaded.velocities)
+            loaded.check_model(model.shapes)
         self._unchecked = None if model.names else loaded
         self._residuals.load(loaded.residuals)
         self._velocities.load(loaded.velocities)
         self._known.clear()
         self._selectors = loaded.selectors
         self.step = loaded.step
+        self._exchanged = False
 
 
 def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
@@ -369,7 +377,7 @@ def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _name(parameter: torch.Tensor, model: _Model, where: str) -> str:
+def _name(parameter: torch.Tensor, model: ServedModel, where: str) -> str:
     if not model.names:
         raise ConfigError(
             f"{where}: the model of this SparseState is unknown; register the state with "

@@ -128,9 +128,9 @@ def init(*, timeout: float | None = None) -> World:
     engine = Engine(transport, timeout=limit)
     _owned.world = World(transport.rank, transport.size, local_rank, local_size, launch.launcher, engine)
     _owned.pid = os.getpid()
-    open_timeline(transport.rank)
     _install_excepthook(transport)
     atexit.register(shutdown)
+    open_timeline(transport.rank)
     return _owned.world
 
 

@@ -153,7 +153,7 @@ def test_a_model_of_sparse_and_dense_buckets_loads_its_own_checkpoint(world: sc.
     state, again = sparse(**options), sparse(**options)
     ddp = trained(state, mlp(), bucket_cap_mb=0.0001)
     checkpoint = saved(state)
-    kept = [k for k, v in checkpoint.items() if k.startswith("residual.") and v.numel()]
+    kept = [k for k, v in checkpoint.items() if k.startswith("residual.") and v.any()]
     assert 0 < len(kept) < len(list(ddp.parameters())), "the test needs both kinds of bucket"
     resumed = wrap(fresh_copy(ddp, mlp()), again)
     again.load_state_dict(checkpoint)

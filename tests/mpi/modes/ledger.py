@@ -76,17 +76,11 @@ class Ledger:
             for p in parameters:
                 flat = buffer[start : start + p.numel()]
                 start += p.numel()
-                self._book(self.given, p, in_shape(flat, p), scale, finite or self._kept(buffer))
+                self._book(self.given, p, in_shape(flat, p), scale, finite)
         for p in self.model.parameters():
             if p.grad is not None:
                 self._book(self.got, p, p.grad, scale, finite)
         return finite
-
-    def _kept(self, buffer: torch.Tensor) -> bool:
-        """Whether what is in this bucket stays for later although the optimizer skips the step: see `check`."""
-        bad = torch.tensor([int(not buffer.isfinite().all())])
-        dist.all_reduce(bad, group=self.group)
-        return int(bad) == 0
 
     def _book(self, into: Named, p: torch.Tensor, value: torch.Tensor, scale: float, counts: bool) -> None:
         if counts:

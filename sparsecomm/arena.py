@@ -9,6 +9,9 @@ import torch
 __all__ = ["Arena"]
 
 
+_NOTHING = (-1, torch.empty(0))
+
+
 class Arena:
     """Named buffers that only grow. Used by one thread.
 
@@ -19,6 +22,8 @@ class Arena:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Hashable, torch.dtype], torch.Tensor] = {}
+        # What was last returned, by key: most keys are asked for the same size in every step.
+        self._views: dict[tuple[Hashable, torch.dtype], tuple[int, torch.Tensor]] = {}
         self.allocations = 0
         self.allocated_bytes = 0
 
@@ -28,10 +33,16 @@ class Arena:
         The memory of a key is the same on every call until a larger size is asked for. Then a quarter of headroom is
         added, or memory for `reserve` elements is taken if that is more.
         """
-        buffer = self._buffers.get((key, dtype))
-        if buffer is None or len(buffer) < numel:
+        name = (key, dtype)
+        held, view = self._views.get(name, _NOTHING)
+        if held == numel:
+            return view
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < numel:
             buffer = self._grow(key, max(numel + numel // 4, reserve), dtype)
-        return buffer if len(buffer) == numel else buffer[:numel]
+        view = buffer[:numel]
+        self._views[name] = (numel, view)
+        return view
 
     def _grow(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
         old = self._buffers.get((key, dtype))
@@ -44,4 +55,5 @@ class Arena:
     def clear(self) -> None:
         """Gives all memory back."""
         self._buffers.clear()
+        self._views.clear()
         self.allocated_bytes = 0

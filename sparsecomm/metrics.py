@@ -46,6 +46,9 @@ class BucketReport:
     apply_seconds: float = 0.0
 
 
+_SUMMED = tuple(f.name for f in fields(BucketReport) if f.name not in ("bucket", "step"))
+
+
 @dataclass(slots=True)
 class Metrics:
     """Sums over all exchanges of a state on this rank; the attributes are those of `BucketReport`, summed.
@@ -87,9 +90,8 @@ class Metrics:
     def add(self, report: BucketReport) -> None:
         """Adds one bucket's exchange. Mutates self."""
         self.buckets += 1
-        for f in fields(report):
-            if f.name not in ("bucket", "step"):
-                setattr(self, f.name, getattr(self, f.name) + getattr(report, f.name))
+        for name in _SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(report, name))
 
     def merge(self, other: Metrics) -> None:
         """Adds another's sums. Mutates self."""

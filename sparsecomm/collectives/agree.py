@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import attrgetter
 
 import torch
 
@@ -15,6 +16,7 @@ from sparsecomm.wire import FLAG_ERROR, HEADER_BYTES, Header, check_body, read_h
 __all__ = ["agree"]
 
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
+_matched = attrgetter(*_MUST_MATCH)
 
 
 def agree(
@@ -37,7 +39,10 @@ def agree(
         AgreedError: raised on every rank alike: its cause is a CollectiveMismatch that lists what each rank is in,
             or a RemoteError that names the ranks that failed and why.
     """
-    blocks = yield from allgather_fixed(channel, payload[:HEADER_BYTES], arena, (key, "headers"))
+    block = payload[:HEADER_BYTES]
+    blocks = [block]
+    if channel.size > 1:
+        blocks = yield from allgather_fixed(channel, block, arena, (key, "headers"))
     headers = []
     for rank, block in enumerate(blocks):
         if rank == channel.rank:
@@ -58,9 +63,10 @@ def agree(
 
 def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
-    differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
-    if not differ:
+    first = _matched(headers[0])
+    if all(_matched(h) == first for h in headers):
         return
+    differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
     lines = []
     for h in headers:
         values = ", ".join(f"{f} = {_show(f, getattr(h, f))}" for f in differ)

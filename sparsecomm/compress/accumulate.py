@@ -16,6 +16,8 @@ from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["Bucket", "Taken", "take_all", "take_some"]
 
+_NOTHING = torch.empty(0, dtype=torch.uint32), torch.empty(0)
+
 Span = tuple[int, int]
 """First element and one past the last."""
 
@@ -220,8 +222,7 @@ def _begin(
     """Puts held memory aside and, with momentum correction, turns the gradient into a velocity."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
-    nothing = grad.new_empty(0, dtype=torch.uint32), grad.new_empty(0, dtype=torch.float32)
-    taken = Taken(bucket, grad, scale, 0, *nothing, source=grad)
+    taken = Taken(bucket, grad, scale, 0, *_NOTHING, source=grad)
     for name, memory in (("residual", bucket.residual), ("velocity", bucket.velocity)):
         if memory is not None:
             if not lasting:

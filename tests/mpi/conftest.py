@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,15 @@ import sparsecomm as sc
 from sparsecomm.launch import detect
 
 _passed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each rank a temporary folder of its own: pytest's shared one is cleaned up by all ranks at once."""
+    if detect().size > 1 and config.option.basetemp is None:
+        folder = tempfile.TemporaryDirectory(prefix="sparsecomm-tests-")
+        config.add_cleanup(folder.cleanup)
+        config.option.basetemp = os.path.join(folder.name, "pytest")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 from importlib.metadata import PackageNotFoundError, version
 
 from sparsecomm.compress import (
+    AdamCorrection,
     Compressor,
     Constant,
     Dense,
@@ -45,6 +46,7 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdamCorrection",
     "BucketReport",
     "CollectiveMismatch",
     "CommTimeout",

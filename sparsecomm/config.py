@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from sparsecomm.compress import Compressor, ErrorFeedback, Feedback, MomentumCorrection, TopK
+from sparsecomm.compress import Compressor, ErrorFeedback, Feedback, TopK
 from sparsecomm.compress.base import SparsifyingCompressor
 from sparsecomm.errors import ConfigError
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -26,7 +26,7 @@ class SparseConfig:
     Attributes:
         compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
-            applying momentum (DGC); None drops it.
+            applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
         collective: "auto" (the one that moves fewer bytes), "allgather" or "dense".
         value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
@@ -50,9 +50,10 @@ class SparseConfig:
             raise ConfigError(
                 f"compressor must be a sparsecomm compressor such as TopK(density=0.01), got {self.compressor!r}"
             )
-        if not (self.feedback is None or isinstance(self.feedback, (ErrorFeedback, MomentumCorrection))):
+        if not (self.feedback is None or isinstance(self.feedback, Feedback)):
             raise ConfigError(
-                f"feedback must be ErrorFeedback(), MomentumCorrection(...) or None, got {self.feedback!r}"
+                "feedback must be ErrorFeedback(), MomentumCorrection(...), AdamCorrection(...) or None, "
+                f"got {self.feedback!r}"
             )
         _one_of("collective", self.collective, _COLLECTIVES)
         _one_of("value_codec", self.value_codec, _VALUE_CODECS)

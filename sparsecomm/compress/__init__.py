@@ -3,13 +3,14 @@
 from sparsecomm.compress.accumulate import Bucket, Taken, take_all, take_some
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.dense import Dense
-from sparsecomm.compress.feedback import ErrorFeedback, Feedback, MomentumCorrection
+from sparsecomm.compress.feedback import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.compress.residuals import BucketLayout, ResidualStore, check_residuals
 from sparsecomm.compress.schedule import Constant, Density, Warmup, density_at
 from sparsecomm.compress.threshold import ThresholdTopK
 from sparsecomm.compress.topk import TopK
 
 __all__ = [
+    "AdamCorrection",
     "Bucket",
     "BucketLayout",
     "Compressor",

@@ -10,7 +10,8 @@ import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.compress.base import Compressor, SelectionBuffers, SelectorMemory
-from sparsecomm.compress.feedback import Feedback, MomentumCorrection
+from sparsecomm.compress.feedback import ErrorFeedback, Feedback
+from sparsecomm.compress.moments import Correction, advance, rewind, work_space
 from sparsecomm.compress.residuals import BucketLayout
 from sparsecomm.kernels import dispatch as kernels
 
@@ -31,7 +32,9 @@ class Bucket:
         layout: the parameters in it.
         residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
         memory: the compressor's.
-        velocity: float32, shape (layout.numel,), the momentum u of momentum correction; None without it.
+        velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
+        second_moment: float32, shape (layout.numel,), of Adam correction; None without it.
+        age: steps the moments have seen when the next exchange is done.
         unsettled: an exchanged step that may still have to be taken back, because the optimizer may skip it.
     """
 
@@ -40,6 +43,8 @@ class Bucket:
     residual: torch.Tensor | None = None
     memory: SelectorMemory = field(default_factory=SelectorMemory)
     velocity: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
+    age: int = 1
     unsettled: Taken | None = None
 
     def settle(self, *, skipped: bool = False) -> None:
@@ -61,13 +66,13 @@ class Taken:
         indices: uint32, shape (nnz,), ascending; empty for a dense exchange.
         values: float32, shape (nnz,).
         source: what was added to the residual: the gradient (times scale), or the velocity; None if nothing was.
-        momentum: the options of momentum correction, if in use.
-        clip: factor by which momentum correction clipped the gradient.
-        held: elements whose residual and velocity were put aside, with their content.
+        momentum: the options of momentum or Adam correction, if in use.
+        clip: factor by which it clipped the gradient.
+        held: elements whose residual and moments were put aside, with their content.
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
-        before: residual and velocity, each with a copy of what it was, if the gradient will not last until `undo`.
+        before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
     bucket: Bucket
@@ -77,7 +82,7 @@ class Taken:
     indices: torch.Tensor
     values: torch.Tensor
     source: torch.Tensor | None
-    momentum: MomentumCorrection | None = None
+    momentum: Correction | None = None
     clip: float = 1.0
     held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     capacity: int = 0
@@ -99,7 +104,7 @@ class Taken:
         self._restore_held()
 
     def undo(self) -> None:
-        """Returns residual and velocity to what they were before the step; to rounding, if no copy was kept."""
+        """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
         if self.before:
             for memory, content in self.before:
                 memory.copy_(content)
@@ -112,24 +117,13 @@ class Taken:
             # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
         if self.momentum is not None and velocity is not None and self.source is not None:
-            _rewind(velocity, self.grad.to(torch.float32) * (self.scale * self.clip), self.momentum)
+            rewind(self.momentum, velocity, self.bucket.second_moment, self.grad, self.scale * self.clip)
         self._restore_held()
 
     def _restore_held(self) -> None:
         for place, content in self.held:
             place.copy_(content)
         self.held = []
-
-
-def _rewind(velocity: torch.Tensor, step: torch.Tensor, options: MomentumCorrection) -> None:
-    """Undoes one update of the velocity."""
-    m = options.momentum
-    if m == 0.0:
-        velocity.zero_()
-    elif options.nesterov:
-        velocity.div_(m).sub_(step)
-    else:
-        velocity.sub_(step).div_(m)
 
 
 def take_some(
@@ -219,11 +213,12 @@ def _begin(
     clip_norm: float | None,
     lasting: bool,
 ) -> Taken:
-    """Puts held memory aside and, with momentum correction, turns the gradient into a velocity."""
+    """Puts held memory aside and, with momentum or Adam correction, turns the gradient into what is to be added."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
     taken = Taken(bucket, grad, scale, 0, *_NOTHING, source=grad)
-    for name, memory in (("residual", bucket.residual), ("velocity", bucket.velocity)):
+    for name in ("residual", "velocity", "second_moment"):
+        memory: torch.Tensor | None = getattr(bucket, name)
         if memory is not None:
             if not lasting:
                 copy = arena.get((bucket.index, name, "before"), memory.numel(), torch.float32)
@@ -232,16 +227,16 @@ def _begin(
                 place = memory[start:end]
                 taken.held.append((place, place.clone()))
                 place.zero_()
-    if isinstance(feedback, MomentumCorrection):
+    if feedback is not None and not isinstance(feedback, ErrorFeedback):
         taken.momentum = feedback
         _accelerate(taken, feedback, arena, clip_norm)
     return taken
 
 
-def _accelerate(taken: Taken, options: MomentumCorrection, arena: Arena, clip_norm: float | None) -> None:
-    """Updates the velocity: u = m u + g, or u = m (u + g) with u + g added. NaN and infinity leave it as it was."""
-    velocity, grad = taken.bucket.velocity, taken.grad
-    assert velocity is not None, "momentum correction needs a velocity"
+def _accelerate(taken: Taken, options: Correction, arena: Arena, clip_norm: float | None) -> None:
+    """Updates the moments. NaN and infinity leave them as they were."""
+    bucket, grad = taken.bucket, taken.grad
+    assert bucket.velocity is not None, "momentum correction needs a velocity"
     n = grad.numel()
     low, high = (float(x) for x in torch.aminmax(grad)) if n else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -252,9 +247,5 @@ def _accelerate(taken: Taken, options: MomentumCorrection, arena: Arena, clip_no
         norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) * abs(taken.scale)
         taken.clip = min(1.0, clip_norm / norm) if norm > 0 else 1.0
     factor = taken.scale * taken.clip
-    if options.nesterov:
-        velocity.add_(grad, alpha=factor).mul_(options.momentum)
-        source = arena.get((taken.bucket.index, "look-ahead"), n, torch.float32)
-        taken.source = torch.add(velocity, grad, alpha=factor, out=source)
-    else:
-        taken.source = velocity.mul_(options.momentum).add_(grad, alpha=factor)
+    space = work_space(options, arena, bucket.index, n)
+    taken.source = advance(options, bucket.velocity, bucket.second_moment, grad, factor, bucket.age, space)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsecomm.errors import ConfigError
 
-__all__ = ["ErrorFeedback", "Feedback", "MomentumCorrection"]
+__all__ = ["AdamCorrection", "ErrorFeedback", "Feedback", "MomentumCorrection"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class ErrorFeedback:
     acc = gradient + residual is compressed and residual = acc - what was sent, value rounding included. With
     ``feedback=None`` in its place, what is not sent is dropped (for comparison only: it converges worse).
     """
+
+    memories: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,69 @@ class MomentumCorrection:
     masking: bool = True
     clip_norm: float | None = None
 
+    memories: ClassVar[tuple[str, ...]] = ("velocity",)
+
     def __post_init__(self) -> None:
-        if isinstance(self.momentum, bool) or not isinstance(self.momentum, (int, float)):
-            raise ConfigError(f"MomentumCorrection.momentum must be a number in [0, 1), got {self.momentum!r}")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(f"MomentumCorrection.momentum must be in [0, 1), got {self.momentum!r}")
-        for name in ("nesterov", "masking"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"MomentumCorrection.{name} must be True or False, got {getattr(self, name)!r}")
-        clip = self.clip_norm
-        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float))):
-            raise ConfigError(f"MomentumCorrection.clip_norm must be a positive number or None, got {clip!r}")
-        if clip is not None and not (math.isfinite(clip) and clip > 0):
-            raise ConfigError(f"MomentumCorrection.clip_norm must be a positive number or None, got {clip!r}")
+        _check_decay("MomentumCorrection.momentum", self.momentum)
+        _check_flag("MomentumCorrection.nesterov", self.nesterov)
+        _check_flag("MomentumCorrection.masking", self.masking)
+        _check_clip("MomentumCorrection.clip_norm", self.clip_norm)
 
 
-Feedback = ErrorFeedback | MomentumCorrection
-"""Either kind of feedback."""
+@dataclass(frozen=True)
+class AdamCorrection:
+    """Adam before compression; use `torch.optim.SGD(lr, weight_decay=...)` without momentum after it.
+
+    Each rank turns its own gradient into Adam's update u = m / (sqrt(v) + eps), both moments bias-corrected, and the
+    largest of residual + u are sent. Error feedback on gradients makes Adam see each coordinate as rare large spikes,
+    which its second moment then punishes; here the second moment sees every gradient and what is delayed is a finished
+    update. SGD's weight_decay then acts as AdamW's, decoupled. With one rank and density 1 the two together are AdamW.
+
+    Attributes:
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        masking: whether m is zeroed where something was sent (DGC's factor masking).
+        clip_norm: norm that the global gradient is to be clipped to; None for no clipping. See `MomentumCorrection`.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    masking: bool = False
+    clip_norm: float | None = None
+
+    memories: ClassVar[tuple[str, ...]] = ("velocity", "second_moment")
+
+    def __post_init__(self) -> None:
+        _check_decay("AdamCorrection.beta1", self.beta1)
+        _check_decay("AdamCorrection.beta2", self.beta2)
+        _check_flag("AdamCorrection.masking", self.masking)
+        _check_clip("AdamCorrection.clip_norm", self.clip_norm)
+        if not _is_number(self.eps) or not 0.0 < self.eps < math.inf:
+            raise ConfigError(f"AdamCorrection.eps must be a positive number, got {self.eps!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_decay(name: str, value: float) -> None:
+    if not _is_number(value):
+        raise ConfigError(f"{name} must be a number in [0, 1), got {value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name} must be in [0, 1), got {value!r}")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_clip(name: str, value: float | None) -> None:
+    if value is not None and (not _is_number(value) or not (math.isfinite(value) and value > 0)):
+        raise ConfigError(f"{name} must be a positive number or None, got {value!r}")
+
+
+Feedback = ErrorFeedback | MomentumCorrection | AdamCorrection
+"""Any kind of feedback."""

@@ -14,7 +14,9 @@ from sparsecomm.errors import StateError
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
 
-_RESIDUAL, _VELOCITY, _SELECTOR = "residual.", "velocity.", "selector."
+_MEMORIES = ("residual", "velocity", "second_moment")
+_SELECTOR = "selector."
+_MOMENT_STEPS = "moment_steps"
 _NUMBERS = ("step", "rank", "world_size")
 
 
@@ -26,23 +28,25 @@ class Checkpoint:
         step: training step.
         rank: rank that saved it.
         world_size: ranks of the group that saved it.
-        residuals: float32, by parameter name, in the parameter's shape.
-        velocities: likewise, of momentum correction.
+        memories: by kind ("residual", "velocity", "second_moment") and parameter name; float32, in its shape.
+        moment_steps: steps that Adam correction's moments have seen.
         selectors: the compressor's memory by layout hash.
     """
 
     step: int
     rank: int
     world_size: int
-    residuals: dict[str, torch.Tensor] = field(default_factory=dict)
-    velocities: dict[str, torch.Tensor] = field(default_factory=dict)
+    memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in _MEMORIES})
+    moment_steps: int = 0
     selectors: dict[int, SelectorMemory] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, torch.Tensor]:
         """Returns the flat dict of tensors."""
         out = {name: torch.tensor(getattr(self, name)) for name in _NUMBERS}
-        out.update({_RESIDUAL + name: t for name, t in sorted(self.residuals.items())})
-        out.update({_VELOCITY + name: t for name, t in sorted(self.velocities.items())})
+        if self.memories["second_moment"]:
+            out[_MOMENT_STEPS] = torch.tensor(self.moment_steps)
+        for kind, named in self.memories.items():
+            out.update({f"{kind}.{name}": t for name, t in sorted(named.items())})
         for layout, m in sorted(self.selectors.items()):
             numbers = torch.tensor([m.threshold, m.age, m.k], dtype=torch.float64)
             out[f"{_SELECTOR}{layout:016x}"] = numbers
@@ -62,12 +66,13 @@ class Checkpoint:
         made = cls(step, rank, world_size)
         unknown = []
         for key, value in state_dict.items():
-            if key.startswith(_RESIDUAL):
-                made.residuals[key.removeprefix(_RESIDUAL)] = value
-            elif key.startswith(_VELOCITY):
-                made.velocities[key.removeprefix(_VELOCITY)] = value
+            kind, _, name = key.partition(".")
+            if name and kind in made.memories:
+                made.memories[kind][name] = value
             elif key.startswith(_SELECTOR):
                 made.selectors[_layout_hash(key)] = _selector(key, value)
+            elif key == _MOMENT_STEPS:
+                made.moment_steps = _count(key, value)
             elif key not in _NUMBERS:
                 unknown.append(key)
         if unknown:
@@ -80,9 +85,12 @@ class Checkpoint:
         Raises:
             StateError: for what is no residual, or if none is named though steps were taken.
         """
-        check_residuals("residual", self.residuals)
-        check_residuals("velocity", self.velocities)
-        if self.step > 0 and not self.residuals:
+        for kind, named in self.memories.items():
+            check_residuals(kind, named)
+        for name, t in self.memories["second_moment"].items():
+            if bool((t < 0).any()):
+                raise StateError(f"second_moment of {name!r} holds negative values")
+        if self.step > 0 and not self.memories["residual"]:
             raise StateError(
                 f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only what "
                 "it is handed, so register the hook (or pass model=) before loading into a new state"
@@ -98,7 +106,7 @@ class Checkpoint:
             StateError: names the parameters that only one of the two has, or has in another shape.
         """
         model = set(shapes)
-        for what, loaded in (("residual", self.residuals), ("velocity", self.velocities)):
+        for what, loaded in self.memories.items():
             extra, missing = sorted(set(loaded) - model), sorted(model - set(loaded))
             if extra:
                 raise StateError(f"the checkpoint is of another model: it has the {what} of {extra}, unknown here")
@@ -153,7 +161,7 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     An update is the sum over ranks divided by P, so what must survive is (sum of residuals) / P: with P ranks before
     and P' after, the residuals are multiplied by P' / P. When ranks go, rank j takes over those of ranks j, j + P',
     ...; when ranks come, ranks j, j + P, ... share rank j's equally. Velocities, which every rank holds of its own
-    gradients, are shared out in the same way.
+    gradients, are shared out in the same way; second moments, which are no sums, are averaged or copied.
 
     Args:
         state_dicts: what each rank's `state_dict` returned, in rank order.
@@ -180,10 +188,8 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
-    for what, a, b in (
-        ("residual", first.residuals, other.residuals),
-        ("velocity", first.velocities, other.velocities),
-    ):
+    for what, a in first.memories.items():
+        b = other.memories[what]
         unlike = sorted(set(a) ^ set(b))
         if unlike:
             raise StateError(
@@ -203,13 +209,13 @@ def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
     sources = range(rank, len(old), size) if size < len(old) else [rank % len(old)]
     shared_by = len(range(rank % len(old), size, len(old))) if size >= len(old) else 1
     factor = size / len(old) / shared_by
-    made = Checkpoint(old[0].step, rank, size)
-    for kind in ("residuals", "velocities"):
+    made = Checkpoint(old[0].step, rank, size, moment_steps=old[0].moment_steps)
+    for kind, into in made.memories.items():
+        weight = 1.0 / len(sources) if kind == "second_moment" else factor
         for source in sources:
-            into = getattr(made, kind)
-            for name, t in getattr(old[source], kind).items():
+            for name, t in old[source].memories[kind].items():
                 if t.numel() or name not in into:
-                    into[name] = t * factor + into[name] if name in into and into[name].numel() else t * factor
+                    into[name] = t * weight + into[name] if name in into and into[name].numel() else t * weight
     if size == len(old):
         made.selectors = dict(old[rank].selectors)
     return made

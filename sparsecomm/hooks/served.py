@@ -99,6 +99,25 @@ class ServedModel:
         """Returns whether the script has dropped all its wrappers."""
         return bool(self.ddps) and all(d() is None for d in self.ddps)
 
+    def name_of(self, parameter: torch.Tensor, where: str) -> str:
+        """Returns a parameter's name.
+
+        Raises:
+            ConfigError: if it is not in the model, or the model is not known; starts with `where`.
+        """
+        if not self.names:
+            raise ConfigError(
+                f"{where}: the model of this SparseState is unknown; register the state with "
+                "ddp.register_comm_hook(state, sparse_hook) or pass model= to SparseState"
+            )
+        name = self.names.get(id(parameter))
+        if name is None:
+            raise ConfigError(
+                f"{where}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
+                "one SparseState serves one model"
+            )
+        return name
+
     def check_join(self) -> None:
         """Checks what Join was told.
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import choose_collective
-from sparsecomm.compress import Bucket, BucketLayout, Compressor, MomentumCorrection, ResidualStore
+from sparsecomm.compress import AdamCorrection, Bucket, BucketLayout, Compressor, ResidualStore
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
@@ -73,8 +73,8 @@ class SparseState:
         self._scaler: torch.amp.GradScaler | None = None
         self._model: ServedModel | None = None
         self._recorder = Recorder()
-        self._residuals = ResidualStore("residual")
-        self._velocities = ResidualStore("velocity")
+        self._memories = {kind: ResidualStore(kind) for kind in ("residual", "velocity", "second_moment")}
+        self._moments_since = 0  # step at which the moments of Adam correction were zero
         self._known: dict[int, _Known] = {}
         self._selectors: dict[int, SelectorMemory] = {}
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
@@ -108,8 +108,10 @@ class SparseState:
         for known in self._known.values():
             known.bucket.memory = SelectorMemory()
         self._selectors.clear()
-        if not isinstance(self.config.feedback, MomentumCorrection):
-            self._velocities = ResidualStore("velocity")
+        for kind in set(self._memories) - {"residual", *self._moments()}:
+            self._memories[kind] = ResidualStore(kind)
+        if not self._memories["second_moment"].names():
+            self._moments_since = self.step
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
@@ -251,13 +253,15 @@ class SparseState:
         bucket = self._bucket(index, parameters, grad, model, where)
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
-        momentum = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
-        if collective != CollectiveKind.DENSE or momentum is not None or self._residuals.has(bucket.layout):
-            bucket.residual = self._residuals.bucket(bucket.layout)
-        bucket.velocity = None if momentum is None else self._velocities.bucket(bucket.layout)
-        clip_norm = None
-        if momentum is not None and momentum.clip_norm is not None:
-            clip_norm = momentum.clip_norm / math.sqrt(model.size) * math.sqrt(numel / max(model.numel, 1))
+        moments, residuals = self._moments(), self._memories["residual"]
+        if collective != CollectiveKind.DENSE or moments or residuals.has(bucket.layout):
+            bucket.residual = residuals.bucket(bucket.layout)
+        for kind in ("velocity", "second_moment"):
+            setattr(bucket, kind, self._memories[kind].bucket(bucket.layout) if kind in moments else None)
+        bucket.age = step - self._moments_since + 1
+        clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
+        if clip_norm is not None:
+            clip_norm *= math.sqrt(numel / max(model.numel, 1) / model.size)
         return bucket, Plan(
             step=step,
             collective=collective,
@@ -271,6 +275,10 @@ class SparseState:
             clip_norm=clip_norm,
             profiled=torch.autograd.profiler._is_profiler_enabled,
         )
+
+    def _moments(self) -> tuple[str, ...]:
+        """Returns the kinds of memory that this feedback keeps beside the residual."""
+        return () if self.config.feedback is None else self.config.feedback.memories
 
     def _grad_scale(self) -> float:
         return float(self._scaler.get_scale()) if self._scaler is not None and self._may_skip() else 1.0
@@ -291,7 +299,7 @@ class SparseState:
         known = self._known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == grad.numel():
             return known.bucket
-        layout = BucketLayout.of([(_name(p, model, where), p) for p in parameters])
+        layout = BucketLayout.of([(model.name_of(p, where), p) for p in parameters])
         if layout.numel != grad.numel():
             raise ConfigError(f"{where}: {grad.numel()} elements, but its {len(ids)} parameters have {layout.numel}")
         bucket = Bucket(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
@@ -318,25 +326,27 @@ class SparseState:
 
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads all of it; not collective."""
-        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._residuals.slices()))
+        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._memories["residual"].slices()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
 
-        Keys: ``step``, ``rank``, ``world_size`` (int64), ``residual.<parameter name>``, ``velocity.<parameter name>``
-        (float32, the parameter's shape), ``selector.<layout hash>`` (float64: a reused threshold, its age, its k).
+        Keys: ``step``, ``rank``, ``world_size`` (int64), ``residual.<parameter name>``, with momentum correction
+        ``velocity.<parameter name>``, with Adam's ``second_moment.<parameter name>`` too (float32, the parameter's
+        shape) and ``moment_steps``, ``selector.<layout hash>`` (float64: a reused threshold, its age, its k).
         """
         model = self._attach(world())
         made = Checkpoint(self.step, model.rank, model.size)
         feedback = self.config.feedback
-        made.residuals = self._residuals.state() if feedback is not None else {}
-        made.velocities = self._velocities.state() if isinstance(feedback, MomentumCorrection) else {}
         # Named in full from the first step on, so that torch.distributed.checkpoint, which fills what it is handed,
         # loads into a fresh state.
         kept = model.trainable if feedback is not None and not self.config.compressor.is_dense else set()
-        fill_names(made.residuals, model.shapes, kept)
-        if isinstance(feedback, MomentumCorrection):
-            fill_names(made.velocities, model.shapes, kept)
+        for kind, named in made.memories.items():
+            if kind == "residual" or kind in self._moments():
+                named.update(self._memories[kind].state() if feedback is not None else {})
+                fill_names(named, model.shapes, kept)
+        if isinstance(feedback, AdamCorrection):
+            made.moment_steps = self.step - self._moments_since
         made.selectors = dict(self._selectors)
         for known in self._known.values():
             if known.bucket.memory.k:
@@ -362,11 +372,12 @@ class SparseState:
         if model.names:
             loaded.check_model(model.shapes)
         self._unchecked = None if model.names else loaded
-        self._residuals.load(loaded.residuals)
-        self._velocities.load(loaded.velocities)
+        for kind, store in self._memories.items():
+            store.load(loaded.memories[kind])
         self._known.clear()
         self._selectors = loaded.selectors
         self.step = loaded.step
+        self._moments_since = loaded.step - loaded.moment_steps
         self._exchanged = False
 
 
@@ -375,18 +386,3 @@ def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
     if isinstance(value, BaseException):
         raise value
     return value  # type: ignore[no-any-return]
-
-
-def _name(parameter: torch.Tensor, model: ServedModel, where: str) -> str:
-    if not model.names:
-        raise ConfigError(
-            f"{where}: the model of this SparseState is unknown; register the state with "
-            "ddp.register_comm_hook(state, sparse_hook) or pass model= to SparseState"
-        )
-    name = model.names.get(id(parameter))
-    if name is None:
-        raise ConfigError(
-            f"{where}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
-            "one SparseState serves one model"
-        )
-    return name

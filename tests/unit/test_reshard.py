@@ -23,9 +23,9 @@ def world_of(size: int, seed: int = 0, *, velocity: bool = False, step: int = 5,
     out = []
     for rank in range(size):
         made = Checkpoint(step, rank, size)
-        made.residuals = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
+        made.memories["residual"] = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
         if velocity:
-            made.velocities = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
+            made.memories["velocity"] = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
         out.append(made.to_dict())
     return out
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import zoo
 from ledger import lossless, sparse
 from torch import nn
@@ -153,3 +154,25 @@ def test_switching_to_momentum_and_back_mid_run(world: sc.World) -> None:
         assert not has_velocity or isinstance(feedback, sc.MomentumCorrection)
     for _ in train(ddp, 2, first=9, momentum=0.0):
         assert_replicas_equal(ddp)
+
+
+@pytest.mark.parametrize("collective", ["allgather", "dense"])
+def test_adam_before_compression_is_each_ranks_own_adam_averaged(world: sc.World, collective: str) -> None:
+    beta1, beta2, eps = 0.8, 0.95, 1e-8
+    state = lossless(feedback=sc.AdamCorrection(beta1=beta1, beta2=beta2, eps=eps), collective=collective)
+    ours, plain = wrap(mlp(), state), mlp()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, weight_decay=0.1) for m in (ours, plain)]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in plain.parameters()]
+    for step in range(6):
+        for model, optimizer in zip((ours, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            for p, (m, v) in zip(plain.parameters(), moments, strict=True) if model is plain else ():
+                m.lerp_(p.grad, 1 - beta1)
+                v.lerp_(p.grad.square(), 1 - beta2)
+                p.grad = (m / (1 - beta1 ** (step + 1))) / ((v / (1 - beta2 ** (step + 1))).sqrt() + eps)
+                dist.all_reduce(p.grad)
+                p.grad /= world.size
+            optimizer.step()
+    torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-3, atol=1e-5)
+    assert_replicas_equal(ours)

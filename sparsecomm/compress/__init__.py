@@ -5,7 +5,7 @@ from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.dense import Dense
 from sparsecomm.compress.feedback import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.compress.residuals import BucketLayout, ResidualStore, check_residuals
-from sparsecomm.compress.schedule import Constant, Density, Warmup, density_at
+from sparsecomm.compress.schedule import Constant, Density, Geometric, Warmup, density_at
 from sparsecomm.compress.threshold import ThresholdTopK
 from sparsecomm.compress.topk import TopK
 
@@ -19,6 +19,7 @@ __all__ = [
     "Density",
     "ErrorFeedback",
     "Feedback",
+    "Geometric",
     "MomentumCorrection",
     "ResidualStore",
     "Selection",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsecomm.errors import ConfigError
 
-__all__ = ["Constant", "Density", "Warmup", "check_density", "density_at"]
+__all__ = ["Constant", "Density", "Geometric", "Warmup", "check_density", "density_at"]
 
 
 def check_density(value: float, *, name: str = "density") -> float:
@@ -68,7 +68,34 @@ class Warmup:
         return self.densities[stage] if stage < len(self.densities) else self.final
 
 
-Density = float | Constant | Warmup | Callable[[int], float]
+@dataclass(frozen=True)
+class Geometric:
+    """A density that falls geometrically from one value to another, then stays there (DGC's warm-up, by steps).
+
+    Attributes:
+        start: density at step 0.
+        final: density from step `steps` on.
+        steps: how long it falls; 0 for the final density at once.
+    """
+
+    start: float
+    final: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_density(self.start, name="Geometric.start")
+        check_density(self.final, name="Geometric.final")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ConfigError(f"Geometric.steps must be an int >= 0, got {self.steps!r}")
+
+    def __call__(self, step: int) -> float:
+        """Returns the density at this step."""
+        if step >= self.steps:
+            return self.final
+        return float(self.start * (self.final / self.start) ** (step / self.steps))
+
+
+Density = float | Constant | Warmup | Geometric | Callable[[int], float]
 """A constant in (0, 1], a schedule, or any callable from step to density."""
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.compress import Constant, Dense, ThresholdTopK, TopK, Warmup, density_at
+from sparsecomm.compress import Constant, Dense, Geometric, ThresholdTopK, TopK, Warmup, density_at
 from sparsecomm.errors import ConfigError
 
 BAD_DENSITIES: list[Any] = [0, 0.0, -0.1, 1.0000001, 2, math.nan, math.inf, -math.inf, True, False, "0.1", None, [0.1]]
@@ -89,3 +89,22 @@ def test_densities_of_other_number_types_are_refused_or_taken_whole() -> None:
     with pytest.raises(ConfigError):
         TopK(torch.tensor(0.1))  # type: ignore[arg-type]
     assert isinstance(TopK(1).density, float)
+
+
+def test_a_geometric_density_falls_by_the_same_factor_every_step_and_stays() -> None:
+    falling = Geometric(start=0.25, final=0.001, steps=10)
+    values = [falling(s) for s in range(14)]
+    assert values[0] == 0.25
+    assert values[10:] == [0.001] * 4
+    ratios = [b / a for a, b in zip(values[:10], values[1:11], strict=True)]
+    assert all(math.isclose(r, ratios[0]) for r in ratios)
+    assert Geometric(0.5, 0.1, 0)(0) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((0.0, 0.1, 5), "start"), ((0.5, 2.0, 5), "final"), ((0.5, 0.1, -1), "steps"), ((0.5, 0.1, True), "steps")],
+)
+def test_a_geometric_density_that_makes_no_sense_is_refused(arguments: tuple[float, float, int], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"Geometric.{named}"):
+        Geometric(*arguments)

@@ -37,8 +37,11 @@ def write_scripts(state: State) -> None:
     (state.folder / "enter").write_text(_ENTER)
     (state.folder / "agent").write_text(_AGENT)
     (state.folder / "agent").chmod(0o755)
-    lines = [f"{address}\t{host}" for address, host in zip(state.addresses, state.hosts, strict=True)]
-    (state.folder / "hosts").write_text("\n".join(["127.0.0.1\tlocalhost", *lines]) + "\n")
+    known = [("127.0.0.1", "localhost"), *zip(state.addresses, state.hosts, strict=True)]
+    lines = [f"{address}\t{host}" for address, host in known]
+    # torch asks for the names of IPv4-mapped addresses, and warns if there are none; no host is looked up by these.
+    lines += [f"::ffff:{address}\t{host}.mapped" for address, host in known]
+    (state.folder / "hosts").write_text("\n".join(lines) + "\n")
 
 
 def on_host(state: State, host: str, command: list[str]) -> list[str]:

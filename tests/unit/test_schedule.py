@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_geometric_density_falls_by_the_same_factor_every_step_and_stays() -> 
     values = [falling(s) for s in range(14)]
     assert values[0] == 0.25
     assert values[10:] == [0.001] * 4
-    ratios = [b / a for a, b in zip(values[:10], values[1:11], strict=True)]
+    ratios = [b / a for a, b in pairwise(values[:11])]
     assert all(math.isclose(r, ratios[0]) for r in ratios)
     assert Geometric(0.5, 0.1, 0)(0) == 0.1
 

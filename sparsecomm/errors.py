@@ -7,6 +7,7 @@ __all__ = [
     "CommTimeout",
     "ConfigError",
     "KernelError",
+    "LabError",
     "LaunchError",
     "RemoteError",
     "SparseCommError",
@@ -90,3 +91,7 @@ class LaunchError(SparseCommError):
 
 class StateError(SparseCommError, ValueError):
     """A checkpoint does not belong to this model or is damaged; nothing was applied."""
+
+
+class LabError(SparseCommError):
+    """A lab of network namespaces cannot be made, found, used or removed; the message says why and what helps."""

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from sparsecomm.cli.lab import lab_app
+
 __all__ = ["app"]
 
 app = typer.Typer(
@@ -15,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(lab_app, name="lab")
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsecomm.errors import LaunchError
 
-__all__ = ["Launch", "detect"]
+__all__ = ["Launch", "detect", "without_launcher"]
 
 # (launcher, rank, world size, local rank), innermost launcher first
 _MPI_VARIABLES = (
@@ -16,6 +16,9 @@ _MPI_VARIABLES = (
     ("mpirun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+
+# Variables by which a launcher tells a process which rank it is. A child that is no rank must not see them.
+_RANK_VARIABLES = ("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_APP_", "PMIX_", "PRTE_", "PMI_", "PMI2_", "HYDI_", "MPI_LOCAL")
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = -1) -> int:
         return int(text or "")
     except ValueError:
         raise LaunchError(f"environment variable {name} = {text!r} is not a whole number") from None
+
+
+def without_launcher() -> dict[str, str]:
+    """Returns the environment without what makes a process a rank of the job."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(_RANK_VARIABLES)}

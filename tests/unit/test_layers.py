@@ -22,7 +22,7 @@ LAYERS = [
     "collectives",
     "metrics trace launch config presets exchange",
     "hooks backend ps",
-    "plan benches",
+    "plan lab benches",
     "cli",
 ]
 ORDER = [layer for group in LAYERS for layer in group.split()]

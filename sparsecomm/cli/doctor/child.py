@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-__all__ = ["Probe", "run_tool", "without_launcher"]
+from sparsecomm.launch import without_launcher
 
-# Variables by which a launcher tells a process which rank it is. A child that is no rank must not see them.
-_LAUNCHER = ("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_APP_", "PMIX_", "PRTE_", "PMI_", "PMI2_", "HYDI_", "MPI_LOCAL")
-
-
-def without_launcher() -> dict[str, str]:
-    """Returns the environment without what makes a process a rank of the job."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER)}
+__all__ = ["Probe", "run_tool"]
 
 
 def run_tool(*command: str) -> str:

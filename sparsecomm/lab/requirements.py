@@ -1,0 +1,29 @@
+"""What a lab needs of the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+__all__ = ["missing"]
+
+_PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "mount": "mount"}
+
+
+def missing() -> str | None:
+    """Returns what keeps this process from making labs and how to get it, in one line; None if nothing does."""
+    if sys.platform != "linux":
+        return f"a lab is made of Linux network namespaces, and this is {sys.platform}"
+    for tool, package in _PACKAGES.items():
+        if shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+            return f"`{tool}` is not installed: install {package} (Debian, Ubuntu: apt-get install {package})"
+    if os.geteuid() != 0:
+        return f"making network namespaces needs root, and this is user {os.geteuid()}: run it with sudo"
+    command = ["unshare", "--net", "--mount", "--uts", "true"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30.0, check=False)
+    if done.returncode:
+        said = done.stderr.strip().removeprefix("unshare: ")
+        return f"root may not make namespaces here ({said}): in a container, give it --privileged"
+    return None

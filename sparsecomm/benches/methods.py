@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
@@ -150,6 +149,11 @@ def _ring_bytes(elements: int, itemsize: int) -> int:
     return 2 * (size - 1) * elements * itemsize // size
 
 
+def _ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wraps a model that is the same on all ranks already: at 100 Mbit/s sending it takes longer than a run."""
+    return DistributedDataParallel(model, init_sync=False, **options)
+
+
 def _numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -164,14 +168,14 @@ def _none(model: nn.Module, density: float) -> Attached:
 
 
 @method("ddp-gloo")
-def _ddp(model: nn.Module, density: float) -> Attached:
+def _plain(model: nn.Module, density: float) -> Attached:
     """DDP as it is, float32."""
     sent = _ring_bytes(_numel(model), 4)
-    return Attached(DistributedDataParallel(model), lambda step: sent)
+    return Attached(_ddp(model), lambda step: sent)
 
 
 def _half(model: nn.Module, hook: Callable[..., Any]) -> Attached:
-    ddp = DistributedDataParallel(model)
+    ddp = _ddp(model)
     ddp.register_comm_hook(None, hook)
     sent = _ring_bytes(_numel(model), 2)
     return Attached(ddp, lambda step: sent)
@@ -190,7 +194,7 @@ def _bf16(model: nn.Module, density: float) -> Attached:
 @method("int8-torch", default=False)
 def _int8(model: nn.Module, density: float) -> Attached:
     """Torch's 8-bit quantization hook: it gathers every rank's gradient, a byte an element."""
-    ddp = DistributedDataParallel(model)
+    ddp = _ddp(model)
     ddp.register_comm_hook(None, quantization_hooks.quantization_pertensor_hook)
     sent = (dist.get_world_size() - 1) * _numel(model)
     return Attached(ddp, lambda step: sent)
@@ -201,7 +205,7 @@ _POWER_START = 2  # torch's least; until then it sends everything
 
 def _powersgd(model: nn.Module, rank: int) -> Attached:
     # With a second bucket it deadlocks on Gloo: its callbacks wait for other futures.
-    ddp = DistributedDataParallel(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
+    ddp = _ddp(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=_POWER_START)
     ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     dense, low = _ring_bytes(_numel(model), 4), _ring_bytes(_low_rank_numel(model, rank), 4)
@@ -255,7 +259,7 @@ def _grace(model: nn.Module, density: float) -> Attached:
 
 
 def _sparsecomm(model: nn.Module, config: sc.SparseConfig, momentum: float = 0.9) -> Attached:
-    ddp = DistributedDataParallel(model)
+    ddp = _ddp(model)
     state = sc.SparseState(config)
     ddp.register_comm_hook(state, sc.sparse_hook)
     return Attached(ddp, lambda step: state.last_step().bytes_sent, counted=True, momentum=momentum)

@@ -82,8 +82,8 @@ def run(
     if problem:
         raise LabError(f"no lab can be made here: {problem}")
     runs = [_FLOOR, *(r for r in runs if r != _FLOOR)]
-    by_rate = {rate: steps or steps_for(bits_per_second(rate), hosts, _numel(chosen)) for rate in rates}
-    fastest = max(rates, key=bits_per_second)
+    by_rate = {rate: steps or steps_for(_bits(rate), hosts, _numel(chosen)) for rate in rates}
+    fastest = max(rates, key=_bits)
     result = _measure(chosen, runs, by_rate, fastest, hosts, loss_steps, rounds, plugins)
     draw_into(plot, result)
     return result
@@ -92,8 +92,10 @@ def run(
 def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, rounds: int) -> None:
     if detect().size > 1:
         raise ConfigError(f"{detect().launcher} started {detect().size} ranks: start bench peers once, without it")
+    if not rates:
+        raise ConfigError("rates: give one at least, such as 1gbit")
     for rate in rates:
-        bits_per_second(rate)
+        _bits(rate)
     if hosts < 2:
         raise ConfigError(f"hosts = {hosts}: 2 at least, or nothing is sent")
     if rounds < 1:
@@ -101,6 +103,13 @@ def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, round
     for name, value in (("steps", steps), ("loss_steps", loss_steps)):
         if value != 0 and value < FEWEST_STEPS:
             raise ConfigError(f"{name} = {value}: {FEWEST_STEPS} at least, or 0")
+
+
+def _bits(rate: str) -> int:
+    """Returns a rate in bits a second; raises LabError if it is none."""
+    bits = bits_per_second(rate)
+    assert bits is not None, rate
+    return bits
 
 
 def steps_for(bits: float, hosts: int, numel: int) -> int:
@@ -153,11 +162,11 @@ class Jobs:
         command += [*self.options, "--limit", f"{self.limit:g}"]
         try:
             done = self.launch(command, _START_SECONDS + (self.limit + 5.0) * len(runs))
-            out, problem = done.stdout, _reason(done.stderr, done.returncode, self.limit)
+            printed, problem = done.stdout, _reason(done.stderr, done.returncode, self.limit)
         except subprocess.TimeoutExpired as late:
-            out = late.stdout or ""
+            printed = late.stdout.decode(errors="replace") if isinstance(late.stdout, bytes) else late.stdout or ""
             problem = f"its job did not end within {late.timeout:.0f} s"
-        lines = (out if isinstance(out, str) else out.decode(errors="replace")).splitlines()
+        lines = printed.splitlines()
         return [json.loads(line) for line in lines if line.startswith('{"method"')], problem
 
 
@@ -200,7 +209,7 @@ def _measure(
         def rows_at(rate: str, steps: int, what: str, wanted: Sequence[Run], *more: str) -> dict[Run, dict[str, Any]]:
             progress.update(bar, description=f"{rate}: {what}, {len(wanted)} runs of {steps} steps")
             lab.set_rate(rate)
-            limit = 60.0 + 4 * steps * (_STEP_SECONDS + _dense_seconds(bits_per_second(rate), hosts, numel))
+            limit = 60.0 + 4 * steps * (_STEP_SECONDS + _dense_seconds(_bits(rate), hosts, numel))
             options = [*base, "--steps", str(steps), *more]
             found = Jobs(
                 lambda line, timeout: lab.mpirun(line, ranks=hosts, env=env, timeout=timeout), hosts, options, limit
@@ -299,5 +308,3 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
 def _label(row: Mapping[str, Any]) -> str:
     density = row["density"]
     return row["method"] if density is None else f"{row['method']} {density:.3g}"
-
-

@@ -42,7 +42,10 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
             *_by(rows, "bytes", "bytes sent a rank", folder / "train_loss_by_bytes"),
         ]
     fastest = [row for row in rows if row["rate"] == result["meta"]["fastest"]]
-    files = [*_exposed(rows, folder / "peers_exposed"), *_by(fastest, "bytes", "bytes sent a rank", folder / "peers_loss_by_bytes")]
+    files = [
+        *_exposed(rows, folder / "peers_exposed"),
+        *_by(fastest, "bytes", "bytes sent a rank", folder / "peers_loss_by_bytes"),
+    ]
     for rate in dict.fromkeys(row["rate"] for row in rows):
         label = f"seconds at {rate}: steps to it x median step"
         files += _by([r for r in rows if r["rate"] == rate], "seconds", label, folder / f"peers_loss_by_time_{rate}")
@@ -97,7 +100,12 @@ def _by(rows: Rows, what: str, label: str, stem: Path) -> list[Path]:
     figure, axes = _figure()
     for row in rows:
         if row["method"] != "none":
-            axes.plot([_reached(row, p, what) for p in row["curve"]], [p[-1] for p in row["curve"]], _marker(row), label=_label(row))
+            axes.plot(
+                [_reached(row, p, what) for p in row["curve"]],
+                [p[-1] for p in row["curve"]],
+                _marker(row),
+                label=_label(row),
+            )
     axes.set(xscale="log", xlabel=f"{label} (log)", ylabel="held-out loss (nats)")
     return _finish(figure, axes, stem)
 

@@ -65,7 +65,7 @@ class Schedule:
             raise ConfigError(f"steps = {self.steps}: {FEWEST_STEPS} at least, since a warm-up takes up to 3")
 
 
-def error_row(run: Run, world: int, error: str) -> dict[str, Any]:
+def error_row(run: Run, world: int, error: str | None) -> dict[str, Any]:
     """Returns the row of a run that has no figures."""
     return {"method": run.method, "density": run.density, "world": world, "error": error}
 
@@ -129,12 +129,12 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
         schedule: how long.
 
     Returns:
-        A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (the median step
-        of the slowest rank, without barriers), step_spread (its quartile distance over its median), bytes_per_step
-        (sent by the rank that sends most), bytes_are ("counted" as they are sent, or "computed" from what the
-        algorithm sends), wire_bytes_per_step (what the network interface sent, all protocols included; None where the
-        ranks share it), final_loss (on held-out examples, the mean over ranks), curve (a list of [step, seconds, bytes,
-        loss], everything since the start, warm-up included), error (None).
+        A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (the median
+        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), bytes_per_step
+        (sent by the rank that sends most), bytes_are ("counted" as they are sent, or "computed" from what the algorithm
+        sends), wire_bytes_per_step (what the network interface sent, all protocols included; None where the ranks share
+        it), final_loss (on held-out examples, the mean over ranks), curve (a list of [step, seconds, bytes, loss],
+        everything since the start, warm-up included), error (None).
     """
     entry = METHODS[run.method]
     torch.manual_seed(schedule.seed)

@@ -55,11 +55,14 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
 def _figure() -> tuple[Any, Any]:
     """Returns a figure and its axes, on no screen."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("pictures need matplotlib: pip install 'sparsecomm[demo]'") from None
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
-    return figure, figure.subplots()
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])  # more methods than the usual ten colours
+    return figure, axes
 
 
 def _save(figure: Any, stem: Path) -> list[Path]:

@@ -32,7 +32,7 @@ from sparsecomm.errors import ConfigError, SparseCommError
 __all__ = ["FEWEST_STEPS", "RunFailed", "Schedule", "agreed", "error_row", "train"]
 
 FEWEST_STEPS = 4
-_PATIENCE = 20.0  # seconds that a rank which failed waits to hear whether the others failed as well
+_PATIENCE = 20.0  # seconds at most that a rank which failed waits to hear whether the others failed as well
 
 
 class RunFailed(SparseCommError):
@@ -83,7 +83,8 @@ def agreed(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[
     if missing is not None:
         return error_row(run, world.size, missing)
     # Its own connections: a run that failed may have left half a message on those of the default group.
-    group = dist.new_group(timeout=timedelta(seconds=_PATIENCE), backend="gloo") if world.size > 1 else None
+    patience = timedelta(seconds=min(_PATIENCE, schedule.limit / 8))
+    group = dist.new_group(timeout=patience, backend="gloo") if world.size > 1 else None
     faulthandler.dump_traceback_later(schedule.limit, exit=True)
     try:
         row, error = train(world, run, chosen, schedule), None

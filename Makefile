@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test lint types unit bench bench-peers fuzz clean
+.PHONY: install demo test lint types unit test-lab bench bench-peers fuzz clean
 
 install: $(STAMP)
 
@@ -31,6 +31,9 @@ types: install
 
 unit: install
 	$(BIN)/python -m pytest
+
+test-lab: install
+	$(BIN)/python -m pytest tests/lab
 
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench_kernels.json

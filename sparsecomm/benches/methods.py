@@ -196,7 +196,7 @@ def _bf16_whatever_the_backend(state, bucket):  # type: ignore[no-untyped-def]
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
-@method("bf16-gloo")
+@method("bf16-gloo", default=False)
 def _bf16_gloo(model: nn.Module, density: float) -> Attached:
     return _half(model, _bf16_whatever_the_backend)
 

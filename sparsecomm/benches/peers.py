@@ -31,7 +31,7 @@ __all__ = ["Jobs", "plots", "print_table", "run", "steps_for"]
 _FLOOR = Run("none")
 _START_SECONDS = 60.0  # for mpirun and the imports of all ranks, on a busy machine
 _STEP_SECONDS = 0.5  # of the default task's computation, four ranks on two cores
-_RATE_SECONDS = 16.0  # of dense steps in a run
+_RATE_SECONDS = 12.0  # of dense steps in a run
 
 
 @bench("peers")
@@ -41,7 +41,7 @@ def run(
     methods: Sequence[str] = (),
     densities: Sequence[float] = (0.01, 0.001),
     steps: int = 0,
-    loss_steps: int = 30,
+    loss_steps: int = 20,
     rounds: int = 2,
     task_name: str = "mlp",
     plugins: Sequence[str] = (),
@@ -82,7 +82,7 @@ def run(
     if problem:
         raise LabError(f"no lab can be made here: {problem}")
     runs = [_FLOOR, *(r for r in runs if r != _FLOOR)]
-    by_rate = {rate: steps or steps_for(_bits(rate), hosts, _numel(chosen)) for rate in rates}
+    by_rate = {rate: steps or steps_for(_bits(rate), hosts, _numel(chosen)) for rate in sorted(rates, key=_bits)}
     fastest = max(rates, key=_bits)
     result = _measure(chosen, runs, by_rate, fastest, hosts, loss_steps, rounds, plugins)
     draw_into(plot, result)
@@ -114,7 +114,7 @@ def _bits(rate: str) -> int:
 
 def steps_for(bits: float, hosts: int, numel: int) -> int:
     """Returns how many steps of training a run of reasonable length has when the links carry `bits` a second."""
-    return max(FEWEST_STEPS, min(12, int(_RATE_SECONDS / (_STEP_SECONDS + _dense_seconds(bits, hosts, numel)))))
+    return max(FEWEST_STEPS, min(8, int(_RATE_SECONDS / (_STEP_SECONDS + _dense_seconds(bits, hosts, numel)))))
 
 
 def _dense_seconds(bits: float, hosts: int, numel: int) -> float:

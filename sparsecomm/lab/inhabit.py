@@ -8,6 +8,7 @@ __all__ = ["agent", "on_host", "write_scripts"]
 
 # A host name and /etc/hosts of its own, and a /sys that shows its interfaces: UCX and sparsecomm's doctor look there.
 _ENTER = """\
+#!/bin/sh
 # enter HOST COMMAND [ARGUMENT...]: becomes the command, on a host of this lab
 set -e
 here=$(dirname "$0")
@@ -22,7 +23,9 @@ exec nsenter --net="$here/ns/$host" unshare --uts --mount --propagation slave /b
 """
 # As ssh does, it joins the words and leaves them to a shell.
 _AGENT = """\
-# agent HOST WORD...: what mpirun calls to start its daemon on another host
+#!/bin/sh
+# agent [OPTION]... HOST WORD...: what mpirun calls to start its daemon on another host; options are ssh's
+while case $1 in -*) ;; *) false ;; esac; do shift; done
 host=$1
 shift
 exec /bin/sh "$(dirname "$0")/enter" "$host" /bin/sh -c "$*"
@@ -33,8 +36,12 @@ def write_scripts(state: State) -> None:
     """Writes the scripts and the hosts file into the lab's folder."""
     (state.folder / "enter").write_text(_ENTER)
     (state.folder / "agent").write_text(_AGENT)
-    lines = [f"{address}\t{host}" for address, host in zip(state.addresses, state.hosts, strict=True)]
-    (state.folder / "hosts").write_text("\n".join(["127.0.0.1\tlocalhost", *lines]) + "\n")
+    (state.folder / "agent").chmod(0o755)
+    known = [("127.0.0.1", "localhost"), *zip(state.addresses, state.hosts, strict=True)]
+    lines = [f"{address}\t{host}" for address, host in known]
+    # torch asks for the names of IPv4-mapped addresses, and warns if there are none; no host is looked up by these.
+    lines += [f"::ffff:{address}\t{host}.mapped" for address, host in known]
+    (state.folder / "hosts").write_text("\n".join(lines) + "\n")
 
 
 def on_host(state: State, host: str, command: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from types import TracebackType
 from sparsecomm.errors import LabError
 from sparsecomm.lab import teardown
 from sparsecomm.lab.inhabit import on_host, write_scripts
-from sparsecomm.lab.mpi import job_environment, launch_line
+from sparsecomm.lab.mpi import find_mpirun, job_environment, launch_line
 from sparsecomm.lab.network import SWITCH, bits_per_second, build, shape
 from sparsecomm.lab.requirements import missing
 from sparsecomm.lab.state import (
@@ -210,12 +210,13 @@ class Lab:
         if isinstance(command, str) or not command:
             raise LabError(f"command = {command!r}: give a list of a program and its arguments")
         self._refuse_if_gone()
-        environment, names = job_environment(self._state, count, env or {})
-        line = on_host(self._state, self.hosts[0], launch_line(self._state, list(command), count, names))
-        return self._supervise(line, environment, timeout, capture)
+        launcher = find_mpirun()
+        environment, names = job_environment(self._state, launcher, count, env or {})
+        line = on_host(self._state, self.hosts[0], launch_line(self._state, launcher, command, count, names))
+        return self._supervise(list(command), line, environment, timeout, capture)
 
     def _supervise(
-        self, line: list[str], environment: dict[str, str], timeout: float | None, capture: bool
+        self, command: list[str], line: list[str], environment: dict[str, str], timeout: float | None, capture: bool
     ) -> subprocess.CompletedProcess[str]:
         pipe = subprocess.PIPE if capture else None
         process = subprocess.Popen(
@@ -234,7 +235,7 @@ class Lab:
             process.kill()  # if it had not entered yet
             out, err = process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                raise subprocess.TimeoutExpired(line, error.timeout, out, err) from None
+                raise subprocess.TimeoutExpired(command, error.timeout, out, err) from None
             raise
         return subprocess.CompletedProcess(line, process.returncode, out, err)
 

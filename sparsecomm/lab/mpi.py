@@ -17,6 +17,9 @@ from sparsecomm.launch import without_launcher
 
 __all__ = ["find_mpirun", "job_environment", "launch_line"]
 
+# MPICH's libraries know one machine by its boot and would pass messages between hosts through memory.
+_HYDRA_LINKS = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": INTERFACE, "FI_PROVIDER": "tcp", "FI_TCP_IFACE": INTERFACE}
+
 
 def find_mpirun() -> tuple[str, bool]:
     """Finds the mpirun beside this Python, installed with it as a wheel, or else the one on PATH.
@@ -39,19 +42,19 @@ def find_mpirun() -> tuple[str, bool]:
     raise LabError(f"{path} is neither Open MPI nor MPICH: {said.strip()[:80]!r}")
 
 
-def launch_line(state: State, command: Sequence[str], ranks: int, names: Sequence[str]) -> list[str]:
+def launch_line(
+    state: State, launcher: tuple[str, bool], command: Sequence[str], ranks: int, names: Sequence[str]
+) -> list[str]:
     """Returns the mpirun line that puts rank i on host i modulo the number of hosts.
 
     Args:
         state: the lab.
+        launcher: what `find_mpirun` found.
         command: what every rank runs.
         ranks: number of ranks.
         names: environment variables to hand to every rank.
-
-    Raises:
-        LabError: if there is no mpirun.
     """
-    mpirun, hydra = find_mpirun()
+    mpirun, hydra = launcher
     hosts = state.hosts[:ranks]
     if hydra:
         line = [mpirun, "-launcher", "ssh", "-launcher-exec", str(state.folder / "agent"), "-hosts", ",".join(hosts)]
@@ -63,6 +66,7 @@ def launch_line(state: State, command: Sequence[str], ranks: int, names: Sequenc
         "plm": "ssh",
         "plm_rsh_agent": agent(state),
         "prte_if_include": INTERFACE,
+        "prte_tmpdir_base": str(state.scratch),  # what a killed job leaves goes with the lab
         "pml": "ob1",
         "btl": "tcp,self",
         "btl_tcp_if_include": INTERFACE,
@@ -75,16 +79,20 @@ def launch_line(state: State, command: Sequence[str], ranks: int, names: Sequenc
     return [*line, *command]
 
 
-def job_environment(state: State, ranks: int, env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def job_environment(
+    state: State, launcher: tuple[str, bool], ranks: int, env: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
     """Returns the environment of a job's launcher, and which of it every rank must be given.
 
     Args:
         state: the lab.
+        launcher: what `find_mpirun` found.
         ranks: number of ranks.
         env: variables that the caller sets; they win.
     """
     threads = max(1, (os.cpu_count() or 1) // ranks)
     given = {
+        **(_HYDRA_LINKS if launcher[1] else {}),
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "MASTER_ADDR": state.addresses[0],
         # Below the ephemeral ports, and rarely one that a job before it has just left.

@@ -69,6 +69,11 @@ class State:
         """Where everything of this lab is."""
         return ROOT / self.name
 
+    @property
+    def scratch(self) -> Path:
+        """Where mpirun keeps its session files."""
+        return self.folder / "tmp"
+
     def pin(self, host: str) -> Path:
         """The file that a host's namespace is mounted on."""
         return self.folder / "ns" / host
@@ -81,7 +86,8 @@ class State:
     def create(self) -> None:
         """Makes the lab's folder, its state file in it from the first moment on; to be called under the lock."""
         draft = ROOT / f".{self.name}.{os.getpid()}"
-        (draft / "ns").mkdir(parents=True)
+        for part in ("ns", self.scratch.name):
+            (draft / part).mkdir(parents=True)
         self._write(draft)
         draft.rename(self.folder)
 

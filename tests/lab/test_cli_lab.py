@@ -1,0 +1,95 @@
+"""`sparsecomm lab`: labs that stay, labs for one run, and the signals that end a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+from labs import Forks, gone, until
+from typer.testing import CliRunner, Result
+
+from sparsecomm.cli.app import app
+from sparsecomm.lab import requirements, teardown
+
+
+def call(*args: str) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, ["lab", *args])
+
+
+def test_a_lab_stays_is_used_changed_shown_and_removed(
+    name: str, forks: Forks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    maker = forks.start(f"app(['lab', 'up', '--hosts', '2', '--rate', '1gbit', '--name', {name!r}])")
+    assert maker.wait() == 0
+    assert "is up" in maker.output.read_text()
+    assert call("up", "--name", name).exit_code == 1
+    script = "echo $(hostname) $A; exit 4"
+    assert call("run", "--name", name, "--env", "A=x", "-n", "3", "--", "/bin/sh", "-c", script).exit_code == 4
+    assert f"{name}-h0 x" in capfd.readouterr().out.splitlines()
+    assert call("rate", "100mbit", "--name", name).exit_code == 0
+    line = ["/bin/sh", str(teardown.ROOT / name / "enter"), f"{name}-h1", "sleep", "95"]
+    with subprocess.Popen(line) as process:
+        assert until(lambda: teardown.inside(name))
+        shown = call("status").output
+        assert f"{name}, 100mbit each way" in shown
+        host = next(row for row in shown.splitlines() if f"{name}-h1" in row)
+        assert host.split()[-1] == "1"
+        assert "1 processes inside were killed" in call("down", "--name", name).output
+        assert process.wait(10) == -signal.SIGKILL
+    assert gone(name)
+    assert call("down", "--name", name).exit_code == 1
+
+
+def test_a_lab_for_one_run_goes_with_it(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "--hosts", "3", "--rate", "none", "--name", name, "--", "hostname").exit_code == 0
+    assert sorted(capfd.readouterr().out.split()) == [f"{name}-h{i}" for i in range(3)]
+    assert gone(name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_signals_end_a_run_and_its_lab(name: str, number: signal.Signals, forks: Forks) -> None:
+    process = forks.start(f"app(['lab', 'run', '--hosts', '2', '--name', {name!r}, '--', 'sleep', '94'])")
+    ranks = until(lambda: sum(map(_sleeps, teardown.inside(name))) == 2)
+    os.kill(process.pid, number)
+    assert process.wait() == {signal.SIGKILL: -9, signal.SIGINT: 130}.get(number, 128 + number)
+    assert ranks
+    assert gone(name)
+
+
+def _sleeps(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip() == "sleep"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("run", "--", "true"), "no lab 'NAME' is up: sparsecomm lab up"),
+        (("run", "--hosts", "1", "--env", "A", "--", "true"), "--env 'A' is not KEY=VALUE"),
+        (("run", "--hosts", "0", "--", "true"), "hosts = 0"),
+        (("up", "--rate", "warp"), "rate = 'warp'"),
+        (("rate", "1gbit"), "no lab 'NAME' is up"),
+        (("down",), "there is no lab 'NAME'"),
+    ],
+)
+def test_mistakes_are_one_clear_error(name: str, args: tuple[str, ...], expected: str) -> None:
+    done = call(args[0], "--name", name, *args[1:])
+    assert done.exit_code == 1, done.output
+    assert expected.replace("NAME", name) in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_missing_tool_is_named_with_its_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(requirements._PACKAGES, "no-such-tool", "some-package")
+    assert "`no-such-tool` is not installed: install some-package" in call("up", "--name", name).output
+
+
+def test_other_users_than_root_are_refused(name: str, forks: Forks) -> None:
+    process = forks.start(f"os.setuid(65534); Lab(name={name!r}).up()")
+    assert process.wait() == 1
+    assert "needs root, and this is user 65534" in process.output.read_text()

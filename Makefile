@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test lint types unit test-lab bench fuzz clean
+.PHONY: install demo test lint types unit test-lab bench bench-peers fuzz clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ test-lab: install
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench_kernels.json
 	$(BIN)/sparsecomm bench wire --json runs/bench_wire.json
+
+# every method between four hosts on links of 100 Mbit/s, 1 and 10 Gbit/s: needs root, takes a quarter of an hour
+bench-peers: install
+	$(BIN)/sparsecomm bench peers --json runs/bench_peers.json --plot runs
 
 fuzz: install
 	$(BIN)/python -m pytest tests/fuzz tests/kernels

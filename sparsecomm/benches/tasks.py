@@ -1,0 +1,160 @@
+"""What the training benches train: small models on data with something to learn, the same bytes for every method.
+
+A batch depends on the seed, the rank and the step alone, so that all methods see the same examples in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsecomm.errors import ConfigError
+
+__all__ = ["TASKS", "Task", "task"]
+
+_CLASSES, _LATENT = 10, 16
+_HELD_OUT = 2**20  # a step that no run reaches; its batch is the held-out one
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model and an endless stream of examples.
+
+    Attributes:
+        name: in `TASKS`.
+        build: returns a fresh model; the same one after the same ``torch.manual_seed``.
+        draw: (generator, examples) to (inputs, int64 targets).
+        batch: examples a rank and step.
+        lr: learning rate of SGD with momentum 0.9 that suits plain averaging.
+        held_out: examples on which `loss` is reported.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    draw: Callable[[torch.Generator, int], tuple[Tensor, Tensor]]
+    batch: int
+    lr: float
+    held_out: int
+
+    def examples(self, seed: int, rank: int, step: int) -> tuple[Tensor, Tensor]:
+        """Returns the batch of a rank at a step."""
+        generator = torch.Generator().manual_seed((seed * 4099 + rank) * 2**21 + step)
+        return self.draw(generator, self.batch)
+
+    def held_out_examples(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Returns examples that no step trains on."""
+        generator = torch.Generator().manual_seed((seed * 4099) * 2**21 + _HELD_OUT)
+        return self.draw(generator, self.held_out)
+
+    @staticmethod
+    def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean cross-entropy, a scalar in nats."""
+        logits: Tensor = model(inputs)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def task(name: str) -> Task:
+    """Returns a task.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r} does not exist; known are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+@functools.cache
+def _teacher(inputs: int) -> tuple[Tensor, Tensor]:
+    """Returns how latents become inputs, shape (latent, inputs), and classes, shape (latent, classes)."""
+    generator = torch.Generator().manual_seed(7)
+    spread = torch.randn(_LATENT, inputs, generator=generator) / _LATENT**0.5
+    return spread, torch.randn(_LATENT, _CLASSES, generator=generator)
+
+
+def _labelled(shape: tuple[int, ...], generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
+    """Draws noisy images of latents that a fixed teacher has labelled."""
+    numel = int(torch.Size(shape).numel())
+    spread, classes = _teacher(numel)
+    latent = torch.randn(examples, _LATENT, generator=generator)
+    noise = 0.1 * torch.randn(examples, numel, generator=generator)
+    return (latent @ spread + noise).view(examples, *shape), (latent @ classes).argmax(1)
+
+
+def _mlp() -> nn.Module:
+    """Six square layers of 2048 and a head: 25.2M parameters."""
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        linear = nn.Linear(2048, 2048)
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(2048, _CLASSES))
+
+
+def _cnn() -> nn.Module:
+    """Three convolutions and a head on 16 x 16 images: 0.3M parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128 * 16, 100),
+        nn.ReLU(),
+        nn.Linear(100, _CLASSES),
+    )
+
+
+class _ByteGPT(nn.Module):
+    """A causal transformer over bytes: 0.8M parameters."""
+
+    def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
+        block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps bytes, int64 (batch, time), to logits of the next ones, (batch, time, 256)."""
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
+        logits: Tensor = self.head(self.blocks(hidden, mask=mask, is_causal=True))
+        return logits
+
+
+@functools.cache
+def _text() -> Tensor:
+    """Returns source code of Python's standard library as uint8; no download."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+
+
+def _bytes(generator: torch.Generator, examples: int, context: int = 64) -> tuple[Tensor, Tensor]:
+    text = _text()
+    starts = torch.randint(text.numel() - context - 1, (examples,), generator=generator)
+    windows = text[starts[:, None] + torch.arange(context + 1)].long()
+    return windows[:, :-1], windows[:, 1:]
+
+
+TASKS = {
+    t.name: t
+    for t in (
+        Task("mlp", _mlp, functools.partial(_labelled, (2048,)), batch=8, lr=0.003, held_out=256),
+        Task("cnn", _cnn, functools.partial(_labelled, (1, 16, 16)), batch=8, lr=0.03, held_out=512),
+        Task("gpt", _ByteGPT, _bytes, batch=8, lr=0.1, held_out=64),
+    )
+}
+"""Tasks by name."""

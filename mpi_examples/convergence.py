@@ -141,6 +141,7 @@ def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.N
         "seeds",
     )
     table = Table(*shown)
+    table.columns[0].overflow = "fold"
     for result in results:
         cells_by_heading = dict(zip(convergence_report.HEADINGS, convergence_report.line(result), strict=True))
         table.add_row(result.cell, *(cells_by_heading[heading] for heading in shown[1:]))

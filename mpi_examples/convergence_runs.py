@@ -99,7 +99,7 @@ class Runner:
                         if error is not None:
                             failures[run.log] = error
                         bar.advance(overall)
-                        self._say(f"[{count}/{len(todo)}] {run.cell.name} seed {run.seed}: ", run, error)
+                        self._say(f"[{count}/{len(todo)}] {run.title}: ", run, error)
                 except BaseException:
                     self.stop()
                     pool.shutdown(cancel_futures=True)
@@ -133,7 +133,7 @@ class Runner:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         command = [*self._launcher, sys.executable, *run.command(resume=resume)]
-        task = bar.add_task(f"{run.cell.name} seed {run.seed}", total=int(run.flags["steps"]))
+        task = bar.add_task(run.title, total=int(run.flags["steps"]))
         with run.output.open("ab") as output:
             start = output.tell()
             with self._guard:

@@ -100,12 +100,14 @@ class Run:
 
     Attributes:
         cell: The cell it belongs to.
+        title: Names it among the runs of a study.
         flags: Every option of the script that shapes the run.
         folder: Shared by runs that differ by their seed alone; its name holds a digest of the other options, so that
             runs with other settings are never taken for this one.
     """
 
     cell: Cell
+    title: str
     flags: Mapping[str, Any]
     folder: Path
 
@@ -175,7 +177,9 @@ def make_run(
         flags["density"] = cell.density
     flags |= {"steps": total, "eval_every": max(1, total // EVALUATIONS), "judge": judge}
     digest = hashlib.sha256(json.dumps([ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
-    return Run(cell=cell, flags=flags | {"seed": seed}, folder=out / "runs" / f"{cell.name}.{digest}")
+    title = " ".join([f"{cell.name} seed {seed}", *(f"{name} {value}" for name, value in (point or {}).items())])
+    folder = out / "runs" / f"{cell.name}.{digest}"
+    return Run(cell=cell, title=title, flags=flags | {"seed": seed}, folder=folder)
 
 
 def load_study(path: Path) -> list[Cell]:

@@ -99,6 +99,30 @@ def test_resumed_run_is_the_uninterrupted_one(
     assert timeless[0] == timeless[1]
 
 
+def test_momentum_correction_resumes_exactly(tmp_path: Path) -> None:
+    """The velocities travel with the residuals, the optimizer has no momentum, the density falls step by step."""
+    small = ("--size", "tiny", "--batch", "1", "--block", "16", "--steps", "8", "--judge", "test", "--progress", "off")
+    method = ("--optimizer", "sgd", "--nesterov", "--lr", "0.3", "--feedback", "dgc", "--density", "0.001")
+    flags = (*small, *method, "--warmup-kind", "exp", "--warmup-steps", "5", "--collective", "allgather")
+    for name, more in (("whole", ()), ("halves", ("--stop-after", "3")), ("halves", ("--resume",))):
+        log = tmp_path / f"{name}.json"
+        done = launch(*flags, *more, "--out", tmp_path / name, "--log", log, ranks=2)
+        assert done.returncode == 0, done.stderr
+    for part in ("model.pt", "rank0.pt", "rank1.pt"):
+        whole, halves = (_load(tmp_path / name / "step-00000008" / part) for name in ("whole", "halves"))
+        assert_same(halves, whole, part)
+    assert all(
+        group["momentum"] == 0
+        for group in _load(tmp_path / "whole/step-00000008/model.pt")["optimizer"]["param_groups"]
+    )
+    log = read(tmp_path / "whole.json")
+    assert log["meta"]["momentum"] == 0.9
+    sent = [b["bytes_sent"] - a["bytes_sent"] for a, b in pairwise(log["rows"])]
+    assert all(a > 2 * b for a, b in pairwise(sent[:6])), "each warm-up step sends a third of the one before"
+    other = launch(*flags, "--momentum", "0.5", "--out", tmp_path / "whole", "--resume", ranks=0)
+    assert "cannot resume: momentum was 0.9" in other.stderr
+
+
 def _load(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     content.pop("meta", None)  # names folders
@@ -179,6 +203,14 @@ def test_missing_text_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
         (["--warmup-steps", "9", "--steps", "6"], "more than --steps 6"),
         (["--warmup-steps", "3", "--compressor", "none"], "no meaning with --compressor none"),
         (["--resume"], "need --out DIR"),
+        (["--warmup-steps", "2", "--warmup-kind", "exp", "--density", "0.3"], "below --density 0.3"),
+        (["--feedback", "dgc", "--compressor", "none"], "--feedback dgc has no meaning with --compressor none"),
+        (["--momentum", "0"], "--momentum has no meaning with --optimizer adamw"),
+        (["--nesterov"], "--nesterov has no meaning with --optimizer adamw"),
+        (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1 has no meaning with --optimizer sgd"),
+        (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
+        (["--weight-decay", "-1"], "-1 is negative"),
+        (["--judge", "train"], "invalid choice: 'train'"),
         (["--dens", "0.1"], "unrecognized arguments: --dens"),
     ],
 )

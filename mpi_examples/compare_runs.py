@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from run_log import LogError, RunLog, plot
+from run_log import LogError, Row, RunLog, plot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,12 @@ def at_equal_steps(dense: RunLog, sparse: RunLog) -> Verdict:
     )
 
 
+def having_sent(log: RunLog, budget: int) -> tuple[Row, float]:
+    """The first evaluation at or beyond that many bytes and its loss; the last one if there is none."""
+    points = log.evaluated()
+    return next((point for point in points if point[0].bytes_sent >= budget), points[-1])
+
+
 def at_equal_bytes(dense: RunLog, sparse: RunLog) -> Verdict:
     """The compressed run at its end, the dense one when it had sent as many bytes.
 
@@ -106,10 +112,9 @@ def at_equal_bytes(dense: RunLog, sparse: RunLog) -> Verdict:
     """
     last, ours = sparse.evaluated()[-1]
     budget = last.bytes_sent
-    reached = [(row, loss) for row, loss in dense.evaluated() if row.bytes_sent >= budget]
-    row, theirs = reached[0] if reached else dense.evaluated()[-1]
+    row, theirs = having_sent(dense, budget)
     note = f"dense at step {row.step} ({row.bytes_sent / 1e6:.1f} MB)"
-    if not reached:
+    if row.bytes_sent < budget:
         note += ", never as many"
     elif dense.rows[1].bytes_sent > budget:
         note += ", before its first step was over"

@@ -8,8 +8,6 @@ Starts ``mpirun -n 2 train_gpt.py`` for each run, then prints a table and draws 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -17,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compare_runs import show
+from launching import HERE, find_mpirun, launch_environment, launch_line
 from rich.console import Console
 from run_log import RunLog, plot
 
-HERE = Path(__file__).resolve().parent
 STEPS = 500
 COMMON = ["--size", "demo", "--batch", "4", "--block", "64", "--eval-every", "50", "--seed", "0"]
 RUNS = {
@@ -29,27 +27,6 @@ RUNS = {
     "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather"],
 }
 WARMUP_STEPS = 150
-
-
-def find_mpirun() -> str | None:
-    """The mpirun beside this Python (installed with it as a wheel), or the one on PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
-    return str(beside) if beside.exists() else shutil.which("mpirun")
-
-
-def launch_line(mpirun: str, ranks: int) -> list[str]:
-    """How to start ``ranks`` processes on one small machine; Open MPI wants to be told that it may."""
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
-    placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
-    return [mpirun, *placing, "-n", str(ranks)]
-
-
-def launch_environment() -> dict[str, str]:
-    """One compute thread a rank, and leave to run as root (containers)."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return environment
 
 
 def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-VAL_PERCENT = 5  # of the files (standard library) or of the bytes (a text file)
-VAL_BATCHES, VAL_BATCH = 8, 16  # fixed: independent of --batch and --seed, so that all runs are comparable
+HELD_OUT_PERCENT = 5  # of the files (standard library) or of the bytes (a text file), validation and test together
+# Fixed, independent of --batch and --seed, so that all runs are comparable.
+HELD_OUT_BATCH = 16
+HELD_OUT_BATCHES = {"validation": 8, "test": 16}
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -23,18 +25,20 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Training and validation text.
+    """Training, validation and test text.
 
     Attributes:
         name: Where it came from.
         train: uint8 ``(n,)``.
-        val: uint8 ``(m,)``, disjoint from ``train``.
+        val: uint8 ``(m,)``, to tune on; of other files than ``train``.
+        test: uint8 ``(m',)``, to report on; of other files than both.
         digest: Names the bytes and their split; a resumed run must see the same.
     """
 
     name: str
     train: Tensor
     val: Tensor
+    test: Tensor
     digest: str
 
 
@@ -43,48 +47,57 @@ def load_corpus(text: str | None, block: int) -> Corpus:
 
     Args:
         text: A file's path, or None for the standard library.
-        block: Sequence length in bytes; both parts must hold at least one sequence.
+        block: Sequence length in bytes; each part must hold at least one sequence.
 
     Raises:
         DataError: The file cannot be read, or is too short.
     """
-    name, train, val = _text_file(Path(text)) if text else _standard_library()
-    shortest = min(len(train), len(val))
-    if shortest < block + 1:
+    name, parts = _text_file(Path(text)) if text else _standard_library()
+    train, val, test = parts
+    if min(len(part) for part in parts) < block + 1:
         raise DataError(
-            f"{name} is too short: {len(train)} training and {len(val)} validation bytes, "
+            f"{name} is too short: {len(train)} training, {len(val)} validation and {len(test)} test bytes, "
             f"but one sequence of --block {block} needs {block + 1} of each"
         )
+    sizes = b"%d:%d:" % (len(train), len(val))
+    train_data, val_data, test_data = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
     return Corpus(
         name=name,
-        train=torch.frombuffer(bytearray(train), dtype=torch.uint8),
-        val=torch.frombuffer(bytearray(val), dtype=torch.uint8),
-        digest=hashlib.sha256(b"%d:" % len(train) + train + val).hexdigest()[:16],
+        train=train_data,
+        val=val_data,
+        test=test_data,
+        digest=hashlib.sha256(sizes + b"".join(parts)).hexdigest()[:16],
     )
 
 
-def _text_file(path: Path) -> tuple[str, bytes, bytes]:
-    """A file's head to train on, its tail to validate."""
+Parts = tuple[bytes, bytes, bytes]  # training, validation, test
+
+
+def _text_file(path: Path) -> tuple[str, Parts]:
+    """A file's head to train on, its tail to validate and to test."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read --text {path}: {error.strerror or error}") from error
-    cut = len(content) - len(content) * VAL_PERCENT // 100
-    return str(path), content[:cut], content[cut:]
+    held_out = len(content) * HELD_OUT_PERCENT // 100
+    cut, end = len(content) - held_out, len(content) - held_out // 2
+    return str(path), (content[:cut], content[cut:end], content[end:])
 
 
-def _standard_library() -> tuple[str, bytes, bytes]:
+def _standard_library() -> tuple[str, Parts]:
     """The interpreter's own ``*.py``, tests left out, split by a hash of each file's name."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    parts: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and path.is_file():
-            bucket = int.from_bytes(hashlib.sha256(relative.as_posix().encode()).digest()[:4], "little") % 100
-            parts[bucket < VAL_PERCENT].append(path.read_bytes())
+            digest = hashlib.sha256(relative.as_posix().encode()).digest()
+            held_out = int.from_bytes(digest[:4], "little") % 100 < HELD_OUT_PERCENT
+            parts[1 + digest[4] % 2 if held_out else 0].append(path.read_bytes())
     if not all(parts):
         raise DataError(f"no Python sources under {root}; name a text with --text FILE")
-    return f"Python standard library ({root})", b"\n".join(parts[0]), b"\n".join(parts[1])
+    train, val, test = (b"\n".join(part) for part in parts)
+    return f"Python standard library ({root})", (train, val, test)
 
 
 def training_batch(corpus: Corpus, *, seed: int, rank: int, step: int, batch: int, block: int) -> tuple[Tensor, Tensor]:
@@ -97,10 +110,18 @@ def training_batch(corpus: Corpus, *, seed: int, rank: int, step: int, batch: in
     return _gather(corpus.train, random.integers(0, len(corpus.train) - block, size=batch), block)
 
 
-def validation_batches(corpus: Corpus, block: int) -> list[tuple[Tensor, Tensor]]:
-    """The fixed batches every run of this text and block is judged on, evenly spaced."""
-    starts = np.linspace(0, len(corpus.val) - block - 1, VAL_BATCHES * VAL_BATCH).astype(np.int64)
-    return [_gather(corpus.val, part, block) for part in starts.reshape(VAL_BATCHES, VAL_BATCH)]
+def held_out_batches(corpus: Corpus, judge: str, block: int) -> list[tuple[Tensor, Tensor]]:
+    """The fixed batches every run of this text and block is judged on, evenly spaced.
+
+    Args:
+        corpus: The text.
+        judge: "validation" or "test".
+        block: Sequence length in bytes.
+    """
+    data = corpus.val if judge == "validation" else corpus.test
+    count = HELD_OUT_BATCHES[judge]
+    starts = np.linspace(0, len(data) - block - 1, count * HELD_OUT_BATCH).astype(np.int64)
+    return [_gather(data, part, block) for part in starts.reshape(count, HELD_OUT_BATCH)]
 
 
 def _gather(data: Tensor, starts: npt.NDArray[np.int64], block: int) -> tuple[Tensor, Tensor]:

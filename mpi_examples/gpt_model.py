@@ -107,8 +107,3 @@ def build(size: str, block: int, seed: int) -> GPT:
     layers, heads, width = SIZES[size]
     torch.manual_seed(seed)
     return GPT(GPTConfig(layers=layers, heads=heads, width=width, block=block))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable elements, a tied matrix counted once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -20,11 +20,13 @@ class Row:
 
     Attributes:
         step: Updates done so far; row 0 is the model before training.
-        train_loss: Rank 0's own batch, nats per byte, before this update; None in row 0.
-        val_loss: The fixed validation batches, after this update; None where it was not measured.
+        train_loss: Rank 0's own batch, before this update, in the log's ``loss_unit``; None in row 0.
+        val_loss: The fixed held-out batches, after this update; None where it was not measured. Which data they
+            are of (validation or test) is the log's ``judge``.
         seconds: Cumulative training time on rank 0; evaluation, checkpoints and start-up left out.
         bytes_sent: Cumulative gradient bytes this rank put on the wire, headers counted.
         ratio: What a ring allreduce of fp32 would have sent in this step over what was sent; None in row 0.
+        val_accuracy: Share of the held-out examples classified rightly; None where that is not measured.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Row:
     seconds: float
     bytes_sent: int
     ratio: float | None
+    val_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class RunLog:
         if compressor == "dense":
             return "dense (through sparsecomm)"
         return f"{compressor} {float(self.meta['density']):.3g}".replace("topk", "top-k")
+
+    @property
+    def loss_name(self) -> str:
+        """What ``val_loss`` is, with its unit."""
+        return f"{self.meta.get('judge', 'validation')} loss ({self.meta.get('loss_unit', 'nats per byte')})"
 
     def evaluated(self) -> list[tuple[Row, float]]:
         """Rows that carry a validation loss, and that loss."""
@@ -76,7 +84,7 @@ class RunLog:
         except OSError as error:
             raise LogError(f"cannot read the log {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LogError(f"{path} is not a log of train_gpt.py: {error!r}") from error
+            raise LogError(f"{path} is not a log of a training run: {error!r}") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -108,7 +116,7 @@ def plot(logs: Sequence[RunLog], path: Path) -> tuple[Path, Path]:
     for axis, title, label in zip(axes, titles, labels, strict=True):
         axis.set(title=title, xlabel=label)
         axis.grid(True, which="major", alpha=0.3)
-    axes[0].set_ylabel("validation loss (nats per byte)")
+    axes[0].set_ylabel(" and ".join(sorted({log.loss_name for log in logs})))
     axes[1].set_xscale("log")
     for log, colour, marker in zip(logs, ("#4c4c4c", "#d1495b", "#00798c", "#edae49"), "os^D", strict=False):
         points = log.evaluated()

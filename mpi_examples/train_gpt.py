@@ -2,355 +2,94 @@
 
     mpirun -n 4 python mpi_examples/train_gpt.py --density 0.01 --log run.json --plot run.png
 
-The lines that matter are in ``make_state`` and ``wrap``: make a ``SparseState``, register ``sparse_hook``.
-``--compressor none`` trains the same model with DDP alone, the baseline. The text is Python's standard
-library, or ``--text FILE``. ``--out DIR`` keeps checkpoints and ``--resume`` goes on from the newest,
+The lines that matter are in ``make_state`` of compression.py and ``wrap`` of trainer.py: make a ``SparseState``,
+register ``sparse_hook``. ``--compressor none`` trains the same model with DDP alone, the baseline. The text is Python's
+standard library, or ``--text FILE``. ``--out DIR`` keeps checkpoints and ``--resume`` goes on from the newest,
 residuals included: the numbers are those of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import platform
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import gpt_checkpoint
+import gpt_data
+import options
 import torch
-import torch.distributed as dist
-from gpt_checkpoint import CheckpointError
-from gpt_data import Corpus, DataError, load_corpus, training_batch, validation_batches
-from gpt_model import GPT, build, count_parameters
-from gpt_options import TRAJECTORY, Settings, fail, parse
-from run_log import Row, RunLog, plot
-from tensorboard_log import Scalars
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
-from train_report import Report
-
-import sparsecomm as sc
-
-EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})  # dense has sent top-k's total within these
+from gpt_data import Corpus, DataError, load_corpus
+from gpt_model import SIZES, build
+from torch import Tensor, nn
+from trainer import Batch, run
 
 
-@dataclass
-class Trainer:
-    """Everything one rank trains with. ``step`` counts the updates done."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(options.Settings):
+    """The command line, parsed; ``--help`` explains each."""
 
-    settings: Settings
-    rank: int
-    size: int
-    corpus: Corpus
-    model: GPT
-    ddp: DDP
-    optimizer: torch.optim.Optimizer
-    state: sc.SparseState | None
-    log: RunLog
-    step: int = 0
-    bytes_before: int = 0  # the counter's value where this process began to count
+    size: str
+    text: str | None
+    block: int
 
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes a ring allreduce of fp32 gradients sends from one rank in one step."""
-        return 2 * 4 * count_parameters(self.model) * (self.size - 1) // self.size
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """This rank's batch of the coming step."""
+class TextTask:
+    """Predicting the next byte of real text.
+
+    Args:
+        settings: The command line.
+        corpus: The text.
+    """
+
+    items = "bytes"
+    trajectory: tuple[str, ...] = ("size", "block")
+
+    def __init__(self, settings: Settings, corpus: Corpus) -> None:
+        self.settings, self.corpus = settings, corpus
+        self.title = f"GPT '{settings.size}', sequences of {settings.block} bytes, text: {corpus.name}"
+        self.facts: dict[str, Any] = {
+            "text": corpus.name,
+            "data_digest": corpus.digest,
+            "loss_unit": "nats per byte",
+        }
+        self.items_per_example = settings.block
+
+    def build(self) -> nn.Module:
+        """See ``Task``."""
+        return build(self.settings.size, self.settings.block, self.settings.seed)
+
+    def batch(self, rank: int, step: int) -> Batch:
+        """Inputs and targets, int64 ``(batch, block)`` each."""
         s = self.settings
-        return training_batch(self.corpus, seed=s.seed, rank=self.rank, step=self.step, batch=s.batch, block=s.block)
+        return gpt_data.training_batch(self.corpus, seed=s.seed, rank=rank, step=step, batch=s.batch, block=s.block)
+
+    def held_out(self) -> list[Batch]:
+        """See ``Task``."""
+        return gpt_data.held_out_batches(self.corpus, self.settings.judge, self.settings.block)
+
+    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, None]:
+        """Mean loss, nats per byte."""
+        loss: Tensor = model(inputs, targets)
+        return loss, None
 
 
-def make_state(settings: Settings) -> sc.SparseState | None:
-    """The compressor the command line asks for; None for plain DDP."""
-    if settings.compressor == "none":
-        return None
-    density: Any = settings.density
-    if settings.warmup_steps:
-        stage = settings.warmup_steps // len(settings.warmup_densities)
-        density = sc.Warmup(settings.warmup_densities, steps_per_stage=stage, final=settings.density)
-    compressor: sc.Compressor = sc.Dense()
-    if settings.sparse:
-        kind = sc.TopK if settings.compressor == "topk" else sc.ThresholdTopK
-        compressor = kind(density=density)
-    return sc.SparseState(
-        compressor,
-        value_codec=settings.value_codec,
-        index_codec=settings.index_codec,
-        collective=settings.collective,
-    )
-
-
-def wrap(model: GPT, state: sc.SparseState | None) -> DDP:
-    """DDP as ever, and the hook."""
-    ddp = DDP(model)
-    if state is not None:
-        ddp.register_comm_hook(state, sc.sparse_hook)
-    return ddp
-
-
-def make_optimizer(settings: Settings, model: GPT) -> torch.optim.Optimizer:
-    """AdamW with weight decay on the matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, 0.95), fused=True)
-
-
-def rate(settings: Settings, step: int) -> float:
-    """Learning rate of an update: linear warm-up over a twentieth of the run, then cosine to a tenth."""
-    rising = max(1, settings.steps // 20)
-    if step < rising:
-        return settings.lr * (step + 1) / rising
-    done = (step - rising) / max(1, settings.steps - rising)
-    return settings.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))
-
-
-def backward(trainer: Trainer) -> Tensor:
-    """Gradients of the coming step, exchanged over the ranks. Collective."""
-    trainer.optimizer.zero_grad(set_to_none=True)
-    inputs, targets = trainer.batch()
-    loss: Tensor = trainer.ddp(inputs, targets)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss
-
-
-def train_step(trainer: Trainer) -> None:
-    """One update and its row in the log. Collective."""
-    settings, before = trainer.settings, trainer.log.rows[-1]
-    began = time.perf_counter()
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = rate(settings, trainer.step)
-    loss = backward(trainer)
-    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), settings.clip)
-    if not math.isfinite(norm):  # the same on every rank, so all stop here
-        where = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"
-        fail_together(f"{where}; try a lower --lr than {settings.lr:g}")
-    trainer.optimizer.step()
-    value = loss.item()
-    seconds = before.seconds + time.perf_counter() - began
-    trainer.step += 1
-    sent = bytes_sent(trainer)
-    ratio = trainer.dense_bytes / (sent - before.bytes_sent) if sent > before.bytes_sent else None
-    trainer.log.rows.append(
-        Row(
-            step=trainer.step,
-            train_loss=value,
-            val_loss=None,
-            seconds=seconds,
-            bytes_sent=sent,
-            ratio=ratio,
-        )
-    )
-
-
-def bytes_sent(trainer: Trainer) -> int:
-    """Gradient bytes this rank has sent since step 0: counted by sparsecomm, computed for plain DDP."""
-    if trainer.state is None:
-        return trainer.dense_bytes * trainer.step
-    return trainer.state.metrics().bytes_sent - trainer.bytes_before
-
-
-@torch.no_grad()
-def evaluate(trainer: Trainer, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add the validation loss to the newest row; the batches are shared out over the ranks. Collective."""
-    total = torch.zeros(1, dtype=torch.float64)
-    for inputs, targets in batches[trainer.rank :: trainer.size]:
-        total += trainer.model(inputs, targets).double()
-    dist.all_reduce(total)
-    row = asdict(trainer.log.rows[-1]) | {"val_loss": total.item() / len(batches)}
-    trainer.log.rows[-1] = Row(**row)
-
-
-def replicas_digest(trainer: Trainer) -> tuple[str, bool]:
-    """SHA-256 of this rank's parameters, and whether all ranks have the same. Collective."""
-    digest = hashlib.sha256()
-    for parameter in trainer.model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-    everyone = [torch.empty_like(own) for _ in range(trainer.size)]
-    dist.all_gather(everyone, own)
-    return digest.hexdigest()[:16], all(torch.equal(own, other) for other in everyone)
-
-
-def save(trainer: Trainer, folder: Path) -> None:
-    """Checkpoint: rank 0 writes what is shared, each rank its residual. Collective."""
-    shared = {
-        "meta": trainer.log.meta,
-        "rows": [asdict(row) for row in trainer.log.rows],
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-    }
-    own = {"bytes_sent": bytes_sent(trainer), "comm": trainer.state.state_dict() if trainer.state else {}}
-    gpt_checkpoint.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
-
-
-def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Go on from a checkpoint. Collective.
-
-    DDP regroups its buckets after the first backward pass, and top-k selects within a bucket. So a pass is
-    thrown away first: the resumed run then uses the buckets the interrupted one had.
-    """
-    backward(trainer)
-    trainer.model.load_state_dict(shared["model"])
-    trainer.optimizer.load_state_dict(shared["optimizer"])
-    trainer.log.rows[:] = [Row(**row) for row in shared["rows"]]
-    trainer.step = trainer.log.rows[-1].step
-    if trainer.state is not None:
-        trainer.state.load_state_dict(own["comm"])
-        trainer.bytes_before = trainer.state.metrics().bytes_sent - own["bytes_sent"]
-
-
-def fail_together(message: str | None) -> None:
-    """End all ranks with status 2 if any has a message; rank 0 prints it. Collective."""
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    if any(messages):
-        if dist.get_rank() == 0:
-            for line in dict.fromkeys(filter(None, messages)):
-                print(f"train_gpt.py: error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-
-
-def read_checkpoint(
-    settings: Settings, rank: int, meta: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The two parts of the checkpoint to resume, or None.
-
-    Raises:
-        CheckpointError: It cannot be read, belongs to other settings, or would be overwritten.
-    """
-    folder = Path(settings.out) if settings.out else None
-    if folder is None or not settings.resume:
-        if folder is not None and gpt_checkpoint.exists(folder):
-            raise CheckpointError(f"{folder} holds a checkpoint: --resume it, or name another --out")
-        return None
-    shared, own = gpt_checkpoint.load(folder, rank=rank)
-    for name in (*TRAJECTORY, "world_size", "text_digest"):
-        was, now = shared["meta"].get(name), meta[name]
-        if was != now:
-            raise CheckpointError(f"cannot resume: {name} was {was!r} in {folder}, and is {now!r} now")
-    return shared, own
-
-
-def describe(settings: Settings, size: int, corpus: Corpus, parameters: int) -> dict[str, Any]:
-    """The log's ``meta``."""
-    counted = "computed as a ring allreduce" if settings.compressor == "none" else "counted"
-    return {
-        **asdict(settings),
-        "warmup_densities": list(settings.warmup_densities),
-        "world_size": size,
-        "parameters": parameters,
-        "dense_bytes_per_step": 2 * 4 * parameters * (size - 1) // size,
-        "bytes_are": counted,
-        "text": corpus.name,
-        "text_digest": corpus.digest,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "sparsecomm": getattr(sc, "__version__", "unknown"),
-        },
-        "machine": platform.machine(),
-    }
-
-
-def make_trainer(settings: Settings, world: sc.World, corpus: Corpus) -> Trainer:
-    """Model, DDP with its hook, optimiser and an empty log. Collective."""
-    model = build(settings.size, settings.block, settings.seed)
-    state = make_state(settings)
-    meta = describe(settings, world.size, corpus, count_parameters(model))
-    first = Row(step=0, train_loss=None, val_loss=None, seconds=0.0, bytes_sent=0, ratio=None)
-    return Trainer(
-        settings=settings,
-        rank=world.rank,
-        size=world.size,
-        corpus=corpus,
-        model=model,
-        ddp=wrap(model, state),
-        optimizer=make_optimizer(settings, model),
-        state=state,
-        log=RunLog(meta, [first]),
-    )
-
-
-def prepare(settings: Settings, world: sc.World, corpus: Corpus) -> Trainer:
-    """A trainer at its first step, or at the checkpoint's; ends all ranks if one cannot. Collective."""
-    checkpoint, problem = None, None
-    try:
-        checkpoint = read_checkpoint(settings, world.rank, describe(settings, world.size, corpus, 0))
-        make_state(settings)  # refuses options that sparsecomm does not know
-    except ValueError as error:  # CheckpointError and sparsecomm's ConfigError among them
-        problem = str(error)
-    fail_together(problem)
-    trainer = make_trainer(settings, world, corpus)
-    if checkpoint is not None:
-        restore(trainer, *checkpoint)
-    return trainer
-
-
-def train(trainer: Trainer, report: Report) -> None:
-    """Steps, evaluations and checkpoints until the last step. Collective."""
-    settings = trainer.settings
-    batches = validation_batches(trainer.corpus, settings.block)
-    folder = Path(settings.out) if settings.out else None
-    scalars = Scalars(settings.tensorboard if trainer.rank == 0 else None, trainer.state)
-    if trainer.step == 0:
-        evaluate(trainer, batches)
-        report.show(trainer.log.rows)
-    while trainer.step < settings.last_step:
-        train_step(trainer)
-        last = trainer.step == settings.last_step
-        if last or trainer.step % settings.eval_every == 0 or trainer.step in EARLY_EVALS:
-            evaluate(trainer, batches)
-        report.show(trainer.log.rows)
-        scalars.add(trainer.log.rows[-1])
-        due = settings.save_every and trainer.step % settings.save_every == 0
-        if folder is not None and (last or due):
-            save(trainer, folder)
-    scalars.close()
-
-
-def finish(trainer: Trainer, report: Report) -> int:
-    """Write log and plot, say how it went; the exit status. Collective."""
-    settings, last = trainer.settings, trainer.log.rows[-1]
-    report.say(
-        f"step {last.step}: validation loss {last.val_loss:.4f}, {last.seconds:.1f} s of training, "
-        f"{last.bytes_sent / 1e6:.2f} MB of gradients sent per rank ({trainer.log.meta['bytes_are']})"
-    )
-    if trainer.rank == 0 and settings.log:
-        trainer.log.write(Path(settings.log))
-    if trainer.rank == 0 and settings.plot:
-        report.say("plots: {} and {}".format(*plot([trainer.log], Path(settings.plot))))
-    digest, agree = replicas_digest(trainer)
-    verdict = "agree" if agree else "DISAGREE"
-    report.say(f"replicas {verdict}: parameters' SHA-256 {digest}... on rank 0 of {trainer.size}")
-    return 0 if agree else 1
+def parse(arguments: Sequence[str] | None) -> Settings:
+    """Parse and check the command line; exits with status 2 and one message if it is wrong."""
+    parser, what = options.make_parser(__doc__ or "", steps=400, batch=8, lr=1e-3)
+    what.add_argument("--size", choices=tuple(SIZES), default="demo", help="model (default %(default)s)")
+    what.add_argument("--text", metavar="FILE", help="text to learn (default: Python's standard library)")
+    what.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
+    return options.parse(parser, Settings, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    settings = parse(arguments, __doc__ or "")
+    settings = parse(arguments)
     torch.set_num_threads(1)
     try:
         corpus = load_corpus(settings.text, settings.block)
     except DataError as error:
-        fail(str(error))
-    world = sc.init()
-    trainer = prepare(settings, world, corpus)
-    tokens = settings.batch * settings.block * world.size
-    with Report(rank=world.rank, steps=settings.steps, tokens_per_step=tokens, progress=settings.progress) as report:
-        report.say(
-            f"GPT '{settings.size}', {trainer.log.meta['parameters'] / 1e6:.2f} M parameters, "
-            f"{world.size} rank(s) x {settings.batch} x {settings.block} bytes; {trainer.log.label}; "
-            f"text: {corpus.name}" + (f"; resumed at step {trainer.step}" if trainer.step else "")
-        )
-        train(trainer, report)
-    status = finish(trainer, report)
-    return status
+        options.fail(str(error))
+    return run(settings, TextTask(settings, corpus))
 
 
 if __name__ == "__main__":

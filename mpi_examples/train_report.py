@@ -30,17 +30,18 @@ def on_terminal() -> bool:
 class Report:
     """Shows rows as they are made; every method is a no-op on ranks other than 0."""
 
-    def __init__(self, *, rank: int, steps: int, tokens_per_step: int, progress: str) -> None:
+    def __init__(self, *, rank: int, steps: int, items_per_step: int, items: str, progress: str) -> None:
         """Prepare.
 
         Args:
             rank: This rank.
             steps: The bar's length.
-            tokens_per_step: Of all ranks together.
+            items_per_step: What all ranks together learn from in a step.
+            items: Their name, for the speed.
             progress: "on" draws the bar whatever stdout is, "auto" on a terminal only, "off" never.
         """
         self._speaks = rank == 0
-        self._tokens = tokens_per_step
+        self._items, self._name = items_per_step, items
         self._steps = steps
         bar = self._speaks and (progress == "on" or (progress == "auto" and on_terminal()))
         self._console = Console(force_terminal=bar, highlight=False)
@@ -82,12 +83,13 @@ class Report:
         losses = [r.train_loss for r in recent if r.train_loss is not None]
         loss = f"{sum(losses) / len(losses):.3f}" if losses else "-"
         elapsed = recent[-1].seconds - recent[0].seconds
-        speed = f"{(len(recent) - 1) * self._tokens / elapsed:,.0f} tokens/s" if elapsed > 0 else ""
+        speed = f"{(len(recent) - 1) * self._items / elapsed:,.0f} {self._name}/s" if elapsed > 0 else ""
         ratio = f"{row.ratio:.1f}x smaller" if row.ratio is not None else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=row.step, loss=loss, speed=speed, ratio=ratio)
         elif row.val_loss is not None:
+            accuracy = f" ({row.val_accuracy:.2%} right)" if row.val_accuracy is not None else ""
             self.say(
-                f"step {row.step:5d}/{self._steps}  validation {row.val_loss:.4f}  training {loss}  "
+                f"step {row.step:5d}/{self._steps}  held out {row.val_loss:.4f}{accuracy}  training {loss}  "
                 f"{speed}  {row.bytes_sent / 1e6:.2f} MB sent  {ratio}"
             )

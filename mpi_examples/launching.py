@@ -1,0 +1,32 @@
+"""How a script starts others under mpirun on one machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def find_mpirun() -> str | None:
+    """The mpirun beside this Python (installed with it as a wheel), or the one on PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def launch_line(mpirun: str, ranks: int) -> list[str]:
+    """How to start ``ranks`` processes on one small machine; Open MPI wants to be told that it may."""
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
+    placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
+    return [mpirun, *placing, "-n", str(ranks)]
+
+
+def launch_environment() -> dict[str, str]:
+    """One compute thread a rank, and leave to run as root (containers)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return environment

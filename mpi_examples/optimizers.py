@@ -1,0 +1,47 @@
+"""Optimizers of the training scripts, both with decoupled weight decay, and their learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from options import Settings
+from torch import nn
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """SGD whose weight decay does not pass through the momentum (SGDW, Loshchilov and Hutter 2019).
+
+    Each group's ``decay`` shrinks its parameters by ``lr * decay`` in every step, as AdamW does.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Shrink, then update. Mutates the parameters."""
+        for group in self.param_groups:
+            if group["decay"]:
+                torch._foreach_mul_(group["params"], 1.0 - group["lr"] * group["decay"])
+        return super().step(closure)
+
+
+def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD with weight decay on the matrices only; without momentum where the exchange applies it."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    momentum = 0.0 if settings.feedback == "dgc" else settings.averaging
+    name = "weight_decay" if settings.optimizer == "adamw" else "decay"
+    groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, 0.95), fused=True)
+    return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)
+
+
+def rate(settings: Settings, step: int) -> float:
+    """Learning rate of an update: linear warm-up over a twentieth of the run, then cosine to a tenth."""
+    rising = max(1, settings.steps // 20)
+    if step < rising:
+        return settings.lr * (step + 1) / rising
+    done = (step - rising) / max(1, settings.steps - rising)
+    return settings.lr * (0.1 + 0.45 * (1.0 + math.cos(math.pi * done)))

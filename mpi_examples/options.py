@@ -1,0 +1,310 @@
+"""Command line that the training scripts share, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+COMPRESSORS = ("none", "dense", "topk", "threshold")
+# Settings that shape the trajectory or what is written of it: a resumed run must repeat them.
+TRAJECTORY = (
+    *("compressor", "density", "feedback", "warmup_steps", "warmup_kind", "warmup_densities", "value_codec"),
+    *("index_codec", "collective", "seed", "steps", "batch", "optimizer", "lr", "beta1", "momentum", "nesterov"),
+    *("weight_decay", "clip", "judge"),
+)
+ADAM_BETA1, SGD_MOMENTUM = 0.8, 0.9
+WEIGHT_DECAY = {"adamw": 0.1, "sgd": 5e-4}  # of the matrices; times the rate in every step for both
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every training script is told; ``--help`` explains each.
+
+    Attributes:
+        beta1: None with SGD, which has none.
+        momentum: None with AdamW; ``beta1`` is its momentum.
+    """
+
+    compressor: str
+    density: float
+    feedback: str
+    warmup_steps: int
+    warmup_kind: str
+    warmup_densities: tuple[float, ...]
+    value_codec: str
+    index_codec: str
+    collective: str
+    seed: int
+    steps: int
+    batch: int
+    optimizer: str
+    lr: float
+    beta1: float | None
+    momentum: float | None
+    nesterov: bool
+    weight_decay: float
+    clip: float
+    judge: str
+    eval_every: int
+    out: str | None
+    resume: bool
+    save_every: int
+    stop_after: int | None
+    log: str | None
+    plot: str | None
+    tensorboard: str | None
+    progress: str
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the compressor selects coordinates."""
+        return self.compressor in ("topk", "threshold")
+
+    @property
+    def averaging(self) -> float:
+        """The momentum in [0, 1), whichever optimizer has it and whether it works before or after the exchange."""
+        value = self.beta1 if self.optimizer == "adamw" else self.momentum
+        assert value is not None, "parse fills in the one that the optimizer has"
+        return value
+
+    @property
+    def last_step(self) -> int:
+        """The step this run ends at."""
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def script() -> str:
+    """Name of the running script, for its messages."""
+    return Path(sys.argv[0]).name
+
+
+def launcher_rank() -> int:
+    """This process's rank as its launcher says, before anything is initialised; 0 without a launcher."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID", "RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def fail(message: str) -> NoReturn:
+    """End this process with status 2 and a message, printed once.
+
+    What is wrong is usually wrong on every rank. Rank 0 speaks, and its exit makes the launcher end the
+    others; a rank that is still alive after two seconds has a problem of its own and says so.
+    """
+    rank = launcher_rank()
+    if rank:
+        time.sleep(2.0)
+    print(f"{script()}: error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but one rank speaks for all."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        fail(f"{message} (see --help)")
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help, on rank 0."""
+        if launcher_rank() == 0:
+            print(self.format_help())
+
+
+def positive(text: str) -> int:
+    """Type of an option: an integer above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _density(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def _densities(text: str) -> tuple[float, ...]:
+    return tuple(_density(part) for part in text.split(","))
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _decay(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is negative or no number")
+    return value
+
+
+def _beta(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def make_parser(description: str, *, steps: int, batch: int, lr: float) -> tuple[Parser, argparse._ArgumentGroup]:
+    """A parser with all options but those of one script.
+
+    Args:
+        description: the script's docstring.
+        steps: default of ``--steps``.
+        batch: default of ``--batch``.
+        lr: default of ``--lr``.
+
+    Returns:
+        The parser, and the group of options to which the script adds its own.
+    """
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--steps", type=positive, default=steps, help="updates in all (default %(default)s)")
+    what.add_argument("--batch", type=positive, default=batch, help="examples per rank (default %(default)s)")
+    what.add_argument("--seed", type=_count, default=0, help="of model and batches (default %(default)s)")
+    _add_optimizer(parser, lr)
+    _add_communication(parser)
+    _add_output(parser)
+    return parser, what
+
+
+def _add_optimizer(parser: Parser, lr: float) -> None:
+    how = parser.add_argument_group("how to optimize")
+    how.add_argument("--optimizer", choices=tuple(WEIGHT_DECAY), default="adamw", help="(default %(default)s)")
+    how.add_argument("--lr", type=_rate, default=lr, help="peak rate (default %(default)s)")
+    how.add_argument("--beta1", type=_beta, help=f"AdamW's momentum (default {ADAM_BETA1})")
+    how.add_argument("--momentum", type=_beta, help=f"SGD's momentum (default {SGD_MOMENTUM})")
+    how.add_argument("--nesterov", action="store_true", help="SGD looks ahead by its momentum")
+    decays = ", ".join(f"{value:g} with {name}" for name, value in WEIGHT_DECAY.items())
+    how.add_argument("--weight-decay", type=_decay, help=f"of the matrices, decoupled (default {decays})")
+    how.add_argument("--clip", type=_rate, default=1.0, help="gradient norm limit (default %(default)s)")
+
+
+def _add_communication(parser: Parser) -> None:
+    how = parser.add_argument_group("how to communicate")
+    how.add_argument("--compressor", choices=COMPRESSORS, default="topk", help="none: plain DDP (default %(default)s)")
+    how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
+    how.add_argument(
+        "--feedback",
+        choices=("ef", "dgc", "none"),
+        default="ef",
+        help="what becomes of the rest: ef keeps it; dgc applies momentum before and the optimizer has none; "
+        "none drops it (default %(default)s)",
+    )
+    how.add_argument("--warmup-steps", type=_count, default=0, help="steps of higher density (default none)")
+    how.add_argument(
+        "--warmup-kind",
+        choices=("steps", "exp"),
+        default="steps",
+        help="steps: stages of equal length; exp: falls geometrically from the first warm-up density to --density "
+        "(default %(default)s)",
+    )
+    how.add_argument(
+        "--warmup-densities",
+        type=_densities,
+        default=(0.25, 0.063, 0.015),
+        metavar="D,D,...",
+        help="of the density warm-up's stages; exp takes the first (default .25,.063,.015)",
+    )
+    how.add_argument("--value-codec", default="fp16", help="values on the wire (default %(default)s)")
+    how.add_argument("--index-codec", default="auto", help="indices on the wire (default %(default)s)")
+    how.add_argument(
+        "--collective",
+        choices=("auto", "allgather", "dense"),
+        default="auto",
+        help="auto: whatever sends less (default %(default)s)",
+    )
+
+
+def _add_output(parser: Parser) -> None:
+    out = parser.add_argument_group("what to keep")
+    out.add_argument("--eval-every", type=positive, default=50, help="steps between evaluations (default %(default)s)")
+    out.add_argument(
+        "--judge",
+        choices=("validation", "test"),
+        default="validation",
+        help="held-out data to evaluate on: tune on one, report the other (default %(default)s)",
+    )
+    out.add_argument("--out", metavar="DIR", help="keep checkpoints here, one at the end at least")
+    out.add_argument("--save-every", type=_count, default=0, help="steps between checkpoints (default: end)")
+    out.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    out.add_argument("--stop-after", type=positive, metavar="STEP", help="end early here, to resume later")
+    out.add_argument("--log", metavar="JSON", help="write settings and one row a step")
+    out.add_argument("--plot", metavar="PNG", help="draw the loss (an SVG goes beside it)")
+    out.add_argument("--tensorboard", metavar="DIR", help="write scalars for TensorBoard (rank 0)")
+    out.add_argument("--progress", choices=("auto", "on", "off"), default="auto", help="progress bar")
+
+
+def parse(parser: Parser, kind: Callable[..., S], arguments: Sequence[str] | None) -> S:
+    """Parse and check the command line; exits with status 2 and one message if it is wrong.
+
+    Args:
+        parser: of ``make_parser``, with the script's own options.
+        kind: the script's ``Settings``.
+        arguments: None for those of the process.
+    """
+    options = vars(parser.parse_args(arguments))
+    _check_optimizer(parser, options)
+    settings = kind(**options)
+    _check_communication(parser, settings)
+    if (settings.resume or settings.save_every) and settings.out is None:
+        parser.error("--resume and --save-every need --out DIR")
+    for flag, module in (("plot", "matplotlib"), ("tensorboard", "tensorboard")):
+        if options[flag] and importlib.util.find_spec(module) is None:
+            parser.error(f"--{flag} needs {module}: pip install 'sparsecomm[demo]'")
+    return settings
+
+
+def _check_optimizer(parser: Parser, options: dict[str, Any]) -> None:
+    """Refuse what the optimizer does not have, and fill in what depends on it."""
+    name = options["optimizer"]
+    foreign = ("momentum", "nesterov") if name == "adamw" else ("beta1",)
+    for option in foreign:
+        if options[option] is not None and options[option] is not False:
+            parser.error(f"--{option} has no meaning with --optimizer {name}")
+    options["beta1"] = None if name == "sgd" else ADAM_BETA1 if options["beta1"] is None else options["beta1"]
+    if name == "sgd" and options["momentum"] is None:
+        options["momentum"] = SGD_MOMENTUM
+    if options["nesterov"] and not options["momentum"]:
+        parser.error("--nesterov needs a --momentum above 0")
+    if options["weight_decay"] is None:
+        options["weight_decay"] = WEIGHT_DECAY[name]
+
+
+def _check_communication(parser: Parser, settings: Settings) -> None:
+    steps, stages = settings.warmup_steps, len(settings.warmup_densities)
+    if steps and not settings.sparse:
+        parser.error(f"--warmup-steps has no meaning with --compressor {settings.compressor}")
+    if settings.feedback != "ef" and not settings.sparse:
+        parser.error(f"--feedback {settings.feedback} has no meaning with --compressor {settings.compressor}")
+    if settings.warmup_kind == "steps" and steps % stages:
+        parser.error(f"--warmup-steps {steps} is no multiple of its {stages} densities")
+    if steps and settings.warmup_kind == "exp" and settings.warmup_densities[0] < settings.density:
+        first = settings.warmup_densities[0]
+        parser.error(f"--warmup-kind exp falls from {first:g}, which is below --density {settings.density:g}")
+    if steps > settings.steps:
+        parser.error(f"--warmup-steps {steps} is more than --steps {settings.steps}")

@@ -1,0 +1,352 @@
+"""Training of any model with PyTorch DDP over MPI, its gradients compressed by sparsecomm.
+
+What train_gpt.py and train_digits.py have in common. The lines that matter are in ``make_state`` (compression.py)
+and ``wrap``: make a ``SparseState``, register ``sparse_hook``. A ``Task`` says what is trained on which data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import checkpoints
+import torch
+import torch.distributed as dist
+from checkpoints import CheckpointError
+from compression import make_state
+from optimizers import make_optimizer, rate
+from options import TRAJECTORY, Settings, script
+from run_log import Row, RunLog, plot
+from tensorboard_log import Scalars
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from train_report import Report
+
+import sparsecomm as sc
+
+EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})  # dense has sent top-k's total within these
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """A model and its data.
+
+    Attributes:
+        title: What is trained, in a few words.
+        facts: Goes into the log's ``meta``: what the data are, ``data_digest`` and ``loss_unit`` among them.
+        items: Name of what is learnt from, in the plural.
+        items_per_example: Of these in one example.
+        trajectory: The script's own settings that a resumed run must repeat.
+    """
+
+    title: str
+    facts: dict[str, Any]
+    items: str
+    items_per_example: int
+    trajectory: tuple[str, ...]
+
+    def build(self) -> nn.Module:
+        """The untrained model, the same on every rank; maps inputs and targets to the mean loss."""
+        ...
+
+    def batch(self, rank: int, step: int) -> Batch:
+        """A rank's training batch of a step, a pure function of seed, rank and step."""
+        ...
+
+    def held_out(self) -> list[Batch]:
+        """The fixed batches, of one size, that ``--judge`` names."""
+        ...
+
+    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean loss of a batch and share classified rightly (None where that is not measured)."""
+        ...
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable elements, a tied matrix counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@dataclass
+class Trainer:
+    """Everything one rank trains with. ``step`` counts the updates done."""
+
+    settings: Settings
+    rank: int
+    size: int
+    task: Task
+    model: nn.Module
+    ddp: DDP
+    optimizer: torch.optim.Optimizer
+    state: sc.SparseState | None
+    log: RunLog
+    step: int = 0
+    bytes_before: int = 0  # the counter's value where this process began to count
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes a ring allreduce of fp32 gradients sends from one rank in one step."""
+        return 2 * 4 * count_parameters(self.model) * (self.size - 1) // self.size
+
+
+def wrap(model: nn.Module, state: sc.SparseState | None) -> DDP:
+    """DDP as ever, and the hook."""
+    ddp = DDP(model)
+    if state is not None:
+        ddp.register_comm_hook(state, sc.sparse_hook)
+    return ddp
+
+
+def backward(trainer: Trainer) -> Tensor:
+    """Gradients of the coming step, exchanged over the ranks. Collective."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    inputs, targets = trainer.task.batch(trainer.rank, trainer.step)
+    loss: Tensor = trainer.ddp(inputs, targets)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss
+
+
+def train_step(trainer: Trainer) -> None:
+    """One update and its row in the log. Collective."""
+    settings, before = trainer.settings, trainer.log.rows[-1]
+    began = time.perf_counter()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate(settings, trainer.step)
+    loss = backward(trainer)
+    limit = math.inf if settings.feedback == "dgc" else settings.clip  # dgc has clipped already
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
+    if not math.isfinite(norm):  # the same on every rank, so all stop here
+        where = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"
+        fail_together(f"{where}; try a lower --lr than {settings.lr:g}")
+    trainer.optimizer.step()
+    value = loss.item()
+    seconds = before.seconds + time.perf_counter() - began
+    trainer.step += 1
+    sent = bytes_sent(trainer)
+    ratio = trainer.dense_bytes / (sent - before.bytes_sent) if sent > before.bytes_sent else None
+    trainer.log.rows.append(
+        Row(
+            step=trainer.step,
+            train_loss=value,
+            val_loss=None,
+            seconds=seconds,
+            bytes_sent=sent,
+            ratio=ratio,
+        )
+    )
+
+
+def bytes_sent(trainer: Trainer) -> int:
+    """Gradient bytes this rank has sent since step 0: counted by sparsecomm, computed for plain DDP."""
+    if trainer.state is None:
+        return trainer.dense_bytes * trainer.step
+    return trainer.state.metrics().bytes_sent - trainer.bytes_before
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> None:
+    """Add held-out loss and accuracy to the newest row; the batches are shared out over the ranks. Collective."""
+    total = torch.zeros(2, dtype=torch.float64)
+    measures_accuracy = torch.zeros(1, dtype=torch.float64)
+    for inputs, targets in batches[trainer.rank :: trainer.size]:
+        loss, accuracy = trainer.task.measure(trainer.model, inputs, targets)
+        total[0] += loss.double()
+        if accuracy is not None:
+            total[1] += accuracy.double()
+            measures_accuracy += 1
+    sums = torch.cat([total, measures_accuracy])
+    dist.all_reduce(sums)
+    loss_sum, accuracy_sum, measured = sums.tolist()
+    trainer.log.rows[-1] = replace(
+        trainer.log.rows[-1],
+        val_loss=loss_sum / len(batches),
+        val_accuracy=accuracy_sum / measured if measured else None,
+    )
+
+
+def replicas_digest(trainer: Trainer) -> tuple[str, bool]:
+    """SHA-256 of this rank's parameters, and whether all ranks have the same. Collective."""
+    digest = hashlib.sha256()
+    for parameter in trainer.model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    everyone = [torch.empty_like(own) for _ in range(trainer.size)]
+    dist.all_gather(everyone, own)
+    return digest.hexdigest()[:16], all(torch.equal(own, other) for other in everyone)
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Checkpoint: rank 0 writes what is shared, each rank its residual. Collective."""
+    shared = {
+        "meta": trainer.log.meta,
+        "rows": [asdict(row) for row in trainer.log.rows],
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+    own = {"bytes_sent": bytes_sent(trainer), "comm": trainer.state.state_dict() if trainer.state else {}}
+    checkpoints.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
+
+
+def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    """Go on from a checkpoint. Collective.
+
+    DDP regroups its buckets after the first backward pass, and top-k selects within a bucket. So a pass is
+    thrown away first: the resumed run then uses the buckets the interrupted one had.
+    """
+    backward(trainer)
+    trainer.model.load_state_dict(shared["model"])
+    trainer.optimizer.load_state_dict(shared["optimizer"])
+    trainer.log.rows[:] = [Row(**row) for row in shared["rows"]]
+    trainer.step = trainer.log.rows[-1].step
+    if trainer.state is not None:
+        trainer.state.load_state_dict(own["comm"])
+        trainer.bytes_before = trainer.state.metrics().bytes_sent - own["bytes_sent"]
+
+
+def fail_together(message: str | None) -> None:
+    """End all ranks with status 2 if any has a message; rank 0 prints it. Collective."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    if any(messages):
+        if dist.get_rank() == 0:
+            for line in dict.fromkeys(filter(None, messages)):
+                print(f"{script()}: error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+
+def read_checkpoint(
+    settings: Settings, rank: int, task: Task, meta: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The two parts of the checkpoint to resume, or None.
+
+    Raises:
+        CheckpointError: It cannot be read, belongs to other settings, or would be overwritten.
+    """
+    folder = Path(settings.out) if settings.out else None
+    if folder is None or not settings.resume:
+        if folder is not None and checkpoints.exists(folder):
+            raise CheckpointError(f"{folder} holds a checkpoint: --resume it, or name another --out")
+        return None
+    shared, own = checkpoints.load(folder, rank=rank)
+    for name in (*TRAJECTORY, *task.trajectory, "world_size", "data_digest"):
+        was, now = shared["meta"].get(name), meta[name]
+        if was != now:
+            raise CheckpointError(f"cannot resume: {name} was {was!r} in {folder}, and is {now!r} now")
+    return shared, own
+
+
+def describe(settings: Settings, size: int, task: Task, parameters: int) -> dict[str, Any]:
+    """The log's ``meta``."""
+    counted = "computed as a ring allreduce" if settings.compressor == "none" else "counted"
+    return {
+        **asdict(settings),
+        "warmup_densities": list(settings.warmup_densities),
+        "world_size": size,
+        "parameters": parameters,
+        "dense_bytes_per_step": 2 * 4 * parameters * (size - 1) // size,
+        "bytes_are": counted,
+        **task.facts,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "sparsecomm": getattr(sc, "__version__", "unknown"),
+        },
+        "machine": platform.machine(),
+    }
+
+
+def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
+    """Model, DDP with its hook, optimiser and an empty log. Collective."""
+    model = task.build()
+    state = make_state(settings)
+    meta = describe(settings, world.size, task, count_parameters(model))
+    first = Row(step=0, train_loss=None, val_loss=None, seconds=0.0, bytes_sent=0, ratio=None)
+    return Trainer(
+        settings=settings,
+        rank=world.rank,
+        size=world.size,
+        task=task,
+        model=model,
+        ddp=wrap(model, state),
+        optimizer=make_optimizer(settings, model),
+        state=state,
+        log=RunLog(meta, [first]),
+    )
+
+
+def prepare(settings: Settings, world: sc.World, task: Task) -> Trainer:
+    """A trainer at its first step, or at the checkpoint's; ends all ranks if one cannot. Collective."""
+    checkpoint, problem = None, None
+    try:
+        checkpoint = read_checkpoint(settings, world.rank, task, describe(settings, world.size, task, 0))
+        make_state(settings)  # refuses options that sparsecomm does not know
+    except ValueError as error:  # CheckpointError and sparsecomm's ConfigError among them
+        problem = str(error)
+    fail_together(problem)
+    trainer = make_trainer(settings, world, task)
+    if checkpoint is not None:
+        restore(trainer, *checkpoint)
+    return trainer
+
+
+def train(trainer: Trainer, report: Report) -> None:
+    """Steps, evaluations and checkpoints until the last step. Collective."""
+    settings = trainer.settings
+    batches = trainer.task.held_out()
+    folder = Path(settings.out) if settings.out else None
+    scalars = Scalars(settings.tensorboard if trainer.rank == 0 else None, trainer.state)
+    if trainer.step == 0:
+        evaluate(trainer, batches)
+        report.show(trainer.log.rows)
+    while trainer.step < settings.last_step:
+        train_step(trainer)
+        last = trainer.step == settings.last_step
+        if last or trainer.step % settings.eval_every == 0 or trainer.step in EARLY_EVALS:
+            evaluate(trainer, batches)
+        report.show(trainer.log.rows)
+        scalars.add(trainer.log.rows[-1])
+        due = settings.save_every and trainer.step % settings.save_every == 0
+        if folder is not None and (last or due):
+            save(trainer, folder)
+    scalars.close()
+
+
+def finish(trainer: Trainer, report: Report) -> int:
+    """Write log and plot, say how it went; the exit status. Collective."""
+    settings, last = trainer.settings, trainer.log.rows[-1]
+    accuracy = f", {last.val_accuracy:.2%} right" if last.val_accuracy is not None else ""
+    report.say(
+        f"step {last.step}: {settings.judge} loss {last.val_loss:.4f}{accuracy}, {last.seconds:.1f} s of training, "
+        f"{last.bytes_sent / 1e6:.2f} MB of gradients sent per rank ({trainer.log.meta['bytes_are']})"
+    )
+    if trainer.rank == 0 and settings.log:
+        trainer.log.write(Path(settings.log))
+    if trainer.rank == 0 and settings.plot:
+        report.say("plots: {} and {}".format(*plot([trainer.log], Path(settings.plot))))
+    digest, agree = replicas_digest(trainer)
+    verdict = "agree" if agree else "DISAGREE"
+    report.say(f"replicas {verdict}: parameters' SHA-256 {digest}... on rank 0 of {trainer.size}")
+    return 0 if agree else 1
+
+
+def run(settings: Settings, task: Task) -> int:
+    """Initialise, train, write what was asked for; the exit status. Collective."""
+    world = sc.init()
+    trainer = prepare(settings, world, task)
+    items = settings.batch * task.items_per_example * world.size
+    with Report(
+        rank=world.rank, steps=settings.steps, items_per_step=items, items=task.items, progress=settings.progress
+    ) as report:
+        report.say(
+            f"{task.title}, {trainer.log.meta['parameters']:,} parameters, {world.size} rank(s) x {settings.batch}; "
+            f"{trainer.log.label}" + (f"; resumed at step {trainer.step}" if trainer.step else "")
+        )
+        train(trainer, report)
+    return finish(trainer, report)

@@ -1,0 +1,57 @@
+"""Optimizers, feedback and density schedules of the training scripts, by hand."""
+
+from __future__ import annotations
+
+import compression
+import optimizers
+import pytest
+import torch
+import train_gpt
+
+import sparsecomm as sc
+
+
+def test_weight_decay_does_not_pass_through_sgds_momentum() -> None:
+    settings = train_gpt.parse(["--optimizer", "sgd", "--lr", "0.5", "--momentum", "0.9", "--weight-decay", "0.1"])
+    model = torch.nn.Linear(2, 2)
+    optimizer = optimizers.make_optimizer(settings, model)
+    weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
+    velocity = torch.zeros_like(weight)
+    for step in range(4):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, step + 1.0)
+        optimizer.step()
+        velocity = 0.9 * velocity + step + 1.0
+        weight = weight * (1 - 0.5 * 0.1) - 0.5 * velocity
+        bias = bias - 0.5 * velocity[0]
+    assert torch.allclose(model.weight.double(), weight, atol=1e-5)
+    assert torch.allclose(model.bias.double(), bias, atol=1e-5), "vectors do not decay"
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_momentum_is_applied_once(name: str) -> None:
+    flags = ["--optimizer", name, "--beta1" if name == "adamw" else "--momentum", "0.7"]
+    model = torch.nn.Linear(2, 2)
+
+    def inner(feedback: str) -> float:
+        settings = train_gpt.parse([*flags, "--feedback", feedback])
+        group = optimizers.make_optimizer(settings, model).param_groups[0]
+        return float(group["betas"][0] if name == "adamw" else group["momentum"])
+
+    assert inner("ef") == 0.7
+    assert inner("dgc") == 0.0
+    settings = train_gpt.parse([*flags, "--feedback", "dgc", "--clip", "2"])
+    assert compression.make_feedback(settings) == sc.MomentumCorrection(momentum=0.7, clip_norm=2.0)
+
+
+def test_feedback_and_schedules() -> None:
+    assert compression.make_feedback(train_gpt.parse([])) == sc.ErrorFeedback()
+    assert compression.make_feedback(train_gpt.parse(["--feedback", "none"])) is None
+    flags = ["--density", "0.001", "--warmup-steps", "30", "--steps", "60"]
+    density = compression.make_density(train_gpt.parse([*flags, "--warmup-kind", "exp"]))
+    assert callable(density)
+    assert density(0) == 0.25
+    assert density(15) == pytest.approx((0.25 * 0.001) ** 0.5)
+    assert density(30) == density(59) == 0.001
+    assert compression.make_density(train_gpt.parse(flags)) == sc.Warmup((0.25, 0.063, 0.015), 10, 0.001)
+    assert compression.make_density(train_gpt.parse([])) == 0.01

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from options import Settings
+from options import ADAM_BETA2, Settings
 
 import sparsecomm as sc
-
-
-class ExponentialWarmup:
-    """Density that falls geometrically over the first steps, as in Deep Gradient Compression (Lin et al. 2018).
-
-    Args:
-        first: Density of step 0.
-        final: Density from step ``steps`` on.
-        steps: Length of the warm-up.
-    """
-
-    def __init__(self, first: float, final: float, steps: int) -> None:
-        self.first, self.final, self.steps = first, final, steps
-
-    def __call__(self, step: int) -> float:
-        """Density of a step."""
-        return self.final if step >= self.steps else self.first * (self.final / self.first) ** (step / self.steps)
 
 
 def make_density(settings: Settings) -> float | Callable[[int], float]:
@@ -31,17 +14,19 @@ def make_density(settings: Settings) -> float | Callable[[int], float]:
     if not settings.warmup_steps:
         return settings.density
     if settings.warmup_kind == "exp":
-        return ExponentialWarmup(settings.warmup_densities[0], settings.density, settings.warmup_steps)
+        return sc.Geometric(settings.warmup_densities[0], settings.density, settings.warmup_steps)
     stage = settings.warmup_steps // len(settings.warmup_densities)
     return sc.Warmup(settings.warmup_densities, steps_per_stage=stage, final=settings.density)
 
 
-def make_feedback(settings: Settings) -> sc.ErrorFeedback | sc.MomentumCorrection | None:
+def make_feedback(settings: Settings) -> sc.ErrorFeedback | sc.MomentumCorrection | sc.AdamCorrection | None:
     """What becomes of gradients that are not sent."""
     if settings.feedback == "none":
         return None
     if settings.feedback == "dgc":  # clips before momentum, as the whole gradient is not known after it
         return sc.MomentumCorrection(momentum=settings.averaging, nesterov=settings.nesterov, clip_norm=settings.clip)
+    if settings.feedback == "adam":
+        return sc.AdamCorrection(beta1=settings.averaging, beta2=ADAM_BETA2, clip_norm=settings.clip)
     return sc.ErrorFeedback()
 
 

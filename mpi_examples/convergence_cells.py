@@ -30,21 +30,29 @@ def cell(model: str, optimizer: str, method: str, density: float | None, **setti
 EXP = {"warmup_kind": "exp"}
 CELLS = [
     cell("gpt", "adamw", "dense", None, lr=3e-3, beta1=0.9),
-    cell("gpt", "adamw", "topk", 0.01, lr=6e-3, beta1=0.5, warmup_steps=300, **EXP),
-    cell("gpt", "adamw", "topk", 0.001, lr=6e-3, beta1=0.5, warmup_steps=600, **EXP),
+    cell("gpt", "adamw", "adam-topk", 0.001, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
+    cell("gpt", "adamw", "adam-topk", 0.01, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
+    cell("gpt", "adamw", "topk", 0.01, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
+    cell("gpt", "adamw", "topk", 0.001, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
     cell("gpt", "sgd", "dense", None, lr=0.3, momentum=0.9),
-    cell("gpt", "sgd", "topk", 0.01, lr=0.3, momentum=0.9, warmup_steps=300, **EXP),
-    cell("gpt", "sgd", "topk", 0.001, lr=0.3, momentum=0.9, warmup_steps=600, **EXP),
-    cell("gpt", "sgd", "dgc", 0.01, lr=0.3, momentum=0.9, warmup_steps=300, **EXP),
-    cell("gpt", "sgd", "dgc", 0.001, lr=0.3, momentum=0.9, warmup_steps=600, **EXP),
+    cell("gpt", "sgd", "dgc", 0.01, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
+    cell("gpt", "sgd", "dgc", 0.001, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
+    cell("gpt", "sgd", "topk", 0.01, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
+    cell("gpt", "sgd", "topk", 0.001, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
     cell("digits", "adamw", "dense", None, lr=3e-3, beta1=0.9),
-    cell("digits", "adamw", "topk", 0.01, lr=3e-3, beta1=0.5, warmup_steps=100, **EXP),
-    cell("digits", "adamw", "topk", 0.001, lr=3e-3, beta1=0.5, warmup_steps=200, **EXP),
+    cell("digits", "adamw", "adam-topk", 0.01, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
+    cell("digits", "adamw", "adam-topk", 0.001, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
+    cell("digits", "adamw", "topk", 0.01, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
+    cell("digits", "adamw", "topk", 0.001, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
     cell("digits", "sgd", "dense", None, lr=0.1, momentum=0.9),
-    cell("digits", "sgd", "topk", 0.01, lr=0.1, momentum=0.9, warmup_steps=100, **EXP),
-    cell("digits", "sgd", "topk", 0.001, lr=0.1, momentum=0.9, warmup_steps=200, **EXP),
-    cell("digits", "sgd", "dgc", 0.01, lr=0.1, momentum=0.9, warmup_steps=100, **EXP),
-    cell("digits", "sgd", "dgc", 0.001, lr=0.1, momentum=0.9, warmup_steps=200, **EXP),
+    cell("digits", "sgd", "dgc", 0.01, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
+    cell("digits", "sgd", "dgc", 0.001, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
+    cell("digits", "sgd", "topk", 0.01, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
+    cell("digits", "sgd", "topk", 0.001, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
 ]
 # Longer runs answer how many steps it takes to reach dense's final loss. They are last, so that they run last.
-CELLS += [replace(c, steps=4500, grid={}) for c in CELLS if c.model == "gpt" and c.method == "topk"]
+CELLS += [
+    replace(c, steps=4500, grid={})
+    for c in CELLS
+    if c.model == "gpt" and c.method in ("adam-topk", "dgc") and c.density
+]

@@ -85,7 +85,13 @@ Logs = dict[int, RunLog]  # by seed
 
 def method_name(cell: Cell) -> str:
     """Names the method and the share it sends."""
-    names = {"dense": "dense", "topk": "top-k", "dgc": "DGC", "drop": "top-k, rest dropped"}
+    names = {
+        "dense": "dense",
+        "topk": "top-k",
+        "dgc": "DGC",
+        "adam-topk": "Adam, then top-k",
+        "drop": "top-k, rest dropped",
+    }
     longer = f", {cell.steps} steps" if cell.steps is not None else ""
     return names[cell.method] + (f" {100 * cell.density:g}%" if cell.density is not None else "") + longer
 

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {"compressor": "none"},
     "topk": {"compressor": "topk", "feedback": "ef"},
     "dgc": {"compressor": "topk", "feedback": "dgc"},
+    "adam-topk": {"compressor": "topk", "feedback": "adam"},
     "drop": {"compressor": "topk", "feedback": "none"},
 }
 EVALUATIONS = 30  # of a run, evenly spaced, beside the early ones

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from options import Settings
+from options import ADAM_BETA2, Settings
 from torch import nn
 
 
@@ -30,11 +30,13 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     """AdamW or SGD with weight decay on the matrices only; without momentum where the exchange applies it."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    momentum = 0.0 if settings.feedback == "dgc" else settings.averaging
-    name = "weight_decay" if settings.optimizer == "adamw" else "decay"
+    before = settings.feedback in ("dgc", "adam")  # compression has done it
+    momentum = 0.0 if before else settings.averaging
+    adam = settings.optimizer == "adamw" and settings.feedback != "adam"
+    name = "weight_decay" if adam else "decay"
     groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, 0.95), fused=True)
+    if adam:
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, ADAM_BETA2), fused=True)
     return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)
 
 

@@ -19,7 +19,7 @@ TRAJECTORY = (
     *("index_codec", "collective", "seed", "steps", "batch", "optimizer", "lr", "beta1", "momentum", "nesterov"),
     *("weight_decay", "clip", "judge"),
 )
-ADAM_BETA1, SGD_MOMENTUM = 0.8, 0.9
+ADAM_BETA1, ADAM_BETA2, SGD_MOMENTUM = 0.8, 0.95, 0.9
 WEIGHT_DECAY = {"adamw": 0.1, "sgd": 5e-4}  # of the matrices; times the rate in every step for both
 
 
@@ -210,9 +210,10 @@ def _add_communication(parser: Parser) -> None:
     how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
     how.add_argument(
         "--feedback",
-        choices=("ef", "dgc", "none"),
+        choices=("ef", "dgc", "adam", "none"),
         default="ef",
         help="what becomes of the rest: ef keeps it; dgc applies momentum before and the optimizer has none; "
+        "adam turns the gradient into AdamW's update before, and what arrives is only applied; "
         "none drops it (default %(default)s)",
     )
     how.add_argument("--warmup-steps", type=_count, default=0, help="steps of higher density (default none)")
@@ -301,6 +302,8 @@ def _check_communication(parser: Parser, settings: Settings) -> None:
         parser.error(f"--warmup-steps has no meaning with --compressor {settings.compressor}")
     if settings.feedback != "ef" and not settings.sparse:
         parser.error(f"--feedback {settings.feedback} has no meaning with --compressor {settings.compressor}")
+    if settings.feedback == "adam" and settings.optimizer != "adamw":
+        parser.error(f"--feedback adam has no meaning with --optimizer {settings.optimizer}")
     if settings.warmup_kind == "steps" and steps % stages:
         parser.error(f"--warmup-steps {steps} is no multiple of its {stages} densities")
     if steps and settings.warmup_kind == "exp" and settings.warmup_densities[0] < settings.density:

@@ -120,7 +120,7 @@ def train_step(trainer: Trainer) -> None:
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate(settings, trainer.step)
     loss = backward(trainer)
-    limit = math.inf if settings.feedback == "dgc" else settings.clip  # dgc has clipped already
+    limit = math.inf if settings.feedback in ("dgc", "adam") else settings.clip  # these have clipped already
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
     if not math.isfinite(norm):  # the same on every rank, so all stop here
         where = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"

@@ -44,6 +44,21 @@ def test_momentum_is_applied_once(name: str) -> None:
     assert compression.make_feedback(settings) == sc.MomentumCorrection(momentum=0.7, clip_norm=2.0)
 
 
+def test_adam_before_compression_leaves_decoupled_sgd_after_it() -> None:
+    settings = train_gpt.parse(["--feedback", "adam", "--beta1", "0.5", "--clip", "2"])
+    assert compression.make_feedback(settings) == sc.AdamCorrection(beta1=0.5, beta2=0.95, clip_norm=2.0)
+    optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2))
+    assert isinstance(optimizer, optimizers.DecoupledSGD)
+    assert [g["decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert all(g["momentum"] == 0.0 and g["weight_decay"] == 0.0 for g in optimizer.param_groups)
+
+
+def test_adam_before_compression_is_refused_with_sgd(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_gpt.parse(["--feedback", "adam", "--optimizer", "sgd"])
+    assert "--feedback adam has no meaning with --optimizer sgd" in capsys.readouterr().err
+
+
 def test_feedback_and_schedules() -> None:
     assert compression.make_feedback(train_gpt.parse([])) == sc.ErrorFeedback()
     assert compression.make_feedback(train_gpt.parse(["--feedback", "none"])) is None

@@ -18,7 +18,7 @@ RESNET50 = 25_557_032
 """Parameters of ResNet-50: the vector that facts.md measured."""
 
 
-@bench("kernels")
+@bench("kernels", keys=("op", "codec", "path", "density", "numel", "metric"), measures=("seconds", "measured"))
 def run(
     numel: int = RESNET50,
     densities: Sequence[float] = (0.001, 0.01, 0.1),

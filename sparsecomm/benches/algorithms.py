@@ -237,4 +237,4 @@ def _compute_only(case: Case) -> Ready:
         length = selecting.encode()
         selecting.apply([selecting.payload[:length]] * case.world.size)
 
-    return Ready(call, lambda: 0)
+    return Ready(call, lambda: 0, counted=True)

@@ -245,19 +245,12 @@ def plots(result: dict[str, Any], folder: Path) -> list[Path]:
             right.plot(sizes, [row["peer_ratio"] for row in mine], **style)
     left.set(xscale="log", yscale="log", ylabel="median seconds of the slowest rank", title="Time of an average")
     right.axhline(1.0, color="black", linewidth=1)
-    right.set(
-        xscale="log",
-        yscale="log",
-        ylabel="time over the best peer's (below 1: faster)",
-        title="Against the best peer (below 1: faster)",
-    )
+    right.set(xscale="log", yscale="log", ylabel="time over the best peer's", title="Ours (below 1: faster)")
     figures.unit_axis(left.yaxis, "s")
     figures.ratio_axis(right.yaxis)
     for axis in (left, right):
         axis.set_xlabel("gradient, bytes as float32")
         figures.unit_axis(axis.xaxis, "B")
     figures.legend_below(figure, axes, columns=3)
-    figure.suptitle(
-        f"{info['world']} ranks over {info['transport']}, {info['cpu']}, {info['cores']} cores", fontsize=10
-    )
+    figures.headline(figure, info, f"{info['world']} ranks over {info['transport']}")
     return figures.save(figure, folder, f"collectives_{info['world']}_ranks")

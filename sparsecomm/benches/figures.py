@@ -50,11 +50,11 @@ def unit_axis(axis: Any, unit: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def ratio_axis(axis: Any) -> None:
-    """Writes the ticks of a logarithmic axis of ratios as plain numbers, 1, 2 and 5 in each decade."""
+def ratio_axis(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Writes the ticks of a logarithmic axis as plain numbers, at these multiples of each power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: format(value, "g"))
 

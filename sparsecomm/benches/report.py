@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.errors import MarkupError
 from rich.table import Table
 from rich.text import Text
 
@@ -42,7 +43,13 @@ class _Grid:
 
     @property
     def folded(self) -> bool:
+        """Whether it is long."""
         return len(self.rows) > _OPEN_ROWS
+
+    @property
+    def misses(self) -> int:
+        """Rows that did not reach their goal: a folded table with such rows starts unfolded."""
+        return sum("MISS" in row for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,12 @@ def _short(value: Any) -> str:
 
 
 def _plain(shown: Any) -> str:
-    return shown.plain if isinstance(shown, Text) else Text.from_markup(str(shown)).plain
+    if isinstance(shown, Text):
+        return shown.plain
+    try:
+        return Text.from_markup(str(shown)).plain
+    except MarkupError:  # text with brackets of its own
+        return str(shown)
 
 
 def _inlined(file: Path) -> str:

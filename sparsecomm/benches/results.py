@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomm.benches import BENCHES, ROWS, Fields, companion, figures, registry
-from sparsecomm.errors import ConfigError
+from sparsecomm.errors import ConfigError, SparseCommError
 
 __all__ = ["Comparison", "Result", "check_drawable", "compare", "draw", "load", "load_folder", "reading"]
 
@@ -117,7 +117,9 @@ def reading(name: str) -> Iterator[None]:
     """Turns the errors of code that reads a bench's rows into one that says that the rows are of another version."""
     try:
         yield
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except SparseCommError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"bench {name} cannot read this result ({type(error).__name__}: {error}): its rows are not those that "
             "this version writes"
@@ -131,6 +133,8 @@ def _problem(data: Any) -> str:
     for key, kind in {"bench": str, "cpu": str, "cores": int}.items():
         if type(data["meta"].get(key)) is not kind:  # a bool is an int
             return f"meta.{key} = {data['meta'].get(key)!r}"
+    if not data["rows"]:
+        return "it has no rows"
     for i, row in enumerate(data["rows"]):
         if not isinstance(row, dict):
             return f"rows[{i}] = {row!r} is not an object"

@@ -94,7 +94,7 @@ def test_what_is_recorded_first_is_the_gradient_of_the_first_batch() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = source.build()
-    inputs, targets = source.draw(torch.Generator().manual_seed(1), 8)
+    inputs, targets = source.draw(torch.Generator().manual_seed(1), source.batch)
     loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
     by_hand = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(recorded, by_hand)

@@ -36,8 +36,12 @@ test-lab: install
 	$(BIN)/python -m pytest tests/lab
 
 bench: install
-	$(BIN)/sparsecomm bench kernels --json runs/bench_kernels.json
-	$(BIN)/sparsecomm bench wire --json runs/bench_wire.json
+	$(BIN)/sparsecomm bench kernels --json runs/bench/kernels.json
+	$(BIN)/sparsecomm bench wire --json runs/bench/wire.json
+	$(BIN)/sparsecomm bench ratio --json runs/bench/ratio.json
+	OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 $(BIN)/mpirun --oversubscribe \
+	  --bind-to none -n 2 $(BIN)/sparsecomm bench collectives --json runs/bench/collectives.json
+	$(BIN)/sparsecomm bench report runs/bench
 
 # every method between four hosts on links of 100 Mbit/s, 1 and 10 Gbit/s: needs root, takes a quarter of an hour
 bench-peers: install

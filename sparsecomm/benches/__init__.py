@@ -1,5 +1,8 @@
 """Benches: functions that measure and return ``{"meta": ..., "rows": [...]}``; the command line prints them.
 
+A bench's module may have ``print_table(result, console)``, which shows a result, and ``plots(result, folder)``, which
+draws it and returns the files; both are found by name and serve all benches of the module.
+
 On shared machines only ratios mean anything, so `alternate` interleaves what is measured with what it is compared to.
 """
 
@@ -7,10 +10,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,40 +25,74 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from sparsecomm.errors import ConfigError
 from sparsecomm.kernels import dispatch
 
-__all__ = ["BENCHES", "Timing", "alternate", "bench", "get", "meta", "table", "verdict"]
+__all__ = [
+    "BENCHES",
+    "ROWS",
+    "Fields",
+    "Timing",
+    "alternate",
+    "bench",
+    "companion",
+    "meta",
+    "registry",
+    "table",
+    "timing",
+    "verdict",
+]
 
-_MODULES = ("kernels", "wire")
 _F = TypeVar("_F", bound=Callable[..., dict[str, Any]])
+_K = TypeVar("_K", bound=Hashable)
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {}
-"""Benches by name; filled by the `bench` decorator when the module that holds one is imported (see `get`)."""
+"""Benches by name; filled by the `bench` decorator when the module that holds one is imported."""
 
 
-def bench(name: str) -> Callable[[_F], _F]:
-    """Registers a bench function under a name."""
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What the fields of a bench's rows are, for whoever puts two results side by side.
+
+    Attributes:
+        keys: together they say what a row is about; the same in every run.
+        measures: the numbers to compare.
+    """
+
+    keys: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
+
+
+ROWS: dict[str, Fields] = {}
+"""What each bench said of its rows."""
+
+
+def bench(name: str, *, keys: Sequence[str] = (), measures: Sequence[str] = ()) -> Callable[[_F], _F]:
+    """Registers a bench function under a name.
+
+    Args:
+        name: as in ``sparsecomm bench NAME``.
+        keys: fields that together say what a row is about.
+        measures: fields worth comparing between two runs.
+    """
 
     def register(function: _F) -> _F:
         BENCHES[name] = function
+        ROWS[name] = Fields(tuple(keys), tuple(measures))
         return function
 
     return register
 
 
-def get(name: str) -> Callable[..., dict[str, Any]]:
-    """The bench of that name, imported if need be.
+def registry() -> Mapping[str, Callable[..., dict[str, Any]]]:
+    """Returns all benches by name: imports every module of this package, each of which registers its own."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return BENCHES
 
-    Raises:
-        ConfigError: if there is none.
-    """
-    if name not in BENCHES and name in _MODULES:
-        importlib.import_module(f"sparsecomm.benches.{name}")
-    if name not in BENCHES:
-        known = ", ".join(sorted({*BENCHES, *_MODULES}))
-        raise ConfigError(f"bench = {name!r} does not exist; there are: {known}")
-    return BENCHES[name]
+
+def companion(bench: Callable[..., Any], name: str) -> Any:
+    """Returns what the bench's module has under a name (`print_table`, `plots`), or None."""
+    return getattr(sys.modules[bench.__module__], name, None)
 
 
 def meta() -> dict[str, Any]:
@@ -113,20 +152,21 @@ class Timing:
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=False))
 
 
-def _timing(samples: list[float]) -> Timing:
+def timing(samples: Sequence[float]) -> Timing:
+    """Summarises seconds that a call took over some repeats; at least one."""
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, median, median)
     return Timing(median, (high - low) / median if median else 0.0, min(samples), tuple(samples))
 
 
 def alternate(
-    tasks: Mapping[str, Callable[[], object]],
+    tasks: Mapping[_K, Callable[[], object]],
     *,
     repeats: int,
     warmup: int = 1,
     before: Callable[[], object] | None = None,
-    slow: Iterable[str] = (),
-) -> dict[str, Timing]:
+    slow: Iterable[_K] = (),
+) -> dict[_K, Timing]:
     """Times several calls in turn, round after round, so that noise from outside hits all of them alike.
 
     Args:
@@ -140,7 +180,7 @@ def alternate(
         A timing for each task.
     """
     few = frozenset(slow)
-    samples: dict[str, list[float]] = {name: [] for name in tasks}
+    samples: dict[_K, list[float]] = {name: [] for name in tasks}
     for round_ in range(-warmup, repeats):
         for name, task in tasks.items():
             if name in few and not 0 <= round_ < 3:
@@ -152,7 +192,7 @@ def alternate(
             elapsed = time.perf_counter() - start
             if round_ >= 0:
                 samples[name].append(elapsed)
-    return {name: _timing(taken) for name, taken in samples.items()}
+    return {name: timing(taken) for name, taken in samples.items()}
 
 
 def verdict(measured: float | None, goal: float | None) -> str:

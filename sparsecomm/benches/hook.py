@@ -23,7 +23,7 @@ __all__ = ["print_table", "run", "run_overlap"]
 _GOAL = 150e-6  # seconds a bucket
 
 
-@bench("hook")
+@bench("hook", keys=("buckets", "numel", "world"), measures=("seconds", "overhead_seconds"))
 def run(
     shapes: Sequence[str] = ("1000x1024", "10x2500000"),
     density: float = 0.01,
@@ -155,7 +155,11 @@ def _messages(world: sc.World, buckets: int, body: int) -> None:
     world.engine.call("bench messages", steps)
 
 
-@bench("overlap")
+@bench(
+    "overlap",
+    keys=("world", "numel", "buckets"),
+    measures=("sparse_backward_seconds", "communication_seconds", "exposed_seconds", "hidden"),
+)
 def run_overlap(
     width: int = 1024,
     layers: int = 12,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from sparsecomm.benches import Timing, alternate, bench, meta, table, verdict
+from sparsecomm.benches import Timing, alternate, bench, figures, meta, table, verdict
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
-__all__ = ["print_table", "run"]
+__all__ = ["plots", "print_table", "run"]
 
 RESNET50 = 25_557_032
 """Parameters of ResNet-50: the vector that facts.md measured."""
 
 
-@bench("kernels")
+@bench("kernels", keys=("op", "codec", "path", "density", "numel", "metric"), measures=("seconds", "measured"))
 def run(
     numel: int = RESNET50,
     densities: Sequence[float] = (0.001, 0.01, 0.1),
@@ -202,3 +203,61 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     numel = rows[0]["numel"] if rows else 0
     title = f"kernels, n = {numel:,}, one thread, {result['meta']['cpu']}"
     (console or Console()).print(table(title, rows, columns))
+
+
+_FLOOR_BYTES = 12.0  # an element: read the residual and the gradient, write the residual
+
+
+def _bytes_an_element(row: dict[str, Any]) -> float:
+    """The least memory traffic of an operation, over the elements of the dense vector.
+
+    Caches hold lines, not elements: scattered reads and writes really move up to 16 times what is counted here.
+    """
+    pair, coded = 8.0, float(row.get("bits_per_index", 0.0)) / 8
+    an_index = {"encode": 4.0 + coded, "decode_add": coded + 4.0 + pair}  # indices and codes; codes, values, sums
+    density = float(row["nnz"]) / float(row["numel"])
+    if row["op"] in an_index:
+        return an_index[row["op"]] * density
+    return _FLOOR_BYTES + pair * density
+
+
+def plots(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws a roofline for each kernel path: least bytes moved an element against bandwidth; returns the files."""
+    rows = [row for row in result["rows"] if row.get("metric") != "x torch" or row["op"] == "decode_add"]
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    series = list(dict.fromkeys((row["op"], row.get("codec")) for row in rows))
+    densities = sorted({row["density"] for row in rows})
+    columns = min(2, len(paths))
+    figure, axes = figures.new_figure(-(-len(paths) // columns), columns, sharex=True, sharey=True)
+    for unused in axes.flat[len(paths) :]:
+        unused.set_visible(False)
+    for axis, path in zip(axes.flat, paths, strict=False):
+        mine = [row for row in rows if row["path"] == path]
+        floor = min(row["floor_seconds"] for row in mine if "floor_seconds" in row)
+        bandwidth = _FLOOR_BYTES * mine[0]["numel"] / floor
+        axis.axhline(bandwidth, color="black", linewidth=1)
+        axis.plot(
+            [_FLOOR_BYTES], [bandwidth], "*", color="black", markersize=13, label="residual.add_(grad), the floor"
+        )
+        for (op, codec), colour in zip(series, figures.COLOURS, strict=False):
+            dots = [row for row in mine if (row["op"], row.get("codec")) == (op, codec)]
+            x = [_bytes_an_element(row) for row in dots]
+            y = [_bytes_an_element(row) * row["numel"] / row["seconds"] for row in dots]
+            axis.plot(x, y, "-", color=colour, linewidth=0.8, alpha=0.6)
+            axis.plot([], [], "o-", color=colour, label=op.replace("_", " ") + (f", {codec.lower()}" if codec else ""))
+            for row, *dot in zip(dots, x, y, strict=True):
+                marker = figures.MARKERS[densities.index(row["density"]) % len(figures.MARKERS)]
+                axis.plot(*([v] for v in dot), marker, color=colour, markersize=6)
+        axis.set(xscale="log", yscale="log", title=path)
+        figures.unit_axis(axis.yaxis, "B/s")
+        figures.ratio_axis(axis.xaxis, subs=(1.0,))
+    for marker, density in zip(figures.MARKERS, densities, strict=False):
+        axes[0, 0].plot([], [], marker, color="grey", label=f"density {density:g}")
+    for axis in axes[-1]:
+        axis.set_xlabel("least bytes moved per element of the dense vector")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("bandwidth, of those bytes")
+    figures.legend_below(figure, axes)
+    numel = rows[0]["numel"] if rows else 0
+    figures.headline(figure, result["meta"], f"kernels, one thread, n = {numel:,}")
+    return figures.save(figure, folder, "kernels_roofline")

@@ -15,7 +15,11 @@ from sparsecomm.types import IndexCodec, ValueCodec
 __all__ = ["print_table", "run"]
 
 
-@bench("wire")
+@bench(
+    "wire",
+    keys=("index_codec", "value_codec", "density", "numel"),
+    measures=("index_bits", "value_bits", "encode_ns", "decode_ns"),
+)
 def run(
     numel: int = 25_557_032,
     densities: Sequence[float] = (0.001, 0.01, 0.1),

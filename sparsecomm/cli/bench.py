@@ -1,19 +1,15 @@
 """`sparsecomm bench NAME`: runs a measurement of `sparsecomm.benches`, shows its rows and writes them as JSON.
 
 Nothing here knows a bench by name. Any module in `sparsecomm.benches` may register one; its signature says which
-options it takes, its docstring what they mean, and `print_table(result, console)` beside it, if there, shows its rows.
+options it takes, its docstring what they mean, and `print_table(result, console)` and `plots(result, folder)` beside
+it, if there, show and draw its rows. `sparsecomm bench plot | report | compare` work on what was written.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import json
-import os
-import pkgutil
 import re
-import sys
-import tempfile
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -24,10 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparsecomm.benches import companion
+from sparsecomm.benches.results import check_drawable, draw
+from sparsecomm.cli import bench_files
+from sparsecomm.cli.output import bench_console, cell, write_json
 from sparsecomm.errors import SparseCommError
 from sparsecomm.launch import detect
 
-__all__ = ["options_of", "run", "write_json"]
+__all__ = ["options_of", "run"]
 
 Bench = Callable[..., Mapping[str, Any]]
 
@@ -43,8 +43,10 @@ def run(args: Sequence[str]) -> int:
         _print_list(benches)
         return 0
     name, *rest = args
+    if name in bench_files.COMMANDS:
+        return bench_files.run(name, rest)
     if name not in benches:
-        known = ", ".join(sorted(benches))
+        known = ", ".join([*sorted(benches), *bench_files.COMMANDS])
         message = Text.assemble(("error:", "red"), f" there is no bench {name!r}; known: {known}")
         Console(stderr=True).print(message, soft_wrap=True)
         return 2
@@ -53,12 +55,9 @@ def run(args: Sequence[str]) -> int:
 
 
 def _registry() -> Mapping[str, Bench]:
-    """Returns all benches: a module registers its own when it is imported."""
     from sparsecomm import benches
 
-    for module in pkgutil.iter_modules(benches.__path__):
-        importlib.import_module(f"{benches.__name__}.{module.name}")
-    return benches.BENCHES
+    return benches.registry()
 
 
 def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
@@ -90,40 +89,27 @@ def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
     return found
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a result, so that at `path` there is at any time either the old file or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(data, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
 def _command(name: str, bench: Bench) -> typer.Typer:
     """Returns a command line whose one command is this bench."""
     options = options_of(bench)
     hints = get_type_hints(bench)
 
-    def command(json_file: Path | None, **values: Any) -> None:
+    def command(json_file: Path | None, plot: Path | None, **values: Any) -> None:
         given = {key: _parsed(key, value, hints.get(key, str)) for key, value in values.items()}
         # What was not given is left out, so that the bench's own default holds.
-        raise typer.Exit(_measure(name, bench, {k: v for k, v in given.items() if v is not None}, json_file))
+        raise typer.Exit(_measure(name, bench, {k: v for k, v in given.items() if v is not None}, json_file, plot))
 
-    json_option = inspect.Parameter(
-        "json_file",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            Path | None, typer.Option("--json", metavar="FILE", help='Write {"meta": ..., "rows": [...]} here.')
-        ],
-    )
-    parameters = [*options.values(), json_option]
+    json_option = typer.Option("--json", metavar="FILE", help='Write {"meta": ..., "rows": [...]} here.')
+    plot_option = typer.Option("--plot", metavar="DIR", help="Draw the result here, as PNG and SVG.")
+    parameters = [
+        *options.values(),
+        *(
+            inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, option]
+            )
+            for key, option in (("json_file", json_option), ("plot", plot_option))
+        ),
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = _summary(bench)
@@ -132,34 +118,63 @@ def _command(name: str, bench: Bench) -> typer.Typer:
     return app
 
 
-def _measure(name: str, bench: Bench, options: Mapping[str, Any], json_file: Path | None) -> int:
-    """Runs a bench; rank 0 shows and writes what it returns."""
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=160)  # a log or a pipe has room for all columns
+def _measure(
+    name: str, bench: Bench, options: Mapping[str, Any], json_file: Path | None, plot_folder: Path | None
+) -> int:
+    """Runs a bench; rank 0 shows, writes and draws what it returns."""
+    console, errors = bench_console(), Console(stderr=True)
     try:
-        if json_file is not None:  # before the long part
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-        result = bench(**options)
+        if plot_folder is not None:
+            check_drawable(name, bench)
+        for folder in (json_file.parent if json_file else None, plot_folder):  # before the long part
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        result = dict(bench(**options))
         if detect().rank != 0:
             return 0
-        print_table = getattr(sys.modules[bench.__module__], "print_table", None)
+        result["meta"] = {"bench": name, "command": _command_line(name, options)} | dict(result["meta"])
+        print_table = companion(bench, "print_table")
         print_table(result, console) if print_table else _print_rows(name, result, console)
         if json_file is not None:
             write_json(json_file, result)
             console.print(f"written: {json_file}", soft_wrap=True, highlight=False)
+        for file in draw(bench, result, plot_folder) if plot_folder else ():
+            console.print(f"written: {file}", soft_wrap=True, highlight=False)
     except (SparseCommError, OSError) as error:
         errors.print(Text.assemble(("error:", "red"), f" bench {name}: {error}"), soft_wrap=True)
         return 1
     return 0
 
 
+def _command_line(name: str, options: Mapping[str, Any]) -> str:
+    """Returns the line that measures this again."""
+    launch = detect()
+    words = ["sparsecomm", "bench", name]
+    if launch.launcher == "torchrun":
+        words = ["torchrun", "--nproc-per-node", str(launch.size), "-m", *words]
+    elif launch.size > 1:
+        words = ["mpirun", "-n", str(launch.size), *words]
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
 def _print_list(benches: Mapping[str, Bench]) -> None:
     console = Console()
-    console.print("Usage: sparsecomm bench NAME [--json FILE] [OPTIONS]   (NAME --help lists them)\n", markup=False)
+    usage = "Usage: sparsecomm bench NAME [--json FILE] [--plot DIR] [OPTIONS]   (NAME --help lists them)\n"
+    console.print(usage, markup=False)
     table = Table.grid(padding=(0, 2))
     for name in sorted(benches):
         table.add_row(f"  [bold]{name}[/]", _summary(benches[name]))
+    console.print(table)
+    console.print("\nWith result files:\n")
+    table = Table.grid(padding=(0, 2))
+    for name, command in bench_files.COMMANDS.items():
+        table.add_row(f"  [bold]{name}[/]", _summary(command))
     console.print(table)
 
 
@@ -171,14 +186,8 @@ def _print_rows(name: str, result: Mapping[str, Any], console: Console) -> None:
         numbers = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(cell(row.get(column)) for column in columns))
     console.print(table)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _kind(hint: Any) -> tuple[type | None, bool]:
@@ -214,7 +223,7 @@ def _parsed(name: str, value: Any, hint: Any) -> Any:
         raise typer.BadParameter(f"{','.join(value)!r} is not a list of {kind.__name__}s", param_hint=name) from None
 
 
-def _summary(bench: Bench) -> str:
+def _summary(bench: Callable[..., Any]) -> str:
     return (inspect.getdoc(bench) or "").split("\n\n")[0].replace("\n", " ")
 
 

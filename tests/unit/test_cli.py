@@ -17,7 +17,8 @@ from typer.testing import CliRunner, Result
 
 import sparsecomm
 from sparsecomm.cli.app import app
-from sparsecomm.cli.bench import options_of, write_json
+from sparsecomm.cli.bench import options_of
+from sparsecomm.cli.output import write_json
 from sparsecomm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[...
     """A registry with one bench in place of the real one."""
     module = types.ModuleType("sparsecomm.benches")
     module.BENCHES = {"sample": sample}  # type: ignore[attr-defined]
-    module.__path__ = []
+    module.registry = lambda: module.BENCHES  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparsecomm.benches", module)
     monkeypatch.setattr(sparsecomm, "benches", module, raising=False)
     seen.clear()
@@ -92,6 +93,7 @@ def test_bench_lists_what_the_registry_holds() -> None:
         assert done.exit_code == 0
         assert "sample" in done.output
         assert "Measures nothing, twice." in done.output
+        assert {"plot", "report", "compare"} <= set(done.output.split())
 
 
 def test_an_unknown_bench_is_an_error_that_names_the_known() -> None:
@@ -130,7 +132,13 @@ def test_rows_are_shown_and_written_whole(tmp_path: Path) -> None:
     assert done.exit_code == 0
     for expected in ("nothing", "0.1235", "extra", str(file)):
         assert expected in done.output
-    assert json.loads(file.read_text()) == sample()
+    written = json.loads(file.read_text())
+    assert written["rows"] == sample()["rows"]
+    assert written["meta"] == {
+        "bench": "sample",
+        "command": "sparsecomm bench sample --numel 1000 --no-quick",
+        "cpu": "made up",
+    }
     assert [p.name for p in file.parent.iterdir()] == ["rows.json"]
 
 
@@ -149,6 +157,7 @@ def test_the_real_benches_are_found_and_run(monkeypatch: pytest.MonkeyPatch, tmp
     assert done.exit_code == 0, done.output
     result = json.loads(file.read_text())
     assert "torch" in result["meta"]
+    assert result["meta"]["command"] == "sparsecomm bench wire --numel 4096 --densities 0.01 --repeats 2"
     assert {row["density"] for row in result["rows"]} == {0.01}
     assert {"kernels", "wire"} <= set(call("bench").output.split())
 

@@ -1,0 +1,51 @@
+"""How commands show and write results: a console wide enough for tables, cells, and files that are never half."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsecomm.launch import detect
+
+__all__ = ["bench_console", "cell", "write_json"]
+
+_WIDE = 160  # characters
+
+
+def bench_console() -> Console:
+    """Returns a console for tables.
+
+    A log or a pipe has room for all columns; the terminal that mpirun gives to ranks has 80, whatever the user's has.
+    """
+    console = Console()
+    if not console.is_terminal or (detect().size > 1 and "COLUMNS" not in os.environ):
+        return Console(width=_WIDE)
+    return console
+
+
+def cell(value: object) -> str:
+    """Writes a value of a row."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes a result, so that at `path` there is at any time either the old file or the whole new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            json.dump(data, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

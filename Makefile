@@ -45,7 +45,7 @@ bench: install
 
 # every method between four hosts on links of 100 Mbit/s, 1 and 10 Gbit/s: needs root, takes a quarter of an hour
 bench-peers: install
-	$(BIN)/sparsecomm bench peers --json runs/bench_peers.json --plot runs
+	$(BIN)/sparsecomm bench peers --json runs/bench/peers.json --plot runs/bench
 
 fuzz: install
 	$(BIN)/python -m pytest tests/fuzz tests/kernels

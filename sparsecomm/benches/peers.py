@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from sparsecomm.benches import bench, meta, table
 from sparsecomm.benches.methods import Run, load_plugins, runs_of
-from sparsecomm.benches.plots_train import draw_into, plots
+from sparsecomm.benches.plots_train import plots
 from sparsecomm.benches.tasks import Task, task
 from sparsecomm.benches.training import FEWEST_STEPS, error_row
 from sparsecomm.errors import ConfigError
@@ -34,7 +34,7 @@ _STEP_SECONDS = 0.5  # of the default task's computation, four ranks on two core
 _RATE_SECONDS = 12.0  # of dense steps in a run
 
 
-@bench("peers")
+@bench("peers", keys=("method", "rate", "density", "world", "task"), measures=("step_seconds", "exposed_seconds"))
 def run(
     rates: Sequence[str] = ("100mbit", "1gbit", "10gbit"),
     hosts: int = 4,
@@ -45,7 +45,6 @@ def run(
     rounds: int = 2,
     task_name: str = "mlp",
     plugins: Sequence[str] = (),
-    plot: str = "",
 ) -> dict[str, Any]:
     """Times the same training by every method between hosts with links of given rates. Needs root; runs mpirun itself.
 
@@ -62,7 +61,6 @@ def run(
         rounds: how often each run is repeated.
         task_name: mlp (25.2M parameters), cnn or gpt.
         plugins: modules that register more methods, importable on all hosts.
-        plot: folder for pictures; none if empty.
 
     Returns:
         ``{"meta": {...}, "rows": [...]}``, a row a rate and run: method, rate, density, world, task, steps,
@@ -84,9 +82,7 @@ def run(
     runs = [_FLOOR, *(r for r in runs if r != _FLOOR)]
     by_rate = {rate: steps or steps_for(_bits(rate), hosts, _numel(chosen)) for rate in sorted(rates, key=_bits)}
     fastest = max(rates, key=_bits)
-    result = _measure(chosen, runs, by_rate, fastest, hosts, loss_steps, rounds, plugins)
-    draw_into(plot, result)
-    return result
+    return _measure(chosen, runs, by_rate, fastest, hosts, loss_steps, rounds, plugins)
 
 
 def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, rounds: int) -> None:

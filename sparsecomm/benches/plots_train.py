@@ -8,16 +8,9 @@ from typing import Any
 
 from sparsecomm.errors import ConfigError
 
-__all__ = ["draw_into", "plots"]
+__all__ = ["plots"]
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-def draw_into(folder: str, result: Mapping[str, Any]) -> None:
-    """Draws `plots` into a folder that is made if need be; does nothing if its name is empty."""
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        plots(result, Path(folder))
 
 
 def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from rich.console import Console
 import sparsecomm as sc
 from sparsecomm.benches import bench, meta, table
 from sparsecomm.benches.methods import Run, load_plugins, runs_of
-from sparsecomm.benches.plots_train import draw_into, plots
+from sparsecomm.benches.plots_train import plots
 from sparsecomm.benches.tasks import task
 from sparsecomm.benches.training import Schedule, agreed
 from sparsecomm.errors import ConfigError
@@ -21,7 +21,7 @@ __all__ = ["plots", "print_table", "run", "time_to"]
 _FLOOR = Run("none")
 
 
-@bench("train")
+@bench("train", keys=("method", "density", "world", "task"), measures=("step_seconds", "exposed_seconds"))
 def run(
     methods: Sequence[str] = (),
     densities: Sequence[float] = (0.01, 0.001),
@@ -33,7 +33,6 @@ def run(
     seed: int = 0,
     limit: float = 600.0,
     plugins: Sequence[str] = (),
-    plot: str = "",
 ) -> dict[str, Any]:
     """Trains the same model by every method and reports step time, bytes, and the time to a loss. Run it under mpirun.
 
@@ -48,7 +47,6 @@ def run(
         seed: of the model and the examples.
         limit: seconds after which a run counts as hung and the job ends.
         plugins: modules that register more methods.
-        plot: folder for pictures; none if empty.
 
     Returns:
         ``{"meta": {...}, "rows": [...]}``, a row a run: what `training.train` returns, and exposed_seconds
@@ -75,10 +73,7 @@ def run(
     goal = target if target is not None else max(reached, default=None)
     rows = [_with_target(row, rows[0], goal) for row in rows]
     about = {"world": world.size, "transport": world.transport, "task": chosen.name, "target": goal, "seed": seed}
-    result = {"meta": meta() | about | {"lr": lr or chosen.lr}, "rows": rows}
-    if world.rank == 0:
-        draw_into(plot, result)
-    return result
+    return {"meta": meta() | about | {"lr": lr or chosen.lr}, "rows": rows}
 
 
 def _with_target(row: Mapping[str, Any], floor: Mapping[str, Any], goal: float | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sparsecomm.kernels import dispatch
 
 __all__ = ["BENCHES", "Timing", "alternate", "bench", "get", "meta", "table", "verdict"]
 
-_MODULES = ("kernels", "wire")
+_MODULES = ("kernels", "volume", "wire")
 _F = TypeVar("_F", bound=Callable[..., dict[str, Any]])
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {}

@@ -32,6 +32,7 @@ class Bucket:
         residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
         memory: the compressor's.
         velocity: float32, shape (layout.numel,), the momentum u of momentum correction; None without it.
+        shared: what the collective remembers of this bucket, the same on all ranks; lost with the bucket.
         unsettled: an exchanged step that may still have to be taken back, because the optimizer may skip it.
     """
 
@@ -40,6 +41,7 @@ class Bucket:
     residual: torch.Tensor | None = None
     memory: SelectorMemory = field(default_factory=SelectorMemory)
     velocity: torch.Tensor | None = None
+    shared: object = None
     unsettled: Taken | None = None
 
     def settle(self, *, skipped: bool = False) -> None:
@@ -89,14 +91,16 @@ class Taken:
         """Makes the step final after the exchange has succeeded.
 
         What was sent whole leaves the residual; the velocity is zeroed where something was selected (DGC's factor
-        masking); what was put aside comes back.
+        masking); what was put aside comes back, beside what the exchange may have left there in the meantime.
         """
         velocity = self.bucket.velocity
         if self.whole and self.bucket.residual is not None:
             self.bucket.residual.zero_()
         if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
             velocity[self.indices.to(torch.int64)] = 0.0
-        self._restore_held()
+        for place, content in self.held:
+            place.add_(content)
+        self.held = []
 
     def undo(self) -> None:
         """Returns residual and velocity to what they were before the step; to rounding, if no copy was kept."""
@@ -113,9 +117,6 @@ class Taken:
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
         if self.momentum is not None and velocity is not None and self.source is not None:
             _rewind(velocity, self.grad.to(torch.float32) * (self.scale * self.clip), self.momentum)
-        self._restore_held()
-
-    def _restore_held(self) -> None:
         for place, content in self.held:
             place.copy_(content)
         self.held = []

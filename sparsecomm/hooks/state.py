@@ -22,6 +22,7 @@ from sparsecomm.hooks.gradients import check_gradient, unused_spans
 from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
+from sparsecomm.strategies import strategy_of
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.wire import CollectiveKind
 
@@ -107,6 +108,7 @@ class SparseState:
             self.config = self.config.change(**options)
         for known in self._known.values():
             known.bucket.memory = SelectorMemory()
+            known.bucket.shared = None
         self._selectors.clear()
         if not isinstance(self.config.feedback, MomentumCorrection):
             self._velocities = ResidualStore("velocity")
@@ -252,7 +254,7 @@ class SparseState:
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
         momentum = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
-        if collective != CollectiveKind.DENSE or momentum is not None or self._residuals.has(bucket.layout):
+        if strategy_of(collective).needs_residual or momentum is not None or self._residuals.has(bucket.layout):
             bucket.residual = self._residuals.bucket(bucket.layout)
         bucket.velocity = None if momentum is None else self._velocities.bucket(bucket.layout)
         clip_norm = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -62,14 +63,12 @@ def run(
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"kind = {kind!r} does not exist; known are {', '.join(KINDS)}")
-    if value_codec.upper() not in ValueCodec.__members__:
-        raise ConfigError(
-            f"value_codec = {value_codec!r} does not exist; known are {', '.join(ValueCodec.__members__)}"
-        )
+    codecs = {c.name.lower(): c for c in ValueCodec}
+    if value_codec not in codecs:
+        raise ConfigError(f"value_codec = {value_codec!r} does not exist; known are {', '.join(codecs)}")
     if steps < 1 or k < 1 or any(p < 2 for p in ranks) or any(not 0 < d <= 1 for d in densities):
-        raise ConfigError(
-            f"need steps, k >= 1, ranks >= 2, densities in (0, 1], got {steps}, {k}, {ranks}, {densities}"
-        )
+        given = f"steps = {steps}, k = {k}, ranks = {tuple(ranks)}, densities = {tuple(densities)}"
+        raise ConfigError(f"need steps and k >= 1, ranks >= 2, densities in (0, 1], got {given}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
@@ -81,7 +80,7 @@ def run(
                     for kind in kinds:
                         many = max(k, 16 * size)
                         numel = round(many / density)
-                        cell = _Cell(name, size, numel, many, kind, ValueCodec[value_codec.upper()])
+                        cell = _Cell(name, size, numel, many, kind, codecs[value_codec])
                         rows.append(cell.measure(steps) | {"density": density})
     finally:
         torch.set_num_threads(threads)
@@ -117,7 +116,8 @@ def _some(start: int, width: int, k: int, g: torch.Generator) -> torch.Tensor:
         return start + torch.randperm(width, generator=g)[:k].sort().values
     found = torch.empty(0, dtype=torch.int64)
     while found.numel() < k:
-        found = torch.cat([found, torch.randint(width, (k + k // 8 + 16,), generator=g)]).unique()
+        more = torch.randint(width, (k + k // 8 + 16,), generator=g)
+        found = torch.from_numpy(np.union1d(found.numpy(), more.numpy()))
     drop = torch.randperm(found.numel(), generator=g)[:k].sort().values
     return start + found[drop]
 

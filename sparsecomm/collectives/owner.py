@@ -32,7 +32,9 @@ class Owner:
 
     def __init__(self, split: Split) -> None:
         self.split = split
-        self.start, self.span = split.region(split.channel.rank)
+        assert split.regions is not None, "regions come first"
+        self._regions = split.regions
+        self.start, self.span = split.regions.place(split.here)
         self.dropped = split.buffer("dropped", self.span, torch.float32)
         self.finite = True
         self._parts: dict[int, Pairs] = {}
@@ -41,7 +43,7 @@ class Owner:
     def collect(self) -> CollectiveSteps[None]:
         """Steps 2 and 3: sends this rank's parts, receives and decodes those of its region."""
         split, here = self.split, self.split.channel.rank
-        first, last = split.cuts[here], split.cuts[here + 1]
+        first, last = split.cuts[split.here], split.cuts[split.here + 1]
         mine = split.buffer("own indices", last - first, torch.uint32, reserve=split.capacity)
         self._parts[here] = (shifted(split.pairs[0][first:last], -self.start, mine), split.pairs[1][first:last])
         sources = {r: self.span for r in range(split.channel.size) if r != here}
@@ -113,7 +115,7 @@ class Owner:
 
         Args:
             segments: all slices.
-            counts: nonzeros kept by each owner.
+            counts: nonzeros kept in each region.
 
         Returns:
             The slices that this rank holds, one part after the other.
@@ -122,7 +124,7 @@ class Owner:
         mine = [s for s in segments if s.owner == here]
         held = [s for s in segments if s.holder == here]
         codecs = split.codecs
-        places = [s.place(0, self.span, counts[here]) for s in mine]
+        places = [s.place(0, self.span, counts[s.region]) for s in mine]
         rooms = [
             max_part_bytes(s.count, span, codecs.values, codecs.indices)
             for s, (_, span) in zip(mine, places, strict=True)
@@ -147,7 +149,9 @@ class Owner:
             for a in arrivals:
                 parts[a.source] = torch.cat([a.head, a.body])
 
-        sources = {s.owner: s.place(*split.region(s.owner), counts[s.owner])[1] for s in held if s.owner != here}
+        sources = {
+            s.owner: s.place(*self._regions.place(s.region), counts[s.region])[1] for s in held if s.owner != here
+        }
         key = (split.bucket, "slices")
         yield from exchange_parts(split.channel, outgoing, sources, arrived, split.arena, key, split.bucket)
         total = sum(p.numel() for p in parts.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ LIFETIME = 64
 """Steps that regions are used for (Ok-Topk's tau)."""
 KEEP_ALL = 2.0**-149
 """The smallest positive float32: a threshold that keeps whatever is not zero."""
-_SAMPLES = 16384
+_SAMPLES = 2048
 _GAIN = 1 / 8  # counts fall with the 4th to 10th power of the threshold in the tails of gradients
 _NUDGE = 0.1
 
@@ -41,7 +41,8 @@ class Regions:
     """What ranks remember together of one bucket; the same on all of them.
 
     Attributes:
-        bounds: int64, shape (P + 1,), ascending from 0 to n: rank r owns bounds[r] .. bounds[r + 1] - 1.
+        bounds: int64, shape (P + 1,), ascending from 0 to n: region g is bounds[g] .. bounds[g + 1] - 1.
+        owners: ranks by region.
         k: nonzeros each rank was asked to select when they were made.
         made: step at which they were made.
         used: last step that they were used in.
@@ -50,6 +51,7 @@ class Regions:
     """
 
     bounds: npt.NDArray[np.int64]
+    owners: tuple[int, ...]
     k: int
     made: int
     used: int
@@ -57,8 +59,13 @@ class Regions:
     tag: int = field(init=False)
 
     def __post_init__(self) -> None:
-        numbers = struct.pack("<qqqd", self.k, self.made, self.used, self.threshold)
+        numbers = struct.pack(f"<qqqd{len(self.owners)}I", self.k, self.made, self.used, self.threshold, *self.owners)
         object.__setattr__(self, "tag", zlib.crc32(self.bounds.tobytes(), zlib.crc32(numbers)) or 1)
+
+    def place(self, region: int) -> tuple[int, int]:
+        """Returns a region's first position and its length."""
+        start = int(self.bounds[region])
+        return start, int(self.bounds[region + 1]) - start
 
     def fit(self, size: int, numel: int, k: int, step: int) -> bool:
         """Returns whether they may be used: for this world and bucket, about this k, and the step after the last."""
@@ -84,12 +91,12 @@ class Regions:
             # Plain arithmetic, no power or logarithm: these round alike on every machine.
             drift = (kept - wanted) / wanted * _GAIN
             threshold = max(KEEP_ALL, threshold * (1.0 + min(_NUDGE, max(-_NUDGE, drift))))
-        return Regions(self.bounds, self.k, self.made, step, threshold)
+        return replace(self, used=step, threshold=threshold)
 
 
 def samples_of(size: int) -> int:
-    """Returns how many quantiles each of `size` ranks contributes: all together at most 64 KB, spread over 64 steps."""
-    return max(16, min(256, _SAMPLES // size))
+    """Returns how many quantiles each of `size` ranks contributes, once in 64 steps."""
+    return max(16, min(128, _SAMPLES // size))
 
 
 def new_bounds(
@@ -106,7 +113,9 @@ def new_bounds(
 
     1. Contribute the number of selected positions and their quantiles.
     2. The union is a distribution function of all ranks' positions together, linear between samples.
-    3. Region r ends where it reaches (r + 1) / P.
+    3. Region g ends where it reaches (g + 1) / P.
+    4. The rank with the most samples in a region owns it, as far as each owns one: what is there already need not
+       travel.
 
     Args:
         channel: the ranks.
@@ -122,7 +131,7 @@ def new_bounds(
         WireError: if a rank's samples are damaged; names it.
     """
     size = channel.size
-    _, positions, weights = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
+    counts, positions, weights = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
     bounds = np.linspace(0, numel, size + 1).astype(np.int64)
     if len(positions):
         order = np.argsort(positions, kind="stable")
@@ -130,7 +139,27 @@ def new_bounds(
         targets = reached[-1] * np.arange(1, size) / size
         inner = np.ceil(np.interp(targets, reached, positions[order])).astype(np.int64)
         bounds[1:-1] = np.clip(inner, 0, min(numel, 2**32 - 1))
-    return Regions(bounds, k, step, step, float("nan"))
+    held = np.searchsorted(bounds[1:-1], positions, side="right") if len(positions) else np.empty(0, np.int64)
+    owners = _owners(np.repeat(np.flatnonzero(counts), samples_of(size)), held, size)
+    return Regions(bounds, owners, k, step, step, float("nan"))
+
+
+def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: int) -> tuple[int, ...]:
+    """Gives regions to ranks, those with the most samples first; what is left goes in order of rank.
+
+    Args:
+        ranks: whose each sample is.
+        regions: where each sample is.
+        size: number of ranks.
+    """
+    pairs, votes = np.unique(ranks * size + regions, return_counts=True)
+    owners, taken = [-1] * size, [False] * size
+    for pair in pairs[np.argsort(-votes, kind="stable")].tolist():
+        rank, region = divmod(pair, size)
+        if owners[region] < 0 and not taken[rank]:
+            owners[region], taken[rank] = rank, True
+    free = (r for r in range(size) if not taken[r])
+    return tuple(next(free) if r < 0 else r for r in owners)
 
 
 def new_threshold(

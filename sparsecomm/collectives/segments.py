@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives.parts import Pairs, decode_pairs, read_header_of, shifted
+from sparsecomm.collectives.regions import Regions
 from sparsecomm.errors import WireError
 from sparsecomm.wire import PART_HEADER_BYTES
 
@@ -23,12 +22,14 @@ class Segment:
     """A slice of what an owner has kept.
 
     Attributes:
-        owner: rank whose region it is of; it has encoded it.
+        region: region that it is of.
+        owner: rank that owns the region and has encoded the slice.
         holder: rank that hands it on.
         first: its first entry in the owner's list.
         last: one past its last.
     """
 
+    region: int
     owner: int
     holder: int
     first: int
@@ -52,27 +53,29 @@ class Segment:
         return (start + self.first, self.count) if kept == span else (start, span)
 
 
-def segments_of(counts: Sequence[int], *, even: bool) -> list[Segment]:
+def segments_of(counts: Sequence[int], owners: Sequence[int], *, even: bool) -> list[Segment]:
     """Returns all slices, in the order of positions.
 
     Args:
-        counts: nonzeros kept by each owner.
+        counts: nonzeros kept in each region.
+        owners: ranks by region.
         even: whether each rank is to hold about the same number; else owners hold their own.
     """
     if not even:
-        return [Segment(r, r, 0, count) for r, count in enumerate(counts) if count]
+        return [Segment(g, r, r, 0, count) for g, (r, count) in enumerate(zip(owners, counts, strict=True)) if count]
     size, total = len(counts), sum(counts)
-    shares = [total * h // size for h in range(size + 1)]
+    shares = [total * h // size for h in range(size + 1)]  # in the order of regions: most of a slice stays at home
     starts = [0, *accumulate(counts)]
-    found, owner, holder = [], 0, 0
-    while owner < size and holder < size:
-        first, last = max(starts[owner], shares[holder]), min(starts[owner + 1], shares[holder + 1])
+    found, region, share = [], 0, 0
+    while region < size and share < size:
+        first, last = max(starts[region], shares[share]), min(starts[region + 1], shares[share + 1])
         if first < last:
-            found.append(Segment(owner, holder, first - starts[owner], last - starts[owner]))
-        if starts[owner + 1] <= shares[holder + 1]:
-            owner += 1
+            slice_ = (first - starts[region], last - starts[region])
+            found.append(Segment(region, owners[region], owners[share], *slice_))
+        if starts[region + 1] <= shares[share + 1]:
+            region += 1
         else:
-            holder += 1
+            share += 1
     return found
 
 
@@ -80,7 +83,7 @@ def decode_blocks(
     blocks: Sequence[torch.Tensor],
     segments: Sequence[Segment],
     counts: Sequence[int],
-    bounds: npt.NDArray[np.int64],
+    regions: Regions,
     arena: Arena,
     bucket: int,
 ) -> Pairs:
@@ -89,8 +92,8 @@ def decode_blocks(
     Args:
         blocks: uint8, by holder.
         segments: all slices.
-        counts: nonzeros kept by each owner.
-        bounds: of the regions.
+        counts: nonzeros kept in each region.
+        regions: in use.
         arena: gives the result's buffers, which all buckets share.
         bucket: for errors.
 
@@ -106,8 +109,7 @@ def decode_blocks(
     read = [0] * len(blocks)
     offset = 0
     for s in segments:
-        start, end = int(bounds[s.owner]), int(bounds[s.owner + 1])
-        start, span = s.place(start, end - start, counts[s.owner])
+        start, span = s.place(*regions.place(s.region), counts[s.region])
         rest = blocks[s.holder][read[s.holder] :]
         where = {"rank": s.owner, "bucket": bucket}
         header = read_header_of(rest, span, **where)

@@ -57,11 +57,11 @@ class Split:
         """How many nonzeros to keep in all; None for all there are."""
         return None if self.keep_all or self.channel.size == 1 else self.k
 
-    def region(self, rank: int) -> tuple[int, int]:
-        """Returns the first position of a rank's region and its length."""
+    @property
+    def here(self) -> int:
+        """The region that this rank owns."""
         assert self.regions is not None, "regions come first"
-        start = int(self.regions.bounds[rank])
-        return start, int(self.regions.bounds[rank + 1]) - start
+        return self.regions.owners.index(self.channel.rank)
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype, *, reserve: int = 0) -> torch.Tensor:
         """Returns a buffer of this bucket's own."""
@@ -71,36 +71,27 @@ class Split:
         """Cuts what is selected at these regions and encodes the others' parts. Mutates cuts, parts and error."""
         self.regions = regions
         indices, values = self.pairs
-        nnz, here = values.numel(), self.channel.rank
+        nnz, here, size, codecs = values.numel(), self.here, self.channel.size, self.codecs
         inner = np.searchsorted(indices.numpy(), regions.bounds[1:-1].astype(np.uint32))
         cuts = self.cuts = [0, *inner.tolist(), nnz]
-        rooms = [0] * self.channel.size
-        for r in range(self.channel.size):
-            if r != here:
-                span = self.region(r)[1]
-                rooms[r] = max_part_bytes(cuts[r + 1] - cuts[r], span, self.codecs.values, self.codecs.indices)
+        rooms = [
+            max_part_bytes(cuts[g + 1] - cuts[g], regions.place(g)[1], codecs.values, codecs.indices)
+            for g in range(size)
+        ]
         total = sum(rooms)
         out = self.buffer("parts", total, torch.uint8, reserve=total * self.capacity // max(nnz, 1))
         self.error = self.buffer("error", nnz, torch.float32, reserve=self.capacity)
-        self.error[cuts[here] : cuts[here + 1]] = 0.0
         self.parts, offset = {}, 0
-        for r in range(self.channel.size):
-            if r == here:
+        for g in range(size):
+            first, last = cuts[g], cuts[g + 1]
+            if g == here:
+                self.error[first:last] = 0.0
                 continue
-            start, span = self.region(r)
-            first, last = cuts[r], cuts[r + 1]
+            start, span = regions.place(g)
+            room, error = out[offset : offset + rooms[g]], self.error[first:last]
             relative = self.relative(first, last, start)
-            room = out[offset : offset + rooms[r]]
-            written = encode_part(
-                relative,
-                values[first:last],
-                span,
-                self.codecs.values,
-                self.codecs.indices,
-                room,
-                self.error[first:last],
-            )
-            self.parts[r] = room[:written]
+            written = encode_part(relative, values[first:last], span, codecs.values, codecs.indices, room, error)
+            self.parts[regions.owners[g]] = room[:written]
             offset += written
 
     def relative(self, first: int, last: int, start: int) -> torch.Tensor:

@@ -102,22 +102,22 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
             estimated = True
         owner.select(threshold)
         owner.encode_whole()
-        counts, lengths, finite = yield from _announce(split, owner.values.numel(), owner.block, owner.finite)
+        counts, lengths, finite = yield from _announce(split, regions, owner.values.numel(), owner.block, owner.finite)
         if not finite:
             return None
         if estimated or wanted is None or not _far_off(sum(counts), wanted, threshold):
             break
         threshold = math.nan
-    moved = _is_uneven(counts, lengths)
-    segments = segments_of(counts, even=moved)
+    moved = _is_uneven(lengths)
+    segments = segments_of(counts, regions.owners, even=moved)
     block = owner.block
     if moved:
         block = yield from owner.rebalance(segments, counts)
-        _, lengths, _ = yield from _announce(split, 0, block, True)
+        _, lengths, _ = yield from _announce(split, regions, 0, block, True)
     total = sum(lengths)
     key = (split.bucket, "gathered")
     blocks = yield from allgather_blocks(split.channel, block, lengths, split.arena, key, reserve=2 * total)
-    pairs = decode_blocks(blocks, segments, counts, regions.bounds, split.arena, split.bucket)
+    pairs = decode_blocks(blocks, segments, counts, regions, split.arena, split.bucket)
     kept, goal = sum(counts), wanted or 0
     return Reduced(
         pairs=pairs,
@@ -137,20 +137,20 @@ def _far_off(kept: int, wanted: int, threshold: float) -> bool:
     return not 2 * wanted - _SLACK <= 3 * kept <= 4 * wanted + _SLACK
 
 
-def _is_uneven(counts: list[int], lengths: list[int]) -> bool:
+def _is_uneven(lengths: list[int]) -> bool:
     """Returns whether to even the blocks out: of its own a rank sends log2 P copies in the gather."""
-    size = len(counts)
+    size = len(lengths)
     excess = (max(lengths) - sum(lengths) / size) * (size - 1).bit_length()
     return excess > _UNEVEN * sum(lengths) and excess > _WORTH_MOVING
 
 
 def _announce(
-    split: Split, kept: int, block: torch.Tensor, finite: bool
+    split: Split, regions: Regions, kept: int, block: torch.Tensor, finite: bool
 ) -> CollectiveSteps[tuple[list[int], list[int], bool]]:
     """Tells all ranks how many nonzeros this rank keeps and in how many bytes.
 
     Returns:
-        Both by rank, and whether all sums are finite.
+        The nonzeros by region, the bytes by rank, and whether all sums are finite.
     """
     mine = split.buffer("announcement", _ANNOUNCEMENT.size, torch.uint8)
     view: Any = mine.numpy()
@@ -158,7 +158,8 @@ def _announce(
     struct.pack_into("<I", view, _ANNOUNCEMENT.size - 4, kernels.crc32c(mine[:-4]))
     key = (split.bucket, "announcements")
     blocks = yield from allgather_fixed(split.channel, mine, split.arena, key)
-    counts, lengths, all_finite = [], [], True
+    region_of = {owner: g for g, owner in enumerate(regions.owners)}
+    counts, lengths, all_finite = [0] * len(blocks), [], True
     for rank, theirs in enumerate(blocks):
         view = theirs.numpy()
         count, length, flags, crc = _ANNOUNCEMENT.unpack_from(view, 0)
@@ -167,10 +168,11 @@ def _announce(
             raise WireError("announcement_crc", hex(crc), "not the announcement's checksum", **where)
         if flags & ~_NONFINITE:
             raise WireError("flags", flags, "unknown bits", **where)
-        span = split.region(rank)[1]
+        region = region_of[rank]
+        span = regions.place(region)[1]
         if count > span:
             raise WireError("kept", count, f"more than the {span} elements of the region", **where)
-        counts.append(count)
+        counts[region] = count
         lengths.append(length)
         all_finite &= not flags & _NONFINITE
     return counts, lengths, all_finite

@@ -135,7 +135,9 @@ class Owner:
         offset = 0
         for s, room, (start, span) in zip(mine, rooms, places, strict=True):
             indices = self.indices[s.first : s.last]
-            relative = shifted(indices, -start, split.arena.get("relative indices", s.count, torch.uint32))
+            relative = shifted(
+                indices, -start, split.arena.get("relative indices", s.count, torch.uint32, reserve=split.capacity)
+            )
             place = out[offset : offset + room]
             values, error = self.values[s.first : s.last], self.error[s.first : s.last]
             written = encode_part(relative, values, span, codecs.values, codecs.indices, place, error)

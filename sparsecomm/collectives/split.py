@@ -97,4 +97,5 @@ class Split:
     def relative(self, first: int, last: int, start: int) -> torch.Tensor:
         """Returns some of the selected positions relative to a region's start, in a buffer that all buckets share."""
         chosen = self.pairs[0][first:last]
-        return shifted(chosen, -start, self.arena.get("relative indices", last - first, torch.uint32))
+        out = self.arena.get("relative indices", last - first, torch.uint32, reserve=self.capacity)
+        return shifted(chosen, -start, out)

@@ -111,10 +111,11 @@ class Taken:
             return
         residual, velocity = self.bucket.residual, self.bucket.velocity
         if self.accumulated and residual is not None and self.source is not None:
-            residual[self.indices.to(torch.int64)] = self.values
             step = self.source if self.momentum is not None else self.grad.to(torch.float32) * self.scale
             # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+            chosen = self.indices.to(torch.int64)
+            residual[chosen] = self.values - step[chosen]
         if self.momentum is not None and velocity is not None and self.source is not None:
             _rewind(velocity, self.grad.to(torch.float32) * (self.scale * self.clip), self.momentum)
         for place, content in self.held:

@@ -9,12 +9,13 @@ from typing import Any
 from sparsecomm.compress import Compressor, ErrorFeedback, Feedback, TopK
 from sparsecomm.compress.base import SparsifyingCompressor
 from sparsecomm.errors import ConfigError
+from sparsecomm.strategies import strategies
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseConfig"]
 
-_COLLECTIVES = {"auto": None, "allgather": CollectiveKind.ALLGATHER, "dense": CollectiveKind.DENSE}
+_COLLECTIVES = {"auto": None} | {name: strategy.kind for name, strategy in strategies().items()}
 _VALUE_CODECS = {c.name.lower(): c for c in ValueCodec}
 _INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
 
@@ -27,7 +28,8 @@ class SparseConfig:
         compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
             applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
-        collective: "auto" (the one that moves fewer bytes), "allgather" or "dense".
+        collective: "auto" (of the next two the one that moves fewer bytes), "allgather", "dense", "split_reduce" (whose
+            bytes do not grow with the number of ranks) or "ssar" (the same without selecting again).
         value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets of fewer elements are exchanged densely.

@@ -25,6 +25,7 @@ from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Bucket, Plan, blank_header, exchange
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
+from sparsecomm.strategies import strategy_named
 from sparsecomm.transport import AgreedError, VirtualWorld
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, encode_payload, max_payload_bytes, read_header
@@ -45,12 +46,18 @@ def layout(numel: int, name: str = "weight") -> BucketLayout:
 
 
 def plan(
-    numel: int, *, density: float = 0.1, compressor: Compressor | None = None, dense: bool = False, **options: Any
+    numel: int,
+    *,
+    density: float = 0.1,
+    compressor: Compressor | None = None,
+    dense: bool = False,
+    collective: str = "allgather",
+    **options: Any,
 ) -> Plan:
     """A plan for `numel` elements; `options` are those of `Plan`."""
     chosen = TopK(density) if compressor is None else compressor
     step = options.setdefault("step", 0)
-    kind = CollectiveKind.DENSE if dense else CollectiveKind.ALLGATHER
+    kind = strategy_named("dense" if dense else collective).kind
     return Plan(collective=kind, compressor=chosen, k=chosen.k_for(numel, step), **options)
 
 

@@ -1,15 +1,26 @@
 """Exchanges between ranks, one algorithm a file, each a generator over a channel."""
 
-from sparsecomm.collectives.agree import agree
-from sparsecomm.collectives.allgather import allgather_bodies, allgather_fixed
+from sparsecomm.collectives.agree import Agreement, agree
+from sparsecomm.collectives.allgather import allgather_blocks, allgather_bodies, allgather_fixed
 from sparsecomm.collectives.choose import choose_collective, dense_ring_bytes
+from sparsecomm.collectives.parts import Codecs
+from sparsecomm.collectives.regions import Regions
 from sparsecomm.collectives.ring import ring_allreduce
+from sparsecomm.collectives.split import Split
+from sparsecomm.collectives.split_reduce import Reduced, split_reduce
 
 __all__ = [
+    "Agreement",
+    "Codecs",
+    "Reduced",
+    "Regions",
+    "Split",
     "agree",
+    "allgather_blocks",
     "allgather_bodies",
     "allgather_fixed",
     "choose_collective",
     "dense_ring_bytes",
     "ring_allreduce",
+    "split_reduce",
 ]

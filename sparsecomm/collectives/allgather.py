@@ -1,18 +1,19 @@
-"""Allgather of small blocks of one size, and of bodies whose sizes are known: the two halves of a sparse allgather.
+"""Allgather of small blocks of one size, and of bodies whose sizes are known.
 
-Cost: ceil(log2 P) alpha for the headers, then (P - 1) alpha and (P - 1) payloads.
+Cost: ceil(log2 P) alpha for blocks, sizes known or equal; (P - 1) alpha for bodies sent by their owner to each rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import accumulate
 
 import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
 
-__all__ = ["allgather_bodies", "allgather_fixed"]
+__all__ = ["allgather_blocks", "allgather_bodies", "allgather_fixed"]
 
 
 def allgather_fixed(
@@ -34,17 +35,44 @@ def allgather_fixed(
     Returns:
         The blocks by rank, views into the arena that hold until its next use of the key.
     """
-    size, rank, block = channel.size, channel.rank, mine.numel()
-    work = arena.get((key, "fixed"), size * block, torch.uint8)
-    work[:block] = mine
+    return (yield from allgather_blocks(channel, mine, [mine.numel()] * channel.size, arena, key))
+
+
+def allgather_blocks(
+    channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable, *, reserve: int = 0
+) -> CollectiveSteps[list[torch.Tensor]]:
+    """Gathers a block of known length from every rank in ceil(log2 P) rounds. Collective.
+
+    As `allgather_fixed`, of which it is the general form. Others' blocks are passed on, so that a rank sends about as
+    much as it receives, but of a block much longer than the others its owner sends log2 P copies.
+
+    Args:
+        channel: the ranks.
+        mine: uint8, shape (lengths[rank],).
+        lengths: bytes of each rank's block, the same list on all ranks.
+        arena: gives the work buffer.
+        key: names the work buffer.
+        reserve: bytes that all blocks together may grow to in later steps.
+
+    Returns:
+        The blocks by rank, views into the arena that hold until its next use of the key.
+    """
+    size, rank = channel.size, channel.rank
+    starts = [0, *accumulate(lengths[(rank + i) % size] for i in range(size))]
+    work = arena.get((key, "blocks"), starts[size], torch.uint8, reserve=reserve)
+    work[: starts[1]] = mine
     filled = 1
     while filled < size:
         count = min(filled, size - filled)
-        receive = channel.irecv(work[filled * block : (filled + count) * block], (rank + filled) % size)
-        send = channel.isend(work[: count * block], (rank - filled) % size)
-        yield [receive, send]
+        requests = []
+        if starts[filled + count] > starts[filled]:
+            requests.append(channel.irecv(work[starts[filled] : starts[filled + count]], (rank + filled) % size))
+        if starts[count]:
+            requests.append(channel.isend(work[: starts[count]], (rank - filled) % size))
+        if requests:
+            yield requests
         filled += count
-    slots = [work[i * block : (i + 1) * block] for i in range(size)]
+    slots = [work[starts[i] : starts[i + 1]] for i in range(size)]
     return [slots[(r - rank) % size] for r in range(size)]
 
 

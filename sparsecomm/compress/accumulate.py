@@ -35,6 +35,7 @@ class Bucket:
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
         second_moment: float32, shape (layout.numel,), of Adam correction; None without it.
         age: steps the moments have seen when the next exchange is done.
+        shared: what the collective remembers of this bucket, the same on all ranks; lost with the bucket.
         unsettled: an exchanged step that may still have to be taken back, because the optimizer may skip it.
     """
 
@@ -45,6 +46,7 @@ class Bucket:
     velocity: torch.Tensor | None = None
     second_moment: torch.Tensor | None = None
     age: int = 1
+    shared: object = None
     unsettled: Taken | None = None
 
     def settle(self, *, skipped: bool = False) -> None:
@@ -94,14 +96,16 @@ class Taken:
         """Makes the step final after the exchange has succeeded.
 
         What was sent whole leaves the residual; the velocity is zeroed where something was selected (DGC's factor
-        masking); what was put aside comes back.
+        masking); what was put aside comes back, beside what the exchange may have left there in the meantime.
         """
         velocity = self.bucket.velocity
         if self.whole and self.bucket.residual is not None:
             self.bucket.residual.zero_()
         if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
             velocity[self.indices.to(torch.int64)] = 0.0
-        self._restore_held()
+        for place, content in self.held:
+            place.add_(content)
+        self.held = []
 
     def undo(self) -> None:
         """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
@@ -112,15 +116,13 @@ class Taken:
             return
         residual, velocity = self.bucket.residual, self.bucket.velocity
         if self.accumulated and residual is not None and self.source is not None:
-            residual[self.indices.to(torch.int64)] = self.values
             step = self.source if self.momentum is not None else self.grad.to(torch.float32) * self.scale
             # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+            chosen = self.indices.to(torch.int64)
+            residual[chosen] = self.values - step[chosen]
         if self.momentum is not None and velocity is not None and self.source is not None:
             rewind(self.momentum, velocity, self.bucket.second_moment, self.grad, self.scale * self.clip)
-        self._restore_held()
-
-    def _restore_held(self) -> None:
         for place, content in self.held:
             place.copy_(content)
         self.held = []

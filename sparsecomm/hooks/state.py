@@ -22,6 +22,7 @@ from sparsecomm.hooks.gradients import check_gradient, unused_spans
 from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
+from sparsecomm.strategies import strategy_of
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.wire import CollectiveKind
 
@@ -107,6 +108,7 @@ class SparseState:
             self.config = self.config.change(**options)
         for known in self._known.values():
             known.bucket.memory = SelectorMemory()
+            known.bucket.shared = None
         self._selectors.clear()
         for kind in set(self._memories) - {"residual", *self._moments()}:
             self._memories[kind] = ResidualStore(kind)
@@ -254,7 +256,7 @@ class SparseState:
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
         moments, residuals = self._moments(), self._memories["residual"]
-        if collective != CollectiveKind.DENSE or moments or residuals.has(bucket.layout):
+        if strategy_of(collective).needs_residual or moments or residuals.has(bucket.layout):
             bucket.residual = residuals.bucket(bucket.layout)
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._memories[kind].bucket(bucket.layout) if kind in moments else None)

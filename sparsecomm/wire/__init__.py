@@ -12,6 +12,14 @@ from sparsecomm.wire.header import (
     read_header,
     write_header,
 )
+from sparsecomm.wire.part import (
+    PART_HEADER_BYTES,
+    PartHeader,
+    decode_part,
+    encode_part,
+    max_part_bytes,
+    read_part_header,
+)
 from sparsecomm.wire.payload import (
     check_body,
     choose_index_codec,
@@ -27,15 +35,21 @@ __all__ = [
     "HEADER_BYTES",
     "MAGIC",
     "MAX_ERROR_BYTES",
+    "PART_HEADER_BYTES",
     "VERSION",
     "CollectiveKind",
     "Header",
+    "PartHeader",
     "check_body",
     "choose_index_codec",
     "decode_body",
+    "decode_part",
     "encode_error",
+    "encode_part",
     "encode_payload",
+    "max_part_bytes",
     "max_payload_bytes",
     "read_header",
+    "read_part_header",
     "write_header",
 ]

@@ -48,6 +48,11 @@ class CollectiveKind(IntEnum):
 
     ALLGATHER = 1
     DENSE = 2
+    SPLIT_REDUCE = 3
+    SSAR = 4
+
+
+_WITH_PLAN = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR)
 
 
 @dataclass(slots=True)
@@ -65,11 +70,12 @@ class Header:
         step: training step.
         layout_hash: 64-bit hash of the bucket's parameter names and shapes.
         numel: elements in the dense bucket.
-        nnz: nonzeros in the body.
+        nnz: nonzeros in the body; of a split-reduce, which has none, k.
         index_bytes: length of the index part of the body.
         value_bytes: length of the value part of the body.
         value_scale: factor on decoded FP16 values; 1 otherwise.
         body_crc: CRC32C of the body.
+        plan: tag of the regions that the sender is going to use in a split-reduce; 0 if it has none.
     """
 
     flags: int
@@ -87,6 +93,7 @@ class Header:
     value_bytes: int
     value_scale: float = 1.0
     body_crc: int = 0
+    plan: int = 0
 
     @property
     def body_bytes(self) -> int:
@@ -112,7 +119,7 @@ def write_header(header: Header, out: torch.Tensor) -> None:
         h.rank,
         h.world,
         h.bucket,
-        0,
+        h.plan,
         h.step,
         h.layout_hash,
         h.numel,
@@ -141,7 +148,7 @@ def read_header(data: torch.Tensor) -> Header:
     view: Any = data.numpy()
     fields = _FORMAT.unpack_from(view, 0)
     magic, version, flags, collective, value_codec, index_codec, pad0, pad1 = fields[:8]
-    rank, world, bucket, pad2 = fields[8:12]
+    rank, world, bucket, plan = fields[8:12]
     if magic != MAGIC:
         raise WireError("magic", magic, f"expected {MAGIC!r}")
     if version != VERSION:
@@ -149,8 +156,8 @@ def read_header(data: torch.Tensor) -> Header:
     crc = kernels.crc32c(data[:_HEADER_CRC_OFFSET])
     if crc != fields[20]:
         raise WireError("header_crc", hex(fields[20]), f"the header's checksum is {crc:#x}")
-    if pad0 or pad1 or pad2:
-        raise WireError("reserved", (pad0, pad1, pad2), "must be zero")
+    if pad0 or pad1:
+        raise WireError("reserved", (pad0, pad1), "must be zero")
     if flags & ~(FLAG_NONFINITE | FLAG_ERROR):
         raise WireError("flags", flags, "unknown bits")
     header = Header(
@@ -169,6 +176,7 @@ def read_header(data: torch.Tensor) -> Header:
         value_bytes=fields[17],
         value_scale=fields[18],
         body_crc=fields[19],
+        plan=plan,
     )
     _check_sizes(header)
     return header
@@ -197,11 +205,16 @@ def _check_sizes(h: Header) -> None:
         raise WireError("value_scale", h.value_scale, "must be finite and positive")
     if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0:
         raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
+    if h.plan and h.collective not in _WITH_PLAN:
+        raise WireError("plan", h.plan, f"{h.collective.name} has none")
     if h.flags & FLAG_ERROR:
         _at_most(h, "an error message", nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
         return
     if h.collective == CollectiveKind.DENSE:
         _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)
+        return
+    if h.collective in _WITH_PLAN:
+        _at_most(h, "a split-reduce, which sends its parts later,", index_bytes=0, value_bytes=0)
         return
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
         raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")

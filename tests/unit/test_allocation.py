@@ -54,21 +54,25 @@ def test_the_arena_gives_empty_tensors() -> None:
     assert Arena().get("none", 0, torch.uint32).numel() == 0
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize(
+    ("compressor", "collective"),
+    [*((c, "allgather") for c in COMPRESSORS), (TopK(0.01), "split_reduce"), (TopK(0.01), "ssar")],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [1, 3])
-def test_the_arena_stops_growing_after_warm_up(compressor: Compressor, size: int) -> None:
+def test_the_arena_stops_growing_after_warm_up(compressor: Compressor, collective: str, size: int) -> None:
     cluster = Cluster(size, N)
+    warm_up = 10 if collective == "allgather" else 20  # parts vary from step to step
 
     def step(number: int) -> None:
         grads = [gradient("normal", N, torch.float32, 100 * number + r) * (1 + r) for r in range(size)]
-        cluster.step(
-            grads, plan(N, compressor=compressor, dense=compressor.is_dense, step=number, value_codec=ValueCodec.FP16)
-        )
+        how = {"dense": compressor.is_dense, "collective": collective, "value_codec": ValueCodec.FP16}
+        cluster.step(grads, plan(N, compressor=compressor, step=number, **how))
 
-    for number in range(10):
+    for number in range(warm_up):
         step(number)
     warm = [a.allocations for a in cluster.arenas]
-    for number in range(10, 60):
+    for number in range(warm_up, 60):
         step(number)
     assert [a.allocations for a in cluster.arenas] == warm
 
@@ -90,10 +94,12 @@ def test_the_arena_stops_growing_even_if_payloads_vary_as_much_as_the_compressor
     assert [a.allocations for a in cluster.arenas] == warm
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize(
+    ("compressor", "collective"), [*((c, "allgather") for c in COMPRESSORS), (TopK(0.01), "split_reduce")], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
-    compressor: Compressor, dtype: torch.dtype
+    compressor: Compressor, collective: str, dtype: torch.dtype
 ) -> None:
     """Everything but the virtual network's copies: a world of one, through the whole of `exchange`."""
     if kernels.current_path() == "reference":
@@ -102,7 +108,8 @@ def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
     grads = [gradient("normal", N, dtype, step) for step in range(8)]
 
     def step(number: int) -> None:
-        cluster.step([grads[number]], plan(N, compressor=compressor, dense=compressor.is_dense, step=number))
+        how = {"dense": compressor.is_dense, "collective": collective}
+        cluster.step([grads[number]], plan(N, compressor=compressor, step=number, **how))
 
     for number in range(4):
         step(number)
@@ -121,3 +128,29 @@ def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
     finally:
         tracemalloc.stop()
     assert peak < N, f"python and numpy allocated {peak} bytes in one step"
+
+
+def test_a_warm_split_reduce_takes_no_memory_that_grows_with_n_either() -> None:
+    """Two ranks, so that parts and blocks travel: the network's copies are of messages, far smaller than the bucket."""
+    if kernels.current_path() == "reference":
+        pytest.skip("the reference kernels may allocate")
+    n = 10 * N
+    cluster = Cluster(2, n)
+    grads = [[gradient("normal", n, torch.float32, 10 * step + r) for r in range(2)] for step in range(8)]
+
+    def step(number: int) -> None:
+        cluster.step(grads[number], plan(n, density=0.001, collective="split_reduce", step=number))
+
+    for number in range(6):
+        step(number)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(6)
+    largest = max((e.cpu_memory_usage for e in profiler.events()), default=0)
+    assert largest < n // 10, f"torch allocated {largest} bytes in one operation"
+    tracemalloc.start()
+    try:
+        step(7)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < n, f"python and numpy allocated {peak} bytes in one step"

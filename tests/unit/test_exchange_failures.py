@@ -325,4 +325,9 @@ def test_a_payload_under_another_ranks_name_is_refused() -> None:
 
 
 def test_the_collective_kinds_are_those_of_the_document() -> None:
-    assert {k.name: int(k) for k in CollectiveKind} == {"ALLGATHER": 1, "DENSE": 2}
+    assert {k.name: int(k) for k in CollectiveKind} == {
+        "ALLGATHER": 1,
+        "DENSE": 2,
+        "SPLIT_REDUCE": 3,
+        "SSAR": 4,
+    }

@@ -20,14 +20,14 @@ LAYERS = [
     "compress wire",
     "transport",
     "collectives",
-    "metrics trace launch config presets exchange",
+    "metrics trace strategies launch config presets exchange",
     "hooks backend ps",
     "plan lab benches",
     "cli",
 ]
 ORDER = [layer for group in LAYERS for layer in group.split()]
 NOT_YET = {
-    "launch": {"metrics", "config"},
+    "launch": {"metrics", "config", "strategies"},
     "config": {"launch", "exchange"},
     "presets": {"exchange", "launch"},
 }

@@ -27,7 +27,7 @@ from sparsecomm.wire import (
     max_payload_bytes,
     read_header,
 )
-from sparsecomm.wire.example import worked_example
+from sparsecomm.wire.example import worked_example, worked_part
 
 codecs = st.tuples(st.sampled_from(IndexCodec), st.sampled_from(ValueCodec))
 
@@ -112,7 +112,7 @@ def test_error_payloads_carry_as_much_of_the_message_as_fits(message: str) -> No
 
 def test_the_worked_payload_is_the_documents() -> None:
     document = (ROOT / "docs" / "wire-format.md").read_text()
-    block = document.rsplit("```\n", 2)[1]
+    block = document.split("## A worked payload", 1)[1].split("```\n")[1]
     assert worked_example() == block.rstrip("\n")
     hexadecimal = re.sub(r"^ *\d+  ", "", block, flags=re.MULTILINE)
     data = torch.tensor(list(bytes.fromhex(hexadecimal)), dtype=torch.uint8)
@@ -126,12 +126,13 @@ def test_the_worked_payload_is_the_documents() -> None:
 def test_the_documents_command_prints_the_worked_payload() -> None:
     command = [sys.executable, "-W", "error", "-m", "sparsecomm.wire.example"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
-    assert done.stdout.rstrip("\n") == worked_example()
+    assert done.stdout.rstrip("\n") == f"{worked_example()}\n\n{worked_part()}"
 
 
 def test_the_documents_table_is_the_struct() -> None:
     document = (ROOT / "docs" / "wire-format.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (\d+) \| ([\w ]+) \|", document, flags=re.MULTILINE)
+    table = document.split("## Header", 1)[1].split("The header travels", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| ([\w ]+) \|", table, flags=re.MULTILINE)
     offset = 0
     for row_offset, size, _ in rows:
         assert int(row_offset) == offset

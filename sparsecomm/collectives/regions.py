@@ -1,0 +1,220 @@
+"""Which rank owns which part of the index space, and which magnitudes a split-reduce keeps: both from samples.
+
+Every rank contributes a few quantiles of what it holds; from the union all compute the same numbers. Rank r takes its
+quantiles at (j + (r + 1/2) / P) / s, so that P ranks that hold the same positions contribute P s different quantiles
+and not s.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.collectives.allgather import allgather_fixed
+from sparsecomm.errors import WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.transport import Channel, CollectiveSteps
+
+__all__ = ["KEEP_ALL", "LIFETIME", "Regions", "new_bounds", "new_threshold", "samples_of"]
+
+LIFETIME = 64
+"""Steps that regions are used for (Ok-Topk's tau)."""
+KEEP_ALL = 2.0**-149
+"""The smallest positive float32: a threshold that keeps whatever is not zero."""
+_SAMPLES = 2048
+_GAIN = 1 / 8  # counts fall with the 4th to 10th power of the threshold in the tails of gradients
+_NUDGE = 0.1
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """What ranks remember together of one bucket; the same on all of them.
+
+    Attributes:
+        bounds: int64, shape (P + 1,), ascending from 0 to n: region g is bounds[g] .. bounds[g + 1] - 1.
+        owners: ranks by region.
+        k: nonzeros each rank was asked to select when they were made.
+        made: step at which they were made.
+        used: last step that they were used in.
+        threshold: smallest magnitude of a sum to keep; NaN to find one.
+        tag: 32 bits that differ where any of these does, never 0.
+    """
+
+    bounds: npt.NDArray[np.int64]
+    owners: tuple[int, ...]
+    k: int
+    made: int
+    used: int
+    threshold: float
+    tag: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = struct.pack(f"<qqqd{len(self.owners)}I", self.k, self.made, self.used, self.threshold, *self.owners)
+        object.__setattr__(self, "tag", zlib.crc32(self.bounds.tobytes(), zlib.crc32(numbers)) or 1)
+
+    def place(self, region: int) -> tuple[int, int]:
+        """Returns a region's first position and its length."""
+        start = int(self.bounds[region])
+        return start, int(self.bounds[region + 1]) - start
+
+    def fit(self, size: int, numel: int, k: int, step: int) -> bool:
+        """Returns whether they may be used: for this world and bucket, about this k, and the step after the last."""
+        return (
+            len(self.bounds) == size + 1
+            and int(self.bounds[-1]) == numel
+            and step == self.used + 1
+            and step < self.made + LIFETIME
+            and self.k <= 2 * k
+            and k <= 2 * self.k
+        )
+
+    def after(self, step: int, threshold: float, kept: int, wanted: int) -> Regions:
+        """Returns what to remember after a step.
+
+        Args:
+            step: that step.
+            threshold: in use in it.
+            kept: nonzeros that reached it on all ranks together.
+            wanted: how many should have.
+        """
+        if threshold > KEEP_ALL and wanted:
+            # Plain arithmetic, no power or logarithm: these round alike on every machine.
+            drift = (kept - wanted) / wanted * _GAIN
+            threshold = max(KEEP_ALL, threshold * (1.0 + min(_NUDGE, max(-_NUDGE, drift))))
+        return replace(self, used=step, threshold=threshold)
+
+
+def samples_of(size: int) -> int:
+    """Returns how many quantiles each of `size` ranks contributes, once in 64 steps."""
+    return max(16, min(128, _SAMPLES // size))
+
+
+def new_bounds(
+    channel: Channel,
+    indices: torch.Tensor,
+    numel: int,
+    k: int,
+    step: int,
+    arena: Arena,
+    key: Hashable,
+    bucket: int,
+) -> CollectiveSteps[Regions]:
+    """Cuts the index space so that every rank is sent about the same number of nonzeros. Collective.
+
+    1. Contribute the number of selected positions and their quantiles.
+    2. The union is a distribution function of all ranks' positions together, linear between samples.
+    3. Region g ends where it reaches (g + 1) / P.
+    4. The rank with the most samples in a region owns it, as far as each owns one: what is there already need not
+       travel.
+
+    Args:
+        channel: the ranks.
+        indices: uint32, shape (nnz,), ascending: what this rank has selected.
+        numel: elements of the bucket.
+        k: how many this rank was asked to select.
+        step: training step.
+        arena: gives the buffers.
+        key: names them.
+        bucket: for errors.
+
+    Raises:
+        WireError: if a rank's samples are damaged; names it.
+    """
+    size = channel.size
+    counts, positions, weights = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
+    bounds = np.linspace(0, numel, size + 1).astype(np.int64)
+    if len(positions):
+        order = np.argsort(positions, kind="stable")
+        reached = np.cumsum(weights[order]) - weights[order] / 2
+        targets = reached[-1] * np.arange(1, size) / size
+        inner = np.ceil(np.interp(targets, reached, positions[order])).astype(np.int64)
+        bounds[1:-1] = np.clip(inner, 0, min(numel, 2**32 - 1))
+    held = np.searchsorted(bounds[1:-1], positions, side="right") if len(positions) else np.empty(0, np.int64)
+    owners = _owners(np.repeat(np.flatnonzero(counts), samples_of(size)), held, size)
+    return Regions(bounds, owners, k, step, step, float("nan"))
+
+
+def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: int) -> tuple[int, ...]:
+    """Gives regions to ranks, those with the most samples first; what is left goes in order of rank.
+
+    Args:
+        ranks: whose each sample is.
+        regions: where each sample is.
+        size: number of ranks.
+    """
+    pairs, votes = np.unique(ranks * size + regions, return_counts=True)
+    owners, taken = [-1] * size, [False] * size
+    for pair in pairs[np.argsort(-votes, kind="stable")].tolist():
+        rank, region = divmod(pair, size)
+        if owners[region] < 0 and not taken[rank]:
+            owners[region], taken[rank] = rank, True
+    free = (r for r in range(size) if not taken[r])
+    return tuple(next(free) if r < 0 else r for r in owners)
+
+
+def new_threshold(
+    channel: Channel, values: torch.Tensor, wanted: int, arena: Arena, key: Hashable, bucket: int
+) -> CollectiveSteps[float]:
+    """Finds the magnitude that about `wanted` of all ranks' values reach. Collective.
+
+    Args:
+        channel: the ranks.
+        values: float32, shape (nnz,): this rank's sums, finite.
+        wanted: how many to keep in all.
+        arena: gives the buffers.
+        key: names them.
+        bucket: for errors.
+
+    Returns:
+        At least KEEP_ALL.
+
+    Raises:
+        WireError: if a rank's samples are damaged; names it.
+    """
+    ascending = np.sort(np.abs(values.numpy()))
+    counts, found, weights = yield from _union(channel, ascending.view(np.uint32), arena, (key, "magnitudes"), bucket)
+    if counts.sum() <= wanted or not len(found):
+        return KEEP_ALL
+    magnitudes = found.astype(np.uint32).view(np.float32).astype(np.float64)
+    order = np.argsort(-magnitudes, kind="stable")
+    reached = np.cumsum(weights[order]) - weights[order] / 2
+    return max(KEEP_ALL, float(np.interp(wanted, reached, magnitudes[order])))
+
+
+def _union(
+    channel: Channel, ascending: npt.NDArray[np.uint32], arena: Arena, key: Hashable, bucket: int
+) -> CollectiveSteps[tuple[_Floats, _Floats, _Floats]]:
+    """Gathers quantiles of 32-bit numbers.
+
+    Returns:
+        Every rank's count; all samples; what each stands for.
+    """
+    size, samples = channel.size, samples_of(channel.size)
+    block = arena.get((key, "block"), 4 * (samples + 2), torch.uint8)
+    numbers: Any = block.numpy().view(np.uint32)
+    numbers[:] = 0
+    numbers[0] = len(ascending)
+    if len(ascending):
+        places = (np.arange(samples) + (channel.rank + 0.5) / size) / samples * len(ascending)
+        numbers[1:-1] = ascending[np.minimum(places.astype(np.int64), len(ascending) - 1)]
+    numbers[-1] = kernels.crc32c(block[:-4])
+    blocks = yield from allgather_fixed(channel, block, arena, key)
+    counts, found = np.zeros(size), np.zeros((size, samples))
+    for rank, theirs in enumerate(blocks):
+        numbers = theirs.numpy().view(np.uint32)
+        crc = kernels.crc32c(theirs[:-4])
+        if int(numbers[-1]) != crc:
+            raise WireError("samples_crc", hex(numbers[-1]), f"the checksum is {crc:#x}", rank=rank, bucket=bucket)
+        counts[rank], found[rank] = numbers[0], numbers[1:-1]
+    weights = np.repeat(counts / samples, samples)
+    return counts, found.reshape(-1)[weights > 0], weights[weights > 0]

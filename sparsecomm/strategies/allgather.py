@@ -1,0 +1,101 @@
+"""Sparse allgather: every rank's selection to all ranks, summed in rank order. Best for few ranks or low density."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsecomm.collectives import Agreement, allgather_bodies
+from sparsecomm.compress import Taken
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.transport import CollectiveSteps
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import (
+    HEADER_BYTES,
+    CollectiveKind,
+    Header,
+    choose_index_codec,
+    decode_body,
+    encode_payload,
+    max_payload_bytes,
+)
+
+__all__ = ["Allgather"]
+
+
+@register
+class Allgather(Strategy):
+    """Sends the selection to all ranks, as one payload whose header goes ahead."""
+
+    name = "allgather"
+    kind = CollectiveKind.ALLGATHER
+    gathers_headers = True
+
+    _taken: Taken
+    _most: int
+    _headers: list[Header]
+    _bodies: list[torch.Tensor]
+    _parts: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def take(self) -> Taken:
+        """See `Strategy.take`."""
+        return self.job.take_some()
+
+    def encode(self, taken: Taken) -> None:
+        """Writes the payload and gives the residual what rounding drops; undoing the step overwrites that."""
+        plan, arena, bucket = self.job.plan, self.job.arena, self.job.bucket
+        nnz, numel = taken.values.numel(), self.job.grad.numel()
+        header = self.header = self.job.header()
+        header.value_codec = plan.value_codec
+        header.index_codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
+        # Index bytes need not grow with nnz (no gaps are left when all is sent), so both ends are asked.
+        sizes = (nnz, max(nnz, taken.capacity))
+        self._taken = taken
+        self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, size, numel) for size in sizes)
+        self.payload = arena.get((bucket.index, "payload"), self._most, torch.uint8)
+        # Free again at once: all buckets share it.
+        error = arena.get("rounding", nnz, torch.float32, reserve=taken.capacity)
+        encode_payload(header, taken.indices, taken.values, self.payload, error)
+        if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
+            kernels.scatter_add(bucket.residual, taken.indices, error)
+
+    def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
+        """See `Strategy.communicate`."""
+        job = self.job
+        mine = self.payload[HEADER_BYTES : HEADER_BYTES + self.header.body_bytes]
+        self._headers = agreement.headers
+        lengths = [h.body_bytes for h in self._headers]
+        reserve = self._most - HEADER_BYTES
+        self._bodies = yield from allgather_bodies(
+            job.channel, mine, lengths, job.arena, job.bucket.index, reserve=reserve
+        )
+        return True
+
+    def decode(self) -> None:
+        """Decodes and checks every rank's payload.
+
+        This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
+        indices are at hand.
+        """
+        arena, taken, headers = self.job.arena, self._taken, self._headers
+        total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
+        # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
+        indices = arena.get("decoded indices", total, torch.uint32, reserve=most)
+        values = arena.get("decoded values", total, torch.float32, reserve=most)
+        self._parts, offset = [], 0
+        for rank, (header, body) in enumerate(zip(headers, self._bodies, strict=True)):
+            end = offset + header.nnz
+            part = (indices[offset:end], values[offset:end])
+            if rank == self.job.channel.rank:
+                part = (taken.indices, part[1])
+                kernels.decode_values(
+                    header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, part[1]
+                )
+            else:
+                decode_body(header, body, *part)
+            self._parts.append(part)
+            offset = end
+
+    def write_average(self, out: torch.Tensor, scale: float) -> None:
+        """See `Strategy.write_average`."""
+        kernels.scatter_reduce(out, self._parts, scale=scale)

@@ -1,0 +1,225 @@
+"""What a strategy is, what it is given, and the registry of all."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.collectives import Agreement
+from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_some
+from sparsecomm.errors import ConfigError
+from sparsecomm.metrics import BucketReport
+from sparsecomm.trace import Stage
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, CollectiveKind, Header, write_header
+
+__all__ = ["Job", "Plan", "Strategy", "blank_header", "register", "strategies", "strategy_named", "strategy_of"]
+
+_ERROR_FEEDBACK = ErrorFeedback()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one bucket is exchanged in one step; decided before it starts.
+
+    Attributes:
+        step: training step.
+        collective: which collective; must be the same on all ranks.
+        compressor: selects.
+        k: nonzeros to select.
+        value_codec: how values are written.
+        index_codec: how indices are written; None for the smallest.
+        feedback: what happens to what is not sent; None forgets it.
+        grad_scale: what gradients arrive multiplied by (a GradScaler's scale); residuals are in unscaled units.
+        held: spans of parameters that this rank did not use in this step; their memory stays as it is.
+        clip_norm: norm that this bucket's gradient is clipped to by momentum correction; None for none.
+        profiled: whether torch.profiler is running.
+    """
+
+    step: int
+    collective: CollectiveKind
+    compressor: Compressor
+    k: int
+    value_codec: ValueCodec = ValueCodec.FP32
+    index_codec: IndexCodec | None = None
+    feedback: Feedback | None = _ERROR_FEEDBACK
+    grad_scale: float = 1.0
+    held: tuple[tuple[int, int], ...] = ()
+    clip_norm: float | None = None
+    profiled: bool = False
+
+
+@dataclass(slots=True)
+class Job:
+    """One exchange in progress: what `exchange` was given, and its report."""
+
+    channel: Channel
+    bucket: Bucket
+    grad: torch.Tensor
+    plan: Plan
+    arena: Arena
+    report: BucketReport
+    settle: bool = True
+
+    def keep(self, taken: Taken) -> None:
+        """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
+        if self.settle:
+            taken.commit()
+        else:
+            self.bucket.unsettled = taken
+
+    def skip(self, taken: Taken) -> None:
+        """Some rank saw NaN or infinity, or the average is out of range: undoes the step, visibly on all ranks."""
+        taken.undo()
+        self.grad.fill_(math.nan)
+        self.report.skipped = 1
+
+    def stage(self, name: str) -> Stage:
+        """Returns a context whose time counts as that of a stage."""
+        return Stage(name, self.report, profiled=self.plan.profiled and name != "wait")
+
+    def header(self) -> Header:
+        """Returns this exchange's header, nothing of the content in it yet."""
+        plan = self.plan
+        header = blank_header(
+            self.channel.rank, self.channel.size, self.bucket.index, plan.step, self.grad.numel(), plan.collective
+        )
+        header.layout_hash = self.bucket.layout.hash
+        if self.report.nonfinite:
+            header.flags = FLAG_NONFINITE
+        return header
+
+    def take_some(self) -> Taken:
+        """Selects about k elements: steps 1 and 2 of every sparse strategy."""
+        plan = self.plan
+        return take_some(
+            self.bucket,
+            self.grad,
+            plan.compressor,
+            plan.k,
+            plan.feedback,
+            self.arena,
+            scale=1.0 / plan.grad_scale,
+            held=plan.held,
+            clip_norm=plan.clip_norm,
+            lasting=self.settle,
+        )
+
+
+class Strategy(abc.ABC):
+    """One bucket's exchange by one collective. `exchange` calls the methods below, in their order.
+
+    Attributes:
+        name: what users call it.
+        kind: what headers call it.
+        needs_residual: whether it leaves anything over.
+        gathers_headers: whether it needs every rank's header.
+        header: this rank's, once encoded.
+        payload: uint8, that header and what may follow it, once encoded.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[CollectiveKind]
+    needs_residual: ClassVar[bool] = True
+    gathers_headers: ClassVar[bool] = False
+    header: Header
+    payload: torch.Tensor
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @abc.abstractmethod
+    def take(self) -> Taken:
+        """Adds the gradient to the bucket's memory and takes out what is to be sent."""
+
+    @abc.abstractmethod
+    def encode(self, taken: Taken) -> None:
+        """Makes header and payload. A failure until here is told to all ranks."""
+
+    @abc.abstractmethod
+    def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
+        """Exchanges.
+
+        Returns:
+            Whether the sum is finite, the same on all ranks.
+        """
+
+    def decode(self) -> None:  # noqa: B027  # most have done so while they communicated
+        """Decodes and checks whatever came and has not been yet; nothing is applied."""
+
+    @abc.abstractmethod
+    def write_average(self, out: torch.Tensor, scale: float) -> None:
+        """Writes the scaled sum into a dense vector of the gradient's shape; cannot fail."""
+
+    def settle(self) -> None:  # noqa: B027  # most have nothing to do here
+        """Puts into the residual what the exchange has left with this rank; the average is in the bucket."""
+
+    def skipped(self) -> None:  # noqa: B027  # most have nothing to do here
+        """The step was not taken, by agreement: NaN or infinity, or an average out of range."""
+
+    def interrupted(self) -> None:  # noqa: B027  # most have nothing to do here
+        """Half-way through the exchange failed; what was taken has been put back."""
+
+    def bare_payload(self) -> None:
+        """Makes a payload that is nothing but `header`."""
+        self.payload = self.job.arena.get((self.job.bucket.index, "payload"), HEADER_BYTES, torch.uint8)
+        write_header(self.header, self.payload)
+
+
+_S = TypeVar("_S", bound=type[Strategy])
+_REGISTERED: dict[CollectiveKind, type[Strategy]] = {}
+
+
+def register(strategy: _S) -> _S:
+    """Makes a strategy known by its name and its kind. For use as a decorator."""
+    _REGISTERED[strategy.kind] = strategy
+    return strategy
+
+
+def strategies() -> dict[str, type[Strategy]]:
+    """Returns all strategies by name."""
+    return {s.name: s for s in _REGISTERED.values()}
+
+
+def strategy_of(kind: CollectiveKind) -> type[Strategy]:
+    """Returns the strategy of a kind of collective."""
+    return _REGISTERED[kind]
+
+
+def strategy_named(name: str) -> type[Strategy]:
+    """Returns the strategy of that name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    known = strategies()
+    if name not in known:
+        raise ConfigError(f"collective must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def blank_header(
+    rank: int, world: int, bucket: int, step: int, numel: int, collective: CollectiveKind = CollectiveKind.DENSE
+) -> Header:
+    """Returns a header that says which exchange it is and nothing of its content yet."""
+    return Header(
+        flags=0,
+        collective=collective,
+        value_codec=ValueCodec.FP32,
+        index_codec=IndexCodec.RAW,
+        rank=rank,
+        world=world,
+        bucket=bucket,
+        step=step,
+        layout_hash=0,
+        numel=numel,
+        nnz=0,
+        index_bytes=0,
+        value_bytes=0,
+    )

@@ -1,0 +1,101 @@
+"""Split-reduce: the sum of all selections, of which about k are kept ("split_reduce") or all ("ssar")."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from sparsecomm.collectives import Agreement, Codecs, Reduced, Regions, Split, split_reduce
+from sparsecomm.compress import Taken
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.transport import CollectiveSteps
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["SplitReduce", "Ssar"]
+
+
+@register
+class SplitReduce(Strategy):
+    """Ok-Topk's allreduce: its cost does not grow with the number of ranks.
+
+    What an owner drops of the sums, and what rounding drops of them, goes to the owner's residual, for all ranks.
+    """
+
+    name = "split_reduce"
+    kind = CollectiveKind.SPLIT_REDUCE
+    keep_all: ClassVar[bool] = False
+
+    _split: Split
+    _regions: Regions | None = None
+    _reduced: Reduced | None = None
+
+    def take(self) -> Taken:
+        """See `Strategy.take`."""
+        return self.job.take_some()
+
+    def encode(self, taken: Taken) -> None:
+        """Makes the header and, if there are regions from the last step, every owner's part."""
+        job, plan, numel = self.job, self.job.plan, self.job.grad.numel()
+        self._split = Split(
+            channel=job.channel,
+            arena=job.arena,
+            bucket=job.bucket.index,
+            step=plan.step,
+            numel=numel,
+            pairs=(taken.indices, taken.values),
+            capacity=taken.capacity,
+            k=plan.k,
+            codecs=Codecs(plan.value_codec, plan.index_codec),
+            keep_all=self.keep_all,
+        )
+        known = job.bucket.shared
+        if isinstance(known, Regions) and known.fit(job.channel.size, numel, plan.k, plan.step):
+            self._regions = known
+            self._split.encode(known)
+        self.header = job.header()
+        self.header.nnz = plan.k
+        self.header.plan = 0 if self._regions is None else self._regions.tag
+        self.bare_payload()
+
+    def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
+        """See `Strategy.communicate`."""
+        if not agreement.same_plan:
+            self._regions = self._split.regions = None
+        self._reduced = yield from split_reduce(self._split)
+        return self._reduced is not None
+
+    def write_average(self, out: torch.Tensor, scale: float) -> None:
+        """See `Strategy.write_average`."""
+        assert self._reduced is not None, "nothing was reduced"
+        kernels.scatter_reduce(out, [self._reduced.pairs], scale=scale)
+
+    def settle(self) -> None:
+        """Gives the residual what this rank's rounding lost as a sender, and what it dropped and lost as an owner."""
+        split, reduced, residual = self._split, self._reduced, self.job.bucket.residual
+        assert reduced is not None, "nothing was reduced"
+        assert residual is not None, "a sparse exchange needs a residual"
+        region = residual[reduced.start : reduced.start + reduced.dropped.numel()]
+        if split.wanted is not None:
+            kernels.add_dense(region, reduced.dropped)
+        if split.codecs.values != ValueCodec.FP32:
+            kernels.scatter_add(residual, split.pairs[0], split.error)
+            kernels.scatter_add(region, reduced.indices, reduced.error)
+        self.job.bucket.shared = reduced.regions
+
+    def skipped(self) -> None:
+        """The regions stay good for the next step; a threshold that was on its way is forgotten."""
+        known = self._regions
+        self.job.bucket.shared = None if known is None else replace(known, used=self.job.plan.step)
+
+
+@register
+class Ssar(SplitReduce):
+    """SparCML's static sparse allreduce: whatever is reduced is kept, its last leg dense where that is smaller."""
+
+    name = "ssar"
+    kind = CollectiveKind.SSAR
+    keep_all = True

@@ -1,0 +1,172 @@
+"""Parts: what a split-reduce sends of one region. A header of 24 bytes, then index bytes, then value bytes.
+
+Step, bucket, sender and span are not in it: ranks have agreed on them before a part travels.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsecomm.errors import ConfigError, WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import IndexCodec, ValueCodec
+
+__all__ = ["PART_HEADER_BYTES", "PartHeader", "decode_part", "encode_part", "max_part_bytes", "read_part_header"]
+
+_FORMAT = struct.Struct("<IIBBHfII")
+PART_HEADER_BYTES = _FORMAT.size
+_CRC_OFFSET = PART_HEADER_BYTES - 4
+_MOST = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PartHeader:
+    """What a part says of itself.
+
+    Attributes:
+        nnz: nonzeros.
+        index_bytes: length of the index part.
+        index_codec: how the positions, relative to the start of the span, are written.
+        value_codec: how the values are written.
+        value_scale: factor on decoded FP16 values; 1 otherwise.
+        body_crc: CRC32C of the body.
+    """
+
+    nnz: int
+    index_bytes: int
+    index_codec: IndexCodec
+    value_codec: ValueCodec
+    value_scale: float
+    body_crc: int
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the body that follows."""
+        return self.index_bytes + kernels.max_value_bytes(self.value_codec, self.nnz)
+
+
+def _codec_of(nnz: int, span: int, index_codec: IndexCodec | None) -> IndexCodec:
+    """Returns the index codec of a part; None stands for the smallest.
+
+    A rule in place of `choose_index_codec`, whose estimates cost more than coding a small part: there are P parts.
+    """
+    if nnz == span:
+        return IndexCodec.DENSE
+    if index_codec is not None:
+        return index_codec
+    return IndexCodec.BITMAP if 8 * nnz > 3 * span else IndexCodec.RICE  # of uniform positions they cost alike at 0.38
+
+
+def max_part_bytes(nnz: int, span: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
+    """Returns a bound on a part's length in bytes, header included; 0 elements of a span still have a header."""
+    codec = _codec_of(nnz, span, index_codec)
+    return PART_HEADER_BYTES + kernels.max_index_bytes(codec, nnz, span) + kernels.max_value_bytes(value_codec, nnz)
+
+
+def encode_part(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    span: int,
+    value_codec: ValueCodec,
+    index_codec: IndexCodec | None,
+    out: torch.Tensor,
+    error: torch.Tensor,
+) -> int:
+    """Writes a part.
+
+    Args:
+        indices: uint32, shape (nnz,), strictly ascending, relative to the start of the span, below `span`.
+        values: float32, shape (nnz,), finite.
+        span: elements of the dense vector that the part is of.
+        value_codec: how to write the values.
+        index_codec: how to write the positions; None for the smallest.
+        out: uint8, at least `max_part_bytes` long. Mutated.
+        error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
+
+    Returns:
+        Bytes written: header and body.
+
+    Raises:
+        ConfigError: for more than a part can hold.
+    """
+    nnz = values.numel()
+    codec = _codec_of(nnz, span, index_codec)
+    body = out[PART_HEADER_BYTES:]
+    index_bytes = kernels.encode_indices(codec, indices, span, body) if nnz else 0
+    value_bytes, scale = kernels.encode_values(value_codec, values, body[index_bytes:], error)
+    if max(nnz, index_bytes) > _MOST:
+        raise ConfigError(
+            f"a part of {nnz} nonzeros and {index_bytes} index bytes: at most {_MOST} fit; use more ranks"
+        )
+    view: Any = out.numpy()
+    crc = kernels.crc32c(body[: index_bytes + value_bytes])
+    _FORMAT.pack_into(view, 0, nnz, index_bytes, codec, value_codec, 0, scale, crc, 0)
+    struct.pack_into("<I", view, _CRC_OFFSET, kernels.crc32c(out[:_CRC_OFFSET]))
+    return PART_HEADER_BYTES + index_bytes + value_bytes
+
+
+def read_part_header(data: torch.Tensor, span: int) -> PartHeader:
+    """Reads and checks a part's header; nothing in it is trusted before its checksum fits.
+
+    Args:
+        data: uint8, at least PART_HEADER_BYTES long.
+        span: elements of the dense vector that the part is of.
+
+    Raises:
+        WireError: names the first field that is wrong and its value.
+    """
+    if data.numel() < PART_HEADER_BYTES:
+        raise WireError("length", data.numel(), f"a part's header has {PART_HEADER_BYTES} bytes")
+    view: Any = data.numpy()
+    nnz, index_bytes, index_codec, value_codec, reserved, scale, body_crc, header_crc = _FORMAT.unpack_from(view, 0)
+    crc = kernels.crc32c(data[:_CRC_OFFSET])
+    if crc != header_crc:
+        raise WireError("header_crc", hex(header_crc), f"the part's header has the checksum {crc:#x}")
+    if reserved:
+        raise WireError("reserved", reserved, "must be zero")
+    if nnz > span:
+        raise WireError("nnz", nnz, f"more than the {span} elements of its region")
+    if index_codec not in _INDEX_CODECS:
+        raise WireError("index_codec", index_codec, f"known are {sorted(_INDEX_CODECS)}")
+    if value_codec not in _VALUE_CODECS:
+        raise WireError("value_codec", value_codec, f"known are {sorted(_VALUE_CODECS)}")
+    header = PartHeader(nnz, index_bytes, IndexCodec(index_codec), ValueCodec(value_codec), scale, body_crc)
+    if not (math.isfinite(scale) and scale > 0.0) or (header.value_codec != ValueCodec.FP16 and scale != 1.0):
+        raise WireError("value_scale", scale, f"not a scale of {header.value_codec.name} values")
+    if header.index_codec == IndexCodec.DENSE and nnz not in (0, span):
+        raise WireError("nnz", nnz, f"the dense index codec needs nnz = {span}")
+    most = kernels.max_index_bytes(header.index_codec, nnz, span) if nnz else 0
+    if index_bytes > most:
+        raise WireError("index_bytes", index_bytes, f"{header.index_codec.name} needs at most {most}")
+    return header
+
+
+_INDEX_CODECS = {int(c) for c in IndexCodec}
+_VALUE_CODECS = {int(c) for c in ValueCodec}
+
+
+def decode_part(header: PartHeader, body: torch.Tensor, span: int, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """Decodes a part whose header has been read, checking everything in it.
+
+    Args:
+        header: from `read_part_header`.
+        body: uint8, shape (header.body_bytes,).
+        span: elements of the dense vector that the part is of.
+        indices: uint32, shape (nnz,), relative to the start of the span. Mutated, on failure too.
+        values: float32, shape (nnz,). Mutated, on failure too.
+
+    Raises:
+        WireError: names field and value. Nothing but the two outputs was touched.
+    """
+    crc = kernels.crc32c(body)
+    if crc != header.body_crc:
+        raise WireError("body_crc", hex(header.body_crc), f"the part's body has the checksum {crc:#x}")
+    if header.nnz == 0:
+        return
+    kernels.decode_indices(header.index_codec, body[: header.index_bytes], header.nnz, span, indices)
+    kernels.decode_values(header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, values)

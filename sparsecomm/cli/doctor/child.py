@@ -14,7 +14,10 @@ from typing import Any
 __all__ = ["Probe", "run_tool", "without_launcher"]
 
 # Variables by which a launcher tells a process which rank it is. A child that is no rank must not see them.
-_LAUNCHER = ("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_APP_", "PMIX_", "PRTE_", "PMI_", "PMI2_", "HYDI_", "MPI_LOCAL")
+_LAUNCHER = (
+    *("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_APP_", "PMIX_", "PRTE_"),
+    *("PMI_", "PMI2_", "HYDI_", "HYDRA_BSTRAP_", "MPI_LOCAL"),
+)
 
 
 def without_launcher() -> dict[str, str]:
@@ -24,10 +27,12 @@ def without_launcher() -> dict[str, str]:
 
 def run_tool(*command: str) -> str:
     """Returns what a command prints on standard output, "" if it fails, is missing or takes over 10 s."""
+    # Intel's mpirun is a script that looks for its parts on PATH.
+    path = os.pathsep.join(filter(None, [os.path.dirname(command[0]), os.environ.get("PATH", os.defpath)]))
     try:
         done = subprocess.run(
             command,
-            env=without_launcher(),
+            env=without_launcher() | {"PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ __all__ = ["Launch", "detect"]
 # (launcher, rank, world size, local rank), innermost launcher first
 _MPI_VARIABLES = (
     ("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("mpirun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("mpirun or srun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
@@ -23,7 +23,8 @@ class Launch:
     """How this process was started.
 
     Attributes:
-        launcher: "torchrun", "mpirun (...)", "srun", "environment" (RANK, WORLD_SIZE set by hand) or "python".
+        launcher: "torchrun", "mpirun (Open MPI)", "mpirun or srun (MPICH or Intel MPI)", "srun", "environment" (RANK
+            and WORLD_SIZE set by hand) or "python".
         rank: this process's rank.
         size: number of processes.
         local_rank: rank on this node; None where the launcher does not say.

@@ -177,6 +177,7 @@ def with_threads(**changes: Any) -> Report:
 
 FOREIGN = Mpirun("/usr/bin/mpirun", True, "MPICH", "4.0", False)
 BESIDE = Mpirun("/venv/bin/mpirun", False, "Open MPI", "5.0.11", True)
+UNDER_SRUN = LaunchFacts("srun", 0, 2, mpi=True, root=False, root_allowed=False)
 UNDER_MPIRUN = LaunchFacts("mpirun (Open MPI)", 0, 2, mpi=True, root=False, root_allowed=False)
 
 CASES: dict[str, tuple[Report, str, str, str]] = {
@@ -208,6 +209,18 @@ CASES: dict[str, tuple[Report, str, str, str]] = {
         "error",
         "no answer within 60 s",
         "btl_tcp_if_include eth0",
+    ),
+    "ranks of MPICH do not meet": (
+        replace(with_mpi(family="MPICH"), launch=UNDER_MPIRUN, world=World("MPI", 2, None, problem="no answer")),
+        "error",
+        "no answer",
+        "-iface eth0 -genv UCX_NET_DEVICES eth0",
+    ),
+    "srun of another protocol": (
+        replace(with_mpi(family="Intel MPI"), launch=UNDER_SRUN, world=World("MPI", 2, 1, problem="MPI sees 1")),
+        "error",
+        "MPI sees 1",
+        "srun --mpi=pmi2 -n 2",
     ),
     "nodes differ": (replace(GOOD, world=ranks("a", "b", torch="1.9")), "error", "1.9 on rank 1 (b)", "torch==2"),
     "one node is slow": (replace(GOOD, world=ranks("a", "b", kernels="reference")), "error", "rank 1 on b", "doctor"),
@@ -241,6 +254,12 @@ CASES: dict[str, tuple[Report, str, str, str]] = {
         "warning",
         "bound to 2 of 8",
         "--bind-to none",
+    ),
+    "Intel MPI binds whatever --bind-to says": (
+        replace(with_threads(node_ranks=4, node_threads=4, node_cores=2), mpi=with_mpi(family="Intel MPI").mpi),
+        "warning",
+        "bound to 2 of 8",
+        "I_MPI_PIN=0",
     ),
     "each rank bound to one core": (
         replace(GOOD, cpu=replace(CPU, usable=1), world=ranks("a", "a"), threads=Threads("1", 1, 2, 2, 2)),

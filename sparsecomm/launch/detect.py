@@ -13,12 +13,23 @@ __all__ = ["Launch", "detect", "without_launcher"]
 # (launcher, rank, world size, local rank), innermost launcher first
 _MPI_VARIABLES = (
     ("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("mpirun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("mpirun or srun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
 # Variables by which a launcher tells a process which rank it is. A child that is no rank must not see them.
-_RANK_VARIABLES = ("OMPI_COMM_", "OMPI_UNIVERSE", "OMPI_APP_", "PMIX_", "PRTE_", "PMI_", "PMI2_", "HYDI_", "MPI_LOCAL")
+_RANK_VARIABLES = (
+    "OMPI_COMM_",
+    "OMPI_UNIVERSE",
+    "OMPI_APP_",
+    "PMIX_",
+    "PRTE_",
+    "PMI_",
+    "PMI2_",
+    "HYDI_",
+    "HYDRA_BSTRAP_",
+    "MPI_LOCAL",
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class Launch:
     """How this process was started.
 
     Attributes:
-        launcher: "torchrun", "mpirun (...)", "srun", "environment" (RANK, WORLD_SIZE set by hand) or "python".
+        launcher: "torchrun", "mpirun (Open MPI)", "mpirun or srun (MPICH or Intel MPI)", "srun", "environment" (RANK
+            and WORLD_SIZE set by hand) or "python".
         rank: this process's rank.
         size: number of processes.
         local_rank: rank on this node; None where the launcher does not say.

@@ -203,7 +203,8 @@ def _join_mpi(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} processes, but MPI ({library}) sees a world of "
             f"{comm.Get_size()}: the launcher belongs to another MPI than mpi4py uses. Use the mpirun of that library "
-            "(for pip's Open MPI: the one in the environment's bin folder; under Slurm: srun --mpi=pmix)"
+            "(for pip's wheels: the one in the environment's bin folder; under Slurm: srun --mpi=pmix for Open MPI, "
+            "srun --mpi=pmi2 for MPICH and Intel MPI)"
         )
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, launch.rank)
     local_rank, local_size = node.Get_rank(), node.Get_size()

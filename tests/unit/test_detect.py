@@ -11,6 +11,8 @@ from sparsecomm.launch import Launch, default_timeout, detect
 
 OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
+SRUN_PMI2 = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0", "PMI_RANK": "2", "PMI_SIZE": "4"}
+SBATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}  # the batch script itself is no rank
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {**BY_HAND, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
@@ -21,8 +23,10 @@ TORCHRUN = {**BY_HAND, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
     [
         ({}, Launch("python", 0, 1, 0, mpi=False)),
         (OMPI, Launch("mpirun (Open MPI)", 1, 4, 1, mpi=True)),
-        (MPICH, Launch("mpirun (MPICH or Intel MPI)", 2, 4, 0, mpi=True)),
+        (MPICH, Launch("mpirun or srun (MPICH or Intel MPI)", 2, 4, 0, mpi=True)),
         (SRUN, Launch("srun", 3, 4, 1, mpi=True)),
+        (SRUN_PMI2, Launch("mpirun or srun (MPICH or Intel MPI)", 2, 4, None, mpi=True)),
+        (SBATCH, Launch("python", 0, 1, 0, mpi=False)),
         (TORCHRUN, Launch("torchrun", 1, 2, 0, mpi=False)),
         (BY_HAND, Launch("environment", 1, 2, None, mpi=False)),
         ({**OMPI, **SRUN}, Launch("mpirun (Open MPI)", 1, 4, 1, mpi=True)),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT, job_environment, mpirun_command
 from rich.console import Console
 
 from sparsecomm.cli.doctor import ucx
@@ -37,21 +38,16 @@ from sparsecomm.cli.doctor.report import (
     World,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-MPIRUN = Path(sys.executable).parent / "mpirun"
-ALLOW_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-needs_mpirun = pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside the interpreter")
-
 
 def doctor(
     *options: str, path: Path | None = None, launcher: tuple[str, ...] = (), **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs doctor; `path` is a folder whose modules come before all others."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SPARSECOMM_", "OMPI_", "PMIX_", "UCX_"))}
+    clean = {k: v for k, v in job_environment().items() if not k.startswith(("SPARSECOMM_", "UCX_"))}
     pythonpath = os.pathsep.join(str(p) for p in (path, ROOT) if p)
     return subprocess.run(
         [*launcher, sys.executable, "-m", "sparsecomm", "doctor", *options],
-        env={**clean, "PYTHONPATH": pythonpath, "OMP_NUM_THREADS": "1", **ALLOW_ROOT, **environ},
+        env={**clean, "PYTHONPATH": pythonpath, **environ},
         capture_output=True,
         text=True,
         timeout=120,
@@ -116,9 +112,8 @@ def test_an_mpi_that_hangs_does_not_hang_it_and_bad_settings_are_errors_in_the_t
         assert expected in done.stdout
 
 
-@needs_mpirun
 def test_under_mpirun_rank_0_alone_reports_that_all_ranks_met() -> None:
-    done = doctor("--json", launcher=(str(MPIRUN), "--oversubscribe", "--bind-to", "none", "-n", "2"))
+    done = doctor("--json", launcher=tuple(mpirun_command(2)))
     report = json.loads(done.stdout)  # one object: the other rank is silent
     assert (report["launch"]["rank"], report["launch"]["size"]) == (0, 2)
     assert report["world"]["met"] == 2
@@ -182,6 +177,7 @@ def with_threads(**changes: Any) -> Report:
 
 FOREIGN = Mpirun("/usr/bin/mpirun", True, "MPICH", "4.0", False)
 BESIDE = Mpirun("/venv/bin/mpirun", False, "Open MPI", "5.0.11", True)
+UNDER_SRUN = LaunchFacts("srun", 0, 2, mpi=True, root=False, root_allowed=False)
 UNDER_MPIRUN = LaunchFacts("mpirun (Open MPI)", 0, 2, mpi=True, root=False, root_allowed=False)
 
 CASES: dict[str, tuple[Report, str, str, str]] = {
@@ -213,6 +209,18 @@ CASES: dict[str, tuple[Report, str, str, str]] = {
         "error",
         "no answer within 60 s",
         "btl_tcp_if_include eth0",
+    ),
+    "ranks of MPICH do not meet": (
+        replace(with_mpi(family="MPICH"), launch=UNDER_MPIRUN, world=World("MPI", 2, None, problem="no answer")),
+        "error",
+        "no answer",
+        "-iface eth0 -genv UCX_NET_DEVICES eth0",
+    ),
+    "srun of another protocol": (
+        replace(with_mpi(family="Intel MPI"), launch=UNDER_SRUN, world=World("MPI", 2, 1, problem="MPI sees 1")),
+        "error",
+        "MPI sees 1",
+        "srun --mpi=pmi2 -n 2",
     ),
     "nodes differ": (replace(GOOD, world=ranks("a", "b", torch="1.9")), "error", "1.9 on rank 1 (b)", "torch==2"),
     "one node is slow": (replace(GOOD, world=ranks("a", "b", kernels="reference")), "error", "rank 1 on b", "doctor"),
@@ -246,6 +254,12 @@ CASES: dict[str, tuple[Report, str, str, str]] = {
         "warning",
         "bound to 2 of 8",
         "--bind-to none",
+    ),
+    "Intel MPI binds whatever --bind-to says": (
+        replace(with_threads(node_ranks=4, node_threads=4, node_cores=2), mpi=with_mpi(family="Intel MPI").mpi),
+        "warning",
+        "bound to 2 of 8",
+        "I_MPI_PIN=0",
     ),
     "each rank bound to one core": (
         replace(GOOD, cpu=replace(CPU, usable=1), world=ranks("a", "a"), threads=Threads("1", 1, 2, 2, 2)),

@@ -13,6 +13,11 @@ __all__ = ["judged"]
 
 _ORDER: tuple[Level, ...] = ("error", "warning", "hint")
 _RDMA_TRANSPORTS = ("rc", "dc", "ud", "srd")
+# By family, what chooses the network between nodes; Open MPI's is the default.
+_NETWORK = {
+    "MPICH": "-iface {0} -genv UCX_NET_DEVICES {0}",
+    "Intel MPI": "-iface {0} -genv FI_TCP_IFACE {0}",
+}
 _LITTLE_SHM = 64 << 20  # bytes; Docker's default is 64 MiB in all
 _LITTLE_MEMLOCK = 1 << 30  # bytes
 
@@ -99,7 +104,8 @@ def _world(r: Report) -> Iterator[Problem]:
         good = next((m for m in r.mpi.mpiruns if m.matches), None)
         fix = f"{good.path if good else 'mpirun'} -n {world.expected} sparsecomm doctor"
         if r.launch.launcher == "srun":
-            fix = f"srun --mpi=pmix -n {world.expected} sparsecomm doctor"
+            protocol = "pmix" if r.mpi.family == "Open MPI" else "pmi2"
+            fix = f"srun --mpi={protocol} -n {world.expected} sparsecomm doctor"
         yield Problem("world", "error", what, fix)
     else:
         what = f"the {world.expected} ranks did not find each other over {world.over}: {world.problem}"
@@ -107,7 +113,8 @@ def _world(r: Report) -> Iterator[Problem]:
         name = r.network[0].name if r.network else "eth0"
         fix = f"export GLOO_SOCKET_IFNAME={name}"
         if world.over == "MPI":
-            fix = f"mpirun --mca btl_tcp_if_include {name} -n {world.expected} sparsecomm doctor"
+            option = _NETWORK.get(r.mpi.family or "", "--mca btl_tcp_if_include {0}").format(name)
+            fix = f"mpirun {option} -n {world.expected} sparsecomm doctor"
         yield Problem("world", "error", what, fix + "   # the network that joins your nodes")
 
 
@@ -205,13 +212,18 @@ def _binding(r: Report) -> Iterator[Problem]:
     t = r.threads
     if t.node_ranks > t.node_cores and t.node_cores < r.cpu.cores:
         what = f"{t.node_ranks} ranks are bound to {t.node_cores} of {r.cpu.cores} cores"
-        yield Problem("threads", "warning", what, "mpirun --bind-to none ...")
+        yield Problem("threads", "warning", what, _unbound(r))
     elif t.node_ranks > t.node_cores:
         what = f"{t.node_ranks} ranks share {t.node_cores} cores: fine for a test, not for timing"
         yield Problem("threads", "hint", what, f"mpirun -n {t.node_cores} ...")
     elif r.world.ranks and r.cpu.usable == 1 and t.node_ranks * 2 <= r.cpu.cores:
         what = "each rank is bound to one core, where computing and communicating take turns, and cores lie idle"
-        yield Problem("threads", "hint", what, "mpirun --bind-to none ...")
+        yield Problem("threads", "hint", what, _unbound(r))
+
+
+def _unbound(r: Report) -> str:
+    """Returns the line that lets ranks run on all cores; Intel's mpirun takes --bind-to and pins them all the same."""
+    return "export I_MPI_PIN=0" if r.mpi.family == "Intel MPI" else "mpirun --bind-to none ..."
 
 
 def _timeout(r: Report) -> Iterator[Problem]:

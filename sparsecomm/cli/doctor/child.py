@@ -17,10 +17,12 @@ __all__ = ["Probe", "run_tool"]
 
 def run_tool(*command: str) -> str:
     """Returns what a command prints on standard output, "" if it fails, is missing or takes over 10 s."""
+    # Intel's mpirun is a script that looks for its parts on PATH.
+    path = os.pathsep.join(filter(None, [os.path.dirname(command[0]), os.environ.get("PATH", os.defpath)]))
     try:
         done = subprocess.run(
             command,
-            env=without_launcher(),
+            env=without_launcher() | {"PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -19,7 +19,10 @@ from sparsecomm.launch import default_timeout, detect
 
 __all__ = ["collect", "launch_facts", "probe_mode"]
 
-_SETTINGS = ("SPARSECOMM_", "UCX_", "GLOO_", "MPI4PY_", "OMPI_MCA_pml", "OMPI_MCA_btl", "OMPI_MCA_osc")
+_SETTINGS = (
+    *("SPARSECOMM_", "UCX_", "GLOO_", "MPI4PY_", "OMPI_MCA_pml", "OMPI_MCA_btl", "OMPI_MCA_osc"),
+    *("MPIR_CVAR_", "FI_", "I_MPI_FABRICS", "I_MPI_OFI", "I_MPI_PIN", "I_MPI_PMI"),
+)
 
 
 def launch_facts() -> LaunchFacts:

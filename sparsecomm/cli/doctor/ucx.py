@@ -60,7 +60,9 @@ def query_ucx() -> dict[str, Any]:
 def _load() -> tuple[Any, str | None]:
     """Loads the libucp that MPI uses, or else any other."""
     beside_mpi = Path(loaded_library("libmpi.so") or sys.prefix + "/lib/libmpi.so").parent
-    near = [str(p) for folder in ("openmpi", "ucx", ".") for p in sorted((beside_mpi / folder).glob("libucp.so*"))]
+    near = [
+        str(p) for folder in ("openmpi", "mpich", "ucx", ".") for p in sorted((beside_mpi / folder).glob("libucp.so*"))
+    ]
     for path in filter(None, [loaded_library("libucp"), *near, "libucp.so.0"]):
         try:
             return ctypes.CDLL(path), loaded_library("libucp") or path

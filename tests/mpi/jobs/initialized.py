@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm as sc
+from sparsecomm.launch import detect
 
 
 def message_of(kind: type[BaseException], action: Callable[..., object], *args: object, **options: object) -> str:
@@ -92,7 +93,7 @@ def again() -> None:
     sc.shutdown()
     assert not sc.is_initialized()
     sc.shutdown()
-    if "OMPI_COMM_WORLD_RANK" in os.environ:
+    if detect().mpi:
         assert "shutdown" in message_of(sc.LaunchError, sc.init)
     else:
         world = sc.init(timeout=20)
@@ -140,6 +141,5 @@ def loader() -> None:
 
 
 if __name__ == "__main__":
-    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", "0"))
     globals()[sys.argv[1]]()
-    print(f"ok {rank}")
+    print(f"ok {detect().rank}")

@@ -120,7 +120,7 @@ class Taken:
             # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
             chosen = self.indices.to(torch.int64)
-            residual[chosen] = self.values - step[chosen]
+            residual[chosen] = self.values - torch.nan_to_num(step[chosen], nan=0.0, posinf=0.0, neginf=0.0)
         if self.momentum is not None and velocity is not None and self.source is not None:
             rewind(self.momentum, velocity, self.bucket.second_moment, self.grad, self.scale * self.clip)
         for place, content in self.held:

@@ -35,6 +35,7 @@ unit: install
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench_kernels.json
 	$(BIN)/sparsecomm bench wire --json runs/bench_wire.json
+	$(BIN)/sparsecomm bench volume --json runs/bench_volume.json
 
 fuzz: install
 	$(BIN)/python -m pytest tests/fuzz tests/kernels

@@ -51,6 +51,7 @@ test-rdma: install .venvs/vng/bin/vng
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench/kernels.json
 	$(BIN)/sparsecomm bench wire --json runs/bench/wire.json
+	$(BIN)/sparsecomm bench volume --json runs/bench/volume.json
 	$(BIN)/sparsecomm bench ratio --json runs/bench/ratio.json
 	OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 $(BIN)/mpirun --oversubscribe \
 	  --bind-to none -n 2 $(BIN)/sparsecomm bench collectives --json runs/bench/collectives.json

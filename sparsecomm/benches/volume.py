@@ -55,7 +55,7 @@ def run(
         sends or receives most, worst step after the first), words (these in the unit), words_first (step 0),
         words_mean (a first step and 63 others), balance (busiest rank over mean), kept (nonzeros of the result),
         overlap (fraction of the exact top k of the sum that is in the result), dense_ratio (bytes over those of a
-        dense float32 ring), goal, ok.
+        dense float32 ring), estimate_ratio (what the strategy predicts over bytes), goal, ok.
 
     Raises:
         ConfigError: for an unknown kind, collective or codec, or numbers that are too small.
@@ -196,6 +196,7 @@ class _Cell:
             overlap += self._overlap(grad, selections) / steps
         unit = 4 * self.k * (self.size - 1) / self.size
         words = worst / unit
+        estimate = strategy_named(self.name).estimate_bytes(self.k, self.numel, self.size, self.codec, None)
         return {
             "collective": self.name,
             "ranks": self.size,
@@ -210,6 +211,7 @@ class _Cell:
             "kept": kept,
             "overlap": overlap,
             "dense_ratio": worst / dense_ring_bytes(self.numel, self.size),
+            "estimate_ratio": estimate / max(worst, 1),
             "goal": 3.0,
             "ok": "MISS" if balance > 1.2 else verdict(words, 3.0),
         }
@@ -247,6 +249,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         "kept": ("kept", ".0f"),
         "overlap": ("overlap", ".3f"),
         "/ dense": ("dense_ratio", ".4f"),
+        "estimated": ("estimate_ratio", ".2f"),
         "goal": ("goal", "g"),
         "verdict": ("ok", ""),
     }

@@ -2,7 +2,7 @@
 
 from sparsecomm.collectives.agree import Agreement, agree
 from sparsecomm.collectives.allgather import allgather_blocks, allgather_bodies, allgather_fixed
-from sparsecomm.collectives.choose import choose_collective, dense_ring_bytes
+from sparsecomm.collectives.choose import allgather_bytes, choose_collective, dense_ring_bytes, split_reduce_bytes
 from sparsecomm.collectives.parts import Codecs
 from sparsecomm.collectives.regions import Regions
 from sparsecomm.collectives.ring import ring_allreduce
@@ -18,9 +18,11 @@ __all__ = [
     "agree",
     "allgather_blocks",
     "allgather_bodies",
+    "allgather_bytes",
     "allgather_fixed",
     "choose_collective",
     "dense_ring_bytes",
     "ring_allreduce",
     "split_reduce",
+    "split_reduce_bytes",
 ]

@@ -33,9 +33,10 @@ from sparsecomm.errors import WireError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.transport import CollectiveSteps
 
-__all__ = ["Reduced", "split_reduce"]
+__all__ = ["ANNOUNCEMENT_BYTES", "Reduced", "split_reduce"]
 
 _ANNOUNCEMENT = struct.Struct("<IIII")
+ANNOUNCEMENT_BYTES = _ANNOUNCEMENT.size
 _NONFINITE = 1
 _UNEVEN = 0.1  # of all that is gathered: what the busiest rank may send above the mean
 _SLACK = 32  # small counts fluctuate by more than a third
@@ -152,10 +153,10 @@ def _announce(
     Returns:
         The nonzeros by region, the bytes by rank, and whether all sums are finite.
     """
-    mine = split.buffer("announcement", _ANNOUNCEMENT.size, torch.uint8)
+    mine = split.buffer("announcement", ANNOUNCEMENT_BYTES, torch.uint8)
     view: Any = mine.numpy()
     _ANNOUNCEMENT.pack_into(view, 0, kept, block.numel(), 0 if finite else _NONFINITE, 0)
-    struct.pack_into("<I", view, _ANNOUNCEMENT.size - 4, kernels.crc32c(mine[:-4]))
+    struct.pack_into("<I", view, ANNOUNCEMENT_BYTES - 4, kernels.crc32c(mine[:-4]))
     key = (split.bucket, "announcements")
     blocks = yield from allgather_fixed(split.channel, mine, split.arena, key)
     region_of = {owner: g for g, owner in enumerate(regions.owners)}

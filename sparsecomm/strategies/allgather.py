@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from sparsecomm.collectives import Agreement, allgather_bodies
+from sparsecomm.collectives import Agreement, allgather_bodies, allgather_bytes
 from sparsecomm.compress import Taken
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.strategies.base import Strategy, register
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import ValueCodec
+from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
     CollectiveKind,
@@ -36,6 +36,13 @@ class Allgather(Strategy):
     _headers: list[Header]
     _bodies: list[torch.Tensor]
     _parts: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def estimate_bytes(
+        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> int:
+        """See `Strategy.estimate_bytes`."""
+        return allgather_bytes(k, numel, size, value_codec, index_codec)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

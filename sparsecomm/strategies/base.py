@@ -134,6 +134,21 @@ class Strategy(abc.ABC):
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    @classmethod
+    @abc.abstractmethod
+    def estimate_bytes(
+        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> int:
+        """Returns the bytes that a rank is expected to send for a bucket, headers included.
+
+        Args:
+            k: nonzeros it selects.
+            numel: elements of the bucket.
+            size: number of ranks.
+            value_codec: how values are written.
+            index_codec: how indices are written; None for the smallest.
+        """
+
     @abc.abstractmethod
     def take(self) -> Taken:
         """Adds the gradient to the bucket's memory and takes out what is to be sent."""

@@ -6,11 +6,12 @@ import math
 
 import torch
 
-from sparsecomm.collectives import Agreement, ring_allreduce
+from sparsecomm.collectives import Agreement, dense_ring_bytes, ring_allreduce
 from sparsecomm.compress import Taken, take_all
 from sparsecomm.strategies.base import Strategy, register
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import HEADER_BYTES, CollectiveKind
 
 __all__ = ["DenseRing"]
 
@@ -24,6 +25,13 @@ class DenseRing(Strategy):
     needs_residual = False
 
     _work: torch.Tensor | None = None
+
+    @classmethod
+    def estimate_bytes(
+        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> int:
+        """See `Strategy.estimate_bytes`."""
+        return dense_ring_bytes(numel, size) + HEADER_BYTES * (size - 1)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

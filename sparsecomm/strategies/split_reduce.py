@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from sparsecomm.collectives import Agreement, Codecs, Reduced, Regions, Split, split_reduce
+from sparsecomm.collectives import Agreement, Codecs, Reduced, Regions, Split, split_reduce, split_reduce_bytes
 from sparsecomm.compress import Taken
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.strategies.base import Strategy, register
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import ValueCodec
+from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SplitReduce", "Ssar"]
@@ -32,6 +32,13 @@ class SplitReduce(Strategy):
     _split: Split
     _regions: Regions | None = None
     _reduced: Reduced | None = None
+
+    @classmethod
+    def estimate_bytes(
+        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> int:
+        """See `Strategy.estimate_bytes`."""
+        return split_reduce_bytes(k, numel, size, value_codec, index_codec, keep_all=cls.keep_all)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

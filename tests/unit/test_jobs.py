@@ -93,8 +93,9 @@ def by_hand(*args: str, env: dict[str, str] | None = None) -> list[tuple[int, st
             p.kill()
 
 
-def test_rank_and_world_size_set_by_hand_train_over_gloo() -> None:
-    ended = by_hand()
+@pytest.mark.parametrize("collective", ["allgather", "split_reduce"])
+def test_rank_and_world_size_set_by_hand_train_over_gloo(collective: str) -> None:
+    ended = by_hand("--collective", collective)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert [err for _, _, err in ended] == ["", ""], ended
     assert "rank 0 of 2 over gloo: 6 steps" in ended[0][1]
@@ -139,8 +140,9 @@ def test_sys_exit_on_one_rank_ends_the_job() -> None:
     assert job.code != 0, job
 
 
-def test_a_killed_rank_ends_the_job() -> None:
-    job = mpi_train(3, "--fail", "kill", "--rank", "1", timeout=30.0)
+@pytest.mark.parametrize("collective", ["allgather", "split_reduce"])
+def test_a_killed_rank_ends_the_job(collective: str) -> None:
+    job = mpi_train(3, "--fail", "kill", "--rank", "1", "--collective", collective, timeout=30.0)
     assert job.code != 0, job
     assert job.seconds < 40, job
 

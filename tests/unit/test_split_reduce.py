@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -362,3 +362,20 @@ def test_segments_cover_everything_once_and_evenly(counts: list[int], even: bool
         assert len(segments) < 2 * size
     else:
         assert held == [counts[owners.index(r)] for r in range(size)]
+
+
+@pytest.mark.parametrize(("numel", "k"), [(0, 0), (1, 0), (50, 0), (50, 50), (50, 49), (3, 1)])
+@pytest.mark.parametrize("size", [1, 2, 5, 17])
+@pytest.mark.parametrize("collective", SPLITS)
+def test_any_k_of_any_bucket(numel: int, k: int, size: int, collective: str) -> None:
+    cluster = Cluster(size, numel)
+    for step in range(3):
+        grads = [gradient("normal", numel, torch.float32, 10 * step + r) for r in range(size)]
+        before = [r.clone() for r in cluster.residuals]
+        applied = [g.clone() for g in grads]
+        cluster.step(applied, replace(plan(numel, step=step, collective=collective), k=k))
+        assert all(same_bits(applied[0], other) for other in applied[1:])
+        if numel:
+            assert_conserved(grads, before, applied[0], cluster.residuals)
+        if k == 0:
+            assert not bool(applied[0].any())

@@ -1,6 +1,6 @@
 """A tiny training run with the hook; what goes wrong in it, and where, is said by the arguments.
 
-train.py [--steps N] [--fail KIND] [--rank R] [--at STEP]
+train.py [--steps N] [--collective NAME] [--fail KIND] [--rank R] [--at STEP]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def go_wrong(kind: str, world: sc.World) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--collective", default="allgather")
     parser.add_argument("--fail", default="")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--at", type=int, default=3)
@@ -43,7 +44,7 @@ def main() -> None:
     world = sc.init()
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)), bucket_cap_mb=0.001)
-    state = sc.SparseState(sc.TopK(0.1), collective="allgather")
+    state = sc.SparseState(sc.TopK(0.1), collective=args.collective)
     model.register_comm_hook(state, sc.sparse_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(world.rank)

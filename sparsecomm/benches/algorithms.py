@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sparsecomm.compress import Bucket, BucketLayout, ErrorFeedback, take_some
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
+from sparsecomm.strategies import strategies
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
@@ -114,16 +116,6 @@ def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Pr
     return register
 
 
-@algorithm("allgather", role="ours", sparse=True)
-def _allgather(case: Case) -> Ready:
-    return exchanging(case, CollectiveKind.ALLGATHER)
-
-
-@algorithm("ring", role="ours", sparse=False)
-def _ring(case: Case) -> Ready:
-    return exchanging(case, CollectiveKind.DENSE)
-
-
 def exchanging(case: Case, kind: CollectiveKind) -> Ready:
     """Prepares whole exchanges, as training does them, by one of our collectives."""
     sparse = kind != CollectiveKind.DENSE
@@ -138,6 +130,10 @@ def exchanging(case: Case, kind: CollectiveKind) -> Ready:
         last = case.world.engine.call("bench", lambda channel: exchange(channel, bucket, case.work, plan, arena))
 
     return Ready(call, lambda: last.bytes_sent, counted=True)
+
+
+for _strategy in strategies().values():  # all that a SparseState can be asked for
+    algorithm(_strategy.name, role="ours", sparse=_strategy.needs_residual)(partial(exchanging, kind=_strategy.kind))
 
 
 @algorithm("mpi allreduce", role="peer", sparse=False)

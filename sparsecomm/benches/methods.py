@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
+from sparsecomm.strategies import strategies
 
 __all__ = ["METHODS", "Attached", "Method", "Run", "load_plugins", "method", "runs_of"]
 
@@ -289,6 +290,20 @@ def _ours_topk(model: nn.Module, density: float) -> Attached:
 @method("sparsecomm-threshold", sparse=True)
 def _ours_threshold(model: nn.Module, density: float) -> Attached:
     return _sparsecomm(model, sc.SparseConfig(compressor=sc.ThresholdTopK(density)))
+
+
+def _by_collective(collective: str) -> Attach:
+    def attach(model: nn.Module, density: float) -> Attached:
+        return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density), collective=collective))
+
+    return attach
+
+
+for _strategy in strategies().values():  # sparsecomm-topk takes what "auto" chooses; these are all the others by name
+    if _strategy.needs_residual:
+        method(f"sparsecomm-{_strategy.name}", sparse=True, default=_strategy.name == "split_reduce")(
+            _by_collective(_strategy.name)
+        )
 
 
 @method("sparsecomm-topk-int8", sparse=True, default=False)

@@ -26,7 +26,7 @@ __all__ = ["KINDS", "print_table", "run"]
 _LIFETIME = 64  # steps that one partition serves: what the step that makes it costs more is spread over these
 
 
-@bench("volume")
+@bench("volume", keys=("collective", "ranks", "density", "kind"), measures=("words", "balance"))
 def run(
     ranks: Sequence[int] = (2, 3, 4, 6, 8, 12, 16, 64),
     densities: Sequence[float] = (0.001, 0.01),

@@ -14,6 +14,7 @@ from helpers import mpirun_command, run_job
 
 from sparsecomm.benches import collectives
 from sparsecomm.errors import ConfigError
+from sparsecomm.strategies import strategies
 
 EXTRA = """
 import sys
@@ -47,23 +48,23 @@ def test_all_algorithms_average_the_same_gradients(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["meta"]["command"].startswith("mpirun -n 2 sparsecomm bench collectives --numels 1001,20000")
     rows = [row for row in result["rows"] if row["numel"]]
-    names = {"allgather", "ring", "mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half"}
+    names = {"mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half", *strategies()}
     assert {(row["algorithm"], row["numel"]) for row in rows} == {(a, n) for a in names for n in (1001, 20000)}
     assert not any(row.get("error") for row in rows)
     for numel in (1001, 20000):
         mine = {row["algorithm"]: row for row in rows if row["numel"] == numel}
-        for exact in ("ring", "mpi allreduce", "gloo allreduce"):
+        for exact in ("dense", "mpi allreduce", "gloo allreduce"):
             assert mine[exact]["relative_error"] < 1e-6
         # Our payloads by Gloo carry the same selection; half an average is half wrong.
         ours, gloo = mine["allgather"]["relative_error"], mine["gloo allgather"]["relative_error"]
         assert 0.5 < ours < 1.0
         assert ours == pytest.approx(gloo, rel=1e-6)
         assert mine["half"]["relative_error"] == pytest.approx(0.5)
-        assert mine["ring"]["bytes_sent"] == pytest.approx(mine["mpi allreduce"]["bytes_sent"], abs=100)
-        assert mine["allgather"]["bytes_sent"] < mine["ring"]["bytes_sent"] / 4
+        assert mine["dense"]["bytes_sent"] == pytest.approx(mine["mpi allreduce"]["bytes_sent"], abs=100)
+        assert mine["allgather"]["bytes_sent"] < mine["dense"]["bytes_sent"] / 4
         dense = [mine[a] for a in ("mpi allreduce", "gloo allreduce")]
         best = min(dense, key=lambda row: row["seconds"])
-        assert mine["ring"]["best_peer"] == mine["half"]["best_peer"] == best["algorithm"]
+        assert mine["dense"]["best_peer"] == mine["half"]["best_peer"] == best["algorithm"]
         assert best["peer_ratio"] == 1.0
     means = [row for row in result["rows"] if row["numel"] is None]
     assert {row["algorithm"] for row in means} == names - {"compute only"}
@@ -80,7 +81,7 @@ def test_without_mpi_its_allreduce_is_a_row_with_the_reason(tmp_path: Path) -> N
     assert done.code == 0, done
     rows = {row["algorithm"]: row for row in rows_of(file) if row["numel"]}
     assert "launch with mpirun" in rows["mpi allreduce"]["error"]
-    assert rows["ring"]["best_peer"] == "gloo allreduce"
+    assert rows["dense"]["best_peer"] == "gloo allreduce"
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Ranks:
         (1, ((10,), (0.1,), None, 2), "a world of 1 has nothing to exchange: mpirun -n 2"),
         (2, ((0,), (0.1,), None, 2), "numel = 0"),
         (2, ((10,), (0.0,), None, 2), "density = 0.0"),
-        (2, ((10,), (0.1,), ("rnig",), 2), "'rnig' does not exist; known are allgather, ring"),
+        (2, ((10,), (0.1,), ("rnig",), 2), "'rnig' does not exist; known are allgather, dense"),
         (2, ((10,), (0.1,), None, 0), "repeats = 0"),
     ],
 )

@@ -1,15 +1,77 @@
-"""Which collective to use for a bucket: the one that moves fewer bytes from a rank.
+"""Which collective to use for a bucket, and which algorithm for a dense allreduce.
 
 Every rank computes the same answer from the same numbers, so nothing is exchanged to agree on it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+
+from sparsecomm.collectives.ring import ring_blocks
+
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, choose_index_codec
 
-__all__ = ["choose_collective", "dense_ring_bytes"]
+__all__ = ["DenseAlgorithm", "choose_collective", "choose_dense", "dense_ring_bytes"]
+
+
+class DenseAlgorithm(Enum):
+    """How a dense vector is summed over ranks."""
+
+    DOUBLING = "recursive doubling"
+    HALVING = "recursive halving and doubling"
+    RING = "pipelined ring"
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What moving and adding costs a rank.
+
+    Attributes:
+        alpha: seconds a round takes beyond its bytes: the messages' way through Python, MPI and the link.
+        beta: seconds a byte, sent and received at the same time.
+        gamma: seconds a byte that is added.
+    """
+
+    alpha: float
+    beta: float
+    gamma: float
+
+
+# One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
+# choosing matters most; on a faster one the same rule loses at most the difference of a few rounds.
+_SHARED_MEMORY = _Link(alpha=30e-6, beta=0.12e-9, gamma=0.06e-9)
+_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=0.1e-9)
+
+
+def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> DenseAlgorithm:
+    """Returns the algorithm with the lowest modelled time; in a tie the one with the fewest rounds.
+
+    Args:
+        numel: elements of the vector.
+        size: number of ranks.
+        wire: FP32, FP16 or BF16: how values travel.
+        one_host: whether all ranks share memory.
+    """
+    link = _SHARED_MEMORY if one_host else _NETWORK
+    full = 4 * numel
+    moved = full if wire == ValueCodec.FP32 else full // 2
+    rounds = size.bit_length() - 1  # among the ranks that remain when the surplus is folded away
+    folding = 0 if size == 1 << rounds else 2
+    share = (size - 1) / size
+    blocks = ring_blocks(numel, size)
+    fold = folding * (link.alpha + moved * link.beta) + (full * link.gamma if folding else 0.0)
+    adding = share * full * link.gamma
+    moving = 2 * share * moved * link.beta
+    seconds = {
+        DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
+        DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving + adding,
+        # With several blocks adding hides behind moving, and each block costs its messages again.
+        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / blocks,
+    }
+    return min(seconds, key=seconds.__getitem__)
 
 
 def dense_ring_bytes(numel: int, size: int) -> int:

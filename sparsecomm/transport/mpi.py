@@ -100,6 +100,9 @@ class MPITransport:
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.max_tag: int = self._comm.Get_attr(MPI.TAG_UB) or 32767
+        beside = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.one_host: bool = beside.Get_size() == self.size
+        beside.Free()
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """See `Transport.isend`. Messages over 1 GiB go in pieces."""

@@ -15,7 +15,7 @@ from sparsecomm.wire import CollectiveKind
 __all__ = ["SparseConfig"]
 
 _COLLECTIVES = {"auto": None, "allgather": CollectiveKind.ALLGATHER, "dense": CollectiveKind.DENSE}
-_VALUE_CODECS = {c.name.lower(): c for c in ValueCodec}
+_VALUE_CODECS = {"auto": ValueCodec.FP16} | {c.name.lower(): c for c in ValueCodec}
 _INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
 
 
@@ -28,7 +28,8 @@ class SparseConfig:
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
             applying momentum (DGC); None drops it.
         collective: "auto" (the one that moves fewer bytes), "allgather" or "dense".
-        value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
+        value_codec: "auto" (fp16 where sparse, fp32 where dense), "fp32", "fp16", "bf16" or "int8" (fp16 where dense);
+            what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets of fewer elements are exchanged densely.
         dense_steps: the first steps are exchanged densely.
@@ -40,7 +41,7 @@ class SparseConfig:
     compressor: Compressor = field(default_factory=TopK)
     feedback: Feedback | None = field(default_factory=ErrorFeedback)
     collective: str = "auto"
-    value_codec: str = "fp16"
+    value_codec: str = "auto"
     index_codec: str = "auto"
     dense_below: int = 0
     dense_steps: int = 0
@@ -99,8 +100,13 @@ class SparseConfig:
 
     @property
     def values(self) -> ValueCodec:
-        """The value codec."""
+        """How values travel in a sparse exchange."""
         return _VALUE_CODECS[self.value_codec]
+
+    @property
+    def dense_values(self) -> ValueCodec:
+        """How values travel in a dense exchange: by default nothing is rounded there."""
+        return ValueCodec.FP32 if self.value_codec == "auto" else self.values
 
     @property
     def indices(self) -> IndexCodec | None:

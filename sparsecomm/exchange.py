@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsecomm.arena import Arena
-from sparsecomm.collectives import agree, allgather_bodies, dense_ring_bytes, ring_allreduce
+from sparsecomm.collectives import agree, allgather_bodies, dense_allreduce, dense_ring_bytes
 from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_all, take_some
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
@@ -298,7 +298,7 @@ def _decode(job: _Job, headers: list[Header], bodies: list[torch.Tensor], taken:
 
 
 def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
-    """Sends everything, the residual included, as float32 around a ring."""
+    """Sends everything, the residual included; what 16 bits round off on the way goes back to the residual."""
     channel, grad, plan, arena, report = job.channel, job.grad, job.plan, job.arena, job.report
     residual, key = job.bucket.residual, job.bucket.index
     try:
@@ -323,6 +323,7 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
         with job.stage("wait"):
             payload = arena.get((key, "payload"), HEADER_BYTES, torch.uint8)
             header = job.header()
+            header.value_codec = wire = _dense_codec(plan.value_codec)
             write_header(header, payload)
             headers = yield from agree(channel, header, payload, arena, key)
             if any(h.flags & FLAG_NONFINITE for h in headers):
@@ -332,21 +333,28 @@ def _exchange_dense(job: _Job) -> CollectiveSteps[None]:
                 # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
                 work = arena.get((key, "work"), grad.numel(), torch.float32)
                 work.copy_(grad if residual is None else residual)
+                if residual is not None and wire != ValueCodec.FP32:
+                    taken.left = arena.get((key, "left"), grad.numel(), torch.float32)
+            scale = (plan.grad_scale if residual is not None else 1.0) / channel.size
             summing = True
-            yield from ring_allreduce(channel, work, arena, key)
+            yield from dense_allreduce(channel, work, arena, key, wire=wire, scale=scale, error=taken.left)
     except BaseException:
         taken.undo()
         if summing and work is grad:
             grad.fill_(math.nan)  # summed in place: half a sum must not pass for a gradient
         raise
     with job.stage("apply"):
-        work.mul_((plan.grad_scale if residual is not None else 1.0) / channel.size)
         if grad.dtype == torch.float16:
             _keep_if_in_range(job, taken, work)
         else:
             if work is not grad:
                 grad.copy_(work)
             job.keep(taken)
+
+
+def _dense_codec(codec: ValueCodec) -> ValueCodec:
+    """Returns how dense values travel: int8 numbers with a scale a block cannot be summed on their way."""
+    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec
 
 
 def _keep_if_in_range(job: _Job, taken: Taken, average: torch.Tensor) -> None:

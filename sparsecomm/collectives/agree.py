@@ -11,7 +11,7 @@ from sparsecomm.arena import Arena
 from sparsecomm.collectives.allgather import allgather_bodies, allgather_fixed
 from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
-from sparsecomm.wire import FLAG_ERROR, HEADER_BYTES, Header, check_body, read_header
+from sparsecomm.wire import FLAG_ERROR, HEADER_BYTES, CollectiveKind, Header, check_body, read_header
 
 __all__ = ["agree"]
 
@@ -63,10 +63,12 @@ def agree(
 
 def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
+    # What is summed on its way must travel alike; a sparse payload says itself how it is written.
+    dense = any(h.collective == CollectiveKind.DENSE for h in headers)
     first = _matched(headers[0])
-    if all(_matched(h) == first for h in headers):
+    if all(_matched(h) == first for h in headers) and not (dense and len({h.value_codec for h in headers}) > 1):
         return
-    differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
+    differ = [f for f in (*_MUST_MATCH, "value_codec") if len({getattr(h, f) for h in headers}) > 1]
     lines = []
     for h in headers:
         values = ", ".join(f"{f} = {_show(f, getattr(h, f))}" for f in differ)

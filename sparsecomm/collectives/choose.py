@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sparsecomm.collectives.ring import ring_blocks
-
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, choose_index_codec
@@ -42,7 +41,7 @@ class _Link:
 
 # One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
 # choosing matters most; on a faster one the same rule loses at most the difference of a few rounds.
-_SHARED_MEMORY = _Link(alpha=30e-6, beta=0.12e-9, gamma=0.06e-9)
+_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9)
 _NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=0.1e-9)
 
 
@@ -74,13 +73,19 @@ def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> 
     return min(seconds, key=seconds.__getitem__)
 
 
-def dense_ring_bytes(numel: int, size: int) -> int:
-    """Returns the bytes one rank sends in a ring allreduce of `numel` float32 values over `size` ranks."""
-    return 2 * 4 * numel * (size - 1) // size
+def dense_ring_bytes(numel: int, size: int, codec: ValueCodec = ValueCodec.FP32) -> int:
+    """Returns the bytes one rank sends in a ring allreduce of `numel` values over `size` ranks, 32 or 16 bits each."""
+    return 2 * (4 if codec == ValueCodec.FP32 else 2) * numel * (size - 1) // size
 
 
 def choose_collective(
-    k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    k: int,
+    numel: int,
+    size: int,
+    value_codec: ValueCodec,
+    index_codec: IndexCodec | None,
+    *,
+    dense_codec: ValueCodec = ValueCodec.FP32,
 ) -> CollectiveKind:
     """Returns the collective with the fewest bytes sent by a rank.
 
@@ -90,8 +95,10 @@ def choose_collective(
         size: number of ranks.
         value_codec: how values are written.
         index_codec: how indices are written; None for the smallest.
+        dense_codec: how values travel if dense.
     """
     codec = choose_index_codec(k, numel) if index_codec is None else index_codec
     payload = kernels.estimate_index_bytes(codec, k, numel) + kernels.max_value_bytes(value_codec, k)
     sparse = (size - 1) * (payload + HEADER_BYTES)
-    return CollectiveKind.ALLGATHER if sparse <= dense_ring_bytes(numel, size) or size == 1 else CollectiveKind.DENSE
+    cheaper = sparse <= dense_ring_bytes(numel, size, dense_codec)
+    return CollectiveKind.ALLGATHER if cheaper or size == 1 else CollectiveKind.DENSE

@@ -67,6 +67,8 @@ class Taken:
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
+        left: of what is sent whole, float32, shape (n,): what this rank's rounding dropped; None for nothing.
+        spans: the elements that `held` puts aside.
         before: residual and velocity, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
@@ -83,20 +85,25 @@ class Taken:
     capacity: int = 0
     accumulated: bool = False
     whole: bool = False
+    left: torch.Tensor | None = None
+    spans: Sequence[Span] = ()
     before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Makes the step final after the exchange has succeeded.
 
-        What was sent whole leaves the residual; the velocity is zeroed where something was selected (DGC's factor
-        masking); what was put aside comes back.
+        What was sent whole leaves the residual, but for what rounding dropped; the velocity is zeroed where something
+        was selected (DGC's factor masking); what was put aside comes back.
         """
-        velocity = self.bucket.velocity
-        if self.whole and self.bucket.residual is not None:
-            self.bucket.residual.zero_()
+        residual, velocity = self.bucket.residual, self.bucket.velocity
+        if self.whole and residual is not None:
+            residual.zero_() if self.left is None else residual.copy_(self.left)
         if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
             velocity[self.indices.to(torch.int64)] = 0.0
         self._restore_held()
+        if self.left is not None and residual is not None:
+            for start, end in self.spans:  # this rank sent nothing of its own there, but rounded what others had sent
+                residual[start:end].add_(self.left[start:end])
 
     def undo(self) -> None:
         """Returns residual and velocity to what they were before the step; to rounding, if no copy was kept."""
@@ -222,7 +229,7 @@ def _begin(
     """Puts held memory aside and, with momentum correction, turns the gradient into a velocity."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
-    taken = Taken(bucket, grad, scale, 0, *_NOTHING, source=grad)
+    taken = Taken(bucket, grad, scale, 0, *_NOTHING, source=grad, spans=held)
     for name, memory in (("residual", bucket.residual), ("velocity", bucket.velocity)):
         if memory is not None:
             if not lasting:

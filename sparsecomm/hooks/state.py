@@ -23,6 +23,7 @@ from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
@@ -252,7 +253,8 @@ class SparseState:
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
         momentum = config.feedback if isinstance(config.feedback, MomentumCorrection) else None
-        if collective != CollectiveKind.DENSE or momentum is not None or self._residuals.has(bucket.layout):
+        rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
+        if collective != CollectiveKind.DENSE or momentum or rounds or self._residuals.has(bucket.layout):
             bucket.residual = self._residuals.bucket(bucket.layout)
         bucket.velocity = None if momentum is None else self._velocities.bucket(bucket.layout)
         clip_norm = None
@@ -263,7 +265,7 @@ class SparseState:
             collective=collective,
             compressor=config.compressor,
             k=k,
-            value_codec=config.values,
+            value_codec=config.dense_values if collective == CollectiveKind.DENSE else config.values,
             index_codec=config.indices,
             feedback=config.feedback,
             grad_scale=self._grad_scale(),
@@ -281,7 +283,7 @@ class SparseState:
             return CollectiveKind.DENSE
         if config.collective_kind is not None:
             return config.collective_kind
-        return choose_collective(k, numel, size, config.values, config.indices)
+        return choose_collective(k, numel, size, config.values, config.indices, dense_codec=config.dense_values)
 
     def _bucket(
         self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: ServedModel, where: str

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import choose_dense, dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
+from sparsecomm.collectives.choose import ring_segment
 from sparsecomm.transport import Channel, CollectiveSteps, Engine
 from sparsecomm.transport.mpi import MPITransport, import_mpi
 from sparsecomm.types import ValueCodec
@@ -63,7 +64,10 @@ def contenders(engine: Engine, comm: Any, MPI: Any, every: bool) -> dict[str, Ca
         "queue": lambda work: engine.call("nothing", nothing),
     }
     if every:
-        found |= {"ring": ours(ring_allreduce), "doubling": ours(doubling_allreduce)}
+        found |= {
+            "ring": ours(ring_allreduce, segment=ring_segment(one_host=engine.transport.one_host)),
+            "doubling": ours(doubling_allreduce),
+        }
         found |= {"halving": ours(halving_allreduce)}
     return found
 
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0, help="for all sizes together, about")
     parser.add_argument("--most", type=int, default=SIZES[-1], help="largest size in bytes")
+    parser.add_argument("--least", type=int, default=SIZES[0], help="smallest size in bytes")
     parser.add_argument("--every", action="store_true", help="each algorithm by itself too")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -103,7 +108,7 @@ def main() -> None:
     dist.init_process_group("gloo", rank=comm.rank, world_size=comm.size, timeout=timedelta(seconds=60))
     engine = Engine(MPITransport())
     runs = contenders(engine, comm, MPI, options.every)
-    sizes = [s for s in SIZES if s <= options.most]
+    sizes = [s for s in SIZES if options.least <= s <= options.most]
     rows = []
     for size in sizes:
         times = measure(torch.zeros(size // 4), runs, comm, options.seconds / len(sizes))

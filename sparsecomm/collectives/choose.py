@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from sparsecomm.collectives.ring import ring_blocks
+from sparsecomm.collectives.ring import SEGMENT, ring_blocks
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, choose_index_codec
 
-__all__ = ["DenseAlgorithm", "choose_collective", "choose_dense", "dense_ring_bytes"]
+__all__ = ["DenseAlgorithm", "choose_collective", "choose_dense", "dense_ring_bytes", "ring_segment"]
 
 
 class DenseAlgorithm(Enum):
@@ -31,18 +31,30 @@ class _Link:
     Attributes:
         alpha: seconds a round takes beyond its bytes: the messages' way through Python, MPI and the link.
         beta: seconds a byte, sent and received at the same time.
-        gamma: seconds a byte that is added.
+        gamma: seconds a byte that is added while nothing moves.
+        segment: elements of a ring's segments.
     """
 
     alpha: float
     beta: float
     gamma: float
+    segment: int
 
 
 # One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
-# choosing matters most; on a faster one the same rule loses at most the difference of a few rounds.
-_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9)
-_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=0.1e-9)
+# choosing matters most; on a faster one the same rule loses at most the difference of a few rounds. Its gamma stands for
+# more than the adder: at the end of every long message the link runs dry until both sides have turned round.
+_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT)
+_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4)
+
+
+def _link(one_host: bool) -> _Link:
+    return _SHARED_MEMORY if one_host else _NETWORK
+
+
+def ring_segment(*, one_host: bool) -> int:
+    """Returns how many elements a segment of a ring should have at most."""
+    return _link(one_host).segment
 
 
 def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> DenseAlgorithm:
@@ -54,13 +66,13 @@ def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> 
         wire: FP32, FP16 or BF16: how values travel.
         one_host: whether all ranks share memory.
     """
-    link = _SHARED_MEMORY if one_host else _NETWORK
+    link = _link(one_host)
     full = 4 * numel
     moved = full if wire == ValueCodec.FP32 else full // 2
     rounds = size.bit_length() - 1  # among the ranks that remain when the surplus is folded away
     folding = 0 if size == 1 << rounds else 2
     share = (size - 1) / size
-    blocks = ring_blocks(numel, size)
+    blocks = ring_blocks(numel, size, link.segment)
     fold = folding * (link.alpha + moved * link.beta) + (full * link.gamma if folding else 0.0)
     adding = share * full * link.gamma
     moving = 2 * share * moved * link.beta

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import torch
 
 from sparsecomm.arena import Arena
-from sparsecomm.collectives.choose import DenseAlgorithm, choose_dense
+from sparsecomm.collectives.choose import DenseAlgorithm, choose_dense, ring_segment
 from sparsecomm.collectives.doubling import doubling_allreduce
 from sparsecomm.collectives.halving import halving_allreduce
 from sparsecomm.collectives.ring import ring_allreduce
@@ -15,12 +15,6 @@ from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import ValueCodec
 
 __all__ = ["dense_allreduce"]
-
-_ALGORITHMS = {
-    DenseAlgorithm.DOUBLING: doubling_allreduce,
-    DenseAlgorithm.HALVING: halving_allreduce,
-    DenseAlgorithm.RING: ring_allreduce,
-}
 
 
 def dense_allreduce(
@@ -49,5 +43,9 @@ def dense_allreduce(
         KernelError: for another wire codec or an unfit vector.
         ConfigError: for a scale that is not positive or an error of another shape.
     """
-    run = _ALGORITHMS[choose_dense(work.numel(), channel.size, wire, one_host=channel.one_host)]
+    algorithm = choose_dense(work.numel(), channel.size, wire, one_host=channel.one_host)
+    if algorithm == DenseAlgorithm.RING:
+        segment = ring_segment(one_host=channel.one_host)
+        return ring_allreduce(channel, work, arena, key, wire=wire, scale=scale, error=error, segment=segment)
+    run = doubling_allreduce if algorithm == DenseAlgorithm.DOUBLING else halving_allreduce
     return run(channel, work, arena, key, wire=wire, scale=scale, error=error)

@@ -22,8 +22,8 @@ from sparsecomm.types import ValueCodec
 __all__ = ["SEGMENT", "ring_allreduce", "ring_blocks"]
 
 SEGMENT = 1 << 19
-"""Most elements of a segment: 2 MiB of float32, measured to be long enough that its messages do not count, and so short
-that what arrived is still in the last-level cache when it is added."""
+"""Most elements of a segment: 2 MiB of float32, between ranks that share memory long enough that its messages do not
+count, and so short that what arrived is still in the last-level cache when it is added."""
 
 
 def ring_blocks(numel: int, size: int, segment: int = SEGMENT) -> int:
@@ -64,15 +64,20 @@ def ring_allreduce(
         return
     lanes = _Lanes(channel, dense, arena, key, segment)
     last = 2 * channel.size - 3
-    arrived: list[tuple[int, int]] = []
-    leaving: list[Request] = []  # waited for a slot later, so that nobody waits for a neighbour that is still adding
-    for slot in range(lanes.blocks + 2 * last + 1):
-        moving = [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < lanes.blocks]
-        waiting = leaving + [r for block, step in moving for r in lanes.receive(block, step)]
-        leaving = [r for block, step in moving for r in lanes.send(block, step)]
-        for block, step in arrived:
+    slots = lanes.blocks + 2 * last
+
+    def moving(slot: int) -> list[tuple[int, int]]:
+        return [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < lanes.blocks]
+
+    leaving: list[Request] = []
+    ahead = [r for block, step in moving(0) for r in lanes.send(block, step)]
+    for slot in range(slots + 1):
+        incoming = [r for block, step in moving(slot) for r in lanes.receive(block, step)]
+        for block, step in moving(slot - 1):
             lanes.take(block, step)
-        arrived = moving
+        # What leaves in the next slot is ready before what comes in this one is here: the link never runs dry.
+        waiting, leaving = incoming + leaving, ahead
+        ahead = [r for block, step in moving(slot + 1) for r in lanes.send(block, step)]
         if waiting:
             yield waiting
     yield leaving

@@ -69,18 +69,19 @@ def ring_allreduce(
     def moving(slot: int) -> list[tuple[int, int]]:
         return [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < lanes.blocks]
 
-    leaving: list[Request] = []
-    ahead = [r for block, step in moving(0) for r in lanes.send(block, step)]
+    def post(slot: int) -> list[Request]:
+        return [r for b, s in moving(slot) for r in lanes.receive(b, s)] + [
+            r for b, s in moving(slot) for r in lanes.send(b, s)
+        ]
+
+    posted = post(0)
     for slot in range(slots + 1):
-        incoming = [r for block, step in moving(slot) for r in lanes.receive(block, step)]
         for block, step in moving(slot - 1):
             lanes.take(block, step)
-        # What leaves in the next slot is ready before what comes in this one is here: the link never runs dry.
-        waiting, leaving = incoming + leaving, ahead
-        ahead = [r for block, step in moving(slot + 1) for r in lanes.send(block, step)]
+        # The next slot is posted on both sides before this one is complete: the link never runs dry.
+        waiting, posted = posted, post(slot + 1)
         if waiting:
             yield waiting
-    yield leaving
 
 
 class _Lanes:

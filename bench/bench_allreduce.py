@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -76,11 +77,11 @@ def measure(
     """Runs all contenders in turn, for about so many seconds but at least three rounds; returns seconds by name."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
-    goes_on, turn = True, 0
+    goes_on, order = True, random.Random(1)  # the same order on all ranks
     while goes_on:
         # The order changes: each leaves caches, and on a network the sockets, in some state to the next.
-        names = [*runs][turn % len(runs) :] + [*runs][: turn % len(runs)]
-        turn += 1
+        names = [*runs]
+        order.shuffle(names)
         for name in names:
             comm.Barrier()
             begin = time.perf_counter()

@@ -16,7 +16,7 @@ from sparsecomm.wire import CollectiveKind
 __all__ = ["SparseConfig"]
 
 _COLLECTIVES = {"auto": None} | {name: strategy.kind for name, strategy in strategies().items()}
-_VALUE_CODECS = {c.name.lower(): c for c in ValueCodec}
+_VALUE_CODECS = {"auto": ValueCodec.FP16} | {c.name.lower(): c for c in ValueCodec}
 _INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
 
 
@@ -30,7 +30,8 @@ class SparseConfig:
             applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
         collective: "auto" (of the next two the one that moves fewer bytes), "allgather", "dense", "split_reduce" (whose
             bytes do not grow with the number of ranks) or "ssar" (the same without selecting again).
-        value_codec: "fp32", "fp16", "bf16" or "int8"; what rounding drops stays in the residual.
+        value_codec: "auto" (fp16 where sparse, fp32 where dense), "fp32", "fp16", "bf16" or "int8" (fp16 where dense);
+            what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets of fewer elements are exchanged densely.
         dense_steps: the first steps are exchanged densely.
@@ -42,7 +43,7 @@ class SparseConfig:
     compressor: Compressor = field(default_factory=TopK)
     feedback: Feedback | None = field(default_factory=ErrorFeedback)
     collective: str = "auto"
-    value_codec: str = "fp16"
+    value_codec: str = "auto"
     index_codec: str = "auto"
     dense_below: int = 0
     dense_steps: int = 0
@@ -102,8 +103,13 @@ class SparseConfig:
 
     @property
     def values(self) -> ValueCodec:
-        """The value codec."""
+        """How values travel in a sparse exchange."""
         return _VALUE_CODECS[self.value_codec]
+
+    @property
+    def dense_values(self) -> ValueCodec:
+        """How values travel in a dense exchange: by default nothing is rounded there."""
+        return ValueCodec.FP32 if self.value_codec == "auto" else self.values
 
     @property
     def indices(self) -> IndexCodec | None:

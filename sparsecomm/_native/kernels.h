@@ -70,6 +70,8 @@ struct Kernels {
   void (*scatter_add)(float* out, const uint32_t* indices, const float* values, size_t nnz);
   void (*scatter_reduce)(void* out, int type, size_t n, Part* parts, size_t nparts, float scale);
   void (*add_dense)(float* out, const uint8_t* data, size_t n);
+  void (*pack_dense)(int codec, const float* values, size_t n, uint8_t* out, float* error);
+  void (*unpack_dense)(int codec, const uint8_t* data, size_t n, float* out, bool add);
   uint32_t (*crc32c)(const uint8_t* data, size_t nbytes, uint32_t seed);
 };
 

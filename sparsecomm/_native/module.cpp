@@ -133,6 +133,16 @@ void add_dense(Address out, Address data, size_t n) {
   kernels().add_dense(at<float>(out), at<const uint8_t>(data), n);
 }
 
+void pack_dense(int codec, Address values, size_t n, Address out, Address error) {
+  const FreeGil free(n * 4);
+  kernels().pack_dense(codec, at<const float>(values), n, at<uint8_t>(out), at<float>(error));
+}
+
+void unpack_dense(int codec, Address data, size_t n, Address out, bool add) {
+  const FreeGil free(n * 4);
+  kernels().unpack_dense(codec, at<const uint8_t>(data), n, at<float>(out), add);
+}
+
 uint64_t accumulate_dense(Address grad, int type, Address residual, size_t n, double scale) {
   const FreeGil free(n * 4);
   return kernels()
@@ -173,6 +183,8 @@ NB_MODULE(_core, m) {
   m.def("scatter_add", scatter_add);
   m.def("scatter_reduce", scatter_reduce);
   m.def("add_dense", add_dense);
+  m.def("pack_dense", pack_dense);
+  m.def("unpack_dense", unpack_dense);
   m.def("accumulate_dense", accumulate_dense);
   m.def("crc32c", crc32c);
   m.def("scratch_bytes", sc::scratch_bytes);

@@ -4,6 +4,7 @@
 
 #include "scratch.h"
 
+#include "dense_wire.h"
 #include "index_codecs.h"
 #include "scatter.h"
 #include "topk.h"
@@ -14,7 +15,8 @@ namespace {
 
 constexpr Kernels table(const char* name, uint32_t (*crc)(const uint8_t*, size_t, uint32_t)) {
   return {name,          accumulate_select, exact_topk,  cut_topk,       encode_indices, decode_indices,
-          encode_values, decode_values,     scatter_add, scatter_reduce, add_dense,      crc};
+          encode_values, decode_values,     scatter_add, scatter_reduce, add_dense,      pack_dense,
+          unpack_dense,  crc};
 }
 
 }  // namespace

@@ -2,7 +2,17 @@
 
 from sparsecomm.collectives.agree import Agreement, agree
 from sparsecomm.collectives.allgather import allgather_blocks, allgather_bodies, allgather_fixed
-from sparsecomm.collectives.choose import allgather_bytes, choose_collective, dense_ring_bytes, split_reduce_bytes
+from sparsecomm.collectives.choose import (
+    DenseAlgorithm,
+    allgather_bytes,
+    choose_collective,
+    choose_dense,
+    dense_ring_bytes,
+    split_reduce_bytes,
+)
+from sparsecomm.collectives.dense import dense_allreduce
+from sparsecomm.collectives.doubling import doubling_allreduce
+from sparsecomm.collectives.halving import halving_allreduce
 from sparsecomm.collectives.parts import Codecs
 from sparsecomm.collectives.regions import Regions
 from sparsecomm.collectives.ring import ring_allreduce
@@ -12,6 +22,7 @@ from sparsecomm.collectives.split_reduce import Reduced, split_reduce
 __all__ = [
     "Agreement",
     "Codecs",
+    "DenseAlgorithm",
     "Reduced",
     "Regions",
     "Split",
@@ -21,7 +32,11 @@ __all__ = [
     "allgather_bytes",
     "allgather_fixed",
     "choose_collective",
+    "choose_dense",
+    "dense_allreduce",
     "dense_ring_bytes",
+    "doubling_allreduce",
+    "halving_allreduce",
     "ring_allreduce",
     "split_reduce",
     "split_reduce_bytes",

@@ -130,12 +130,20 @@ def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> Coll
     return flags
 
 
-def _k_of(header: Header) -> int:
-    return header.nnz if header.collective in _SAME_K else 0
+def _all_of(header: Header) -> tuple[int, ...]:
+    """Returns all that must be the same on every rank."""
+    more = 0
+    if header.collective in _SAME_K:
+        more = header.nnz
+    elif header.collective == CollectiveKind.DENSE:
+        more = (
+            header.value_codec
+        )  # what is summed on its way must travel alike; a sparse payload says how it is written
+    return (*(int(x) for x in _matched(header)), int(more))
 
 
 def _digest(header: Header) -> int:
-    text = repr((tuple(int(x) for x in _matched(header)), _k_of(header))).encode()
+    text = repr(_all_of(header)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -184,12 +192,11 @@ def _gather(
 
 def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
-    first = _matched(headers[0])
-    same_k = all(_k_of(h) == _k_of(headers[0]) for h in headers)
-    if same_k and all(_matched(h) == first for h in headers):
+    if all(_all_of(h) == _all_of(headers[0]) for h in headers):
         return
     differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
-    differ = differ or ["k"]
+    if not differ:
+        differ = ["k" if headers[0].collective in _SAME_K else "value_codec"]
     lines = []
     for h in headers:
         values = ", ".join(f"{f} = {_show(f, h.nnz if f == 'k' else getattr(h, f))}" for f in differ)

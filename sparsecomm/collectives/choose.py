@@ -1,4 +1,4 @@
-"""Which collective to use for a bucket: the one that moves fewer bytes from a rank.
+"""Which collective to use for a bucket, and which algorithm for a dense allreduce.
 
 Every rank computes the same answer from the same numbers, so nothing is exchanged to agree on it.
 """
@@ -6,20 +6,100 @@ Every rank computes the same answer from the same numbers, so nothing is exchang
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from enum import Enum
 
 from sparsecomm.collectives.agree import DIGEST_ABOVE, DIGEST_BYTES
 from sparsecomm.collectives.regions import LIFETIME, samples_of
+from sparsecomm.collectives.ring import SEGMENT, ring_blocks
 from sparsecomm.collectives.split_reduce import ANNOUNCEMENT_BYTES
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, PART_HEADER_BYTES, CollectiveKind, choose_index_codec
 
-__all__ = ["allgather_bytes", "choose_collective", "dense_ring_bytes", "split_reduce_bytes"]
+__all__ = [
+    "DenseAlgorithm",
+    "allgather_bytes",
+    "choose_collective",
+    "choose_dense",
+    "dense_ring_bytes",
+    "ring_segment",
+    "split_reduce_bytes",
+]
 
 
-def dense_ring_bytes(numel: int, size: int) -> int:
-    """Returns the bytes one rank sends in a ring allreduce of `numel` float32 values over `size` ranks."""
-    return 2 * 4 * numel * (size - 1) // size
+class DenseAlgorithm(Enum):
+    """How a dense vector is summed over ranks."""
+
+    DOUBLING = "recursive doubling"
+    HALVING = "recursive halving and doubling"
+    RING = "pipelined ring"
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What moving and adding costs a rank.
+
+    Attributes:
+        alpha: seconds a round takes beyond its bytes: the messages' way through Python, MPI and the link.
+        beta: seconds a byte, sent and received at the same time.
+        gamma: seconds a byte that is added while nothing moves.
+        segment: elements of a ring's segments.
+    """
+
+    alpha: float
+    beta: float
+    gamma: float
+    segment: int
+
+
+# One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
+# choosing matters most; on a faster one the same rule loses at most the difference of a few rounds. Its gamma stands
+# for more than the adder: at the end of every long message the link runs dry until both sides have turned round.
+_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT)
+_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4)
+
+
+def _link(one_host: bool) -> _Link:
+    return _SHARED_MEMORY if one_host else _NETWORK
+
+
+def ring_segment(*, one_host: bool) -> int:
+    """Returns how many elements a segment of a ring should have at most."""
+    return _link(one_host).segment
+
+
+def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> DenseAlgorithm:
+    """Returns the algorithm with the lowest modelled time; in a tie the one with the fewest rounds.
+
+    Args:
+        numel: elements of the vector.
+        size: number of ranks.
+        wire: FP32, FP16 or BF16: how values travel.
+        one_host: whether all ranks share memory.
+    """
+    link = _link(one_host)
+    full = 4 * numel
+    moved = full if wire == ValueCodec.FP32 else full // 2
+    rounds = size.bit_length() - 1  # among the ranks that remain when the surplus is folded away
+    folding = 0 if size == 1 << rounds else 2
+    share = (size - 1) / size
+    blocks = ring_blocks(numel, size, link.segment)
+    fold = folding * (link.alpha + moved * link.beta) + (full * link.gamma if folding else 0.0)
+    adding = share * full * link.gamma
+    moving = 2 * share * moved * link.beta
+    seconds = {
+        DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
+        DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving + adding,
+        # With several blocks adding hides behind moving, and each block costs its messages again.
+        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / blocks,
+    }
+    return min(seconds, key=seconds.__getitem__)
+
+
+def dense_ring_bytes(numel: int, size: int, codec: ValueCodec = ValueCodec.FP32) -> int:
+    """Returns the bytes one rank sends in a ring allreduce of `numel` values over `size` ranks, 32 or 16 bits each."""
+    return 2 * (4 if codec == ValueCodec.FP32 else 2) * numel * (size - 1) // size
 
 
 def allgather_bytes(k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
@@ -57,7 +137,13 @@ def _body_bytes(nnz: int, numel: int, value_codec: ValueCodec, index_codec: Inde
 
 
 def choose_collective(
-    k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    k: int,
+    numel: int,
+    size: int,
+    value_codec: ValueCodec,
+    index_codec: IndexCodec | None,
+    *,
+    dense_codec: ValueCodec = ValueCodec.FP32,
 ) -> CollectiveKind:
     """Returns the collective with the fewest bytes sent by a rank, of the sparse allgather and the dense ring.
 
@@ -67,6 +153,7 @@ def choose_collective(
         size: number of ranks.
         value_codec: how values are written.
         index_codec: how indices are written; None for the smallest.
+        dense_codec: how values travel if dense.
     """
-    sparse = allgather_bytes(k, numel, size, value_codec, index_codec)
-    return CollectiveKind.ALLGATHER if sparse <= dense_ring_bytes(numel, size) or size == 1 else CollectiveKind.DENSE
+    cheaper = allgather_bytes(k, numel, size, value_codec, index_codec) <= dense_ring_bytes(numel, size, dense_codec)
+    return CollectiveKind.ALLGATHER if cheaper or size == 1 else CollectiveKind.DENSE

@@ -74,6 +74,7 @@ class Taken:
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
+        left: of what is sent whole, float32, shape (n,): what this rank's rounding dropped; None for nothing.
         before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
@@ -90,17 +91,19 @@ class Taken:
     capacity: int = 0
     accumulated: bool = False
     whole: bool = False
+    left: torch.Tensor | None = None
     before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Makes the step final after the exchange has succeeded.
 
-        What was sent whole leaves the residual; the velocity is zeroed where something was selected (DGC's factor
-        masking); what was put aside comes back, beside what the exchange may have left there in the meantime.
+        What was sent whole leaves the residual, but for what rounding dropped; the velocity is zeroed where something
+        was selected (DGC's factor masking); what was put aside comes back, beside what the exchange may have left there
+        in the meantime.
         """
-        velocity = self.bucket.velocity
-        if self.whole and self.bucket.residual is not None:
-            self.bucket.residual.zero_()
+        residual, velocity = self.bucket.residual, self.bucket.velocity
+        if self.whole and residual is not None:
+            residual.zero_() if self.left is None else residual.copy_(self.left)
         if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
             velocity[self.indices.to(torch.int64)] = 0.0
         for place, content in self.held:

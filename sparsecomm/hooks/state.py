@@ -24,6 +24,7 @@ from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.strategies import strategy_of
 from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
@@ -256,7 +257,8 @@ class SparseState:
         k = config.compressor.k_for(numel, step)
         collective = self._collective(k, numel, step, model.size)
         moments, residuals = self._moments(), self._memories["residual"]
-        if strategy_of(collective).needs_residual or moments or residuals.has(bucket.layout):
+        rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
+        if strategy_of(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
             bucket.residual = residuals.bucket(bucket.layout)
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._memories[kind].bucket(bucket.layout) if kind in moments else None)
@@ -269,7 +271,7 @@ class SparseState:
             collective=collective,
             compressor=config.compressor,
             k=k,
-            value_codec=config.values,
+            value_codec=config.dense_values if collective == CollectiveKind.DENSE else config.values,
             index_codec=config.indices,
             feedback=config.feedback,
             grad_scale=self._grad_scale(),
@@ -291,7 +293,7 @@ class SparseState:
             return CollectiveKind.DENSE
         if config.collective_kind is not None:
             return config.collective_kind
-        return choose_collective(k, numel, size, config.values, config.indices)
+        return choose_collective(k, numel, size, config.values, config.indices, dense_codec=config.dense_values)
 
     def _bucket(
         self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: ServedModel, where: str

@@ -84,6 +84,16 @@ class Kernels(Protocol):
         """See `dispatch.add_dense`."""
         ...
 
+    def pack_dense(
+        self, codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
+    ) -> None:
+        """See `dispatch.pack_dense`."""
+        ...
+
+    def unpack_dense(self, codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+        """See `dispatch.unpack_dense`."""
+        ...
+
     def accumulate_dense(self, grad: torch.Tensor, residual: torch.Tensor, scale: float) -> int:
         """See `dispatch.accumulate_dense`."""
         ...

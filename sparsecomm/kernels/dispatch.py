@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from sparsecomm.kernels.codecs import decode_indices, decode_values, encode_indices, encode_values
 from sparsecomm.kernels.combine import accumulate_dense, add_dense, crc32c, scatter_add, scatter_reduce
+from sparsecomm.kernels.dense import pack_dense, packed_bytes, unpack_dense
 from sparsecomm.kernels.paths import (
     PATHS,
     available_paths,
@@ -45,9 +46,12 @@ __all__ = [
     "max_index_bytes",
     "max_value_bytes",
     "native_problem",
+    "pack_dense",
+    "packed_bytes",
     "release_scratch",
     "scatter_add",
     "scatter_reduce",
     "scratch_bytes",
     "set_path",
+    "unpack_dense",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "encode_indices",
     "encode_values",
     "exact_topk",
+    "pack_dense",
     "problem",
     "release_scratch",
     "scatter_add",
@@ -39,6 +40,7 @@ __all__ = [
     "scratch_bytes",
     "set_path",
     "supported_paths",
+    "unpack_dense",
 ]
 
 _RICE_BYTES = 9
@@ -183,6 +185,17 @@ def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
     """See `dispatch.add_dense`."""
     _core.add_dense(out.data_ptr(), data.data_ptr(), out.numel())
+
+
+def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None) -> None:
+    """See `dispatch.pack_dense`."""
+    to = 0 if error is None else error.data_ptr()
+    _core.pack_dense(int(codec), values.data_ptr(), values.numel(), out.data_ptr(), to)
+
+
+def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    """See `dispatch.unpack_dense`."""
+    _core.unpack_dense(int(codec), data.data_ptr(), out.numel(), out.data_ptr(), add)
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:

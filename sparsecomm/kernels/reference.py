@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from sparsecomm.kernels.reference_crc import crc32c
+from sparsecomm.kernels.reference_dense import pack_dense, unpack_dense
 from sparsecomm.kernels.reference_indices import decode_indices, encode_indices
 from sparsecomm.kernels.reference_values import bf16_from_f32, decode_values, encode_values
 from sparsecomm.types import SelectResult, TopKResult
@@ -29,10 +30,12 @@ __all__ = [
     "encode_indices",
     "encode_values",
     "exact_topk",
+    "pack_dense",
     "release_scratch",
     "scatter_add",
     "scatter_reduce",
     "scratch_bytes",
+    "unpack_dense",
 ]
 
 _INF_BITS = np.uint32(0x7F800000)

@@ -1,4 +1,4 @@
-"""Everything, the residual included, as float32 around a ring."""
+"""Everything, the residual included, summed densely; what 16 bits round off on the way goes back to the residual."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 
 import torch
 
-from sparsecomm.collectives import Agreement, dense_ring_bytes, ring_allreduce
+from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes
 from sparsecomm.compress import Taken, take_all
 from sparsecomm.strategies.base import Strategy, register
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind
 
-__all__ = ["DenseRing"]
+__all__ = ["Dense"]
 
 
 @register
-class DenseRing(Strategy):
+class Dense(Strategy):
     """Sums the residuals, or the gradients where nothing was ever left over."""
 
     name = "dense"
@@ -25,13 +25,14 @@ class DenseRing(Strategy):
     needs_residual = False
 
     _work: torch.Tensor | None = None
+    _taken: Taken
 
     @classmethod
     def estimate_bytes(
         cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
     ) -> int:
         """See `Strategy.estimate_bytes`."""
-        return dense_ring_bytes(numel, size) + HEADER_BYTES * (size - 1)
+        return dense_ring_bytes(numel, size, _on_the_wire(value_codec)) + HEADER_BYTES * (size - 1)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""
@@ -49,32 +50,38 @@ class DenseRing(Strategy):
 
     def encode(self, taken: Taken) -> None:
         """Makes the header, which is all that goes ahead."""
+        self._taken = taken
         self.header = self.job.header()
+        self.header.value_codec = _on_the_wire(self.job.plan.value_codec)
         self.bare_payload()
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         """See `Strategy.communicate`."""
         job, grad, residual, key = self.job, self.job.grad, self.job.bucket.residual, self.job.bucket.index
-        work = grad
+        work, wire = grad, self.header.value_codec
         if residual is not None or grad.dtype != torch.float32:
             # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
             work = job.arena.get((key, "work"), grad.numel(), torch.float32)
             work.copy_(grad if residual is None else residual)
+        if residual is not None and wire != ValueCodec.FP32:
+            self._taken.left = job.arena.get((key, "left"), grad.numel(), torch.float32)
         self._work = work
-        yield from ring_allreduce(job.channel, work, job.arena, key)
+        scale = (job.plan.grad_scale if residual is not None else 1.0) / job.channel.size
+        yield from dense_allreduce(job.channel, work, job.arena, key, wire=wire, scale=scale, error=self._taken.left)
         return True
 
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`."""
-        work = self._work
-        assert work is not None, "nothing was summed"
-        if self.job.bucket.residual is None:
-            scale = 1.0 / self.job.channel.size  # what was summed is the gradient as it came
-        work.mul_(scale)
-        if work is not out:
-            out.copy_(work)
+        """See `Strategy.write_average`. The owners have scaled already, before they rounded."""
+        assert self._work is not None, "nothing was summed"
+        if self._work is not out:
+            out.copy_(self._work)
 
     def interrupted(self) -> None:
         """What is summed in place must not pass for a gradient when half of it is there."""
         if self._work is self.job.grad:
             self.job.grad.fill_(math.nan)
+
+
+def _on_the_wire(codec: ValueCodec) -> ValueCodec:
+    """Returns how dense values travel: int8 numbers with a scale a block cannot be summed on their way."""
+    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec

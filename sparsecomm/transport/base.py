@@ -56,6 +56,8 @@ class Transport(Protocol):
     name: str
     blocking: bool
     max_tag: int
+    one_host: bool
+    """Whether all ranks are known to share memory; the same on all ranks."""
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Starts to send a contiguous uint8 tensor."""
@@ -102,16 +104,18 @@ class Channel:
     Attributes:
         rank: this rank.
         size: number of ranks.
+        one_host: whether all ranks are known to share memory; the same on all ranks.
         traffic: what this collective sent and received so far.
     """
 
-    __slots__ = ("_tag", "_transport", "pending", "rank", "size", "traffic")
+    __slots__ = ("_tag", "_transport", "one_host", "pending", "rank", "size", "traffic")
 
     def __init__(self, transport: Transport, tag: int) -> None:
         self._transport = transport
         self._tag = tag
         self.rank = transport.rank
         self.size = transport.size
+        self.one_host = transport.one_host
         self.traffic = Traffic()
         self.pending: list[Request] = []
 
@@ -140,6 +144,7 @@ class SoloTransport:
     name = "solo"
     blocking = False
     max_tag = 2**31 - 1
+    one_host = True
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Always raises: no collective sends to itself."""
@@ -177,6 +182,7 @@ class GroupTransport:
         self.name = base.name
         self.blocking = base.blocking
         self.max_tag = base.max_tag
+        self.one_host = base.one_host
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """See `Transport.isend`."""

@@ -24,6 +24,7 @@ from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Gro
 
 __all__ = ["Engine"]
 
+_TRIES = 20  # tests of one request in a row: a turn of the loop costs ten times as much as a test
 _SPINS = 50  # polls before the thread starts to sleep between them
 _FIRST_SLEEP = 20e-6  # seconds
 _WINDOW = 32  # collectives in flight at once; those submitted later wait their turn
@@ -45,11 +46,15 @@ class _Task:
     deadline: float = math.inf
     waiting: deque[Request] = field(default_factory=deque)
 
-    def ready(self) -> bool:
+    def ready(self, tries: int) -> bool:
         """Returns whether all it waits for is complete. Stops at the first that is not: any test lets all progress."""
         while self.waiting:
-            if not self.waiting[0].test():
-                return False
+            request = self.waiting[0]
+            if not request.test():
+                tries -= 1
+                if tries <= 0:
+                    return False
+                continue
             self.waiting.popleft()
         return True
 
@@ -277,9 +282,10 @@ class Engine:
         """Gives every task in flight a chance; returns whether any moved."""
         moved = False
         now = time.monotonic()
+        tries = _TRIES if len(self._active) == 1 else 1
         for task in list(self._active):
             try:
-                ready = task.ready()
+                ready = task.ready(tries)
             except Exception as error:
                 self._fail(task, error)
                 return True

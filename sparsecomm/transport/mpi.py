@@ -43,18 +43,19 @@ def mpi_initialized_here() -> bool:
 class _MPIRequest:
     """One message, in one or more pieces."""
 
-    __slots__ = ("_MPI", "_keep", "_pieces", "_receive", "_status", "_what")
+    __slots__ = ("_keep", "_peer", "_pieces", "_receive", "_transport")
 
-    def __init__(self, MPI: Any, pieces: list[tuple[Any, int]], keep: torch.Tensor, receive: bool, what: str) -> None:
-        self._MPI = MPI
-        self._status = MPI.Status()
+    def __init__(
+        self, transport: MPITransport, pieces: list[tuple[Any, int]], keep: torch.Tensor, peer: int, receive: bool
+    ) -> None:
+        self._transport = transport
         self._pieces = pieces
         self._keep = keep  # MPI reads or writes this memory until the request completes
+        self._peer = peer
         self._receive = receive
-        self._what = what
 
     def test(self) -> bool:
-        MPI, status = self._MPI, self._status
+        MPI, status = self._transport.MPI, self._transport.status
         while self._pieces:
             request, length = self._pieces[0]
             try:
@@ -62,15 +63,18 @@ class _MPIRequest:
                     return False
             except MPI.Exception as error:
                 self._pieces.pop(0)
-                raise TransportError(f"{self._what} failed: {error}") from error
+                raise TransportError(f"{self.describe()} failed: {error}") from error
             if self._receive and status.Get_count(MPI.BYTE) != length:
                 got = status.Get_count(MPI.BYTE)
-                raise TransportError(f"{self._what}: a message of {got} bytes arrived instead")
+                raise TransportError(f"{self.describe()}: a message of {got} bytes arrived instead")
             self._pieces.pop(0)
         return True
 
     def describe(self) -> str:
-        return self._what
+        what = (
+            f"receive of {self._keep.numel()} bytes from" if self._receive else f"send of {self._keep.numel()} bytes to"
+        )
+        return f"{what} rank {self._peer}"
 
     def cancel(self) -> None:
         # Sends cannot be cancelled portably; a receive that is matched later must not write into reused memory.
@@ -93,36 +97,38 @@ class MPITransport:
 
     def __init__(self, comm: Any = None) -> None:
         MPI = import_mpi()
-        self._MPI = MPI
+        self.MPI = MPI
+        self.status = MPI.Status()  # one for all requests: they are tested by one thread, one after the other
         self._pid = os.getpid()
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.max_tag: int = self._comm.Get_attr(MPI.TAG_UB) or 32767
+        beside = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.one_host: bool = beside.Get_size() == self.size
+        beside.Free()
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """See `Transport.isend`. Messages over 1 GiB go in pieces."""
         self._check_process()
-        pieces = []
-        for view in _pieces(data):
-            pieces.append((self._comm.Isend([view, self._MPI.BYTE], dest, tag), view.size))
-        return _MPIRequest(self._MPI, pieces, data, False, f"send of {data.numel()} bytes to rank {dest}")
+        pieces = [(self._comm.Isend((view, self.MPI.BYTE), dest, tag), length) for view, length in self._views(data)]
+        return _MPIRequest(self, pieces, data, dest, False)
 
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """See `Transport.irecv`."""
         self._check_process()
-        pieces = []
-        for view in _pieces(buffer):
-            pieces.append((self._comm.Irecv([view, self._MPI.BYTE], source, tag), view.size))
-        return _MPIRequest(self._MPI, pieces, buffer, True, f"receive of {buffer.numel()} bytes from rank {source}")
+        pieces = [
+            (self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)
+        ]
+        return _MPIRequest(self, pieces, buffer, source, True)
 
     def close(self) -> None:
         """Leaves the communicator to MPI_Finalize: freeing it is collective and would wait for failed ranks."""
 
     def abort(self, code: int) -> None:
         """Ends the job on all ranks by MPI_Abort."""
-        self._MPI.COMM_WORLD.Abort(code)
+        self.MPI.COMM_WORLD.Abort(code)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -131,9 +137,12 @@ class MPITransport:
                 "initialized and cannot communicate; start such processes before sparsecomm.init()"
             )
 
-
-def _pieces(data: torch.Tensor) -> list[Any]:
-    array = data.numpy()
-    if array.size <= _PIECE:
-        return [array]
-    return [array[i : i + _PIECE] for i in range(0, array.size, _PIECE)]
+    def _views(self, data: torch.Tensor) -> list[tuple[Any, int]]:
+        """The memory of a tensor in pieces, each with its length. By address: a numpy view costs more than sending."""
+        assert data.is_contiguous(), "messages are contiguous"
+        assert data.is_cpu, "messages are in host memory"
+        view, address, length = self.MPI.buffer.fromaddress, data.data_ptr(), data.numel()
+        if length <= _PIECE:
+            return [(view(address, length), length)]
+        ends = [*range(_PIECE, length, _PIECE), length]
+        return [(view(address + b, e - b), e - b) for b, e in zip([0, *ends], ends, strict=False)]

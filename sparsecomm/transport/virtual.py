@@ -68,6 +68,7 @@ class VirtualTransport:
     blocking = False
     name = "virtual"
     max_tag = 2**31 - 1
+    one_host = True
 
     def __init__(self, world: VirtualWorld, rank: int) -> None:
         self._world = world

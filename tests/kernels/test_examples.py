@@ -10,7 +10,7 @@ import pytest
 from sparsecomm.kernels import dispatch
 
 
-@pytest.mark.parametrize("module", ["select", "codecs", "combine", "sizes"])
+@pytest.mark.parametrize("module", ["select", "codecs", "combine", "dense", "sizes"])
 def test_docstrings(path: str, module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"sparsecomm.kernels.{module}"))
     assert result.attempted > 0

@@ -13,6 +13,7 @@ from sparsecomm.collectives import (
     allgather_bodies,
     allgather_fixed,
     choose_collective,
+    dense_allreduce,
     dense_ring_bytes,
     ring_allreduce,
 )
@@ -101,13 +102,16 @@ def test_a_sparse_exchange_costs_log_rounds_of_headers_and_one_body_to_each(size
 
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_dense_exchange_costs_headers_and_the_ring(size: int, residual: bool) -> None:
+@pytest.mark.parametrize("codec", [ValueCodec.FP32, ValueCodec.BF16])
+def test_a_dense_exchange_costs_headers_and_the_allreduce(size: int, residual: bool, codec: ValueCodec) -> None:
     numel = 320
+    bare = VirtualWorld(size)
+    bare.run(lambda channel: dense_allreduce(channel, torch.ones(numel), Arena(), "key", wire=codec))
     cluster = Cluster(size, numel, residual=residual)
-    reports = cluster.step([torch.ones(numel) for _ in range(size)], plan(numel, dense=True))
+    reports = cluster.step([torch.ones(numel) for _ in range(size)], plan(numel, dense=True, value_codec=codec))
     for rank, (traffic, report) in enumerate(zip(cluster.world.traffic, reports, strict=True)):
-        assert traffic.messages_sent == rounds(size) + 2 * (size - 1)
-        assert traffic.bytes_sent == HEADER_BYTES * (size - 1) + ring_bytes_of(rank, size, numel)
+        assert traffic.messages_sent == rounds(size) + bare.traffic[rank].messages_sent
+        assert traffic.bytes_sent == HEADER_BYTES * (size - 1) + bare.traffic[rank].bytes_sent
         assert report.bytes_sent == traffic.bytes_sent
         assert report.nnz == report.numel == numel
         assert report.dense_bytes == 2 * 4 * numel * (size - 1) // size

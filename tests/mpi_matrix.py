@@ -90,23 +90,17 @@ def library(python: Path) -> str:
     return name
 
 
-def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> None:
-    """Runs the tests on one MPI, its results into a JUnit report; the output is shown as it comes."""
+def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> bool:
+    """Runs the tests on one MPI, its results into a JUnit report; returns whether pytest ran to its end, all passed."""
     unit = ROOT / "tests" / "unit"
     suite = [f"{unit / 'test_mpi_suite.py'}::test_the_mpi_suite_passes[{n}]" for n in ranks]
     files = [str(unit / f"{name}.py") for name in others]
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--timeout={DEADLINE + 60}",
-        f"--junitxml={report}",
-        "-o",
-        "junit_family=xunit1",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", f"--timeout={DEADLINE + 60}"]
+    options += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
     report.unlink(missing_ok=True)
     environ = variables(python) | {"SPARSECOMM_SUITE_PATH": only}
-    subprocess.run([str(python), "-m", "pytest", *options, *suite, *files], env=environ, cwd=ROOT, check=False)
+    command = [str(python), "-m", "pytest", *options, *suite, *files]
+    return subprocess.run(command, env=environ, cwd=ROOT, check=False).returncode == 0
 
 
 def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[str, str]:
@@ -124,7 +118,7 @@ def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[s
         counted = int(next((p.get("value", "1") for p in case.iter("property") if p.get("name") == "passed"), "1"))
         tally = bad if failed else good
         tally[column] = tally.get(column, 0) + (counted if case.find("skipped") is None else 0)
-    for column in {*good, *bad}:
+    for column in found.keys() & {*good, *bad}:  # pytest also reports what it was doing when it was interrupted
         passed = f"{good.get(column, 0)} passed"
         found[column] = f"FAILED {bad[column]}, {passed}" if column in bad else passed
     return found
@@ -153,10 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(f"--- {name}", flush=True)
         report = ROOT / ".venvs" / f"{wheel}.xml"
-        run(python, options.ranks, options.only, others, report)
+        ended_well = run(python, options.ranks, options.only, others, report)
         results = columns(report, options.ranks, others)
-        table.add_row(name, *results.values())
-        well &= not any("FAILED" in result for result in results.values())
+        bad = any("FAILED" in result for result in results.values())
+        table.add_row(name if ended_well or bad else f"{name}, CUT SHORT", *results.values())
+        well &= ended_well and not bad
     Console(width=140).print(table)
     return 0 if well else 1
 

@@ -37,7 +37,7 @@ def assert_quiet_success(job: Job, ranks: int, transport: str, steps: int = 6) -
 def test_mpirun_trains_and_ends_quietly(ranks: int) -> None:
     job = mpi_train(ranks)
     assert_quiet_success(job, ranks, "mpi")
-    assert job.seconds < 40, job
+    assert job.seconds < 80, job
 
 
 def test_plain_python_is_a_world_of_one() -> None:
@@ -116,7 +116,7 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_named() -> None:
     assert (
         "sparsecomm: rank 1 of 3 failed with ValueError: the dog ate the batch; ending the job on all ranks" in job.err
     )
-    assert job.seconds < 40, "it must not wait for the timeout"
+    assert job.seconds < 80, "it must not wait for the timeout"
 
 
 def test_a_rank_that_stops_taking_part_is_named_and_the_job_ends() -> None:
@@ -125,7 +125,7 @@ def test_a_rank_that_stops_taking_part_is_named_and_the_job_ends() -> None:
     assert re.search(r"did not finish within 5 s; still waiting for: .*rank 2", job.err), job
     assert re.search(r"bucket \d+ of step 3", job.err), job
     assert "CommTimeout" in job.err, job
-    assert job.seconds < 40, job
+    assert job.seconds < 80, job
 
 
 def test_a_rank_that_leaves_early_without_an_error_does_not_hang_the_others() -> None:
@@ -142,9 +142,9 @@ def test_sys_exit_on_one_rank_ends_the_job() -> None:
 
 @pytest.mark.parametrize("collective", ["allgather", "split_reduce"])
 def test_a_killed_rank_ends_the_job(collective: str) -> None:
-    job = mpi_train(3, "--fail", "kill", "--rank", "1", "--collective", collective, timeout=30.0)
+    job = mpi_train(3, "--fail", "kill", "--rank", "1", "--collective", collective, timeout=120.0)
     assert job.code != 0, job
-    assert job.seconds < 40, job
+    assert job.seconds < 80, job
 
 
 @pytest.mark.parametrize("what", ["twice", "own_torch", "again", "fork", "loader"])

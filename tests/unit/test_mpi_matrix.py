@@ -15,6 +15,7 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.unit.test_jobs" name="test_b"><error>x</error></testcase>
 <testcase classname="tests.unit.test_jobs" name="test_c"><skipped/></testcase>
 <testcase classname="tests.unit.test_doctor" name="test_d[n]"/>
+<testcase classname="" name="pytest"><error>interrupted</error></testcase>
 </testsuite></testsuites>"""
 
 

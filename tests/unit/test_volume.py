@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from sparsecomm.benches import get
+from sparsecomm.benches import registry
 from sparsecomm.errors import ConfigError
 from sparsecomm.strategies import strategies
 
 
 def test_every_registered_collective_has_a_volume_and_only_split_reduce_is_the_same_for_more_ranks() -> None:
-    rows = get("volume")(ranks=(2, 8), densities=(0.01,), kinds=("random",), collectives=tuple(strategies()), steps=2)
+    rows = registry()["volume"](
+        ranks=(2, 8), densities=(0.01,), kinds=("random",), collectives=tuple(strategies()), steps=2
+    )
     words = {(row["collective"], row["ranks"]): row["words"] for row in rows["rows"]}
     assert set(words) == {(name, size) for name in strategies() for size in (2, 8)}
     assert words["split_reduce", 8] < 1.2 * words["split_reduce", 2]
@@ -23,7 +25,7 @@ def test_every_registered_collective_has_a_volume_and_only_split_reduce_is_the_s
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "adversarial"])
 def test_split_reduce_meets_its_goals(kind: str) -> None:
-    (row,) = get("volume")(ranks=(5,), densities=(0.001,), kinds=(kind,), steps=2)["rows"]
+    (row,) = registry()["volume"](ranks=(5,), densities=(0.001,), kinds=(kind,), steps=2)["rows"]
     assert row["ok"] == "ok"
     assert row["words"] <= 3.0
     assert row["balance"] <= 1.2
@@ -44,4 +46,4 @@ def test_split_reduce_meets_its_goals(kind: str) -> None:
 )
 def test_bad_options_are_named(options: dict[str, object], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        get("volume")(**{"ranks": (2,), "densities": (0.5,), "steps": 1, "k": 8, **options})
+        registry()["volume"](**{"ranks": (2,), "densities": (0.5,), "steps": 1, "k": 8, **options})

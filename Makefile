@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test test-mpi test-rdma lint types unit test-lab bench bench-peers fuzz clean
+.PHONY: install demo test test-mpi test-rdma lint types unit test-lab bench bench-peers readme fuzz clean
 
 install: $(STAMP)
 
@@ -60,6 +60,10 @@ bench: install
 # every method between four hosts on links of 100 Mbit/s, 1 and 10 Gbit/s: needs root, takes a quarter of an hour
 bench-peers: install
 	$(BIN)/sparsecomm bench peers --json runs/bench/peers.json --plot runs/bench
+
+# the README's table and pictures, from the newest kept result
+readme: install
+	$(BIN)/python bench/readme.py $(lastword $(sort $(wildcard bench/results/*_peers.json)))
 
 fuzz: install
 	$(BIN)/python -m pytest tests/fuzz tests/kernels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 
@@ -22,6 +23,8 @@ def child(code: str, output: str) -> None:
     nowhere = os.open(os.devnull, os.O_RDONLY)
     for theirs, ours in ((nowhere, 0), (fd, 1), (fd, 2)):
         os.dup2(theirs, ours)
+    # A suite in a shell's background ignores Ctrl-C, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:
         exec(code, NAMES)

@@ -127,7 +127,7 @@ def split_reduce_bytes(
     kept = round(region * -math.expm1(size * math.log1p(-k / numel))) if keep_all and k < numel else sent
     parts = sum(PART_HEADER_BYTES + _body_bytes(n, region, value_codec, index_codec) for n in (sent, kept))
     agreement = HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()
-    samples = (1 if keep_all else 2) * 4 * (samples_of(size) + 2) // LIFETIME
+    samples = (1 if keep_all else 2) * 4 * (samples_of(size) + 4) // LIFETIME
     return agreement + (size - 1) * (parts + ANNOUNCEMENT_BYTES + samples)
 
 

@@ -112,7 +112,7 @@ def new_bounds(
     """Cuts the index space so that every rank is sent about the same number of nonzeros. Collective.
 
     1. Contribute the number of selected positions and their quantiles.
-    2. The union is a distribution function of all ranks' positions together, linear between samples.
+    2. Each rank's samples are a distribution function, linear in between; add them all up.
     3. Region g ends where it reaches (g + 1) / P.
     4. The rank with the most samples in a region owns it, as far as each owns one: what is there already need not
        travel.
@@ -131,17 +131,42 @@ def new_bounds(
         WireError: if a rank's samples are damaged; names it.
     """
     size = channel.size
-    counts, positions, weights = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
+    counts, found, places = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
     bounds = np.linspace(0, numel, size + 1).astype(np.int64)
-    if len(positions):
-        order = np.argsort(positions, kind="stable")
-        reached = np.cumsum(weights[order]) - weights[order] / 2
+    ranks = np.flatnonzero(counts)
+    if len(ranks):
+        knots, reached = _distribution(found[ranks], places[ranks], counts[ranks])
         targets = reached[-1] * np.arange(1, size) / size
-        inner = np.ceil(np.interp(targets, reached, positions[order])).astype(np.int64)
+        inner = np.ceil(np.interp(targets, reached, knots)).astype(np.int64)
         bounds[1:-1] = np.clip(inner, 0, min(numel, 2**32 - 1))
-    held = np.searchsorted(bounds[1:-1], positions, side="right") if len(positions) else np.empty(0, np.int64)
-    owners = _owners(np.repeat(np.flatnonzero(counts), samples_of(size)), held, size)
+    held = np.searchsorted(bounds[1:-1], found[ranks].reshape(-1), side="right")
+    owners = _owners(np.repeat(ranks, found.shape[1]), held, size)
     return Regions(bounds, owners, k, step, step, float("nan"))
+
+
+def _distribution(found: _Floats, places: _Floats, counts: _Floats) -> tuple[_Floats, _Floats]:
+    """Adds up what is known of every rank's positions: how many lie below x, linear between a rank's samples.
+
+    Interpolating rank by rank matters: with every sample as a step of its own, P ranks' roundings add up to regions
+    that differ by 15% at P = 256.
+
+    Args:
+        found: shape (ranks, samples), ascending in each row.
+        places: how many positions of that rank are below each.
+        counts: shape (ranks,).
+
+    Returns:
+        Points x and how many positions of all ranks are below them, both ascending.
+    """
+    ends = np.concatenate([found, found[:, -1:] + 1.0], axis=1)
+    below = np.concatenate([places, counts[:, None]], axis=1)
+    widths, masses = np.diff(ends, axis=1), np.diff(below, axis=1)
+    slopes = np.divide(masses, widths, out=np.zeros_like(masses), where=widths > 0)
+    knots = np.concatenate([ends[:, :-1].reshape(-1), ends[:, 1:].reshape(-1)])
+    changes = np.concatenate([slopes.reshape(-1), -slopes.reshape(-1)])
+    order = np.argsort(knots, kind="stable")
+    knots, slope = knots[order], np.cumsum(changes[order])
+    return knots, np.concatenate([[0.0], np.maximum.accumulate(np.cumsum(slope[:-1] * np.diff(knots)))])
 
 
 def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: int) -> tuple[int, ...]:
@@ -182,10 +207,13 @@ def new_threshold(
         WireError: if a rank's samples are damaged; names it.
     """
     ascending = np.sort(np.abs(values.numpy()))
-    counts, found, weights = yield from _union(channel, ascending.view(np.uint32), arena, (key, "magnitudes"), bucket)
-    if counts.sum() <= wanted or not len(found):
+    counts, found, _ = yield from _union(channel, ascending.view(np.uint32), arena, (key, "magnitudes"), bucket)
+    ranks = np.flatnonzero(counts)
+    if counts.sum() <= wanted or not len(ranks):
         return KEEP_ALL
-    magnitudes = found.astype(np.uint32).view(np.float32).astype(np.float64)
+    inner = found[ranks, 1:-1]
+    magnitudes = inner.reshape(-1).astype(np.uint32).view(np.float32).astype(np.float64)
+    weights = np.repeat(counts[ranks] / inner.shape[1], inner.shape[1])
     order = np.argsort(-magnitudes, kind="stable")
     reached = np.cumsum(weights[order]) - weights[order] / 2
     return max(KEEP_ALL, float(np.interp(wanted, reached, magnitudes[order])))
@@ -197,24 +225,31 @@ def _union(
     """Gathers quantiles of 32-bit numbers.
 
     Returns:
-        Every rank's count; all samples; what each stands for.
+        By rank: how many it has; its samples, ascending; how many are below each. Zeros where it has none.
     """
     size, samples = channel.size, samples_of(channel.size)
-    block = arena.get((key, "block"), 4 * (samples + 2), torch.uint8)
+    block = arena.get((key, "block"), 4 * (samples + 4), torch.uint8)
     numbers: Any = block.numpy().view(np.uint32)
     numbers[:] = 0
     numbers[0] = len(ascending)
     if len(ascending):
-        places = (np.arange(samples) + (channel.rank + 0.5) / size) / samples * len(ascending)
-        numbers[1:-1] = ascending[np.minimum(places.astype(np.int64), len(ascending) - 1)]
+        numbers[1:-1] = ascending[_places(channel.rank, size, samples, len(ascending))]
     numbers[-1] = kernels.crc32c(block[:-4])
     blocks = yield from allgather_fixed(channel, block, arena, key)
-    counts, found = np.zeros(size), np.zeros((size, samples))
+    counts = np.zeros(size)
+    found, places = np.zeros((size, samples + 2)), np.zeros((size, samples + 2))
     for rank, theirs in enumerate(blocks):
         numbers = theirs.numpy().view(np.uint32)
         crc = kernels.crc32c(theirs[:-4])
         if int(numbers[-1]) != crc:
             raise WireError("samples_crc", hex(numbers[-1]), f"the checksum is {crc:#x}", rank=rank, bucket=bucket)
         counts[rank], found[rank] = numbers[0], numbers[1:-1]
-    weights = np.repeat(counts / samples, samples)
-    return counts, found.reshape(-1)[weights > 0], weights[weights > 0]
+        if numbers[0]:
+            places[rank] = _places(rank, size, samples, int(numbers[0]))
+    return counts, found, places
+
+
+def _places(rank: int, size: int, samples: int, count: int) -> npt.NDArray[np.int64]:
+    """Returns which entries of an ascending list a rank contributes: the first, quantiles, the last."""
+    inner = (np.arange(samples) + (rank + 0.5) / size) / samples * count
+    return np.minimum(np.concatenate([[0.0], inner, [count]]).astype(np.int64), count - 1)

@@ -45,6 +45,8 @@ class _Receiving:
         if not queue:
             return False
         message = queue.popleft()
+        if not queue:
+            del self._mail[self._key]  # every collective has keys of its own, P * P of them
         if message.numel() != self._buffer.numel():
             raise TransportError(
                 f"rank {self._key[1]} expected {self._buffer.numel()} bytes from rank {self._key[0]}, "

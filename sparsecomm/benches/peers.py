@@ -295,7 +295,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "loss": ("final_loss", ".3f"),
         }
         title = f"{rate}, {about['hosts']} hosts, {about['task']} of {about['numel'] / 1e6:.1f}M parameters"
-        out.print(table(title, [row for row in rows if not row["error"]], columns))
+        out.print(table(title, rows, columns))
         for row in rows:
             if row["error"]:
                 out.print(f"  {row['run']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,7 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
 
     Args:
         result: of either bench.
-        folder: an existing one.
+        folder: made if need be.
 
     Returns:
         The files written; none if no run has figures.
@@ -29,6 +29,7 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     rows = [row for row in result["rows"] if not row["error"]]
     if not rows:
         return []
+    folder.mkdir(parents=True, exist_ok=True)
     if "rate" not in rows[0]:
         return [
             *_by(rows, "seconds", "seconds of training", folder / "train_loss_by_time"),

@@ -119,7 +119,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         f"bytes to {goal}": ("bytes_to_target", ",d"),
     }
     title = f"train {about['task']}: {about['world']} ranks, {about['transport']}"
-    out.print(table(title, [row for row in rows if not row["error"]], columns))
+    out.print(table(title, rows, columns))
     for row in rows:
         if row["error"]:
             out.print(f"  {row['run']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from sparsecomm.benches import bench, meta, table
 from sparsecomm.benches.methods import Run, load_plugins, runs_of
-from sparsecomm.benches.plots_train import plots
+from sparsecomm.benches.plots_train import plots, run_label
 from sparsecomm.benches.tasks import Task, task
 from sparsecomm.benches.training import FEWEST_STEPS, error_row
 from sparsecomm.errors import ConfigError
@@ -283,7 +283,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     out = console or Console()
     about = result["meta"]
     for rate in dict.fromkeys(row["rate"] for row in result["rows"]):
-        rows = [row | {"run": _label(row)} for row in result["rows"] if row["rate"] == rate]
+        rows = [row | {"run": run_label(row)} for row in result["rows"] if row["rate"] == rate]
         columns = {
             "method": ("run", ""),
             "step s": ("step_seconds", ".3f"),
@@ -299,8 +299,3 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         for row in rows:
             if row["error"]:
                 out.print(f"  {row['run']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    density = row["density"]
-    return row["method"] if density is None else f"{row['method']} {density:.3g}"

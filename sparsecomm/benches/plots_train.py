@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsecomm.benches.figures import save
 from sparsecomm.errors import ConfigError
 
-__all__ = ["plots"]
+__all__ = ["plots", "run_label"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -29,7 +30,6 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     rows = [row for row in result["rows"] if not row["error"]]
     if not rows:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     if "rate" not in rows[0]:
         return [
             *_by(rows, "seconds", "seconds of training", folder / "train_loss_by_time"),
@@ -59,14 +59,8 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, stem: Path) -> list[Path]:
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files
-
-
-def _label(row: Mapping[str, Any]) -> str:
+def run_label(row: Mapping[str, Any]) -> str:
+    """Returns what tables and legends call a row's run: its method, and its density if it has one."""
     return row["method"] if row["density"] is None else f"{row['method']} {row['density']:.3g}"
 
 
@@ -81,7 +75,7 @@ def _exposed(rows: Rows, stem: Path) -> list[Path]:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["method"] != "none" and row["exposed_seconds"] is not None:
-            lines.setdefault(_label(row), []).append(row)
+            lines.setdefault(run_label(row), []).append(row)
     rates = list(dict.fromkeys(row["rate"] for row in rows))
     for label, points in lines.items():
         # A logarithmic axis has no zero; below a millisecond is noise.
@@ -101,7 +95,7 @@ def _by(rows: Rows, what: str, label: str, stem: Path) -> list[Path]:
                 [_reached(row, p, what) for p in row["curve"]],
                 [p[-1] for p in row["curve"]],
                 _marker(row),
-                label=_label(row),
+                label=run_label(row),
             )
     axes.set(xscale="log", xlabel=f"{label} (log)", ylabel="held-out loss (nats)")
     return _finish(figure, axes, stem)
@@ -118,4 +112,4 @@ def _finish(figure: Any, axes: Any, stem: Path) -> list[Path]:
     axes.grid(visible=True, alpha=0.3)
     if axes.lines:
         axes.legend(fontsize=7, ncols=2)
-    return _save(figure, stem)
+    return save(figure, stem.parent, stem.name)

@@ -9,7 +9,7 @@ import torch
 from sparsecomm.arena import Arena
 from sparsecomm.compress.feedback import AdamCorrection, MomentumCorrection
 
-__all__ = ["Correction", "advance", "rewind"]
+__all__ = ["Correction", "advance", "rewind", "work_space"]
 
 Correction = MomentumCorrection | AdamCorrection
 """A kind of feedback that keeps moments of this rank's gradients."""

@@ -59,6 +59,7 @@ class SparseConfig:
                 f"got {self.feedback!r}"
             )
         _one_of("collective", self.collective, _COLLECTIVES)
+        self._check_collective()
         _one_of("value_codec", self.value_codec, _VALUE_CODECS)
         _one_of("index_codec", self.index_codec, _INDEX_CODECS)
         for name in ("dense_below", "dense_steps"):
@@ -96,10 +97,21 @@ class SparseConfig:
             raise ConfigError(f"density = {density!r}: {changed.compressor!r} has no density")
         return replace(changed, compressor=replace(changed.compressor, density=density))
 
+    def _check_collective(self) -> None:
+        """Checks that the collective can exchange what the compressor makes; "dense" and "auto" always can."""
+        if self.collective in ("auto", "dense"):
+            return
+        only, maker = self.compressor.collectives, type(self.compressor).__name__
+        if only and self.collective not in only:
+            raise ConfigError(f"collective={self.collective!r} cannot exchange what {maker} makes; use {only[0]!r}")
+        if not only and strategies()[self.collective].special:
+            raise ConfigError(f"collective={self.collective!r} needs a compressor made for it, not {maker}")
+
     @property
     def collective_kind(self) -> CollectiveKind | None:
         """The collective as it is written in a header; None to choose by bytes."""
-        return _COLLECTIVES[self.collective]
+        only = self.compressor.collectives
+        return _COLLECTIVES[only[0] if only and self.collective == "auto" else self.collective]
 
     @property
     def values(self) -> ValueCodec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -55,7 +56,14 @@ class Selection:
 
 
 class Compressor(abc.ABC):
-    """Base of all compressors. Instances are frozen options; per-bucket memory is passed in."""
+    """Base of all compressors. Instances are frozen options; per-bucket memory is passed in.
+
+    Attributes:
+        collectives: names of the only collectives that can exchange what it makes, the one that "auto" takes first;
+            empty if it makes indices and values, which any collective that is not special can exchange.
+    """
+
+    collectives: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def density_at(self, step: int) -> float:

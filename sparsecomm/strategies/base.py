@@ -120,6 +120,7 @@ class Strategy(abc.ABC):
         kind: what headers call it.
         needs_residual: whether it leaves anything over.
         gathers_headers: whether it needs every rank's header.
+        special: whether it exchanges only what compressors that name it (`Compressor.collectives`) make.
         header: this rank's, once encoded.
         payload: uint8, that header and what may follow it, once encoded.
     """
@@ -128,6 +129,7 @@ class Strategy(abc.ABC):
     kind: ClassVar[CollectiveKind]
     needs_residual: ClassVar[bool] = True
     gathers_headers: ClassVar[bool] = False
+    special: ClassVar[bool] = False
     header: Header
     payload: torch.Tensor
 

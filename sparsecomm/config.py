@@ -35,6 +35,8 @@ class SparseConfig:
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets of fewer elements are exchanged densely.
         dense_steps: the first steps are exchanged densely.
+        fuse_bytes: buckets with fewer bytes of gradients are held back until together they have as many, and exchanged
+            as one; 0 for never.
 
     Raises:
         ConfigError: for an unknown or unacceptable option; names it and its value.
@@ -47,6 +49,7 @@ class SparseConfig:
     index_codec: str = "auto"
     dense_below: int = 0
     dense_steps: int = 0
+    fuse_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -62,7 +65,7 @@ class SparseConfig:
         self._check_collective()
         _one_of("value_codec", self.value_codec, _VALUE_CODECS)
         _one_of("index_codec", self.index_codec, _INDEX_CODECS)
-        for name in ("dense_below", "dense_steps"):
+        for name in ("dense_below", "dense_steps", "fuse_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name} must be an int >= 0, got {value!r}")

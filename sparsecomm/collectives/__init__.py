@@ -8,6 +8,7 @@ from sparsecomm.collectives.choose import (
     choose_collective,
     choose_dense,
     dense_ring_bytes,
+    dense_seconds,
     split_reduce_bytes,
 )
 from sparsecomm.collectives.dense import dense_allreduce
@@ -35,6 +36,7 @@ __all__ = [
     "choose_dense",
     "dense_allreduce",
     "dense_ring_bytes",
+    "dense_seconds",
     "doubling_allreduce",
     "halving_allreduce",
     "ring_allreduce",

@@ -23,6 +23,7 @@ __all__ = [
     "choose_collective",
     "choose_dense",
     "dense_ring_bytes",
+    "dense_seconds",
     "ring_segment",
     "split_reduce_bytes",
 ]
@@ -78,7 +79,27 @@ def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> 
         wire: FP32, FP16 or BF16: how values travel.
         one_host: whether all ranks share memory.
     """
-    link = _link(one_host)
+    seconds = _dense_times(numel, size, wire, _link(one_host))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def dense_seconds(numel: int, size: int, wire: ValueCodec, *, alpha: float, beta: float, add: float) -> float:
+    """Returns the modelled time of a dense allreduce by the best algorithm.
+
+    Args:
+        numel: elements of the vector.
+        size: number of ranks.
+        wire: FP32, FP16 or BF16: how values travel.
+        alpha: seconds a round of messages takes beyond its bytes.
+        beta: seconds a byte, sent and received at the same time.
+        add: seconds an element that is added.
+    """
+    if size == 1:
+        return 0.0
+    return min(_dense_times(numel, size, wire, _Link(alpha, beta, add / 4, SEGMENT)).values())
+
+
+def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[DenseAlgorithm, float]:
     full = 4 * numel
     moved = full if wire == ValueCodec.FP32 else full // 2
     rounds = size.bit_length() - 1  # among the ranks that remain when the surplus is folded away
@@ -88,13 +109,12 @@ def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> 
     fold = folding * (link.alpha + moved * link.beta) + (full * link.gamma if folding else 0.0)
     adding = share * full * link.gamma
     moving = 2 * share * moved * link.beta
-    seconds = {
+    return {
         DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
         DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving + adding,
         # With several blocks adding hides behind moving, and each block costs its messages again.
         DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / blocks,
     }
-    return min(seconds, key=seconds.__getitem__)
 
 
 def dense_ring_bytes(numel: int, size: int, codec: ValueCodec = ValueCodec.FP32) -> int:

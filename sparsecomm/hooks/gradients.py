@@ -7,23 +7,27 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsecomm.compress import BucketLayout
 from sparsecomm.errors import ConfigError
 from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
 
 __all__ = ["check_gradient", "unused_spans"]
 
 
-def unused_spans(layout: BucketLayout, grad: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step."""
+def unused_spans(shapes: Sequence[Sequence[int]], grad: torch.Tensor) -> list[tuple[int, int]]:
+    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step.
+
+    Args:
+        shapes: of the parameters in the bucket, in order.
+        grad: the flat bucket.
+    """
     spans, start = [], 0
-    for shape in layout.shapes:
+    for shape in shapes:
         end = start + math.prod(shape)
         # A used parameter nearly always shows in its first elements; only the others are read to their end.
         if end > start and not bool(grad[start : min(end, start + 256)].any()) and not bool(grad[start:end].any()):
             spans.append((start, end))
         start = end
-    return tuple(spans)
+    return spans
 
 
 def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where: str) -> None:

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sparsecomm.arena import Arena
-from sparsecomm.collectives import choose_collective
-from sparsecomm.compress import AdamCorrection, Bucket, BucketLayout, Compressor, ResidualStore
-from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.choose import Candidate, Chooser
+from sparsecomm.compress import Bucket, Compressor
 from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
-from sparsecomm.hooks.checkpoint import Checkpoint, fill_names
-from sparsecomm.hooks.gradients import check_gradient, unused_spans
+from sparsecomm.hooks.checkpoint import Checkpoint
+from sparsecomm.hooks.fusion import Batch, Fusion, Handed
+from sparsecomm.hooks.memories import Memories
 from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
-from sparsecomm.strategies import strategy_of
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
-
-
-@dataclass(slots=True)
-class _Known:
-    """A bucket as DDP last presented it."""
-
-    parameters: tuple[int, ...]
-    bucket: Bucket
 
 
 class SparseState:
@@ -51,7 +40,8 @@ class SparseState:
         model: the model, DDP or inner, for parameter names; found by itself when the hook is registered with DDP.
         process_group: ranks that average; those of DDP's own group, or all, if None.
         scaler: the GradScaler in use, so that residuals are kept in unscaled units.
-        options: the fields of `SparseConfig`: feedback, collective, value_codec, index_codec, dense_below, dense_steps.
+        options: the fields of `SparseConfig`: feedback, collective, value_codec, index_codec, dense_below, dense_steps,
+            fuse_bytes.
 
     Raises:
         ConfigError: for an unknown or unacceptable option; names it and its value.
@@ -75,10 +65,9 @@ class SparseState:
         self._scaler: torch.amp.GradScaler | None = None
         self._model: ServedModel | None = None
         self._recorder = Recorder()
-        self._memories = {kind: ResidualStore(kind) for kind in ("residual", "velocity", "second_moment")}
-        self._moments_since = 0  # step at which the moments of Adam correction were zero
-        self._known: dict[int, _Known] = {}
-        self._selectors: dict[int, SelectorMemory] = {}
+        self._memories = Memories()
+        self._fusion = Fusion()
+        self._chooser: Chooser | None = None  # made when the number of ranks is known
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
         self._looked = -1  # step at which the DDP model was last looked up because of other buckets
         self._exchanged = False  # whether steps were taken, after the last loading
@@ -107,14 +96,8 @@ class SparseState:
             if compressor is not None:
                 options = {"compressor": compressor, **options}
             self.config = self.config.change(**options)
-        for known in self._known.values():
-            known.bucket.memory = SelectorMemory()
-            known.bucket.shared = None
-        self._selectors.clear()
-        for kind in set(self._memories) - {"residual", *self._moments()}:
-            self._memories[kind] = ResidualStore(kind)
-        if not self._memories["second_moment"].names():
-            self._moments_since = self.step
+        self._memories.change(self.config.feedback, self.step)
+        self._chooser = None
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
@@ -153,56 +136,84 @@ class SparseState:
             last: whether this is the last bucket of this backward pass.
             error: what has gone wrong on this rank already; all ranks are told instead of exchanging.
         """
-        here = world()
+        handed = Handed(index, parameters, grad, error)
         step = self.step
         if last:
             self.step += 1
-        outer: torch.futures.Future[Any] = torch.futures.Future()
-        # Only a callback that raises gives a torch future an error that C++ can read (set_exception does not).
-        result: torch.futures.Future[torch.Tensor] = outer.then(_value_or_raise)
-        label = f"bucket {index} of step {step}"
-        self._recorder.submitted(step, last=last)
         self._exchanged = True
+        for batch in self._fusion.add(handed, self.config.fuse_bytes, last=last):
+            self._start(batch, step, world())
+        return handed.result
 
-        def done(report: BucketReport) -> None:
-            try:
-                self._recorder.finished(report, close=self._close_step)
-            finally:
-                outer.set_result(grad)
+    def _start(self, batch: Batch, step: int, here: World) -> None:
+        """Starts the exchange of what is to be exchanged as one."""
+        index, average = batch.index, None
+        label = f"bucket {index} of step {step}"
+        self._recorder.submitted(step, last=batch.last)
 
         def failed(error: BaseException) -> None:
             self.last_error = error
             self._recorder.abandon(step)
-            outer.set_result(error)
+            batch.fail(error)
 
+        parameters = batch.parameters
         ids = tuple(id(p) for p in parameters)
         try:
             wrappers = self._wrappers(here) if self._must_look(index, ids, step) else None
-        except Exception as unknown:  # who else takes part, if anybody does
+            ranks = wrappers.ranks if wrappers is not None else self._model.ranks if self._model is not None else None
+            self._begin_choice(here, step, ranks, last=batch.last)
+        except Exception as unknown:  # who else takes part, if anybody does; or all ranks have this error
             failed(unknown)
-            return result
-        ranks = wrappers.ranks if wrappers is not None else self._model.ranks if self._model is not None else None
+            return
         try:
-            if error is not None:
-                raise error
             model = self._attach(here, wrappers)
             model.check_join()
-            bucket, plan = self._prepare(index, parameters, grad, step, model)
+            bucket, plan = self._prepare(batch, step, model)
         except Exception as caught:
-            cause, numel = caught, grad.numel()
+            cause, numel = caught, batch.numel
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
                 header = blank_header(channel.rank, channel.size, index, step, numel)
                 return report_failure(channel, header, cause, self.arena)
 
-            here.engine.submit(label, tell, done, failed, group=ranks, key=(id(self), index))
-            return result
+            here.engine.submit(label, tell, lambda _: batch.finish(None), failed, group=ranks, key=(id(self), index))
+            return
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
-            return exchange(channel, bucket, grad, plan, self.arena, settle=not self._may_skip())
+            nonlocal average
+            average = batch.flat(self.arena)
+            return exchange(channel, bucket, average, plan, self.arena, settle=not self._may_skip())
+
+        def done(report: BucketReport) -> None:
+            try:
+                self._note(report, Candidate(plan.collective, plan.value_codec))
+            finally:
+                batch.finish(average)
 
         here.engine.submit(label, run, done, failed, group=model.ranks, key=(id(self), index))
-        return result
+
+    def _note(self, report: BucketReport, candidate: Candidate) -> None:
+        """Adds up what an exchange cost. Called on the engine's thread."""
+        if self._chooser is not None:
+            seconds = report.select_seconds + report.encode_seconds + report.wait_seconds + report.apply_seconds
+            self._chooser.finished(report.bucket, candidate, seconds)
+        self._recorder.finished(report, close=self._close_step)
+
+    def _begin_choice(self, here: World, step: int, ranks: tuple[int, ...] | None, *, last: bool) -> None:
+        """Lets `collective="auto"` go on: collective in the steps in which it measures or decides."""
+        size = here.size if ranks is None else len(ranks)
+        config = self.config
+        if config.collective != "auto" or config.compressor.is_dense or size == 1 or step < config.dense_steps:
+            return
+        if self._chooser is None or self._chooser.size != size:
+            self._chooser = Chooser(config, size)
+
+        def call(label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
+            return here.engine.call(label, make, group=ranks)
+
+        self._chooser.begin(step, call)
+        if last:
+            self._chooser.handed_over()
 
     def _may_skip(self) -> bool:
         """Returns whether the optimizer may skip a step because of one bucket, and throw the others away with it."""
@@ -210,8 +221,7 @@ class SparseState:
 
     def _close_step(self, step: Metrics) -> None:
         """At the end of a step takes all of it back if the GradScaler will skip it."""
-        for known in self._known.values():
-            known.bucket.settle(skipped=step.skipped > 0)
+        self._memories.settle(skipped=step.skipped > 0)
 
     def _wrappers(self, here: World) -> Wrappers:
         return find_wrappers(self, self._given_model, self._given_group, here)
@@ -224,8 +234,7 @@ class SparseState:
         model = self._model
         if model is None or model.is_gone():
             return True
-        known = self._known.get(index)
-        if not model.ddps or known is None or known.parameters == ids or self._looked == step:
+        if not model.ddps or self._looked == step or not self._memories.knows_other(index, ids):
             return False
         self._looked = step
         return True
@@ -243,72 +252,47 @@ class SparseState:
             self._model = found
         return found
 
-    def _prepare(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, step: int, model: ServedModel
-    ) -> tuple[Bucket, Plan]:
-        """Checks a bucket and decides how it is exchanged."""
+    def _prepare(self, batch: Batch, step: int, model: ServedModel) -> tuple[Bucket, Plan]:
+        """Checks buckets and decides how they are exchanged."""
         if self._unchecked is not None:
             self._unchecked.check_model(model.shapes)
             self._unchecked = None
-        where = f"rank {model.rank}, bucket {index}"
-        check_gradient(grad, parameters, where)
-        config, numel = self.config, grad.numel()
-        bucket = self._bucket(index, parameters, grad, model, where)
+        where = f"rank {model.rank}, bucket {batch.index}"
+        batch.check(where)
+        config, numel = self.config, batch.numel
+        bucket = self._memories.bucket(batch.index, batch.parameters, numel, model, where)
         k = config.compressor.k_for(numel, step)
-        collective = self._collective(k, numel, step, model.size)
-        moments, residuals = self._moments(), self._memories["residual"]
-        rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
-        if strategy_of(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
-            bucket.residual = residuals.bucket(bucket.layout)
-        for kind in ("velocity", "second_moment"):
-            setattr(bucket, kind, self._memories[kind].bucket(bucket.layout) if kind in moments else None)
-        bucket.age = step - self._moments_since + 1
+        how = self._choose(batch.index, k, numel, step)
+        self._memories.equip(bucket, config, how.kind, step)
         clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
         if clip_norm is not None:
             clip_norm *= math.sqrt(numel / max(model.numel, 1) / model.size)
         return bucket, Plan(
             step=step,
-            collective=collective,
+            collective=how.kind,
             compressor=config.compressor,
             k=k,
-            value_codec=config.dense_values if collective == CollectiveKind.DENSE else config.values,
+            value_codec=how.values,
             index_codec=config.indices,
             feedback=config.feedback,
             grad_scale=self._grad_scale(),
-            held=unused_spans(bucket.layout, grad) if model.may_skip and bucket.residual is not None else (),
+            held=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
             profiled=torch.autograd.profiler._is_profiler_enabled,
         )
 
-    def _moments(self) -> tuple[str, ...]:
-        """Returns the kinds of memory that this feedback keeps beside the residual."""
-        return () if self.config.feedback is None else self.config.feedback.memories
-
     def _grad_scale(self) -> float:
         return float(self._scaler.get_scale()) if self._scaler is not None and self._may_skip() else 1.0
 
-    def _collective(self, k: int, numel: int, step: int, size: int) -> CollectiveKind:
-        config = self.config
+    def _choose(self, index: int, k: int, numel: int, step: int) -> Candidate:
+        """Returns how to exchange a bucket."""
+        config, dense = self.config, Candidate(CollectiveKind.DENSE, self.config.dense_values)
         if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
-            return CollectiveKind.DENSE
-        if config.collective_kind is not None:
-            return config.collective_kind
-        return choose_collective(k, numel, size, config.values, config.indices, dense_codec=config.dense_values)
-
-    def _bucket(
-        self, index: int, parameters: Sequence[torch.Tensor], grad: torch.Tensor, model: ServedModel, where: str
-    ) -> Bucket:
-        """Returns what is known of this bucket, moving residuals by name if DDP has rebuilt its buckets."""
-        ids = tuple(id(p) for p in parameters)
-        known = self._known.get(index)
-        if known is not None and known.parameters == ids and known.bucket.layout.numel == grad.numel():
-            return known.bucket
-        layout = BucketLayout.of([(model.name_of(p, where), p) for p in parameters])
-        if layout.numel != grad.numel():
-            raise ConfigError(f"{where}: {grad.numel()} elements, but its {len(ids)} parameters have {layout.numel}")
-        bucket = Bucket(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
-        self._known[index] = _Known(ids, bucket)
-        return bucket
+            return dense
+        if config.collective == "auto" and self._chooser is not None:
+            return self._chooser.choose(index, numel, k)
+        kind = config.collective_kind or CollectiveKind.ALLGATHER  # auto among one rank: nothing is sent
+        return dense if kind == CollectiveKind.DENSE else Candidate(kind, config.values)
 
     # --- counters and checkpoints -------------------------------------------------------------------------------
 
@@ -328,9 +312,17 @@ class SparseState:
         """Has `callback(step, metrics of that step)` called after every step, on the engine's thread: keep it short."""
         self._recorder.callbacks.append(callback)
 
+    def explain(self) -> str:
+        """Returns why buckets are exchanged as they are: a table of what was predicted, measured and chosen."""
+        if self._chooser is not None:
+            return self._chooser.explain()
+        if self.config.collective != "auto":
+            return f"collective={self.config.collective!r} was given: nothing is chosen"
+        return "nothing is chosen: there was no exchange yet that more than one rank takes part in"
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads all of it; not collective."""
-        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._memories["residual"].slices()))
+        return self._memories.residual_norm()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
@@ -339,23 +331,7 @@ class SparseState:
         ``velocity.<parameter name>``, with Adam's ``second_moment.<parameter name>`` too (float32, the parameter's
         shape) and ``moment_steps``, ``selector.<layout hash>`` (float64: a reused threshold, its age, its k).
         """
-        model = self._attach(world())
-        made = Checkpoint(self.step, model.rank, model.size)
-        feedback = self.config.feedback
-        # Named in full from the first step on, so that torch.distributed.checkpoint, which fills what it is handed,
-        # loads into a fresh state.
-        kept = model.trainable if feedback is not None and not self.config.compressor.is_dense else set()
-        for kind, named in made.memories.items():
-            if kind == "residual" or kind in self._moments():
-                named.update(self._memories[kind].state() if feedback is not None else {})
-                fill_names(named, model.shapes, kept)
-        if isinstance(feedback, AdamCorrection):
-            made.moment_steps = self.step - self._moments_since
-        made.selectors = dict(self._selectors)
-        for known in self._known.values():
-            if known.bucket.memory.k:
-                made.selectors[known.bucket.layout.hash] = known.bucket.memory
-        return made.to_dict()
+        return self._memories.save(self.step, self._attach(world()), self.config).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Restores this rank's state, into a live model too. Checks everything before it changes anything.
@@ -376,17 +352,7 @@ class SparseState:
         if model.names:
             loaded.check_model(model.shapes)
         self._unchecked = None if model.names else loaded
-        for kind, store in self._memories.items():
-            store.load(loaded.memories[kind])
-        self._known.clear()
-        self._selectors = loaded.selectors
+        self._memories.load(loaded)
+        self._chooser = None
         self.step = loaded.step
-        self._moments_since = loaded.step - loaded.moment_steps
         self._exchanged = False
-
-
-def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
-    value = future.value()
-    if isinstance(value, BaseException):
-        raise value
-    return value  # type: ignore[no-any-return]

@@ -3,5 +3,16 @@
 # Importing a strategy registers it.
 from sparsecomm.strategies import allgather, dense, split_reduce  # noqa: F401
 from sparsecomm.strategies.base import Job, Plan, Strategy, blank_header, strategies, strategy_named, strategy_of
+from sparsecomm.strategies.costs import Costs, Estimate
 
-__all__ = ["Job", "Plan", "Strategy", "blank_header", "strategies", "strategy_named", "strategy_of"]
+__all__ = [
+    "Costs",
+    "Estimate",
+    "Job",
+    "Plan",
+    "Strategy",
+    "blank_header",
+    "strategies",
+    "strategy_named",
+    "strategy_of",
+]

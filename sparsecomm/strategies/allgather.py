@@ -44,6 +44,11 @@ class Allgather(Strategy):
         """See `Strategy.estimate_bytes`."""
         return allgather_bytes(k, numel, size, value_codec, index_codec)
 
+    @classmethod
+    def rounds(cls, size: int) -> int:
+        """See `Strategy.rounds`. Bodies go to each rank directly, all at once."""
+        return (size - 1).bit_length() + min(1, size - 1)
+
     def take(self) -> Taken:
         """See `Strategy.take`."""
         return self.job.take_some()

@@ -14,6 +14,7 @@ from sparsecomm.collectives import Agreement
 from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_some
 from sparsecomm.errors import ConfigError
 from sparsecomm.metrics import BucketReport
+from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.trace import Stage
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -121,6 +122,7 @@ class Strategy(abc.ABC):
         needs_residual: whether it leaves anything over.
         gathers_headers: whether it needs every rank's header.
         special: whether it exchanges only what compressors that name it (`Compressor.collectives`) make.
+        competes: whether `collective="auto"` considers it; else it is there for comparison.
         header: this rank's, once encoded.
         payload: uint8, that header and what may follow it, once encoded.
     """
@@ -130,6 +132,7 @@ class Strategy(abc.ABC):
     needs_residual: ClassVar[bool] = True
     gathers_headers: ClassVar[bool] = False
     special: ClassVar[bool] = False
+    competes: ClassVar[bool] = True
     header: Header
     payload: torch.Tensor
 
@@ -150,6 +153,23 @@ class Strategy(abc.ABC):
             value_codec: how values are written.
             index_codec: how indices are written; None for the smallest.
         """
+
+    @classmethod
+    def rounds(cls, size: int) -> int:
+        """Returns how many times a rank waits for messages one after the other, the agreement included."""
+        return 2 * (size - 1).bit_length()
+
+    @classmethod
+    def estimate(
+        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> Estimate:
+        """Returns the expected seconds of an exchange of one bucket. Arguments as in `estimate_bytes`.
+
+        Here for a sparse exchange that brings every rank k nonzeros of each; others override it.
+        """
+        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
+        compute = costs.exchange + (costs.select + costs.fill) * numel + (costs.encode + costs.decode * size) * k
+        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
 
     @abc.abstractmethod
     def take(self) -> Taken:

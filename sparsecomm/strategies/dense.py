@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes
+from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes, dense_seconds
 from sparsecomm.compress import Taken, take_all
 from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind
@@ -33,6 +34,15 @@ class Dense(Strategy):
     ) -> int:
         """See `Strategy.estimate_bytes`."""
         return dense_ring_bytes(numel, size, _on_the_wire(value_codec)) + HEADER_BYTES * (size - 1)
+
+    @classmethod
+    def estimate(
+        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> Estimate:
+        """See `Strategy.estimate`: copied once before the sum and once after."""
+        link = dense_seconds(numel, size, _on_the_wire(value_codec), alpha=costs.alpha, beta=costs.beta, add=costs.add)
+        agreement = costs.alpha * (size - 1).bit_length()
+        return Estimate(link + agreement, costs.exchange + (costs.add + 2 * costs.fill) * numel)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

@@ -11,6 +11,7 @@ from sparsecomm.collectives import Agreement, Codecs, Reduced, Regions, Split, s
 from sparsecomm.compress import Taken
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import CollectiveKind
@@ -39,6 +40,22 @@ class SplitReduce(Strategy):
     ) -> int:
         """See `Strategy.estimate_bytes`."""
         return split_reduce_bytes(k, numel, size, value_codec, index_codec, keep_all=cls.keep_all)
+
+    @classmethod
+    def rounds(cls, size: int) -> int:
+        """See `Strategy.rounds`: agreement, parts and their headers, announcements, the last leg."""
+        return 3 * (size - 1).bit_length() + 2 * min(1, size - 1)
+
+    @classmethod
+    def estimate(
+        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> Estimate:
+        """See `Strategy.estimate`: a rank encodes its own nonzeros, decodes about k that it owns and those kept."""
+        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
+        kept = min(numel, k * size) if cls.keep_all else k
+        nonzeros = costs.encode * (k + kept / size) + costs.decode * (k + kept)
+        compute = 2 * costs.exchange + (costs.select + costs.fill) * numel + nonzeros
+        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

@@ -153,8 +153,10 @@ class Engine:
             raise TransportError(f"{label}: submitted after the engine of rank {self.transport.rank} was closed")
         self._queue.put(_Task(label, make, on_done, on_error, group, key))
 
-    def call(self, label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
-        """Submits a collective and blocks until it is done. Collective.
+    def call(
+        self, label: str, make: Callable[[Channel], CollectiveSteps[Any]], *, group: tuple[int, ...] | None = None
+    ) -> Any:
+        """Submits a collective and blocks until it is done. Collective. Arguments as in `submit`.
 
         Returns:
             The generator's result.
@@ -165,7 +167,7 @@ class Engine:
         if threading.current_thread() is self._thread:
             raise TransportError(f"{label}: the engine's own thread (a callback) cannot wait for a collective")
         done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self.submit(label, make, lambda r: done.put((r, None)), lambda e: done.put((None, e)))
+        self.submit(label, make, lambda r: done.put((r, None)), lambda e: done.put((None, e)), group=group)
         result, error = done.get()
         if error is not None:
             raise error

@@ -50,6 +50,7 @@ class CollectiveKind(IntEnum):
     DENSE = 2
     SPLIT_REDUCE = 3
     SSAR = 4
+    CHOOSING = 11  # no exchange of a bucket: ranks choose one
 
 
 _WITH_PLAN = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR)

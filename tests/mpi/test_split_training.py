@@ -18,7 +18,7 @@ SPLITS = ("split_reduce", "ssar")
 
 def made(state: sc.SparseState) -> set[int]:
     """The steps at which the regions of all buckets were made."""
-    shared = [known.bucket.shared for known in state._known.values()]
+    shared = [known.bucket.shared for known in state._memories.known.values()]
     assert shared
     assert all(isinstance(regions, Regions) for regions in shared)
     return {regions.made for regions in shared if isinstance(regions, Regions)}

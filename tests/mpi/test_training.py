@@ -122,7 +122,7 @@ def test_a_bucket_rebuild_loses_nothing(world: sc.World) -> None:
         total_in += summed(local_gradient(ddp.module, step))
         loss_of(ddp, step).backward()
         total_out += world.size * flat(ddp, grad_of)
-        layouts.append({i: k.bucket.layout.names for i, k in state._known.items()})
+        layouts.append({i: k.bucket.layout.names for i, k in state._memories.known.items()})
     assert layouts[0] != layouts[1], "the test needs a rebuild"
     assert len(layouts[1]) > 1
     torch.testing.assert_close(total_out + summed(residual_of(state, ddp)), total_in, rtol=1e-5, atol=1e-6)
@@ -252,7 +252,7 @@ def test_metrics_count_steps_buckets_and_bytes(world: sc.World) -> None:
         per_step.append(state.metrics())
     last = per_step[-1]
     assert (last.steps, last.numel) == (5, 5 * numel)
-    assert last.buckets == 1 + 4 * len(state._known) or last.buckets > 5
+    assert last.buckets == 1 + 4 * len(state._memories.known) or last.buckets > 5
     assert last.nnz >= 5 * 0.08 * numel
     assert last.nonfinite == 0
     headers = 88 * (world.size - 1) * last.buckets

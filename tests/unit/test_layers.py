@@ -20,7 +20,7 @@ LAYERS = [
     "compress wire",
     "transport",
     "collectives",
-    "metrics trace strategies launch config presets exchange",
+    "metrics trace strategies launch config presets exchange choose",
     "hooks backend ps",
     "plan lab benches",
     "cli",

@@ -55,7 +55,7 @@ def test_parameters_whose_reduction_ddp_delays_do_not_meet_the_hook(world: sc.Wo
             ddp.zero_grad()
             loss_of(ddp, step).backward()
         torch.testing.assert_close(flat(ours, grad_of), flat(plain, grad_of), rtol=1e-5, atol=1e-6)
-    seen = {name for known in state._known.values() for name in known.bucket.layout.names}
+    seen = {name for known in state._memories.known.values() for name in known.bucket.layout.names}
     assert seen == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 

@@ -1,0 +1,228 @@
+"""The judgement of `collective="auto"`: predict, try the best few on real steps, decide once for all ranks.
+
+    1 watch    the first two steps go by a rule of thumb (fewest bytes); they show the buckets
+    2 measure  all ranks measure messages and kernels together, and keep the slowest rank's figures
+    3 predict  seconds of every candidate for every bucket, from the same figures on all ranks
+    4 try      what is predicted within reach of the best takes turns of a few steps each; whole steps are timed,
+               since what counts is not an exchange but what it adds to a step whose backward hides part of it
+    5 decide   by the slowest rank's medians, the same on all ranks
+    6 again    from 3 when the number of nonzeros has halved or doubled, as a warm-up makes it
+
+Every rank runs the same schedule by counting steps; ranks exchange figures in 2 and 5 only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.choose.explain import explain
+from sparsecomm.choose.measure import agree_to_choose, agreed_maximum, measure
+from sparsecomm.choose.predict import Candidate, Sizes, best_of_each, candidates, predict
+from sparsecomm.collectives import choose_collective
+from sparsecomm.config import SparseConfig
+from sparsecomm.strategies import Costs, Estimate
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["Chooser", "Option"]
+
+WATCHED = 2
+"""Steps before anything is measured: DDP rebuilds its buckets after the first."""
+TURN = 5
+"""Steps of a turn; the first is not timed, since buffers grow and regions are made in it."""
+TURNS = 2
+"""Turns of each option, so that a machine that slows down does not decide."""
+REACH = 1.6
+"""What is predicted to take this many times the best's time at most is tried: predictions are not better than that."""
+MOST_OPTIONS = 4
+_MARGIN = 0.98  # another option than the predicted best must be this much faster
+
+Call = Callable[[str, Callable[[Channel], CollectiveSteps[Any]]], Any]
+"""Runs a collective of the state's ranks and waits for it: a label, and what makes its generator."""
+
+
+@dataclass(slots=True)
+class Option:
+    """One answer for all buckets.
+
+    Attributes:
+        name: a candidate's, or "the best of each bucket".
+        by_bucket: candidates by bucket number.
+        default: for a bucket of another number.
+        predicted: seconds of all exchanges of a step, one after the other.
+        samples: seconds of whole steps.
+        measured: median of a step on the slowest rank; None before the decision.
+    """
+
+    name: str
+    by_bucket: Mapping[int, Candidate]
+    default: Candidate
+    predicted: float
+    samples: list[float] = field(default_factory=list)
+    measured: float | None = None
+
+    def of(self, index: int) -> Candidate:
+        """Returns the candidate for a bucket."""
+        return self.by_bucket.get(index, self.default)
+
+
+class Chooser:
+    """Chooses the collective of every bucket for one state.
+
+    Args:
+        config: of the state.
+        size: number of ranks.
+    """
+
+    def __init__(self, config: SparseConfig, size: int) -> None:
+        self.config = config
+        self.size = size
+        self.costs: Costs | None = None
+        self.table: dict[int, dict[Candidate, Estimate]] = {}
+        self.options: list[Option] = []
+        self.chosen: Option | None = None
+        self.decided_at: int | None = None
+        self.measured: defaultdict[tuple[int, Candidate], deque[float]] = defaultdict(lambda: deque(maxlen=16))
+        self._arena = Arena()
+        self._step = -1
+        self._watched = 0
+        self._position = 0  # steps of the trial so far
+        self._schedule: list[Option] = []
+        self._current: Option | None = None
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._last_sizes: Sizes = {}
+        self._predicted_sizes: Sizes = {}
+        self._decided_k = 0
+        self._handed_over: tuple[Option, float] | None = None
+
+    def begin(self, step: int, call: Call) -> None:
+        """Starts a step; does nothing if it has begun. Collective in the steps in which figures are exchanged.
+
+        Args:
+            step: training step.
+            call: runs a collective among the state's ranks.
+
+        Raises:
+            SparseCommError: what made an exchange of figures fail, on every rank.
+        """
+        if step == self._step:
+            return
+        self._step = step
+        if self._sizes:
+            self._last_sizes, self._sizes = self._sizes, {}
+            self._watched += 1
+        if self._schedule:
+            self._position += 1
+            if self._position >= len(self._schedule):
+                self._decide(step, call)
+        elif self._watched >= WATCHED and (self.chosen is None or self._k_moved()):
+            self._open_trial(step, call)
+        self._current = self._schedule[self._position] if self._schedule else self.chosen
+
+    def choose(self, index: int, numel: int, k: int) -> Candidate:
+        """Returns how to exchange a bucket in this step."""
+        self._sizes[index] = (numel, k)
+        if self._current is not None:
+            return self._current.of(index)
+        return self._rule_of_thumb(numel, k)
+
+    def handed_over(self) -> None:
+        """Notes that the step's last bucket was handed over: the time between two of these is a whole step's."""
+        now, current = perf_counter(), self._current
+        before, self._handed_over = self._handed_over, None
+        if current is None:
+            return
+        self._handed_over = (current, now)
+        settled_in = self._position % TURN > 0 if self._schedule else True
+        if before is not None and before[0] is current and settled_in and self._schedule:
+            current.samples.append(now - before[1])
+
+    def finished(self, index: int, candidate: Candidate, seconds: float) -> None:
+        """Notes what the exchange of a bucket took on this rank. Called on the engine's thread."""
+        self.measured[index, candidate].append(seconds)
+
+    def numel_of(self, index: int) -> int:
+        """Returns the elements of a bucket that predictions were made for."""
+        return self._predicted_sizes[index][0]
+
+    def explain(self) -> str:
+        """Returns a table: predicted and measured per bucket and candidate, the options tried, and why."""
+        return explain(self)
+
+    def _rule_of_thumb(self, numel: int, k: int) -> Candidate:
+        config, only = self.config, self.config.compressor.collectives
+        if only:
+            return candidates(config)[0]
+        kind = choose_collective(k, numel, self.size, config.values, config.indices, dense_codec=config.dense_values)
+        return Candidate(kind, config.dense_values if kind == CollectiveKind.DENSE else config.values)
+
+    def _k_moved(self) -> bool:
+        k = sum(k for _, k in self._last_sizes.values())
+        return not self._decided_k / 2 < k < self._decided_k * 2
+
+    def _open_trial(self, step: int, call: Call) -> None:
+        config, sizes = self.config, self._last_sizes
+        numel, k = (sum(pair[i] for pair in sizes.values()) for i in (0, 1))
+        if self.costs is None:
+            self.costs = call(
+                f"the measurements of step {step}",
+                lambda channel: measure(channel, step, config.compressor, k / max(numel, 1), self._arena),
+            )
+        costs = self.costs
+        assert costs is not None, "measured above"
+        self.table = {
+            index: {c: predict(c, config, costs, n, k, self.size) for c in candidates(config)}
+            for index, (n, k) in sizes.items()
+        }
+        self._decided_k, self._predicted_sizes = k, sizes
+        self.measured.clear()
+        self.options = self._make_options()
+        self.decided_at = None
+        self._position = 0
+        self._handed_over = None
+        if len(self.options) == 1:
+            self.chosen, self.decided_at = self.options[0], step
+        else:
+            self._schedule = [option for _ in range(TURNS) for option in self.options for _ in range(TURN)]
+
+    def _make_options(self) -> list[Option]:
+        """Returns what is worth a trial, the best prediction first."""
+        table = self.table
+        each = best_of_each(table)
+        options = []
+        for candidate in candidates(self.config):
+            same = dict.fromkeys(table, candidate)
+            options.append(Option(candidate.name, same, candidate, self._total(same)))
+        if len(set(each.values())) > 1:
+            largest = max(self._last_sizes, key=lambda i: self._last_sizes[i][0])
+            options.append(Option("the best of each bucket", each, each[largest], self._total(each)))
+        options.sort(key=lambda o: o.predicted)
+        within = [o for o in options if o.predicted <= REACH * options[0].predicted]
+        return within[:MOST_OPTIONS]
+
+    def _total(self, by_bucket: Mapping[int, Candidate]) -> float:
+        return sum(self.table[index][candidate].seconds for index, candidate in by_bucket.items())
+
+    def _decide(self, step: int, call: Call) -> None:
+        options, arena = self.options, self._arena
+        mine = torch.tensor([median(o.samples) if o.samples else 0.0 for o in options], dtype=torch.float64)
+
+        def gather(channel: Channel) -> CollectiveSteps[list[float]]:
+            yield from agree_to_choose(channel, step, arena)
+            return (yield from agreed_maximum(channel, mine, arena))
+
+        figures: list[float] = call(f"the decision of step {step}", gather)
+        best = options[0]
+        for option, seconds in zip(options, figures, strict=True):
+            option.measured = seconds
+            if option is not best and best.measured is not None and seconds < _MARGIN * best.measured:
+                best = option
+        self.chosen, self.decided_at, self._schedule = best, step, []

@@ -1,0 +1,173 @@
+"""What "auto" predicts, tries and decides, given the costs of a link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import sparsecomm as sc
+from sparsecomm.choose import Candidate, Chooser, candidates, chooser
+from sparsecomm.choose.chooser import TURN, TURNS, WATCHED
+from sparsecomm.choose.predict import predict
+from sparsecomm.strategies import Costs
+from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+MILLION = 1_000_000
+KERNELS = {"exchange": 1e-4, "select": 0.4e-9, "fill": 0.1e-9, "encode": 3e-9, "decode": 3e-9, "add": 0.2e-9}
+GIGABIT = Costs(alpha=1e-4, beta=8e-9, **KERNELS)
+MEMORY = Costs(alpha=2e-5, beta=0.1e-9, **KERNELS)
+
+
+def alone(label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
+    """Runs a collective among one rank."""
+    steps: Iterator[Any] = make(Channel(SoloTransport(), 0))
+    try:
+        while True:
+            assert not next(steps), "nothing to wait for"
+    except StopIteration as stop:
+        return stop.value
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(chooser, "perf_counter", made)
+    return made
+
+
+def made(costs: Costs, density: float = 0.01, size: int = 4, **options: Any) -> Chooser:
+    chooser = Chooser(sc.SparseConfig(compressor=sc.TopK(density), **options), size)
+    chooser.costs = costs
+    return chooser
+
+
+def run(
+    chooser: Chooser, clock: Clock, steps: range, seconds: Callable[[str], float], k: int = 10_000
+) -> list[Candidate]:
+    """Runs steps of one bucket of a million elements; what each takes depends on what was chosen."""
+    chosen = []
+    for step in steps:
+        chooser.begin(step, alone)
+        how = chooser.choose(0, MILLION, k)
+        clock.now += seconds(how.name)
+        chooser.handed_over()
+        chosen.append(how)
+    return chosen
+
+
+def test_a_slow_link_takes_few_bytes_and_a_fast_one_no_compression(clock: Clock) -> None:
+    slow, fast = made(GIGABIT), made(MEMORY, density=0.25)
+    chosen = run(slow, clock, range(80), lambda name: 1.0)
+    assert chosen[-1].kind == CollectiveKind.ALLGATHER
+    assert slow.chosen is not None
+    assert slow.chosen.name == "allgather"
+    chosen = run(fast, clock, range(80), lambda name: 1.0, k=250_000)
+    assert chosen[-1].kind == CollectiveKind.DENSE
+
+
+def test_many_ranks_take_the_exchange_that_does_not_grow_with_them() -> None:
+    config = sc.SparseConfig(compressor=sc.TopK(0.01))
+
+    def seconds(name: str, size: int) -> float:
+        (candidate,) = (c for c in candidates(config) if c.name == name)
+        return predict(candidate, config, GIGABIT, 25 * MILLION, MILLION // 4, size).seconds
+
+    assert seconds("allgather", 2) < seconds("split_reduce", 2)
+    assert seconds("split_reduce", 64) < seconds("allgather", 64) / 4
+    assert seconds("dense fp16", 4) < seconds("dense fp32", 4)
+
+
+def test_real_steps_overrule_the_prediction_and_everybody_knows_when(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    first = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1]
+    assert first.name == chooser.options[0].name, "the best prediction is tried first"
+    assert len(chooser.options) > 1
+    other = chooser.options[1].name
+    trial = len(chooser.options) * TURN * TURNS
+    chosen = run(chooser, clock, range(WATCHED + 1, WATCHED + trial + 9), lambda name: 0.5 if name == other else 1.0)
+    assert chosen[-1].name == other
+    assert chooser.decided_at == WATCHED + trial
+    assert chooser.chosen is not None
+    assert chooser.chosen.measured == pytest.approx(0.5)
+
+
+def test_a_tie_stays_with_the_prediction(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    best = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1].name
+    run(chooser, clock, range(WATCHED + 1, 90), lambda name: 1.0 if name == best else 0.99)
+    assert chooser.decided_at is not None
+    assert chooser.chosen is chooser.options[0]
+
+
+def test_one_slow_step_does_not_decide(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    best = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1].name
+    for step in range(WATCHED + 1, 90):
+        run(chooser, clock, range(step, step + 1), lambda name, s=step: 30.0 if s == WATCHED + 3 else 1.0)
+    assert chooser.chosen is not None
+    assert chooser.chosen.name == best
+
+
+def test_it_decides_again_when_the_density_has_moved(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    run(chooser, clock, range(80), lambda name: 1.0, k=10_000)
+    decided = chooser.decided_at
+    run(chooser, clock, range(80, 160), lambda name: 1.0, k=15_000)
+    assert chooser.decided_at == decided, "half as much again is not worth a trial"
+    run(chooser, clock, range(160, 240), lambda name: 1.0, k=MILLION)
+    assert chooser.decided_at is not None
+    assert chooser.decided_at > 160
+    assert chooser.chosen is not None
+    assert chooser.chosen.name.startswith("dense")
+
+
+def test_a_bucket_of_its_own_kind_gets_its_own_answer(clock: Clock) -> None:
+    chooser = made(GIGABIT, density=0.2)
+    for step in range(WATCHED + 1):
+        chooser.begin(step, alone)
+        chooser.choose(0, 10 * MILLION, 10_000)
+        chooser.choose(1, 300, 60)
+        chooser.handed_over()
+    assert chooser.options[0].name == "the best of each bucket"
+    assert chooser.options[0].of(0).name == "allgather"
+    assert chooser.options[0].of(1).kind == CollectiveKind.DENSE
+
+
+def test_16_bits_compete_only_where_their_rounding_is_kept() -> None:
+    def dense(**options: Any) -> set[ValueCodec]:
+        config = sc.SparseConfig(compressor=sc.TopK(0.01), **options)
+        return {c.values for c in candidates(config) if c.kind == CollectiveKind.DENSE}
+
+    assert dense() == {ValueCodec.FP32, ValueCodec.FP16, ValueCodec.BF16}
+    assert dense(feedback=None) == {ValueCodec.FP32}
+    assert dense(value_codec="fp32") == {ValueCodec.FP32}
+    assert dense(value_codec="bf16") == {ValueCodec.BF16}
+
+
+def test_measuring_gives_positive_figures_and_the_table_shows_them(clock: Clock) -> None:
+    chooser = Chooser(sc.SparseConfig(compressor=sc.ThresholdTopK(0.01)), 4)
+    assert "nothing is measured yet" in chooser.explain()
+    run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)
+    costs = chooser.costs
+    assert costs is not None
+    assert min(costs.exchange, costs.select, costs.fill, costs.encode, costs.add) > 0
+    assert "not decided yet" in chooser.explain() or chooser.decided_at is not None
+    run(chooser, clock, range(WATCHED + 1, 80), lambda name: 1.0)
+    chooser.finished(0, chooser.choose(0, MILLION, 10_000), 0.0123)
+    text = chooser.explain()
+    assert "12.300" in text
+    assert "chosen at step" in text
+    assert all(c.name in text for c in candidates(chooser.config))

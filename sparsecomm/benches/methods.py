@@ -34,6 +34,7 @@ class Attached:
         counted: whether these are counted as they are sent, or computed from what the algorithm sends.
         average: called between backward and the optimizer, for methods that do not hook into backward.
         momentum: of the optimizer; 0 where the method applies momentum itself.
+        settled: whether it does what it will do from now on; steps until then are not timed.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Attached:
     counted: bool = False
     average: Callable[[], None] | None = None
     momentum: float = 0.9
+    settled: Callable[[], bool] = lambda: True
 
 
 Attach = Callable[[nn.Module, float], Attached]
@@ -273,7 +275,13 @@ def _sparsecomm(model: nn.Module, config: sc.SparseConfig, momentum: float = 0.9
     ddp = _ddp(model)
     state = sc.SparseState(config)
     ddp.register_comm_hook(state, sc.sparse_hook)
-    return Attached(ddp, lambda step: state.last_step().bytes_sent, counted=True, momentum=momentum)
+    return Attached(
+        ddp,
+        lambda step: state.last_step().bytes_sent,
+        counted=True,
+        momentum=momentum,
+        settled=state.is_settled,
+    )
 
 
 @method("sparsecomm-dense")
@@ -283,13 +291,19 @@ def _ours_dense(model: nn.Module, density: float) -> Attached:
 
 @method("sparsecomm-topk", sparse=True)
 def _ours_topk(model: nn.Module, density: float) -> Attached:
-    """What `SparseState(TopK(density))` does: exact top-k, fp16 values, error feedback."""
+    """Exact top-k, fp16 values, error feedback, and the sparse allgather, which is best for few ranks."""
+    return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density), collective="allgather"))
+
+
+@method("sparsecomm-auto", sparse=True)
+def _ours_auto(model: nn.Module, density: float) -> Attached:
+    """What `SparseState(TopK(density))` does: it tries what looks best, and stays with the fastest."""
     return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density)))
 
 
 @method("sparsecomm-threshold", sparse=True)
 def _ours_threshold(model: nn.Module, density: float) -> Attached:
-    return _sparsecomm(model, sc.SparseConfig(compressor=sc.ThresholdTopK(density)))
+    return _sparsecomm(model, sc.SparseConfig(compressor=sc.ThresholdTopK(density), collective="allgather"))
 
 
 def _by_collective(collective: str) -> Attach:
@@ -299,8 +313,13 @@ def _by_collective(collective: str) -> Attach:
     return attach
 
 
-for _strategy in strategies().values():  # sparsecomm-topk takes what "auto" chooses; these are all the others by name
-    if _strategy.needs_residual:
+@method("sparsecomm-dense-fp16", default=False)
+def _ours_dense_fp16(model: nn.Module, density: float) -> Attached:
+    return _sparsecomm(model, sc.preset("dense").change(value_codec="fp16"))
+
+
+for _strategy in strategies().values():  # those that have no name of their own above
+    if _strategy.needs_residual and not _strategy.special and _strategy.name != "allgather":
         method(f"sparsecomm-{_strategy.name}", sparse=True, default=_strategy.name == "split_reduce")(
             _by_collective(_strategy.name)
         )
@@ -308,20 +327,23 @@ for _strategy in strategies().values():  # sparsecomm-topk takes what "auto" cho
 
 @method("sparsecomm-topk-int8", sparse=True, default=False)
 def _ours_topk_int8(model: nn.Module, density: float) -> Attached:
-    return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density), value_codec="int8"))
+    how = sc.SparseConfig(compressor=sc.TopK(density), collective="allgather", value_codec="int8")
+    return _sparsecomm(model, how)
 
 
 @method("sparsecomm-ef-topk", sparse=True, default=False)
 def _ours_ef_topk(model: nn.Module, density: float) -> Attached:
-    return _sparsecomm(model, sc.preset("ef-topk", density=density))
+    return _sparsecomm(model, sc.preset("ef-topk", density=density).change(collective="allgather"))
 
 
 @method("sparsecomm-oktopk", sparse=True, default=False)
 def _ours_oktopk(model: nn.Module, density: float) -> Attached:
-    return _sparsecomm(model, sc.preset("oktopk", density=density))
+    return _sparsecomm(model, sc.preset("oktopk", density=density).change(collective="allgather"))
 
 
 @method("sparsecomm-dgc", sparse=True, default=False)
 def _ours_dgc(model: nn.Module, density: float) -> Attached:
     """DGC without its density warm-up, which outlasts a bench; it applies the momentum itself."""
-    return _sparsecomm(model, sc.preset("dgc", momentum=0.9).change(density=density), momentum=0.0)
+    return _sparsecomm(
+        model, sc.preset("dgc", momentum=0.9).change(density=density, collective="allgather"), momentum=0.0
+    )

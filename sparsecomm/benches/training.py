@@ -123,6 +123,8 @@ def _gathered(value: Any, size: int, group: Any = None) -> list[Any]:
 def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[str, Any]:
     """Trains a fresh model by one method. Collective.
 
+    A method that is still finding out what to do when it should be timed gets as many steps more as that takes.
+
     Args:
         world: this job.
         run: method and density.
@@ -145,25 +147,28 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr or chosen.lr, momentum=attached.momentum)
     held_out = chosen.held_out_examples(schedule.seed)
     seconds, sent, curve = [], [], []
-    wire_start = None
-    for step in range(schedule.steps):
-        if step == entry.warmup:
+    wire_start = wire_end = None
+    step, first = 0, entry.warmup  # the first step that is timed
+    while step < schedule.steps or step - first < schedule.steps - entry.warmup:
+        if not attached.settled():
+            first = max(entry.warmup, step + 1)
+        if step == first:
             wire_start = _interface_bytes()
         examples = chosen.examples(schedule.seed, world.rank, step)
         seconds.append(_step(attached, optimizer, chosen, examples))
         sent.append(attached.step_bytes(step))
+        wire_end = _interface_bytes()
         last = step == schedule.steps - 1
-        if last:
-            wire_end = _interface_bytes()
-        if last or (schedule.eval_every and (step + 1) % schedule.eval_every == 0):
+        if last or (schedule.eval_every and step < schedule.steps and (step + 1) % schedule.eval_every == 0):
             curve.append([step + 1, sum(seconds), sum(sent), _loss(model, chosen, held_out)])
             if world.size > 1:
                 world.barrier()  # the evaluation is not part of anybody's step
-    timed = seconds[entry.warmup :]
+        step += 1
+    timed = seconds[first:]
     own_wire = None if wire_start is None or wire_end is None else (wire_end - wire_start) / len(timed)
     median = statistics.median(timed)
     spread = _quartile_distance(timed) / median
-    mine = (median, spread, statistics.mean(sent[entry.warmup :]), own_wire, [point[3] for point in curve])
+    mine = (median, spread, statistics.mean(sent[first:]), own_wire, [point[3] for point in curve])
     ranks = _gathered(mine, world.size)
     slowest = max(ranks, key=lambda rank: float(rank[0]))
     for i, point in enumerate(curve):

@@ -320,6 +320,10 @@ class SparseState:
             return f"collective={self.config.collective!r} was given: nothing is chosen"
         return "nothing is chosen: there was no exchange yet that more than one rank takes part in"
 
+    def is_settled(self) -> bool:
+        """Returns whether `collective="auto"` is not trying anything now; always so where nothing is to be chosen."""
+        return self._chooser is None or self._chooser.decided_at is not None
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads all of it; not collective."""
         return self._memories.residual_norm()

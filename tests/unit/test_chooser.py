@@ -139,7 +139,7 @@ def test_a_bucket_of_its_own_kind_gets_its_own_answer(clock: Clock) -> None:
     for step in range(WATCHED + 1):
         chooser.begin(step, alone)
         chooser.choose(0, 10 * MILLION, 10_000)
-        chooser.choose(1, 300, 60)
+        chooser.choose(1, 10 * MILLION, 10 * MILLION)
         chooser.handed_over()
     assert chooser.options[0].name == "the best of each bucket"
     assert chooser.options[0].of(0).name == "allgather"

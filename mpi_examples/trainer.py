@@ -326,6 +326,8 @@ def finish(trainer: Trainer, report: Report) -> int:
         f"step {last.step}: {settings.judge} loss {last.val_loss:.4f}{accuracy}, {last.seconds:.1f} s of training, "
         f"{last.bytes_sent / 1e6:.2f} MB of gradients sent per rank ({trainer.log.meta['bytes_are']})"
     )
+    if trainer.state is not None and settings.collective == "auto":
+        report.say(trainer.state.explain())
     if trainer.rank == 0 and settings.log:
         trainer.log.write(Path(settings.log))
     if trainer.rank == 0 and settings.plot:

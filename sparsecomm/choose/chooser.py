@@ -197,10 +197,12 @@ class Chooser:
         """Returns what is worth a trial, the best prediction first."""
         table = self.table
         each = best_of_each(table)
-        options = []
+        options: list[Option] = []
         for candidate in candidates(self.config):
             same = dict.fromkeys(table, candidate)
-            options.append(Option(candidate.name, same, candidate, self._total(same)))
+            total = self._total(same)
+            if all(o.predicted != total for o in options):  # of two that differ in nothing one is enough to try
+                options.append(Option(candidate.name, same, candidate, total))
         if len(set(each.values())) > 1:
             largest = max(self._last_sizes, key=lambda i: self._last_sizes[i][0])
             options.append(Option("the best of each bucket", each, each[largest], self._total(each)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,23 @@ from rich.console import Console
 
 from sparsecomm.launch import detect
 
-__all__ = ["bench_console", "cell", "write_json"]
+__all__ = ["bench_console", "cell", "on_terminal", "write_json"]
 
 _WIDE = 160  # characters
+
+
+def on_terminal() -> bool:
+    """Returns whether somebody watches stdout.
+
+    Open MPI gives every rank a terminal of its own even where mpirun's stdout is a file or a pipe, so under it the
+    question goes to the parent process, which is mpirun or its daemon.
+    """
+    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return sys.stdout.isatty()
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
+    except OSError:
+        return False
 
 
 def bench_console() -> Console:
@@ -23,10 +38,11 @@ def bench_console() -> Console:
 
     A log or a pipe has room for all columns; the terminal that mpirun gives to ranks has 80, whatever the user's has.
     """
-    console = Console()
-    if not console.is_terminal or (detect().size > 1 and "COLUMNS" not in os.environ):
+    if not on_terminal():
+        return Console(width=_WIDE, force_terminal=False)
+    if detect().size > 1 and "COLUMNS" not in os.environ:
         return Console(width=_WIDE)
-    return console
+    return Console()
 
 
 def cell(value: object) -> str:

@@ -19,6 +19,7 @@ from sparsecomm.hooks.checkpoint import Checkpoint
 from sparsecomm.hooks.fusion import Batch, Fusion, Handed
 from sparsecomm.hooks.memories import Memories
 from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
+from sparsecomm.hooks.unused import note_use, watch_use
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
@@ -73,6 +74,7 @@ class SparseState:
         self._exchanged = False  # whether steps were taken, after the last loading
         if scaler is not None:
             self.attach_scaler(scaler)
+        watch_use()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuses to be pickled whole: `state_dict` is what a checkpoint holds."""
@@ -141,6 +143,7 @@ class SparseState:
         if last:
             self.step += 1
         self._exchanged = True
+        note_use()
         for batch in self._fusion.add(handed, self.config.fuse_bytes, last=last):
             self._start(batch, step, world())
         return handed.result

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn
@@ -69,6 +70,7 @@ class _Owned:
 
 
 _owned = _Owned()
+_FIRST_WORD = 1.0  # seconds that the others leave rank 0 to say what an option's error is
 
 
 def default_timeout() -> float:
@@ -255,6 +257,9 @@ def _install_excepthook(transport: Transport) -> None:
     owner = os.getpid()
 
     def end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ConfigError) and transport.rank and os.getpid() == owner:
+            # Most likely rank 0 has it, too; it then ends the job before the same words are printed P times.
+            time.sleep(_FIRST_WORD)
         old(kind, error, trace)
         if os.getpid() != owner:  # a forked child may fail without ending the job
             return

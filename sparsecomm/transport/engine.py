@@ -242,21 +242,19 @@ class Engine:
             wait = 0.0
 
     def _start_backlog(self) -> bool:
-        """Starts what was submitted, in order, as far as each group's window allows; returns whether any was."""
-        started = False
-        while self._waiting:
-            ready = [
-                g
-                for g in self._groups.values()
-                if g.backlog and g.in_flight < _WINDOW and g.backlog[0].key not in g.keys
-            ]
-            if not ready:
-                break
-            for group in ready:
-                self._waiting -= 1
-                self._start(group.backlog.popleft(), group)
-            started = True
-        return started
+        """Starts the next of each group that its window allows; returns whether any was started.
+
+        Only one, so that those in flight get a turn before the next one's selection keeps this thread for milliseconds.
+        """
+        if not self._waiting:
+            return False
+        ready = [
+            g for g in self._groups.values() if g.backlog and g.in_flight < _WINDOW and g.backlog[0].key not in g.keys
+        ]
+        for group in ready:
+            self._waiting -= 1
+            self._start(group.backlog.popleft(), group)
+        return bool(ready)
 
     def _start(self, task: _Task, group: _Group) -> None:
         if self._broken is not None:

@@ -40,6 +40,18 @@ def test_mpirun_trains_and_ends_quietly(ranks: int) -> None:
     assert job.seconds < 80, job
 
 
+def test_a_forgotten_hook_is_spoken_of_once() -> None:
+    job = mpi_train(2, "--fail", "forget")
+    assert job.code == 0, job
+    assert job.err.count("Was the hook registered? ddp.register_comm_hook(state, sparsecomm.sparse_hook)") == 1, job
+
+
+def test_a_wrong_option_is_explained_once_not_by_every_rank() -> None:
+    job = mpi_train(3, "--collective", "nonsense")
+    assert job.code != 0, job
+    assert job.err.count("collective must be one of auto") == 2, job  # the traceback's last line, and who ends the job
+
+
 def test_plain_python_is_a_world_of_one() -> None:
     job = run_job([*STRICT, TRAIN], deadline=60.0)
     assert_quiet_success(job, 1, "solo")

@@ -43,9 +43,9 @@ def run(*, as_json: bool, seconds: float) -> int:
         from rich.console import Console
 
         from sparsecomm.cli.doctor.render import render
+        from sparsecomm.cli.output import on_terminal
 
-        console = Console()
-        render(report, console if console.is_terminal else Console(width=120))
+        render(report, Console() if on_terminal() else Console(width=120, force_terminal=False))
     sys.stdout.flush()
     probe.close()
     return 0 if report.ok else 1

@@ -22,9 +22,11 @@ class Owner:
     Attributes:
         start: first position of the region.
         span: its length.
-        indices: uint32, positions of the kept sums, relative to `start`.
+        all_indices: uint32, positions of all sums that are not 0, relative to `start`, ascending.
+        all_values: float32, these sums.
+        indices: uint32, positions of the kept sums.
         values: float32, these sums.
-        dropped: float32, shape (span,): the others.
+        dropped: float32, as long as `all_values`: the sums that are not kept, 0 for the others.
         error: float32, what encoding drops of `values`.
         finite: whether all sums are finite.
         block: the encoded kept sums.
@@ -35,7 +37,6 @@ class Owner:
         assert split.regions is not None, "regions come first"
         self._regions = split.regions
         self.start, self.span = split.regions.place(split.here)
-        self.dropped = split.buffer("dropped", self.span, torch.float32)
         self.finite = True
         self._parts: dict[int, Pairs] = {}
         self._turn = 0
@@ -64,31 +65,45 @@ class Owner:
             self._parts[a.source] = pairs
             offset = end
 
-    def select(self, threshold: float, *, fill: bool = True) -> None:
-        """Step 4: adds up and keeps what reaches the threshold. Mutates indices, values and dropped.
+    def add_up(self) -> None:
+        """Step 3: adds the parts up in the order of ranks. Mutates all_indices, all_values and finite.
 
-        Args:
-            threshold: smallest magnitude to keep.
-            fill: whether a region that is nearly full and kept whole is to be kept with its zeros.
+        The only pass over all of the region: what is kept and what is dropped are taken from the list of sums.
         """
-        split, span = self.split, self.span
-        sums = split.arena.get("region sums", span, torch.float32)  # free again at once: all buckets share it
+        split = self.split
+        sums = split.arena.get("region sums", self.span, torch.float32)  # free again at once: all buckets share it
         kernels.scatter_reduce(sums, [self._parts[r] for r in range(split.channel.size)])
-        self.dropped.zero_()
-        most = min(span, sum(values.numel() for _, values in self._parts.values()))
-        reserve = min(span, 2 * most)
-        indices = split.buffer("kept indices", most, torch.uint32, reserve=reserve)
-        values = split.buffer("kept values", most, torch.float32, reserve=reserve)
-        result = kernels.accumulate_select(sums, self.dropped, threshold, indices, values)
+        most = min(self.span, sum(values.numel() for _, values in self._parts.values()))
+        reserve = min(self.span, 2 * most)
+        indices = split.buffer("sum indices", most, torch.uint32, reserve=reserve)
+        values = split.buffer("sum values", most, torch.float32, reserve=reserve)
+        result = kernels.accumulate_select(sums, sums, KEEP_ALL, indices, values, scale=0.0)  # sums + 0 * sums
         self.finite = result.nonfinite == 0
-        nnz = result.stored
-        if fill and threshold <= KEEP_ALL and self._dense_is_smaller(nnz):
-            indices = split.buffer("kept indices", span, torch.uint32)
-            values = split.buffer("kept values", span, torch.float32)
-            indices.numpy()[:] = np.arange(span, dtype=np.uint32)
-            values.copy_(sums)
-            nnz = span
-        self.indices, self.values = indices[:nnz], values[:nnz]
+        self.all_indices, self.all_values = indices[: result.stored], values[: result.stored]
+
+    def select(self, threshold: float) -> None:
+        """Step 4: keeps the sums that reach the threshold. Mutates indices, values and dropped."""
+        split, nnz = self.split, self.all_values.numel()
+        self.dropped = split.buffer("dropped", nnz, torch.float32, reserve=2 * nnz).zero_()
+        if threshold <= KEEP_ALL:
+            self.indices, self.values = self.all_indices, self.all_values
+            if self._dense_is_smaller(nnz):
+                self._fill()
+            return
+        places = split.buffer("kept places", nnz, torch.uint32, reserve=2 * nnz)
+        values = split.buffer("kept values", nnz, torch.float32, reserve=2 * nnz)
+        stored = kernels.accumulate_select(self.all_values, self.dropped, threshold, places, values).stored
+        indices = split.buffer("kept indices", stored, torch.uint32, reserve=2 * nnz)
+        np.take(self.all_indices.numpy(), places[:stored].numpy(), out=indices.numpy(), mode="clip")
+        self.indices, self.values = indices, values[:stored]
+
+    def _fill(self) -> None:
+        """Keeps the region with its zeros."""
+        indices = self.split.buffer("kept indices", self.span, torch.uint32)
+        values = self.split.buffer("kept values", self.span, torch.float32)
+        kernels.scatter_reduce(values, [(self.all_indices, self.all_values)])
+        indices.numpy()[:] = np.arange(self.span, dtype=np.uint32)
+        self.indices, self.values = indices, values
 
     def _dense_is_smaller(self, nnz: int) -> bool:
         """Returns whether the region is so full that values without positions take fewer bytes (SparCML's DSAR)."""

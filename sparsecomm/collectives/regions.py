@@ -206,17 +206,17 @@ def new_threshold(
     Raises:
         WireError: if a rank's samples are damaged; names it.
     """
-    ascending = np.sort(np.abs(values.numpy()))
+    ascending = np.sort(np.abs(values.numpy()))  # faster than numpy's partition at this many quantiles
     counts, found, _ = yield from _union(channel, ascending.view(np.uint32), arena, (key, "magnitudes"), bucket)
     ranks = np.flatnonzero(counts)
     if counts.sum() <= wanted or not len(ranks):
         return KEEP_ALL
     inner = found[ranks, 1:-1]
-    magnitudes = inner.reshape(-1).astype(np.uint32).view(np.float32).astype(np.float64)
+    sampled = inner.reshape(-1).astype(np.uint32).view(np.float32).astype(np.float64)
     weights = np.repeat(counts[ranks] / inner.shape[1], inner.shape[1])
-    order = np.argsort(-magnitudes, kind="stable")
+    order = np.argsort(-sampled, kind="stable")
     reached = np.cumsum(weights[order]) - weights[order] / 2
-    return max(KEEP_ALL, float(np.interp(wanted, reached, magnitudes[order])))
+    return max(KEEP_ALL, float(np.interp(wanted, reached, sampled[order])))
 
 
 def _union(

@@ -52,7 +52,8 @@ class Reduced:
             exchange of any bucket.
         regions: to remember.
         start: first position of this rank's region.
-        dropped: float32, shape (length of the region,): sums that were not kept.
+        span: its length.
+        dropped: positions in this region, uint32, and sums that were not kept, float32; 0 for those that were.
         indices: uint32, positions in this region that were kept.
         error: float32, what rounding drops of these.
         moved: whether slices were moved to even the gather out.
@@ -62,7 +63,8 @@ class Reduced:
     pairs: Pairs
     regions: Regions
     start: int
-    dropped: torch.Tensor
+    span: int
+    dropped: Pairs
     indices: torch.Tensor
     error: torch.Tensor
     moved: bool
@@ -92,14 +94,15 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
     assert regions is not None
     owner = Owner(split)
     yield from owner.collect()
+    owner.add_up()
     wanted = split.wanted
     threshold = KEEP_ALL if wanted is None else regions.threshold
     estimated = False
     while True:
         if wanted is not None and math.isnan(threshold):
-            owner.select(KEEP_ALL, fill=False)
             key = (split.bucket, "split")
-            threshold = yield from new_threshold(split.channel, owner.values, wanted, split.arena, key, split.bucket)
+            sums = owner.all_values
+            threshold = yield from new_threshold(split.channel, sums, wanted, split.arena, key, split.bucket)
             estimated = True
         owner.select(threshold)
         owner.encode_whole()
@@ -124,7 +127,8 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
         pairs=pairs,
         regions=regions.after(split.step, threshold, kept, goal),
         start=owner.start,
-        dropped=owner.dropped,
+        span=owner.span,
+        dropped=(owner.all_indices, owner.dropped),
         indices=owner.indices,
         error=owner.error,
         moved=moved,

@@ -102,9 +102,9 @@ class SplitReduce(Strategy):
         split, reduced, residual = self._split, self._reduced, self.job.bucket.residual
         assert reduced is not None, "nothing was reduced"
         assert residual is not None, "a sparse exchange needs a residual"
-        region = residual[reduced.start : reduced.start + reduced.dropped.numel()]
+        region = residual[reduced.start : reduced.start + reduced.span]
         if split.wanted is not None:
-            kernels.add_dense(region, reduced.dropped)
+            kernels.scatter_add(region, *reduced.dropped)
         if split.codecs.values != ValueCodec.FP32:
             kernels.scatter_add(residual, split.pairs[0], split.error)
             kernels.scatter_add(region, reduced.indices, reduced.error)

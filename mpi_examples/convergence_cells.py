@@ -44,9 +44,9 @@ CELLS = [
     cell("digits", "adamw", "adam-topk", 0.001, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
     cell("digits", "adamw", "topk", 0.01, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
     cell("digits", "adamw", "topk", 0.001, lr=3e-3, beta1=0.5, warmup_steps=300, **EXP),
-    cell("digits", "sgd", "dense", None, lr=0.1, momentum=0.9),
-    cell("digits", "sgd", "dgc", 0.01, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
-    cell("digits", "sgd", "dgc", 0.001, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
+    cell("digits", "sgd", "dense", None, lr=0.3, momentum=0.9),
+    cell("digits", "sgd", "dgc", 0.01, lr=0.3, momentum=0.9, warmup_steps=300, **EXP),
+    cell("digits", "sgd", "dgc", 0.001, lr=0.3, momentum=0.9, warmup_steps=300, **EXP),
     cell("digits", "sgd", "topk", 0.01, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
     cell("digits", "sgd", "topk", 0.001, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
 ]

@@ -142,4 +142,4 @@ def loader() -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
-    print(f"ok {detect().rank}")
+    sys.stdout.write(f"ok {detect().rank}\n")  # in one piece, since all ranks may share one file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsecomm as sc
 from sparsecomm.benches import bench, meta, table, verdict
 from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.transport import IN_FLIGHT, Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES
 
@@ -104,35 +105,64 @@ def _timed(task: Callable[[], object], world: sc.World) -> float:
     return perf_counter() - start
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """What one exchange keeps in memory from selecting until it is applied: as much as in a real one."""
+
+    residual: torch.Tensor
+    indices: torch.Tensor
+    values: torch.Tensor
+    data: torch.Tensor
+    nnz: int = 0
+    index_bytes: int = 0
+    value_bytes: int = 0
+    scale: float = 1.0
+
+
 def _kernels_alone(grads: Sequence[torch.Tensor], k: int, size: int) -> Callable[[], None]:
-    """Returns a call of just the kernels that the exchanges of these buckets need on one rank of `size`."""
+    """Returns a call of just the kernels that the exchanges of these buckets need on one rank of `size`.
+
+    In their order and on memory of their own, as in exchanges of which as many are in flight as the engine allows:
+    what a kernel finds in the cache is part of its cost.
+    """
     numel = grads[0].numel()
-    residuals = [torch.zeros(numel) for _ in grads]
-    indices, values, error = torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(k)
-    data = torch.empty(kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k, dtype=torch.uint8)
+    room = kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k
+    memory = [
+        _InFlight(torch.zeros(numel), torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(room).byte())
+        for _ in grads
+    ]
+    error = torch.empty(k)
     decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(size)]
     header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
 
-    def one(grad: torch.Tensor, residual: torch.Tensor) -> None:
-        n = kernels.exact_topk(grad, residual, k, indices, values).stored
-        index_bytes = kernels.encode_indices(IndexCodec.RICE, indices[:n], numel, data)
-        value_bytes, scale = kernels.encode_values(ValueCodec.FP16, values[:n], data[index_bytes:], error)
-        body = data[: index_bytes + value_bytes]
-        kernels.crc32c(body)
+    def send(grad: torch.Tensor, m: _InFlight) -> None:
+        n = m.nnz = kernels.exact_topk(grad, m.residual, k, m.indices, m.values).stored
+        m.index_bytes = kernels.encode_indices(IndexCodec.RICE, m.indices[:n], numel, m.data)
+        m.value_bytes, m.scale = kernels.encode_values(
+            ValueCodec.FP16, m.values[:n], m.data[m.index_bytes :], error[:n]
+        )
+        kernels.crc32c(m.data[: m.index_bytes + m.value_bytes])
         kernels.crc32c(header)
-        kernels.scatter_add(residual, indices[:n], error[:n])
-        for rank, (idx, val) in enumerate(decoded):
+        kernels.scatter_add(m.residual, m.indices[:n], error[:n])
+
+    def receive(grad: torch.Tensor, m: _InFlight) -> None:
+        n, body = m.nnz, m.data[: m.index_bytes + m.value_bytes]
+        for rank, (indices, values) in enumerate(decoded):
             if rank:
                 kernels.crc32c(header)
                 kernels.crc32c(body)
-                kernels.decode_indices(IndexCodec.RICE, body[:index_bytes], n, numel, idx)
-            kernels.decode_values(ValueCodec.FP16, body[index_bytes:], n, scale, val)
-        own = (indices[:n], decoded[0][1][:n])
+                kernels.decode_indices(IndexCodec.RICE, body[: m.index_bytes], n, numel, indices[:n])
+            kernels.decode_values(ValueCodec.FP16, body[m.index_bytes :], n, m.scale, values[:n])
+        own = (m.indices[:n], decoded[0][1][:n])
         kernels.scatter_reduce(grad, [own, *((i[:n], v[:n]) for i, v in decoded[1:])], scale=1.0 / size)
 
     def call() -> None:
-        for grad, residual in zip(grads, residuals, strict=True):
-            one(grad, residual)
+        for first in range(0, len(grads), IN_FLIGHT):
+            together = list(zip(grads, memory, strict=True))[first : first + IN_FLIGHT]
+            for grad, m in together:
+                send(grad, m)
+            for grad, m in together:
+                receive(grad, m)
 
     return call
 

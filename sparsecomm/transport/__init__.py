@@ -9,10 +9,11 @@ from sparsecomm.transport.base import (
     Traffic,
     Transport,
 )
-from sparsecomm.transport.engine import Engine
+from sparsecomm.transport.engine import IN_FLIGHT, Engine
 from sparsecomm.transport.virtual import VirtualWorld
 
 __all__ = [
+    "IN_FLIGHT",
     "AgreedError",
     "Channel",
     "CollectiveSteps",

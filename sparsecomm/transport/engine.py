@@ -22,12 +22,14 @@ from typing import Any
 from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, GroupTransport, Request, Transport
 
-__all__ = ["Engine"]
+__all__ = ["IN_FLIGHT", "Engine"]
+
+IN_FLIGHT = 32
+"""Collectives of a group in flight at once; those submitted later wait their turn."""
 
 _TRIES = 20  # tests of one request in a row: a turn of the loop costs ten times as much as a test
 _SPINS = 50  # polls before the thread starts to sleep between them
 _FIRST_SLEEP = 20e-6  # seconds
-_WINDOW = 32  # collectives in flight at once; those submitted later wait their turn
 _LAST_SLEEP = 500e-6  # seconds: a bound on the latency that polling adds, low enough not to starve two cores
 
 
@@ -249,7 +251,7 @@ class Engine:
         if not self._waiting:
             return False
         ready = [
-            g for g in self._groups.values() if g.backlog and g.in_flight < _WINDOW and g.backlog[0].key not in g.keys
+            g for g in self._groups.values() if g.backlog and g.in_flight < IN_FLIGHT and g.backlog[0].key not in g.keys
         ]
         for group in ready:
             self._waiting -= 1

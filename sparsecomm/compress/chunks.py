@@ -1,0 +1,111 @@
+"""Top chunks: coarse-grained sparsification, whose positions cost a float a chunk and whose values travel densely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
+from sparsecomm.compress.places import Places
+from sparsecomm.errors import ConfigError
+from sparsecomm.kernels import dispatch as kernels
+
+__all__ = ["ChunkTopK", "chunk_norms", "largest_chunks"]
+
+_MOST = 2**32 - 1
+_BLOCK = 1 << 16  # elements whose magnitudes stay in the cache
+
+
+@dataclass(frozen=True)
+class ChunkTopK(SparsifyingCompressor):
+    """The chunks with the largest L1 norm summed over ranks (GradientFlow's CSC, Sun et al. 2019).
+
+    All ranks find the same chunks, so that the "chunked" collective, which this needs, sums them densely in 16 bits and
+    sends no positions. A bucket of fewer elements than a chunk is one chunk, and always sent: choose chunks much
+    smaller than DDP's buckets.
+
+    Attributes:
+        density: fraction of the chunks, a number in (0, 1], a schedule, or a callable from step to density.
+        chunk: elements of a chunk.
+    """
+
+    chunk: int = 32768
+
+    collectives: ClassVar[tuple[str, ...]] = ("chunked",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or not 1 <= self.chunk <= _MOST:
+            raise ConfigError(f"ChunkTopK.chunk must be an int in 1 .. {_MOST}, got {self.chunk!r}")
+
+    def chunks_of(self, numel: int) -> int:
+        """Returns the number of chunks of a bucket, the last one maybe short."""
+        return -(-numel // self.chunk)
+
+    def k_for(self, numel: int, step: int) -> int:
+        """Returns the elements of as many full chunks as are sent: at least one, density * chunks rounded."""
+        return min(numel, super().k_for(self.chunks_of(numel), step) * self.chunk)
+
+    def capacity(self, k: int, numel: int) -> int:
+        """Returns room for whole chunks."""
+        return min(numel, self.chunks_of(k) * self.chunk)
+
+    def select(
+        self,
+        grad: torch.Tensor,
+        residual: torch.Tensor,
+        k: int,
+        memory: SelectorMemory,
+        out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
+    ) -> Selection:
+        """See `Compressor.select`. Takes the chunks that are largest on this rank alone: k rounded up to whole ones."""
+        before = residual.clone()
+        nonfinite = kernels.accumulate_dense(grad, residual, scale=scale)
+        norms = torch.empty(self.chunks_of(residual.numel()))
+        chunk_norms(residual, self.chunk, norms)
+        positions = Places(largest_chunks(norms, self.chunks_of(k)), self.chunk, residual.numel()).positions()
+        if nonfinite:
+            positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
+        nnz = positions.numel()
+        out.indices[:nnz] = positions.to(torch.uint32)
+        out.values[:nnz] = residual[positions]
+        residual[positions] = 0.0
+        return Selection(nnz, nonfinite)
+
+
+def chunk_norms(vector: torch.Tensor, chunk: int, out: torch.Tensor) -> None:
+    """Writes the L1 norm of every chunk, in one pass over memory.
+
+    Args:
+        vector: float32, shape (n,), contiguous.
+        chunk: elements of a chunk.
+        out: float32, shape (number of chunks,). Mutated.
+    """
+    whole = vector.numel() // chunk
+    rows = vector[: whole * chunk].view(whole, chunk)
+    if whole:
+        step = max(1, _BLOCK // chunk)
+        room = torch.empty(min(step, whole), chunk)
+        for first in range(0, whole, step):
+            some = rows[first : first + step]
+            torch.sum(torch.abs(some, out=room[: some.shape[0]]), 1, out=out[first : first + some.shape[0]])
+    if out.numel() > whole:
+        out[whole] = vector[whole * chunk :].abs().sum()
+
+
+def largest_chunks(norms: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the numbers of the largest norms, int64, ascending, ties to the lowest; zeros are left out.
+
+    Args:
+        norms: float32, shape (m,). Mutated: it is used up.
+        count: how many at most.
+    """
+    norms.clamp_(max=torch.finfo(torch.float32).max)  # a sum of finite norms may overflow
+    room = min(count, norms.numel())
+    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
+    stored = kernels.exact_topk(None, norms, room, indices, values).stored
+    return indices[:stored].to(torch.int64)

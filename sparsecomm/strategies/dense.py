@@ -7,7 +7,8 @@ import math
 import torch
 
 from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes
-from sparsecomm.compress import Taken
+from sparsecomm.compress import Compressor, Taken
+from sparsecomm.compress import Dense as DenseCompressor
 from sparsecomm.strategies.base import Strategy, dense_wire, register
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -33,6 +34,11 @@ class Dense(Strategy):
     ) -> int:
         """See `Strategy.estimate_bytes`."""
         return dense_ring_bytes(numel, size, dense_wire(value_codec)) + HEADER_BYTES * (size - 1)
+
+    @classmethod
+    def compressor_at(cls, density: float) -> Compressor:
+        """See `Strategy.compressor_at`; there is no other density than 1."""
+        return DenseCompressor()
 
     def take(self) -> Taken:
         """See `Strategy.take`."""

@@ -1,7 +1,7 @@
 """Compressors: from a gradient and its residual to a sparse selection. Nothing here knows MPI or bytes."""
 
 from sparsecomm.compress.accumulate import Bucket, Taken, accumulate, take_all, take_some
-from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers
+from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
 from sparsecomm.compress.chunks import ChunkTopK, chunk_norms, largest_chunks
 from sparsecomm.compress.dense import Dense
 from sparsecomm.compress.feedback import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
@@ -31,6 +31,7 @@ __all__ = [
     "ResidualStore",
     "Selection",
     "SelectionBuffers",
+    "SelectorMemory",
     "SharedPositions",
     "Taken",
     "ThresholdTopK",

@@ -1,8 +1,8 @@
 """Compressors: from a gradient and its residual to a sparse selection. Nothing here knows MPI or bytes."""
 
-from sparsecomm.compress.accumulate import Bucket, Taken, accumulate, take_all, take_some
+from sparsecomm.compress.accumulate import Bucket, ChunkNorms, Taken, accumulate, take_all, take_some
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
-from sparsecomm.compress.chunks import ChunkTopK, chunk_norms, largest_chunks
+from sparsecomm.compress.chunks import ChunkTopK, largest_chunks
 from sparsecomm.compress.dense import Dense
 from sparsecomm.compress.feedback import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.compress.places import Places
@@ -16,6 +16,7 @@ __all__ = [
     "AdamCorrection",
     "Bucket",
     "BucketLayout",
+    "ChunkNorms",
     "ChunkTopK",
     "Compressor",
     "Constant",
@@ -39,7 +40,6 @@ __all__ = [
     "Warmup",
     "accumulate",
     "check_residuals",
-    "chunk_norms",
     "density_at",
     "largest_chunks",
     "take_all",

@@ -16,12 +16,15 @@ from sparsecomm.compress.places import Places
 from sparsecomm.compress.residuals import BucketLayout
 from sparsecomm.kernels import dispatch as kernels
 
-__all__ = ["Bucket", "Taken", "accumulate", "take_all", "take_some"]
+__all__ = ["Bucket", "ChunkNorms", "Taken", "accumulate", "take_all", "take_some"]
 
 _NOTHING = torch.empty(0, dtype=torch.uint32), torch.empty(0)
 
 Span = tuple[int, int]
 """First element and one past the last."""
+
+ChunkNorms = tuple[int, torch.Tensor]
+"""Elements of a chunk, and where the L1 norm of every chunk is written: float32."""
 
 
 @dataclass(slots=True)
@@ -234,15 +237,20 @@ def accumulate(
     held: Sequence[Span] = (),
     clip_norm: float | None = None,
     lasting: bool = True,
+    norms: ChunkNorms | None = None,
 ) -> Taken:
     """Adds a gradient to a bucket's memory; what to take out of it (`Taken.places`) is found out with the others.
 
-    Arguments as in `take_some`. The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
+    Arguments as in `take_some`, and `norms`, which becomes those of the residual. The caller then calls `Taken.commit`
+    or `Taken.undo`, exactly once.
     """
     taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm, lasting)
     if bucket.residual is not None and taken.source is not None:
         unit = scale if taken.momentum is None else 1.0
-        taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+        if norms is None:
+            taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+        else:
+            taken.nonfinite += kernels.accumulate_norms(taken.source, bucket.residual, *norms, scale=unit)
         taken.accumulated = True
     return taken
 

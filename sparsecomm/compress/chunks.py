@@ -12,10 +12,9 @@ from sparsecomm.compress.places import Places
 from sparsecomm.errors import ConfigError
 from sparsecomm.kernels import dispatch as kernels
 
-__all__ = ["ChunkTopK", "chunk_norms", "largest_chunks"]
+__all__ = ["ChunkTopK", "largest_chunks"]
 
 _MOST = 2**32 - 1
-_BLOCK = 1 << 16  # elements whose magnitudes stay in the cache
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ class ChunkTopK(SparsifyingCompressor):
     ) -> Selection:
         """See `Compressor.select`. Takes the chunks that are largest on this rank alone: k rounded up to whole ones."""
         before = residual.clone()
-        nonfinite = kernels.accumulate_dense(grad, residual, scale=scale)
         norms = torch.empty(self.chunks_of(residual.numel()))
-        chunk_norms(residual, self.chunk, norms)
+        nonfinite = kernels.accumulate_norms(grad, residual, self.chunk, norms, scale=scale)
         positions = Places(largest_chunks(norms, self.chunks_of(k)), self.chunk, residual.numel()).positions()
         if nonfinite:
             positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
@@ -75,26 +73,6 @@ class ChunkTopK(SparsifyingCompressor):
         out.values[:nnz] = residual[positions]
         residual[positions] = 0.0
         return Selection(nnz, nonfinite)
-
-
-def chunk_norms(vector: torch.Tensor, chunk: int, out: torch.Tensor) -> None:
-    """Writes the L1 norm of every chunk, in one pass over memory.
-
-    Args:
-        vector: float32, shape (n,), contiguous.
-        chunk: elements of a chunk.
-        out: float32, shape (number of chunks,). Mutated.
-    """
-    whole = vector.numel() // chunk
-    rows = vector[: whole * chunk].view(whole, chunk)
-    if whole:
-        step = max(1, _BLOCK // chunk)
-        room = torch.empty(min(step, whole), chunk)
-        for first in range(0, whole, step):
-            some = rows[first : first + step]
-            torch.sum(torch.abs(some, out=room[: some.shape[0]]), 1, out=out[first : first + some.shape[0]])
-    if out.numel() > whole:
-        out[whole] = vector[whole * chunk :].abs().sum()
 
 
 def largest_chunks(norms: torch.Tensor, count: int) -> torch.Tensor:

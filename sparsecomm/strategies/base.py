@@ -13,6 +13,7 @@ from sparsecomm.arena import Arena
 from sparsecomm.collectives import Agreement
 from sparsecomm.compress import (
     Bucket,
+    ChunkNorms,
     Compressor,
     ErrorFeedback,
     Feedback,
@@ -124,9 +125,9 @@ class Job:
         """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
         return take_all(self.bucket, self.grad, self.plan.feedback, self.arena, **self._adding())
 
-    def accumulate(self) -> Taken:
-        """Adds the gradient: step 1 of a strategy whose ranks find out together what to send."""
-        return accumulate(self.bucket, self.grad, self.plan.feedback, self.arena, **self._adding())
+    def accumulate(self, norms: ChunkNorms | None = None) -> Taken:
+        """Adds the gradient: step 1 of a strategy whose ranks find out together what to send. `norms` is written."""
+        return accumulate(self.bucket, self.grad, self.plan.feedback, self.arena, norms=norms, **self._adding())
 
     def _adding(self) -> dict[str, Any]:
         """How the gradient is added to the bucket's memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsecomm.collectives import agreement_bytes, dense_allreduce, dense_allreduce_bytes
-from sparsecomm.compress import ChunkTopK, Compressor, Places, Taken, chunk_norms, largest_chunks
+from sparsecomm.compress import ChunkTopK, Compressor, Places, Taken, largest_chunks
 from sparsecomm.errors import ConfigError
 from sparsecomm.strategies.base import dense_wire, register
 from sparsecomm.strategies.packed import Packed
@@ -44,14 +44,9 @@ class Chunked(Packed):
         job, compressor = self.job, self.job.plan.compressor
         if not isinstance(compressor, ChunkTopK):
             raise ConfigError(f"collective 'chunked' needs a ChunkTopK, got {compressor!r}")
-        taken = job.accumulate()
-        residual = job.bucket.residual
-        assert residual is not None, "a sparse exchange needs a residual"
-        self._chunk = compressor.chunk
-        chunks = compressor.chunks_of(residual.numel())
+        self._chunk, chunks = compressor.chunk, compressor.chunks_of(job.grad.numel())
         self._norms = job.arena.get((job.bucket.index, "norms"), chunks, torch.float32)
-        chunk_norms(residual, self._chunk, self._norms)
-        return taken
+        return job.accumulate((self._chunk, self._norms))
 
     def tag(self) -> int:
         """The length of a chunk."""

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import sparsecomm as sc
 from sparsecomm.collectives import DenseAlgorithm, broadcast, dense
-from sparsecomm.compress import Compressor, MomentumCorrection, Places, chunk_norms, largest_chunks
+from sparsecomm.compress import Compressor, MomentumCorrection, Places, largest_chunks
 from sparsecomm.compress.sample import sample
 from sparsecomm.exchange import Bucket
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
@@ -253,15 +253,6 @@ def test_a_chunk_longer_than_the_bucket_is_the_bucket() -> None:
 def test_norms_that_overflow_are_the_largest() -> None:
     norms = torch.tensor([1.0, float("inf"), 3.0, float("inf")])
     assert largest_chunks(norms, 2).tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(("numel", "chunk"), [(0, 3), (1, 3), (3, 3), (10, 3), (400_000, 7), (400_000, 65_536)])
-def test_norms_of_chunks(numel: int, chunk: int) -> None:
-    vector = gradient("normal", numel, torch.float32, 1)
-    out = torch.full((-(-numel // chunk),), -1.0)
-    chunk_norms(vector, chunk, out)
-    expected = torch.stack([part.double().abs().sum() for part in vector.split(chunk)]) if numel else torch.empty(0)
-    torch.testing.assert_close(out.double(), expected.double(), rtol=1e-5, atol=0)
 
 
 @given(numel=st.integers(1, 50), width=st.integers(1, 60), seed=st.integers(0, 999))

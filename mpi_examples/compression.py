@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from options import ADAM_BETA2, Settings
 
 import sparsecomm as sc
+
+MAKERS: dict[str, Callable[[Any], sc.Compressor]] = {
+    "topk": sc.TopK,
+    "threshold": sc.ThresholdTopK,
+    "chunk": partial(sc.ChunkTopK, chunk=256),  # these models are small: a layer is some thousands of elements
+    "random": sc.RandomK,
+    "cyclic": sc.CyclicTopK,
+}
 
 
 def make_density(settings: Settings) -> float | Callable[[int], float]:
@@ -36,8 +46,7 @@ def make_state(settings: Settings) -> sc.SparseState | None:
         return None
     compressor: sc.Compressor = sc.Dense()
     if settings.sparse:
-        kind = sc.TopK if settings.compressor == "topk" else sc.ThresholdTopK
-        compressor = kind(density=make_density(settings))
+        compressor = MAKERS[settings.compressor](make_density(settings))
     return sc.SparseState(
         compressor,
         feedback=make_feedback(settings),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-COMPRESSORS = ("none", "dense", "topk", "threshold")
+SPARSE = ("topk", "threshold", "chunk", "random", "cyclic")
+COMPRESSORS = ("none", "dense", *SPARSE)
 # Settings that shape the trajectory or what is written of it: a resumed run must repeat them.
 TRAJECTORY = (
     *("compressor", "density", "feedback", "warmup_steps", "warmup_kind", "warmup_densities", "value_codec"),
@@ -65,7 +66,7 @@ class Settings:
     @property
     def sparse(self) -> bool:
         """Whether the compressor selects coordinates."""
-        return self.compressor in ("topk", "threshold")
+        return self.compressor in SPARSE
 
     @property
     def averaging(self) -> float:
@@ -206,7 +207,12 @@ def _add_optimizer(parser: Parser, lr: float) -> None:
 
 def _add_communication(parser: Parser) -> None:
     how = parser.add_argument_group("how to communicate")
-    how.add_argument("--compressor", choices=COMPRESSORS, default="topk", help="none: plain DDP (default %(default)s)")
+    how.add_argument(
+        "--compressor",
+        choices=COMPRESSORS,
+        default="topk",
+        help="none: plain DDP; chunk, random and cyclic send the same coordinates from all ranks (default %(default)s)",
+    )
     how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
     how.add_argument(
         "--feedback",

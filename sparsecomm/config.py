@@ -25,12 +25,13 @@ class SparseConfig:
     """Options of a `SparseState`.
 
     Attributes:
-        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
+        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK`, `ChunkTopK`, `RandomK`, `CyclicTopK`,
+            `Dense`, or your own.
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
             applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
         collective: "auto" (the fastest here, found by measuring; see `SparseState.explain`), "allgather", "dense",
             "split_reduce" (whose bytes do not grow with the number of ranks) or "ssar" (the same without selecting
-            again).
+            again). With `ChunkTopK` "chunked", with `RandomK` and `CyclicTopK` "shared_index".
         value_codec: "auto" (fp16 where sparse, fp32 where dense), "fp32", "fp16", "bf16" or "int8" (fp16 where dense);
             what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".

@@ -6,6 +6,8 @@ from typing import Any
 
 from sparsecomm.compress import (
     AdamCorrection,
+    ChunkTopK,
+    CyclicTopK,
     Dense,
     ErrorFeedback,
     Geometric,
@@ -59,12 +61,40 @@ def _oktopk(density: float = 0.01) -> SparseConfig:
     return SparseConfig(compressor=ThresholdTopK(density=density, interval=32), feedback=ErrorFeedback())
 
 
+def _gradientflow(
+    density: float = 0.1, chunk: int = 32768, steps_per_epoch: int = 1000, momentum: float = 0.9
+) -> SparseConfig:
+    """Coarse-grained sparse communication (GradientFlow, Sun et al. 2019): top chunks, 16 bits, momentum correction.
+
+    The density halves from 80% on, an epoch each. The optimizer then has no momentum of its own. Give DDP a
+    bucket_cap_mb of many chunks: a chunk of 32,768 elements is 128 KiB of float32.
+    """
+    stages = tuple(d for d in (0.8, 0.4, 0.2) if d > density)
+    return SparseConfig(
+        compressor=ChunkTopK(density=Warmup(stages, steps_per_stage=steps_per_epoch, final=density), chunk=chunk),
+        feedback=MomentumCorrection(momentum=momentum),
+    )
+
+
+def _scalecom(density: float = 0.01) -> SparseConfig:
+    """Cyclic local top-k (ScaleCom, Chen et al. 2020) with plain error feedback, without its low-pass filter."""
+    return SparseConfig(compressor=CyclicTopK(density=density), feedback=ErrorFeedback())
+
+
 def _dense() -> SparseConfig:
     """No compression: float32 around a ring."""
     return SparseConfig(compressor=Dense())
 
 
-PRESETS = {"adam-topk": _adam_topk, "dense": _dense, "dgc": _dgc, "ef-topk": _ef_topk, "oktopk": _oktopk}
+PRESETS = {
+    "adam-topk": _adam_topk,
+    "dense": _dense,
+    "dgc": _dgc,
+    "ef-topk": _ef_topk,
+    "gradientflow": _gradientflow,
+    "oktopk": _oktopk,
+    "scalecom": _scalecom,
+}
 """Functions that make a `SparseConfig`, by name."""
 
 

@@ -72,6 +72,8 @@ struct Kernels {
   void (*add_dense)(float* out, const uint8_t* data, size_t n);
   void (*pack_dense)(int codec, const float* values, size_t n, uint8_t* out, float* error);
   void (*unpack_dense)(int codec, const uint8_t* data, size_t n, float* out, bool add);
+  uint64_t (*accumulate_norms)(const void* grad, int type, float* residual, size_t n, float scale, size_t chunk,
+                               float* norms);
   uint32_t (*crc32c)(const uint8_t* data, size_t nbytes, uint32_t seed);
 };
 

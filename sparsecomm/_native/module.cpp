@@ -151,6 +151,13 @@ uint64_t accumulate_dense(Address grad, int type, Address residual, size_t n, do
       .nonfinite;
 }
 
+uint64_t accumulate_norms(Address grad, int type, Address residual, size_t n, double scale, size_t chunk,
+                          Address norms) {
+  const FreeGil free(n * 4);
+  return kernels().accumulate_norms(at<void>(grad), type, at<float>(residual), n, static_cast<float>(scale), chunk,
+                                    at<float>(norms));
+}
+
 uint32_t crc32c(Address data, size_t nbytes, uint32_t seed) {
   const FreeGil free(nbytes);
   return kernels().crc32c(at<const uint8_t>(data), nbytes, seed);
@@ -186,6 +193,7 @@ NB_MODULE(_core, m) {
   m.def("pack_dense", pack_dense);
   m.def("unpack_dense", unpack_dense);
   m.def("accumulate_dense", accumulate_dense);
+  m.def("accumulate_norms", accumulate_norms);
   m.def("crc32c", crc32c);
   m.def("scratch_bytes", sc::scratch_bytes);
   m.def("release_scratch", sc::release_scratch);

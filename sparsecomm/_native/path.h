@@ -6,6 +6,7 @@
 
 #include "dense_wire.h"
 #include "index_codecs.h"
+#include "norms.h"
 #include "scatter.h"
 #include "topk.h"
 #include "value_codecs.h"
@@ -16,7 +17,7 @@ namespace {
 constexpr Kernels table(const char* name, uint32_t (*crc)(const uint8_t*, size_t, uint32_t)) {
   return {name,          accumulate_select, exact_topk,  cut_topk,       encode_indices, decode_indices,
           encode_values, decode_values,     scatter_add, scatter_reduce, add_dense,      pack_dense,
-          unpack_dense,  crc};
+          unpack_dense,  accumulate_norms,  crc};
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ from sparsecomm.compress import Bucket, BucketLayout, ErrorFeedback, take_some
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
-from sparsecomm.strategies import strategies
+from sparsecomm.strategies import strategies, strategy_of
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
@@ -118,10 +118,11 @@ def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Pr
 
 def exchanging(case: Case, kind: CollectiveKind) -> Ready:
     """Prepares whole exchanges, as training does them, by one of our collectives."""
-    sparse = kind != CollectiveKind.DENSE
-    bucket, arena = case.bucket(residual=sparse), Arena()
-    compressor = sc.TopK(density=case.density) if sparse else sc.Dense()
-    plan = Plan(step=0, collective=kind, compressor=compressor, k=case.k, value_codec=_VALUES)
+    strategy = strategy_of(kind)
+    bucket, arena = case.bucket(residual=strategy.needs_residual), Arena()
+    compressor = strategy.compressor_at(case.density)
+    k = compressor.k_for(case.work.numel(), 0)
+    plan = Plan(step=0, collective=kind, compressor=compressor, k=k, value_codec=_VALUES)
     last = BucketReport(bucket=0, step=0, numel=case.work.numel())
 
     def call() -> None:

@@ -308,7 +308,8 @@ def _ours_threshold(model: nn.Module, density: float) -> Attached:
 
 def _by_collective(collective: str) -> Attach:
     def attach(model: nn.Module, density: float) -> Attached:
-        return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density), collective=collective))
+        compressor = strategies()[collective].compressor_at(density)
+        return _sparsecomm(model, sc.SparseConfig(compressor=compressor, collective=collective))
 
     return attach
 
@@ -323,6 +324,11 @@ for _strategy in strategies().values():  # those that have no name of their own 
         method(f"sparsecomm-{_strategy.name}", sparse=True, default=_strategy.name == "split_reduce")(
             _by_collective(_strategy.name)
         )
+
+
+@method("sparsecomm-random", sparse=True, default=False)
+def _ours_random(model: nn.Module, density: float) -> Attached:
+    return _sparsecomm(model, sc.SparseConfig(compressor=sc.RandomK(density)))
 
 
 @method("sparsecomm-topk-int8", sparse=True, default=False)

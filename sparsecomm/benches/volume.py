@@ -47,7 +47,8 @@ def run(
         kinds: where the gradients are large: random; clustered (each rank elsewhere); adversarial (all in one place).
         collectives: which to measure.
         steps: steps after the first, in which the index space is cut.
-        k: nonzeros a rank sends; raised to 16 P in larger worlds, where headers would be all there is to see.
+        k: nonzeros a rank sends; raised to 16 P in larger worlds, where headers would be all there is to see. Those
+            whose ranks choose together send what their compressor makes of the density, out of gradients of their own.
         value_codec: how values are written.
 
     Returns:
@@ -80,8 +81,8 @@ def run(
                     for kind in kinds:
                         many = max(k, 16 * size)
                         numel = round(many / density)
-                        cell = _Cell(name, size, numel, many, kind, codecs[value_codec])
-                        rows.append(cell.measure(steps) | {"density": density})
+                        cell = _Cell(name, size, numel, density, many, kind, codecs[value_codec])
+                        rows.append(cell.measure(steps))
     finally:
         torch.set_num_threads(threads)
     return {"meta": info, "rows": rows}
@@ -156,30 +157,36 @@ class _Cell:
     name: str
     size: int
     numel: int
-    k: int
+    density: float
+    wanted: int
     kind: str
     codec: ValueCodec
 
+    def __post_init__(self) -> None:
+        strategy = strategy_named(self.name)
+        self.compressor = strategy.compressor_at(self.density) if strategy.special else None
+        self.k = self.wanted if self.compressor is None else self.compressor.k_for(self.numel, 0)
+
     def measure(self, steps: int) -> dict[str, Any]:
         """Exchanges a first step and `steps` others and returns the row."""
-        world = VirtualWorld(self.size)
+        world = VirtualWorld(self.size, one_host=False)
         layout = BucketLayout(("weight",), ((self.numel,),), ((1,),))
-        # All ranks write the same average and none reads a residual, so one of each serves all.
-        grad, residual = torch.zeros(self.numel), torch.zeros(self.numel)
-        buckets = [Bucket(0, layout, residual) for _ in range(self.size)]
+        # All ranks write the same average, and where the selection is given none reads gradient or residual, so that
+        # one of each serves all.
+        alone = self.size if self.compressor is not None else 1
+        grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
+        residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
+        buckets = [Bucket(0, layout, residual) for residual in residuals]
         arenas = [Arena() for _ in range(self.size)]
         worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
         for step in range(steps + 1):
             selections = [self._selection(rank, step) for rank in range(self.size)]
-            plans = [
-                Plan(step, strategy_named(self.name).kind, _Given(*s), self.k, value_codec=self.codec)
-                for s in selections
-            ]
+            plans = [self._plan(step, grad, s) for grad, s in zip(grads, selections, strict=True)]
             before = [(t.bytes_sent, t.bytes_received) for t in world.traffic]
 
             def make(channel: Channel, plans: list[Plan] = plans) -> CollectiveSteps[object]:
                 r = channel.rank
-                return exchange(channel, buckets[r], grad, plans[r], arenas[r])
+                return exchange(channel, buckets[r], grads[r], plans[r], arenas[r])
 
             world.run(make)
             moved = [
@@ -192,14 +199,15 @@ class _Cell:
                 continue
             worst = max(worst, most)
             balance = max(balance, max(map(sum, moved)) * self.size / sum(map(sum, moved)))
-            kept += int(torch.count_nonzero(grad)) / steps
-            overlap += self._overlap(grad, selections) / steps
+            kept += int(torch.count_nonzero(grads[0])) / steps
+            overlap += self._overlap(grads[0], selections) / steps
         unit = 4 * self.k * (self.size - 1) / self.size
         words = worst / unit
         estimate = strategy_named(self.name).estimate_bytes(self.k, self.numel, self.size, self.codec, None)
         return {
             "collective": self.name,
             "ranks": self.size,
+            "density": self.density,
             "numel": self.numel,
             "k": self.k,
             "kind": self.kind,
@@ -216,12 +224,21 @@ class _Cell:
             "ok": "MISS" if balance > 1.2 else verdict(words, 3.0),
         }
 
+    def _plan(self, step: int, grad: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor]) -> Plan:
+        """How a rank exchanges its selection; ranks that choose together find it in its gradient, which is written."""
+        compressor = self.compressor
+        if compressor is None:
+            compressor = _Given(*selection)
+        else:
+            grad.zero_()[selection[0].to(torch.int64)] = selection[1]
+        return Plan(step, strategy_named(self.name).kind, compressor, self.k, value_codec=self.codec)
+
     def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a rank selects: k positions of its kind, magnitudes with the tail of a Laplacian above a threshold."""
         g = torch.Generator().manual_seed(100_003 * step + rank)
-        indices = KINDS[self.kind](rank, self.size, self.numel, self.k, g)
-        magnitudes = 1.0 + torch.empty(self.k).exponential_(4.0, generator=g)
-        signs = torch.randint(2, (self.k,), generator=g) * 2.0 - 1.0
+        indices = KINDS[self.kind](rank, self.size, self.numel, self.wanted, g)
+        magnitudes = 1.0 + torch.empty(self.wanted).exponential_(4.0, generator=g)
+        signs = torch.randint(2, (self.wanted,), generator=g) * 2.0 - 1.0
         return indices.to(torch.uint32), magnitudes * signs
 
     def _overlap(self, result: torch.Tensor, selections: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -229,8 +246,8 @@ class _Cell:
         total = torch.zeros(self.numel, dtype=torch.float64)
         for indices, values in selections:
             total.index_add_(0, indices.to(torch.int64), values.double())
-        best = total.abs().topk(self.k).indices
-        return int(torch.count_nonzero(result[best])) / self.k
+        best = total.abs().topk(self.wanted).indices
+        return int(torch.count_nonzero(result[best])) / self.wanted
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:

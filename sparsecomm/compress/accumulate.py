@@ -12,15 +12,19 @@ from sparsecomm.arena import Arena
 from sparsecomm.compress.base import Compressor, SelectionBuffers, SelectorMemory
 from sparsecomm.compress.feedback import ErrorFeedback, Feedback
 from sparsecomm.compress.moments import Correction, advance, rewind, work_space
+from sparsecomm.compress.places import Places
 from sparsecomm.compress.residuals import BucketLayout
 from sparsecomm.kernels import dispatch as kernels
 
-__all__ = ["Bucket", "Taken", "take_all", "take_some"]
+__all__ = ["Bucket", "ChunkNorms", "Taken", "accumulate", "take_all", "take_some"]
 
 _NOTHING = torch.empty(0, dtype=torch.uint32), torch.empty(0)
 
 Span = tuple[int, int]
 """First element and one past the last."""
+
+ChunkNorms = tuple[int, torch.Tensor]
+"""Elements of a chunk, and where the L1 norm of every chunk is written: float32."""
 
 
 @dataclass(slots=True)
@@ -74,7 +78,8 @@ class Taken:
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
-        left: of what is sent whole, float32, shape (n,): what this rank's rounding dropped; None for nothing.
+        places: what is sent of the residual, and leaves it only when the step is final.
+        left: of what is sent whole or at `places`, float32: what this rank's rounding dropped; None for nothing.
         before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
@@ -91,24 +96,42 @@ class Taken:
     capacity: int = 0
     accumulated: bool = False
     whole: bool = False
+    places: Places | None = None
     left: torch.Tensor | None = None
     before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Makes the step final after the exchange has succeeded.
 
-        What was sent whole leaves the residual, but for what rounding dropped; the velocity is zeroed where something
-        was selected (DGC's factor masking); what was put aside comes back, beside what the exchange may have left there
-        in the meantime.
+        What was sent whole or at `places` leaves the residual, but for what rounding dropped; the velocity is zeroed
+        where something was selected (DGC's factor masking); what was put aside comes back, beside what the exchange may
+        have left there in the meantime.
         """
         residual, velocity = self.bucket.residual, self.bucket.velocity
         if self.whole and residual is not None:
             residual.zero_() if self.left is None else residual.copy_(self.left)
-        if self.momentum is not None and self.momentum.masking and velocity is not None and self.values.numel():
-            velocity[self.indices.to(torch.int64)] = 0.0
+        if self.places is not None and residual is not None:
+            self.places.fill(residual, 0.0) if self.left is None else self.places.put(self.left, residual)
+        if self.momentum is not None and self.momentum.masking and velocity is not None:
+            if self.places is not None:
+                self.places.fill(velocity, 0.0)
+            elif self.values.numel():
+                velocity[self.indices.to(torch.int64)] = 0.0
         for place, content in self.held:
             place.add_(content)
         self.held = []
+
+    def put_back(self) -> torch.Tensor:
+        """Returns what was selected to the residual, as if only the gradient had been added.
+
+        Returns:
+            Where it was, uint32, shape (nnz,), ascending.
+        """
+        residual, indices = self.bucket.residual, self.indices
+        if residual is not None:
+            kernels.scatter_add(residual, indices, self.values)
+        self.indices, self.values = _NOTHING
+        return indices
 
     def undo(self) -> None:
         """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
@@ -199,11 +222,35 @@ def take_all(
     Where nothing was ever left over (no residual) the gradient itself is what to send. Arguments as in `take_some`.
     The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
     """
-    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm, lasting)
+    taken = accumulate(bucket, grad, feedback, arena, scale=scale, held=held, clip_norm=clip_norm, lasting=lasting)
     taken.whole = True
+    return taken
+
+
+def accumulate(
+    bucket: Bucket,
+    grad: torch.Tensor,
+    feedback: Feedback | None,
+    arena: Arena,
+    *,
+    scale: float = 1.0,
+    held: Sequence[Span] = (),
+    clip_norm: float | None = None,
+    lasting: bool = True,
+    norms: ChunkNorms | None = None,
+) -> Taken:
+    """Adds a gradient to a bucket's memory; what to take out of it (`Taken.places`) is found out with the others.
+
+    Arguments as in `take_some`, and `norms`, which becomes those of the residual. The caller then calls `Taken.commit`
+    or `Taken.undo`, exactly once.
+    """
+    taken = _begin(bucket, grad, feedback, arena, scale, held, clip_norm, lasting)
     if bucket.residual is not None and taken.source is not None:
         unit = scale if taken.momentum is None else 1.0
-        taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+        if norms is None:
+            taken.nonfinite += kernels.accumulate_dense(taken.source, bucket.residual, scale=unit)
+        else:
+            taken.nonfinite += kernels.accumulate_norms(taken.source, bucket.residual, *norms, scale=unit)
         taken.accumulated = True
     return taken
 

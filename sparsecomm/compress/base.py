@@ -95,9 +95,12 @@ class Compressor(abc.ABC):
     ) -> Selection:
         """Adds the gradient to the residual and takes out about k of the largest magnitudes.
 
+        NaN and infinite sums are never selected, and leave the residual as it was there. `sparsecomm.testing` checks
+        all that is said here.
+
         Args:
             grad: shape (n,), float32, float16 or bfloat16.
-            residual: shape (n,), float32. Mutated: what is not selected stays in it.
+            residual: shape (n,), float32. Mutated: zero where something is selected, the sum elsewhere.
             k: how many elements to select.
             memory: this bucket's memory. Mutated.
             out: filled with the selection, indices ascending.

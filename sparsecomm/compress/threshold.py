@@ -59,7 +59,8 @@ class ThresholdTopK(SparsifyingCompressor):
         result = kernels.accumulate_select(grad, residual, memory.threshold, out.indices, out.values, scale=scale)
         memory.age += 1
         nnz = result.stored
-        if result.total > result.stored or nnz < k / 3:
+        # Where the sum was not finite the residual is as before, and must not be selected; the step is undone anyway.
+        if (result.total > result.stored or nnz < k / 3) and not result.nonfinite:
             nnz = self._reselect(residual, k, memory, out, result)
         elif nnz > 4 * k / 3 + _SLACK / 2:
             nnz = kernels.cut_topk(out.indices, out.values, nnz, k, residual)

@@ -98,6 +98,12 @@ class Kernels(Protocol):
         """See `dispatch.accumulate_dense`."""
         ...
 
+    def accumulate_norms(
+        self, grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float
+    ) -> int:
+        """See `dispatch.accumulate_norms`."""
+        ...
+
     def crc32c(self, data: torch.Tensor, seed: int) -> int:
         """See `dispatch.crc32c`."""
         ...

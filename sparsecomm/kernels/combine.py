@@ -9,7 +9,7 @@ import torch
 from sparsecomm.kernels import checks
 from sparsecomm.kernels.paths import kernels
 
-__all__ = ["accumulate_dense", "add_dense", "crc32c", "scatter_add", "scatter_reduce"]
+__all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "crc32c", "scatter_add", "scatter_reduce"]
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -114,6 +114,39 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float
     if checks.grad_like("grad", grad) != n:
         checks.refuse(f"grad has {grad.numel()} elements, residual {n}: they must be equally long")
     return kernels().accumulate_dense(grad, residual, scale)
+
+
+def accumulate_norms(
+    grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, *, scale: float = 1.0
+) -> int:
+    """Adds a gradient to the residual as `accumulate_dense` does, and takes the L1 norm of every chunk, in one pass.
+
+    Args:
+        grad: shape (n,), float32, float16 or bfloat16.
+        residual: shape (n,), float32. Mutated.
+        chunk: elements of a chunk, at least 1; the last one may be shorter.
+        norms: float32, shape (ceil(n / chunk),). Overwritten with sums of ``|residual|`` as it is afterwards.
+        scale: factor on the gradient, taken as float32.
+
+    Returns:
+        How many sums were NaN or infinite; there the residual is left as it was.
+
+    Raises:
+        KernelError: for unfit tensors or a chunk below 1.
+
+    Example:
+        >>> r, norms = torch.tensor([1.0, -2.0, 0.0]), torch.empty(2)
+        >>> accumulate_norms(torch.tensor([0.5, 0.5, -4.0]), r, 2, norms), r.tolist(), norms.tolist()
+        (0, [1.5, -1.5, -4.0], [3.0, 4.0])
+    """
+    n = checks.value_vec("residual", residual)
+    if checks.grad_like("grad", grad) != n:
+        checks.refuse(f"grad has {grad.numel()} elements, residual {n}: they must be equally long")
+    if chunk < 1:
+        checks.refuse(f"chunk must be at least 1, got {chunk}")
+    if checks.value_vec("norms", norms) != -(-n // chunk):
+        checks.refuse(f"norms has {norms.numel()} elements, {n} elements in chunks of {chunk} need {-(-n // chunk)}")
+    return kernels().accumulate_norms(grad, residual, chunk, norms, scale)
 
 
 def crc32c(data: torch.Tensor | bytes | bytearray | memoryview, seed: int = 0) -> int:

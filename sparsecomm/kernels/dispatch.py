@@ -13,7 +13,14 @@ contiguous, one-dimensional and on the CPU; indices are uint32 and strictly asce
 from __future__ import annotations
 
 from sparsecomm.kernels.codecs import decode_indices, decode_values, encode_indices, encode_values
-from sparsecomm.kernels.combine import accumulate_dense, add_dense, crc32c, scatter_add, scatter_reduce
+from sparsecomm.kernels.combine import (
+    accumulate_dense,
+    accumulate_norms,
+    add_dense,
+    crc32c,
+    scatter_add,
+    scatter_reduce,
+)
 from sparsecomm.kernels.dense import pack_dense, packed_bytes, unpack_dense
 from sparsecomm.kernels.paths import (
     PATHS,
@@ -30,6 +37,7 @@ from sparsecomm.kernels.sizes import entropy_bits, estimate_index_bytes, max_ind
 __all__ = [
     "PATHS",
     "accumulate_dense",
+    "accumulate_norms",
     "accumulate_select",
     "add_dense",
     "available_paths",

@@ -23,6 +23,7 @@ except ImportError as error:
 
 __all__ = [
     "accumulate_dense",
+    "accumulate_norms",
     "accumulate_select",
     "add_dense",
     "crc32c",
@@ -202,6 +203,16 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
     """See `dispatch.accumulate_dense`."""
     code = _DTYPE_CODE[grad.dtype]
     return _core.accumulate_dense(grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale)
+
+
+def accumulate_norms(
+    grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
+) -> int:
+    """See `dispatch.accumulate_norms`."""
+    code = _DTYPE_CODE[grad.dtype]
+    return _core.accumulate_norms(
+        grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale, chunk, norms.data_ptr()
+    )
 
 
 def crc32c(data: torch.Tensor, seed: int = 0) -> int:

@@ -21,6 +21,7 @@ from sparsecomm.types import SelectResult, TopKResult
 
 __all__ = [
     "accumulate_dense",
+    "accumulate_norms",
     "accumulate_select",
     "add_dense",
     "crc32c",
@@ -174,6 +175,24 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
     finite = magnitude_bits(acc) < _INF_BITS
     np.copyto(res, acc, where=finite)
     return int(len(res) - np.count_nonzero(finite))
+
+
+def accumulate_norms(
+    grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
+) -> int:
+    """See `dispatch.accumulate_norms`. A chunk is added up in 32 lanes, one element each in turn, then their halves."""
+    nonfinite = accumulate_dense(grad, residual, scale)
+    magnitudes = np.abs(array(residual))
+    with np.errstate(over="ignore"):
+        for i in range(norms.numel()):
+            some = magnitudes[i * chunk : (i + 1) * chunk]
+            rows = np.zeros((-(-len(some) // 32), 32), dtype=np.float32)
+            rows.reshape(-1)[: len(some)] = some
+            lanes = np.add.accumulate(rows, axis=0, dtype=np.float32)[-1]
+            while len(lanes) > 1:
+                lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+            norms[i] = float(lanes[0])
+    return nonfinite
 
 
 def scratch_bytes() -> int:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import Agreement
-from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_some
+from sparsecomm.compress import (
+    Bucket,
+    ChunkNorms,
+    Compressor,
+    ErrorFeedback,
+    Feedback,
+    Taken,
+    TopK,
+    accumulate,
+    take_all,
+    take_some,
+)
 from sparsecomm.errors import ConfigError
 from sparsecomm.metrics import BucketReport
 from sparsecomm.strategies.costs import Costs, Estimate
@@ -20,7 +31,17 @@ from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, CollectiveKind, Header, write_header
 
-__all__ = ["Job", "Plan", "Strategy", "blank_header", "register", "strategies", "strategy_named", "strategy_of"]
+__all__ = [
+    "Job",
+    "Plan",
+    "Strategy",
+    "blank_header",
+    "dense_wire",
+    "register",
+    "strategies",
+    "strategy_named",
+    "strategy_of",
+]
 
 _ERROR_FEEDBACK = ErrorFeedback()
 
@@ -97,20 +118,27 @@ class Job:
         return header
 
     def take_some(self) -> Taken:
-        """Selects about k elements: steps 1 and 2 of every sparse strategy."""
+        """Selects about k elements: steps 1 and 2 of every sparse strategy whose ranks select by themselves."""
         plan = self.plan
-        return take_some(
-            self.bucket,
-            self.grad,
-            plan.compressor,
-            plan.k,
-            plan.feedback,
-            self.arena,
-            scale=1.0 / plan.grad_scale,
-            held=plan.held,
-            clip_norm=plan.clip_norm,
-            lasting=self.settle,
-        )
+        return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.arena, **self._adding())
+
+    def take_all(self) -> Taken:
+        """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
+        return take_all(self.bucket, self.grad, self.plan.feedback, self.arena, **self._adding())
+
+    def accumulate(self, norms: ChunkNorms | None = None) -> Taken:
+        """Adds the gradient: step 1 of a strategy whose ranks find out together what to send. `norms` is written."""
+        return accumulate(self.bucket, self.grad, self.plan.feedback, self.arena, norms=norms, **self._adding())
+
+    def _adding(self) -> dict[str, Any]:
+        """How the gradient is added to the bucket's memory."""
+        plan = self.plan
+        return {
+            "scale": 1.0 / plan.grad_scale,
+            "held": plan.held,
+            "clip_norm": plan.clip_norm,
+            "lasting": self.settle,
+        }
 
 
 class Strategy(abc.ABC):
@@ -170,6 +198,11 @@ class Strategy(abc.ABC):
         sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
         compute = costs.exchange + (costs.select + costs.fill) * numel + (costs.encode + costs.decode * size) * k
         return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
+
+    @classmethod
+    def compressor_at(cls, density: float) -> Compressor:
+        """Returns a compressor of this density whose selections it can exchange: what benches pair it with."""
+        return TopK(density)
 
     @abc.abstractmethod
     def take(self) -> Taken:
@@ -239,6 +272,11 @@ def strategy_named(name: str) -> type[Strategy]:
     if name not in known:
         raise ConfigError(f"collective must be one of {', '.join(known)}, got {name!r}")
     return known[name]
+
+
+def dense_wire(codec: ValueCodec) -> ValueCodec:
+    """Returns how values travel that are summed on their way: int8 numbers with a scale a block cannot be."""
+    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec
 
 
 def blank_header(

@@ -70,12 +70,12 @@ class VirtualTransport:
     blocking = False
     name = "virtual"
     max_tag = 2**31 - 1
-    one_host = True
 
     def __init__(self, world: VirtualWorld, rank: int) -> None:
         self._world = world
         self.rank = rank
         self.size = world.size
+        self.one_host = world.one_host
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Copies the bytes into the receiver's mailbox."""
@@ -97,16 +97,21 @@ class VirtualTransport:
 class VirtualWorld:
     """A world of `size` ranks in this process.
 
+    Args:
+        size: number of ranks.
+        one_host: whether collectives are to believe that all ranks share memory, or are hosts of a network.
+
     Attributes:
         traffic: what each rank sent and received, by rank.
         tamper: if set, called with (source, dest, message) and may return another message or None to lose it:
             for tests of corruption and loss.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, one_host: bool = True) -> None:
         if size < 1:
             raise ConfigError(f"a world needs at least 1 rank, got {size}")
         self.size = size
+        self.one_host = one_host
         self.mail: _Mail = defaultdict(deque)
         self.traffic = [Traffic() for _ in range(size)]
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None

@@ -50,10 +50,13 @@ class CollectiveKind(IntEnum):
     DENSE = 2
     SPLIT_REDUCE = 3
     SSAR = 4
+    CHUNKED = 5
+    SHARED_INDEX = 6
     CHOOSING = 11  # no exchange of a bucket: ranks choose one
 
 
-_WITH_PLAN = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR)
+_BARE = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR, CollectiveKind.CHUNKED, CollectiveKind.SHARED_INDEX)
+"""Collectives whose headers have no body, but k and a plan."""
 
 
 @dataclass(slots=True)
@@ -71,12 +74,13 @@ class Header:
         step: training step.
         layout_hash: 64-bit hash of the bucket's parameter names and shapes.
         numel: elements in the dense bucket.
-        nnz: nonzeros in the body; of a split-reduce, which has none, k.
+        nnz: nonzeros in the body; where there is none, k.
         index_bytes: length of the index part of the body.
         value_bytes: length of the value part of the body.
         value_scale: factor on decoded FP16 values; 1 otherwise.
         body_crc: CRC32C of the body.
-        plan: tag of the regions that the sender is going to use in a split-reduce; 0 if it has none.
+        plan: how the sender is going to proceed. In a split-reduce, tag of its regions, 0 if it has none; chunked, the
+            elements of a chunk; with shared indices, 1 + the seed of their sample, 0 if a rank leads.
     """
 
     flags: int
@@ -206,7 +210,7 @@ def _check_sizes(h: Header) -> None:
         raise WireError("value_scale", h.value_scale, "must be finite and positive")
     if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0:
         raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
-    if h.plan and h.collective not in _WITH_PLAN:
+    if h.plan and h.collective not in _BARE:
         raise WireError("plan", h.plan, f"{h.collective.name} has none")
     if h.flags & FLAG_ERROR:
         _at_most(h, "an error message", nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
@@ -214,8 +218,8 @@ def _check_sizes(h: Header) -> None:
     if h.collective == CollectiveKind.DENSE:
         _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)
         return
-    if h.collective in _WITH_PLAN:
-        _at_most(h, "a split-reduce, which sends its parts later,", index_bytes=0, value_bytes=0)
+    if h.collective in _BARE:
+        _at_most(h, f"{h.collective.name}, whose values follow later,", index_bytes=0, value_bytes=0)
         return
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
         raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")

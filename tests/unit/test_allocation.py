@@ -10,12 +10,13 @@ from helpers import Cluster, gradient, plan
 from torch.profiler import ProfilerActivity, profile
 
 from sparsecomm.arena import Arena
-from sparsecomm.compress import Compressor, Dense, ThresholdTopK, TopK
+from sparsecomm.compress import ChunkTopK, Compressor, CyclicTopK, Dense, RandomK, ThresholdTopK, TopK
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import ValueCodec
 
 N = 20_000
 COMPRESSORS = [TopK(0.01), ThresholdTopK(0.01), ThresholdTopK(0.01, interval=8), Dense()]
+SHARED = [ChunkTopK(0.05, chunk=500), RandomK(0.01), CyclicTopK(0.01)]
 
 
 def test_the_arena_hands_out_the_same_memory_again() -> None:
@@ -56,7 +57,12 @@ def test_the_arena_gives_empty_tensors() -> None:
 
 @pytest.mark.parametrize(
     ("compressor", "collective"),
-    [*((c, "allgather") for c in COMPRESSORS), (TopK(0.01), "split_reduce"), (TopK(0.01), "ssar")],
+    [
+        *((c, "allgather") for c in COMPRESSORS),
+        (TopK(0.01), "split_reduce"),
+        (TopK(0.01), "ssar"),
+        *((c, c.collectives[0]) for c in SHARED),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("size", [1, 3])

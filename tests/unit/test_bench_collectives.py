@@ -97,7 +97,7 @@ class Ranks:
         (1, ((10,), (0.1,), None, 2), "a world of 1 has nothing to exchange: mpirun -n 2"),
         (2, ((0,), (0.1,), None, 2), "numel = 0"),
         (2, ((10,), (0.0,), None, 2), "density = 0.0"),
-        (2, ((10,), (0.1,), ("rnig",), 2), "'rnig' does not exist; known are allgather, dense"),
+        (2, ((10,), (0.1,), ("rnig",), 2), "'rnig' does not exist; known are allgather, chunked, dense"),
         (2, ((10,), (0.1,), None, 0), "repeats = 0"),
     ],
 )

@@ -330,5 +330,7 @@ def test_the_collective_kinds_are_those_of_the_document() -> None:
         "DENSE": 2,
         "SPLIT_REDUCE": 3,
         "SSAR": 4,
+        "CHUNKED": 5,
+        "SHARED_INDEX": 6,
         "CHOOSING": 11,
     }

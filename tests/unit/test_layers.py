@@ -22,6 +22,7 @@ LAYERS = [
     "collectives",
     "metrics trace strategies launch config presets exchange choose",
     "hooks backend ps",
+    "testing",
     "plan lab benches",
     "cli",
 ]

@@ -1,0 +1,117 @@
+"""Whole exchanges with a compressor between virtual ranks: the same code as in training, in one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.compress import Bucket, BucketLayout, Compressor
+from sparsecomm.exchange import Plan, exchange
+from sparsecomm.metrics import BucketReport
+from sparsecomm.strategies import strategy_named
+from sparsecomm.testing.errors import refuse, told
+from sparsecomm.testing.gradients import gradient
+from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.types import ValueCodec
+
+__all__ = ["check_exchange"]
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+class _World:
+    """Virtual ranks, each with one bucket and its residual."""
+
+    def __init__(self, compressor: Compressor, collective: str, size: int, numel: int) -> None:
+        layout = BucketLayout(("weight",), ((numel,),), ((1,),))
+        self.compressor, self.kind, self.numel = compressor, strategy_named(collective).kind, numel
+        self.world = VirtualWorld(size)
+        self.residuals = [torch.zeros(numel) for _ in range(size)]
+        self.buckets = [Bucket(0, layout, residual) for residual in self.residuals]
+        self.arenas = [Arena() for _ in range(size)]
+
+    def step(self, grads: Sequence[torch.Tensor], step: int, codec: ValueCodec) -> list[BucketReport]:
+        """Averages the gradients, in place."""
+        k = self.compressor.k_for(self.numel, step)
+        plan = Plan(step, self.kind, self.compressor, k, value_codec=codec)
+
+        def make(channel: Channel) -> CollectiveSteps[BucketReport]:
+            r = channel.rank
+            return exchange(channel, self.buckets[r], grads[r], plan, self.arenas[r])
+
+        try:
+            return self.world.run(make)
+        except AgreedError as agreed:
+            raise agreed.cause from None
+
+
+def check_exchange(compressor: Compressor, size: int, numel: int, steps: int, seed: int) -> None:
+    """Checks exchanges between ranks: conservation, equal replicas, and that a NaN on one rank is undone on all.
+
+    Args:
+        compressor: to check.
+        size: number of ranks.
+        numel: elements of the bucket.
+        steps: one after another, the last with a NaN.
+        seed: of the gradients.
+
+    Raises:
+        ContractError: if something is broken, or the exchange fails.
+    """
+    collectives = compressor.collectives or (("dense",) if compressor.is_dense else ("allgather", "split_reduce"))
+    for collective in collectives:
+        for codec in (ValueCodec.FP32, ValueCodec.FP16):
+            world = _World(compressor, collective, size, numel)
+            for step in range(steps):
+                where = f"{size} ranks, {collective}, {codec.name.lower()}, {numel} elements, step {step}"
+                kinds = ("normal", "wide", "zeros")
+                grads = [
+                    gradient(kinds[(r + step) % 3], numel, torch.float32, seed + 100 * step + r) for r in range(size)
+                ]
+                _check_step(world, grads, step, codec, where)
+            if numel:
+                _check_nan(world, steps, codec, seed, f"{size} ranks, {collective}, {numel} elements, step {steps}")
+
+
+def _check_step(world: _World, grads: list[torch.Tensor], step: int, codec: ValueCodec, where: str) -> None:
+    before = [r.clone() for r in world.residuals]
+    averages = [g.clone() for g in grads]
+    told("an exchange", functools.partial(world.step, averages, step, codec), where)
+    size = len(grads)
+    for rank, average in enumerate(averages[1:], start=1):
+        if not torch.equal(average.view(torch.uint8), averages[0].view(torch.uint8)):
+            refuse(f"ranks 0 and {rank} have different averages: their models would drift apart ({where})")
+    everything = torch.stack([t.double() for t in (*grads, *before)])
+    out = size * averages[0].double() + torch.stack([r.double() for r in world.residuals]).sum(0)
+    allowed = (size + 8) * (_EPS * everything.abs().sum(0) + size * 2.0**-149) + size * _EPS * averages[
+        0
+    ].double().abs()
+    wrong = ~((everything.sum(0) - out).abs() <= allowed)
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        refuse(
+            f"not conserved over ranks at position {i}: {float(everything.sum(0)[i]):.9g} came in, P * average + "
+            f"residuals is {float(out[i]):.9g} ({where})"
+        )
+
+
+def _check_nan(world: _World, step: int, codec: ValueCodec, seed: int, where: str) -> None:
+    size = len(world.residuals)
+    before = [r.clone() for r in world.residuals]
+    grads = [gradient("normal", world.numel, torch.float32, seed + r) for r in range(size)]
+    steps = [g.abs() for g in grads]
+    grads[-1][world.numel // 2] = torch.nan
+    told("an exchange with a NaN", functools.partial(world.step, grads, step, codec), where)
+    if not all(bool(g.isnan().all()) for g in grads):
+        refuse(f"a NaN on rank {size - 1} did not make the bucket NaN on all ranks: they would part ({where})")
+    for rank, (now, then, moved) in enumerate(zip(world.residuals, before, steps, strict=True)):
+        wrong = ~((now - then).abs() <= 4 * _EPS * (then.abs() + moved))
+        if bool(wrong.any()):
+            i = int(wrong.nonzero()[0])
+            refuse(
+                f"a NaN on rank {size - 1} changed the residual of rank {rank} at position {i} from "
+                f"{float(then[i]):.9g} to {float(now[i]):.9g}: the step could not be undone ({where})"
+            )

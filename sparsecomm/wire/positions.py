@@ -1,0 +1,131 @@
+"""Positions that one rank sends for all: a header of 32 bytes, then index bytes.
+
+Step, bucket, sender and the bucket's length are not in it: ranks have agreed on them before.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsecomm.errors import WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import IndexCodec
+from sparsecomm.wire.payload import choose_index_codec
+
+__all__ = [
+    "POSITIONS_HEADER_BYTES",
+    "PositionsHeader",
+    "decode_positions",
+    "encode_positions",
+    "max_positions_bytes",
+    "read_positions_header",
+]
+
+_FORMAT = struct.Struct("<QQB7sII")
+POSITIONS_HEADER_BYTES = _FORMAT.size
+_CRC_OFFSET = POSITIONS_HEADER_BYTES - 4
+_RESERVED = bytes(7)
+
+
+@dataclass(frozen=True, slots=True)
+class PositionsHeader:
+    """What positions say of themselves.
+
+    Attributes:
+        nnz: how many.
+        index_bytes: length of the body.
+        index_codec: how they are written.
+        body_crc: CRC32C of the body.
+    """
+
+    nnz: int
+    index_bytes: int
+    index_codec: IndexCodec
+    body_crc: int
+
+
+def _codec_of(nnz: int, numel: int, index_codec: IndexCodec | None) -> IndexCodec:
+    return choose_index_codec(nnz, numel) if index_codec is None or nnz == numel else index_codec
+
+
+def max_positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
+    """Returns a bound on the length in bytes, header included."""
+    return POSITIONS_HEADER_BYTES + kernels.max_index_bytes(_codec_of(nnz, numel, index_codec), nnz, numel)
+
+
+def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec | None, out: torch.Tensor) -> int:
+    """Writes positions.
+
+    Args:
+        indices: uint32, shape (nnz,), strictly ascending, below numel.
+        numel: elements of the bucket.
+        index_codec: how to write them; None for the smallest.
+        out: uint8, at least `max_positions_bytes` long. Mutated.
+
+    Returns:
+        Bytes written: header and body.
+    """
+    nnz = indices.numel()
+    codec = _codec_of(nnz, numel, index_codec)
+    body = out[POSITIONS_HEADER_BYTES:]
+    length = kernels.encode_indices(codec, indices, numel, body)
+    view: Any = out.numpy()
+    _FORMAT.pack_into(view, 0, nnz, length, codec, _RESERVED, kernels.crc32c(body[:length]), 0)
+    struct.pack_into("<I", view, _CRC_OFFSET, kernels.crc32c(out[:_CRC_OFFSET]))
+    return POSITIONS_HEADER_BYTES + length
+
+
+def read_positions_header(data: torch.Tensor, numel: int, most: int) -> PositionsHeader:
+    """Reads and checks a header; nothing in it is trusted before its checksum fits.
+
+    Args:
+        data: uint8, at least POSITIONS_HEADER_BYTES long.
+        numel: elements of the bucket.
+        most: how many positions there may be.
+
+    Raises:
+        WireError: names the first field that is wrong and its value.
+    """
+    if data.numel() < POSITIONS_HEADER_BYTES:
+        raise WireError("length", data.numel(), f"the header of positions has {POSITIONS_HEADER_BYTES} bytes")
+    view: Any = data.numpy()
+    nnz, length, codec, reserved, body_crc, header_crc = _FORMAT.unpack_from(view, 0)
+    crc = kernels.crc32c(data[:_CRC_OFFSET])
+    if crc != header_crc:
+        raise WireError("header_crc", hex(header_crc), f"the header's checksum is {crc:#x}")
+    if reserved != _RESERVED:
+        raise WireError("reserved", reserved, "must be zero")
+    if nnz > most:
+        raise WireError("nnz", nnz, f"at most {most} were asked for")
+    try:
+        index_codec = IndexCodec(codec)
+    except ValueError:
+        raise WireError("index_codec", codec, f"known are {[int(c) for c in IndexCodec]}") from None
+    if index_codec == IndexCodec.DENSE and nnz != numel:
+        raise WireError("nnz", nnz, f"the dense index codec needs nnz = {numel}")
+    room = kernels.max_index_bytes(index_codec, nnz, numel)
+    if length > room:
+        raise WireError("index_bytes", length, f"{index_codec.name} needs at most {room}")
+    return PositionsHeader(nnz, length, index_codec, body_crc)
+
+
+def decode_positions(header: PositionsHeader, body: torch.Tensor, numel: int, indices: torch.Tensor) -> None:
+    """Decodes positions whose header has been read, checking everything in them.
+
+    Args:
+        header: from `read_positions_header`.
+        body: uint8, shape (header.index_bytes,).
+        numel: elements of the bucket.
+        indices: uint32, shape (nnz,). Mutated, on failure too.
+
+    Raises:
+        WireError: names field and value.
+    """
+    crc = kernels.crc32c(body)
+    if crc != header.body_crc:
+        raise WireError("body_crc", hex(header.body_crc), f"the body's checksum is {crc:#x}")
+    kernels.decode_indices(header.index_codec, body, header.nnz, numel, indices)

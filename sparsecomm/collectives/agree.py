@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -38,8 +38,16 @@ DIGEST_ABOVE = 16
 
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
 _matched = attrgetter(*_MUST_MATCH)
-_SAME_K = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR)
-"""Collectives whose headers announce k in place of a body: all ranks decide by it."""
+_MORE: dict[CollectiveKind, dict[str, str]] = {
+    CollectiveKind.DENSE: {"value_codec": "value_codec"},
+    CollectiveKind.SPLIT_REDUCE: {"nnz": "k"},
+    CollectiveKind.SSAR: {"nnz": "k"},
+    CollectiveKind.TREE: {"nnz": "k"},
+    CollectiveKind.POWERSGD: {"nnz": "rank of the matrices", "value_codec": "value_codec"},
+    CollectiveKind.TWO_LEVEL: {"nnz": "k", "value_codec": "value_codec", "plan": "nodes"},
+}
+"""Further fields that must match, with what users call them. What is summed on its way must travel alike, and all
+ranks decide by k; a sparse payload says itself what is in it."""
 
 _DIGEST = struct.Struct("<4sBBHQII")
 DIGEST_BYTES = _DIGEST.size
@@ -132,14 +140,8 @@ def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> Coll
 
 def _all_of(header: Header) -> tuple[int, ...]:
     """Returns all that must be the same on every rank."""
-    more = 0
-    if header.collective in _SAME_K:
-        more = header.nnz
-    elif header.collective == CollectiveKind.DENSE:
-        more = (
-            header.value_codec
-        )  # what is summed on its way must travel alike; a sparse payload says how it is written
-    return (*(int(x) for x in _matched(header)), int(more))
+    more = _MORE.get(header.collective, {})
+    return (*(int(x) for x in _matched(header)), *(int(getattr(header, field)) for field in more))
 
 
 def _digest(header: Header) -> int:
@@ -194,24 +196,31 @@ def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
     if all(_all_of(h) == _all_of(headers[0]) for h in headers):
         return
-    differ = [f for f in _MUST_MATCH if len({getattr(h, f) for h in headers}) > 1]
+    names = {field: field for field in _MUST_MATCH}
+    differ = _differing(headers, names)
     if not differ:
-        differ = ["k" if headers[0].collective in _SAME_K else "value_codec"]
+        names = _MORE[headers[0].collective]
+        differ = _differing(headers, names)
     lines = []
     for h in headers:
-        values = ", ".join(f"{f} = {_show(f, h.nnz if f == 'k' else getattr(h, f))}" for f in differ)
+        values = ", ".join(f"{names[f]} = {_show(names[f], getattr(h, f))}" for f in differ)
         lines.append(f"rank {h.rank}: {values}")
+    what, first = ", ".join(names[f] for f in differ), headers[0]
     raise AgreedError(
         CollectiveMismatch(
-            f"ranks disagree on {', '.join(differ)} in bucket {headers[0].bucket} of step {headers[0].step}: "
+            f"ranks disagree on {what} in bucket {first.bucket} of step {first.step}: "
             + "; ".join(lines)
             + ". Do all ranks build the same model, with the same options, and run the same steps?"
         )
     )
 
 
-def _show(field: str, value: object) -> str:
-    if field == "layout_hash":
+def _differing(headers: list[Header], fields: Iterable[str]) -> list[str]:
+    return [f for f in fields if len({getattr(h, f) for h in headers}) > 1]
+
+
+def _show(name: str, value: Any) -> str:
+    if name == "layout_hash":
         return f"{value:#018x}"
     return str(getattr(value, "name", value))
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import Agreement
-from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, take_some
+from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Feedback, Taken, TopK, take_all, take_some
 from sparsecomm.errors import ConfigError
 from sparsecomm.metrics import BucketReport
 from sparsecomm.strategies.costs import Costs, Estimate
@@ -20,7 +22,17 @@ from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, CollectiveKind, Header, write_header
 
-__all__ = ["Job", "Plan", "Strategy", "blank_header", "register", "strategies", "strategy_named", "strategy_of"]
+__all__ = [
+    "Job",
+    "Plan",
+    "Strategy",
+    "blank_header",
+    "dense_wire",
+    "register",
+    "strategies",
+    "strategy_named",
+    "strategy_of",
+]
 
 _ERROR_FEEDBACK = ErrorFeedback()
 
@@ -41,6 +53,7 @@ class Plan:
         held: spans of parameters that this rank did not use in this step; their memory stays as it is.
         clip_norm: norm that this bucket's gradient is clipped to by momentum correction; None for none.
         profiled: whether torch.profiler is running.
+        inner_group: the torch process group of this rank's node, if two levels are to sum over that within a node.
     """
 
     step: int
@@ -54,11 +67,12 @@ class Plan:
     held: tuple[tuple[int, int], ...] = ()
     clip_norm: float | None = None
     profiled: bool = False
+    inner_group: dist.ProcessGroup | None = None
 
 
 @dataclass(slots=True)
 class Job:
-    """One exchange in progress: what `exchange` was given, and its report."""
+    """One exchange in progress: what `exchange` was given, its report, and `exchange` for a part of the ranks."""
 
     channel: Channel
     bucket: Bucket
@@ -66,7 +80,8 @@ class Job:
     plan: Plan
     arena: Arena
     report: BucketReport
-    settle: bool = True
+    settle: bool
+    exchange: Callable[[Channel, Bucket, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
 
     def keep(self, taken: Taken) -> None:
         """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
@@ -97,20 +112,23 @@ class Job:
         return header
 
     def take_some(self) -> Taken:
-        """Selects about k elements: steps 1 and 2 of every sparse strategy."""
+        """Selects about k elements: steps 1 and 2 of every sparse strategy whose ranks select by themselves."""
         plan = self.plan
-        return take_some(
-            self.bucket,
-            self.grad,
-            plan.compressor,
-            plan.k,
-            plan.feedback,
-            self.arena,
-            scale=1.0 / plan.grad_scale,
-            held=plan.held,
-            clip_norm=plan.clip_norm,
-            lasting=self.settle,
-        )
+        return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.arena, **self._adding())
+
+    def take_all(self) -> Taken:
+        """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
+        return take_all(self.bucket, self.grad, self.plan.feedback, self.arena, **self._adding())
+
+    def _adding(self) -> dict[str, Any]:
+        """How the gradient is added to the bucket's memory."""
+        plan = self.plan
+        return {
+            "scale": 1.0 / plan.grad_scale,
+            "held": plan.held,
+            "clip_norm": plan.clip_norm,
+            "lasting": self.settle,
+        }
 
 
 class Strategy(abc.ABC):
@@ -153,6 +171,11 @@ class Strategy(abc.ABC):
             value_codec: how values are written.
             index_codec: how indices are written; None for the smallest.
         """
+
+    @classmethod
+    def compressor_at(cls, density: float) -> Compressor:
+        """Returns a compressor of this density whose selections it can exchange: what benches pair it with."""
+        return TopK(density)
 
     @classmethod
     def rounds(cls, size: int) -> int:
@@ -239,6 +262,11 @@ def strategy_named(name: str) -> type[Strategy]:
     if name not in known:
         raise ConfigError(f"collective must be one of {', '.join(known)}, got {name!r}")
     return known[name]
+
+
+def dense_wire(codec: ValueCodec) -> ValueCodec:
+    """Returns how values travel that are summed on their way: int8 numbers with a scale a block cannot be."""
+    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec
 
 
 def blank_header(

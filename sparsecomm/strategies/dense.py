@@ -7,8 +7,8 @@ import math
 import torch
 
 from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes, dense_seconds
-from sparsecomm.compress import Taken, take_all
-from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.compress import Taken
+from sparsecomm.strategies.base import Strategy, dense_wire, register
 from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -33,36 +33,26 @@ class Dense(Strategy):
         cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
     ) -> int:
         """See `Strategy.estimate_bytes`."""
-        return dense_ring_bytes(numel, size, _on_the_wire(value_codec)) + HEADER_BYTES * (size - 1)
+        return dense_ring_bytes(numel, size, dense_wire(value_codec)) + HEADER_BYTES * (size - 1)
 
     @classmethod
     def estimate(
         cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
     ) -> Estimate:
         """See `Strategy.estimate`: copied once before the sum and once after."""
-        link = dense_seconds(numel, size, _on_the_wire(value_codec), alpha=costs.alpha, beta=costs.beta, add=costs.add)
+        link = dense_seconds(numel, size, dense_wire(value_codec), alpha=costs.alpha, beta=costs.beta, add=costs.add)
         agreement = costs.alpha * (size - 1).bit_length()
         return Estimate(link + agreement, costs.exchange + (costs.add + 2 * costs.fill) * numel)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""
-        job, plan = self.job, self.job.plan
-        return take_all(
-            job.bucket,
-            job.grad,
-            plan.feedback,
-            job.arena,
-            scale=1.0 / plan.grad_scale,
-            held=plan.held,
-            clip_norm=plan.clip_norm,
-            lasting=job.settle,
-        )
+        return self.job.take_all()
 
     def encode(self, taken: Taken) -> None:
         """Makes the header, which is all that goes ahead."""
         self._taken = taken
         self.header = self.job.header()
-        self.header.value_codec = _on_the_wire(self.job.plan.value_codec)
+        self.header.value_codec = dense_wire(self.job.plan.value_codec)
         self.bare_payload()
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
@@ -90,8 +80,3 @@ class Dense(Strategy):
         """What is summed in place must not pass for a gradient when half of it is there."""
         if self._work is self.job.grad:
             self.job.grad.fill_(math.nan)
-
-
-def _on_the_wire(codec: ValueCodec) -> ValueCodec:
-    """Returns how dense values travel: int8 numbers with a scale a block cannot be summed on their way."""
-    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec

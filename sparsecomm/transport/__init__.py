@@ -10,6 +10,7 @@ from sparsecomm.transport.base import (
     Transport,
 )
 from sparsecomm.transport.engine import Engine
+from sparsecomm.transport.group import GroupSum
 from sparsecomm.transport.virtual import VirtualWorld
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Channel",
     "CollectiveSteps",
     "Engine",
+    "GroupSum",
     "Request",
     "SoloTransport",
     "Traffic",

@@ -70,12 +70,13 @@ class VirtualTransport:
     blocking = False
     name = "virtual"
     max_tag = 2**31 - 1
-    one_host = True
 
     def __init__(self, world: VirtualWorld, rank: int) -> None:
         self._world = world
         self.rank = rank
         self.size = world.size
+        self.nodes = world.nodes
+        self.one_host = len(set(world.nodes)) == 1
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Copies the bytes into the receiver's mailbox."""
@@ -85,6 +86,10 @@ class VirtualTransport:
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """Takes the next message of this source and tag when there is one."""
         return _Receiving(self._world.mail, (source, self.rank, tag), buffer)
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return rank
 
     def close(self) -> None:
         """Nothing to release."""
@@ -97,16 +102,23 @@ class VirtualTransport:
 class VirtualWorld:
     """A world of `size` ranks in this process.
 
+    Args:
+        size: number of ranks.
+        nodes: the node of every rank; all on one if None.
+
     Attributes:
         traffic: what each rank sent and received, by rank.
         tamper: if set, called with (source, dest, message) and may return another message or None to lose it:
             for tests of corruption and loss.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, nodes: Sequence[int] | None = None) -> None:
         if size < 1:
             raise ConfigError(f"a world needs at least 1 rank, got {size}")
         self.size = size
+        self.nodes = (0,) * size if nodes is None else tuple(nodes)
+        if len(self.nodes) != size:
+            raise ConfigError(f"nodes = {list(self.nodes)} names {len(self.nodes)} of {size} ranks")
         self.mail: _Mail = defaultdict(deque)
         self.traffic = [Traffic() for _ in range(size)]
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None

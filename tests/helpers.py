@@ -74,10 +74,12 @@ class Cluster:
         residual: bool = True,
         bucket: int = 0,
         nodes: Sequence[int] | None = None,
+        shapes: BucketLayout | None = None,
     ) -> None:
         self.size, self.numel = size, numel
         self.world = VirtualWorld(size, nodes)
-        self.buckets = [Bucket(bucket, layout(numel), torch.zeros(numel) if residual else None) for _ in range(size)]
+        shape = layout(numel) if shapes is None else shapes
+        self.buckets = [Bucket(bucket, shape, torch.zeros(numel) if residual else None) for _ in range(size)]
         self.arenas = [Arena() for _ in range(size)]
 
     @property

@@ -6,6 +6,7 @@ dividing are part of what they do. A new one takes part in `bench collectives` b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from sparsecomm.compress import Bucket, BucketLayout, ErrorFeedback, take_some
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
-from sparsecomm.strategies import strategies
+from sparsecomm.strategies import strategies, strategy_of
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
@@ -64,7 +65,8 @@ class Case:
     def bucket(self, *, residual: bool) -> Bucket:
         """Returns a bucket of this size, with an empty residual or none."""
         numel = self.work.numel()
-        layout = BucketLayout(("gradient",), ((numel,),), ((1,),))
+        rows = max(r for r in range(1, math.isqrt(numel) + 1) if numel % r == 0)
+        layout = BucketLayout(("gradient",), ((rows, numel // rows),), ((numel // rows, 1),))
         return Bucket(0, layout, torch.zeros(numel) if residual else None)
 
 
@@ -120,7 +122,7 @@ def exchanging(case: Case, kind: CollectiveKind) -> Ready:
     """Prepares whole exchanges, as training does them, by one of our collectives."""
     sparse = kind != CollectiveKind.DENSE
     bucket, arena = case.bucket(residual=sparse), Arena()
-    compressor = sc.TopK(density=case.density) if sparse else sc.Dense()
+    compressor = strategy_of(kind).compressor_at(case.density) if sparse else sc.Dense()
     plan = Plan(step=0, collective=kind, compressor=compressor, k=case.k, value_codec=_VALUES)
     last = BucketReport(bucket=0, step=0, numel=case.work.numel())
 

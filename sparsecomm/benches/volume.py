@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from sparsecomm.compress import Bucket, BucketLayout, Compressor, Selection, Sel
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.strategies import strategy_named
+from sparsecomm.strategies import Strategy, strategy_named
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
 from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
 
 __all__ = ["KINDS", "print_table", "run"]
 
@@ -162,24 +164,32 @@ class _Cell:
 
     def measure(self, steps: int) -> dict[str, Any]:
         """Exchanges a first step and `steps` others and returns the row."""
-        world = VirtualWorld(self.size)
-        layout = BucketLayout(("weight",), ((self.numel,),), ((1,),))
-        # All ranks write the same average and none reads a residual, so one of each serves all.
-        grad, residual = torch.zeros(self.numel), torch.zeros(self.numel)
-        buckets = [Bucket(0, layout, residual) for _ in range(self.size)]
+        # Each rank on a machine of its own, as the estimates have it.
+        world = VirtualWorld(self.size, range(self.size))
+        strategy = strategy_named(self.name)
+        rows = max(r for r in range(1, math.isqrt(self.numel) + 1) if self.numel % r == 0)
+        layout = BucketLayout(("weight",), ((rows, self.numel // rows),), ((self.numel // rows, 1),))
+        # All write the same average, and where ranks are told what to select none reads a residual: one serves all.
+        own = range(self.size if self._made_of_all(strategy) else 1)
+        grads, residuals = ([torch.zeros(self.numel) for _ in own] for _ in range(2))
+        buckets = [Bucket(0, layout, residuals[r % len(own)]) for r in range(self.size)]
         arenas = [Arena() for _ in range(self.size)]
         worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
         for step in range(steps + 1):
             selections = [self._selection(rank, step) for rank in range(self.size)]
             plans = [
-                Plan(step, strategy_named(self.name).kind, _Given(*s), self.k, value_codec=self.codec)
+                Plan(step, strategy.kind, self._compressor(strategy, *s), self.k, value_codec=self.codec)
                 for s in selections
             ]
+            for residual, grad, (indices, values) in zip(residuals, grads, selections, strict=False):
+                if len(own) > 1:
+                    residual.zero_()
+                    grad.zero_()[indices.to(torch.int64)] = values
             before = [(t.bytes_sent, t.bytes_received) for t in world.traffic]
 
             def make(channel: Channel, plans: list[Plan] = plans) -> CollectiveSteps[object]:
                 r = channel.rank
-                return exchange(channel, buckets[r], grad, plans[r], arenas[r])
+                return exchange(channel, buckets[r], grads[r % len(own)], plans[r], arenas[r])
 
             world.run(make)
             moved = [
@@ -192,11 +202,12 @@ class _Cell:
                 continue
             worst = max(worst, most)
             balance = max(balance, max(map(sum, moved)) * self.size / sum(map(sum, moved)))
-            kept += int(torch.count_nonzero(grad)) / steps
-            overlap += self._overlap(grad, selections) / steps
+            kept += int(torch.count_nonzero(grads[0])) / steps
+            overlap += self._overlap(grads[0], selections) / steps
         unit = 4 * self.k * (self.size - 1) / self.size
         words = worst / unit
-        estimate = strategy_named(self.name).estimate_bytes(self.k, self.numel, self.size, self.codec, None)
+        k = strategy.compressor_at(self.k / self.numel).k_for(self.numel, 0) if strategy.special else self.k
+        estimate = strategy.estimate_bytes(k, self.numel, self.size, self.codec, None)
         return {
             "collective": self.name,
             "ranks": self.size,
@@ -215,6 +226,14 @@ class _Cell:
             "goal": 3.0,
             "ok": "MISS" if balance > 1.2 else verdict(words, 3.0),
         }
+
+    @staticmethod
+    def _made_of_all(strategy: type[Strategy]) -> bool:
+        """Returns whether what is sent is made of all of a gradient, which is then what the selection leaves of it."""
+        return strategy.special or strategy.kind == CollectiveKind.TWO_LEVEL
+
+    def _compressor(self, strategy: type[Strategy], indices: torch.Tensor, values: torch.Tensor) -> Compressor:
+        return strategy.compressor_at(self.k / self.numel) if strategy.special else _Given(indices, values)
 
     def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a rank selects: k positions of its kind, magnitudes with the tail of a Laplacian above a threshold."""

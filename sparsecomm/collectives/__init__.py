@@ -9,6 +9,7 @@ from sparsecomm.collectives.choose import (
     choose_collective,
     choose_dense,
     choose_leaders_collective,
+    dense_allreduce_bytes,
     dense_ring_bytes,
     dense_seconds,
     split_reduce_bytes,
@@ -19,20 +20,23 @@ from sparsecomm.collectives.dense import dense_allreduce
 from sparsecomm.collectives.doubling import doubling_allreduce
 from sparsecomm.collectives.halving import halving_allreduce
 from sparsecomm.collectives.node_sum import node_sum
-from sparsecomm.collectives.parts import Codecs
-from sparsecomm.collectives.payloads import receive_payload, send_payload
+from sparsecomm.collectives.parts import Codecs, Pairs
+from sparsecomm.collectives.payloads import read_vector, receive_payload, send_payload, vector_header, write_vector
 from sparsecomm.collectives.regions import Regions
 from sparsecomm.collectives.ring import ring_allreduce
 from sparsecomm.collectives.split import Split
 from sparsecomm.collectives.split_reduce import Reduced, split_reduce
+from sparsecomm.collectives.tree import Tree
 
 __all__ = [
     "Agreement",
     "Codecs",
     "DenseAlgorithm",
+    "Pairs",
     "Reduced",
     "Regions",
     "Split",
+    "Tree",
     "agree",
     "agreement_bytes",
     "allgather_blocks",
@@ -43,11 +47,13 @@ __all__ = [
     "choose_dense",
     "choose_leaders_collective",
     "dense_allreduce",
+    "dense_allreduce_bytes",
     "dense_ring_bytes",
     "dense_seconds",
     "doubling_allreduce",
     "halving_allreduce",
     "node_sum",
+    "read_vector",
     "receive_payload",
     "ring_allreduce",
     "send_payload",
@@ -55,4 +61,6 @@ __all__ = [
     "split_reduce_bytes",
     "tree_bytes",
     "two_level_bytes",
+    "vector_header",
+    "write_vector",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "choose_collective",
     "choose_dense",
     "choose_leaders_collective",
+    "dense_allreduce_bytes",
     "dense_ring_bytes",
     "dense_seconds",
     "ring_segment",
@@ -158,6 +159,26 @@ def split_reduce_bytes(
 def agreement_bytes(size: int) -> int:
     """Returns the bytes that a rank sends to agree, where headers need not be gathered."""
     return HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()
+
+
+def dense_allreduce_bytes(numel: int, size: int, wire: ValueCodec) -> int:
+    """Returns the bytes that the busiest rank sends in a dense allreduce between hosts.
+
+    Args:
+        numel: elements of the vector.
+        size: number of ranks.
+        wire: FP32, FP16 or BF16.
+    """
+    algorithm = choose_dense(numel, size, wire, one_host=False)
+    if algorithm == DenseAlgorithm.RING or size == 1:
+        return dense_ring_bytes(numel, size, wire)
+    rounds = size.bit_length() - 1
+    core = 1 << rounds
+    folded = 1 if size > core else 0  # a rank that has taken another's vector sends it the result
+    if algorithm == DenseAlgorithm.DOUBLING:
+        return 4 * numel * (rounds + folded)
+    moved = (4 if wire == ValueCodec.FP32 else 2) * numel
+    return 2 * moved * (core - 1) // core + folded * moved
 
 
 def tree_bytes(k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:

@@ -21,19 +21,24 @@ import torch
 
 from sparsecomm.collectives import (
     Agreement,
+    Codecs,
+    Pairs,
     choose_leaders_collective,
     dense_allreduce,
     node_sum,
+    read_vector,
     receive_payload,
     send_payload,
     two_level_bytes,
+    vector_header,
+    write_vector,
 )
 from sparsecomm.compress import Bucket, Compressor, ErrorFeedback, Selection, SelectionBuffers, Taken
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
-from sparsecomm.strategies.base import Strategy, blank_header, register
+from sparsecomm.strategies.base import Strategy, register
 from sparsecomm.transport import AgreedError, CollectiveSteps, GroupSum
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
@@ -44,12 +49,7 @@ from sparsecomm.wire import (
     CollectiveKind,
     Header,
     check_body,
-    choose_index_codec,
-    decode_body,
     encode_error,
-    encode_payload,
-    max_payload_bytes,
-    write_header,
 )
 
 __all__ = ["TwoLevel"]
@@ -67,7 +67,7 @@ class TwoLevel(Strategy):
     _nodes: dict[int, list[int]]
     _turn: GroupSum | None = None
     _dense: torch.Tensor | None = None
-    _pairs: tuple[torch.Tensor, torch.Tensor]
+    _pairs: Pairs
     _chosen: torch.Tensor | None = None  # what the node's leader selected
     _shared: object = None
 
@@ -203,7 +203,7 @@ class TwoLevel(Strategy):
         yield from self._share(finite)
         return finite
 
-    def _nonzeros(self, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _nonzeros(self, total: torch.Tensor) -> Pairs:
         """Takes what is not zero out of a dense vector; a full one keeps its zeros, and so needs no positions."""
         numel, arena = total.numel(), self.job.arena
         nnz = int(torch.count_nonzero(total))
@@ -222,16 +222,13 @@ class TwoLevel(Strategy):
         if not followers:
             return
         if not finite:
-            payload = self.job.arena.get((self.job.bucket.index, "flag"), HEADER_BYTES, torch.uint8)
-            header = self._payload_header()
-            header.flags = FLAG_NONFINITE
-            write_header(header, payload)
-            payloads = [payload]
+            payloads = [self._written(None, ValueCodec.FP32, "result")]
         else:
-            payloads = [self._encoded(*self._pairs, ValueCodec.FP32, "result")]
+            payloads = [self._written(self._pairs, ValueCodec.FP32, "result")]
             if self._chosen is not None:
                 # The positions are all that matters; a payload without values there is not.
-                payloads.append(self._encoded(self._chosen, torch.zeros(self._chosen.numel()), ValueCodec.INT8, "mask"))
+                blank = torch.zeros(self._chosen.numel())
+                payloads.append(self._written((self._chosen, blank), ValueCodec.INT8, "mask"))
         yield [r for f in followers for p in payloads for r in send_payload(self.job.channel, p, f)]
 
     def _share_failure(self, cause: BaseException) -> CollectiveSteps[None]:
@@ -240,31 +237,21 @@ class TwoLevel(Strategy):
         if not followers:
             return
         payload = self.job.arena.get((self.job.bucket.index, "flag"), HEADER_BYTES + MAX_ERROR_BYTES, torch.uint8)
-        header = self._payload_header()
+        header = vector_header(self.header)
         text = str(cause) if isinstance(cause, (RemoteError, CollectiveMismatch)) else _failed(self.header, cause)
         encode_error(header, text, payload)
         whole = payload[: HEADER_BYTES + header.body_bytes]
         yield [r for f in followers for r in send_payload(self.job.channel, whole, f)]
 
-    def _payload_header(self) -> Header:
-        """Returns the header of a sparse vector of this exchange: it is written as in a sparse allgather."""
-        mine = self.header
-        header = blank_header(mine.rank, mine.world, mine.bucket, mine.step, mine.numel, CollectiveKind.ALLGATHER)
-        header.layout_hash = mine.layout_hash
-        return header
-
-    def _encoded(self, indices: torch.Tensor, values: torch.Tensor, codec: ValueCodec, name: str) -> torch.Tensor:
-        header, arena, nnz = self._payload_header(), self.job.arena, values.numel()
-        header.value_codec, header.index_codec = codec, choose_index_codec(nnz, header.numel)
-        room = max_payload_bytes(header.index_codec, codec, nnz, header.numel)
-        out = arena.get((self.job.bucket.index, name), room, torch.uint8, reserve=2 * room)
-        encode_payload(header, indices, values, out, arena.get("rounding", nnz, torch.float32, reserve=2 * nnz))
-        return out[: HEADER_BYTES + header.body_bytes]
+    def _written(self, pairs: Pairs | None, codec: ValueCodec, name: str) -> torch.Tensor:
+        key = (self.job.bucket.index, name)
+        return write_vector(self.header, pairs, Codecs(codec, None), self.job.arena, key).payload
 
     # --- the others ---------------------------------------------------------------------------------------------
 
     def _follow(self) -> CollectiveSteps[bool]:
         """Receives the result from the leader."""
+        job = self.job
         header, payload = yield from self._receive("result")
         body = payload[HEADER_BYTES:]
         if header.flags & FLAG_ERROR:
@@ -272,22 +259,16 @@ class TwoLevel(Strategy):
             raise AgreedError(RemoteError(bytes(body.numpy()).decode("utf-8", "replace")))
         if header.flags & FLAG_NONFINITE:
             return False
-        self._pairs = self._decoded(header, body, "shared")
+        key = job.bucket.index
+        self._pairs = read_vector(header, payload, job.arena, (key, "result"))
         if self._masking:
             header, payload = yield from self._receive("mask")
-            self._chosen, _ = self._decoded(header, payload[HEADER_BYTES:], "mask")
+            self._chosen, _ = read_vector(header, payload, job.arena, (key, "mask"))
         return True
 
     def _receive(self, name: str) -> CollectiveSteps[tuple[Header, torch.Tensor]]:
         job = self.job
         return receive_payload(job.channel, self._node[0], self.header, job.arena, (job.bucket.index, name))
-
-    def _decoded(self, header: Header, body: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        arena, key, nnz = self.job.arena, self.job.bucket.index, header.nnz
-        indices = arena.get((key, name, "indices"), nnz, torch.uint32, reserve=2 * nnz)
-        values = arena.get((key, name, "values"), nnz, torch.float32, reserve=2 * nnz)
-        decode_body(header, body, indices, values)
-        return indices, values
 
 
 class _Noting(Compressor):

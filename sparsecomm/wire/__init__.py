@@ -29,6 +29,7 @@ from sparsecomm.wire.payload import (
     encode_payload,
     max_payload_bytes,
 )
+from sparsecomm.wire.signs import add_signs, encode_signs, max_signs_bytes, read_spans
 
 __all__ = [
     "FLAG_ERROR",
@@ -42,6 +43,7 @@ __all__ = [
     "CollectiveKind",
     "Header",
     "PartHeader",
+    "add_signs",
     "check_body",
     "choose_index_codec",
     "decode_body",
@@ -49,9 +51,12 @@ __all__ = [
     "encode_error",
     "encode_part",
     "encode_payload",
+    "encode_signs",
     "max_part_bytes",
     "max_payload_bytes",
+    "max_signs_bytes",
     "read_header",
     "read_part_header",
+    "read_spans",
     "write_header",
 ]

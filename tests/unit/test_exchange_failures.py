@@ -330,4 +330,9 @@ def test_the_collective_kinds_are_those_of_the_document() -> None:
         "DENSE": 2,
         "SPLIT_REDUCE": 3,
         "SSAR": 4,
+        "TREE": 7,
+        "POWERSGD": 8,
+        "SIGN": 9,
+        "TWO_LEVEL": 10,
+        "CHOOSING": 11,
     }

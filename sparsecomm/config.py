@@ -27,7 +27,8 @@ class SparseConfig:
     """Options of a `SparseState`.
 
     Attributes:
-        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`.
+        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK` or `Dense`; for comparison `Sign` or
+            `PowerSGD`.
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
             applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
         collective: "auto" (of the next two the one that moves fewer bytes), "allgather", "dense", "split_reduce" (whose

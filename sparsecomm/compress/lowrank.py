@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,7 +92,7 @@ def random_factor(name: str, rank: int, length: int) -> torch.Tensor:
     return torch.randn(rank, length, generator=torch.Generator().manual_seed(seed))
 
 
-def orthonormal(vectors: torch.Tensor, spare: torch.Tensor | None = None) -> None:
+def orthonormal(vectors: torch.Tensor, spare: Callable[[], torch.Tensor] | None = None) -> None:
     """Makes vectors orthonormal, by modified Gram-Schmidt in float64, done twice.
 
     Sums are made in numpy's order, which depends on neither threads nor the width of vector instructions, so that ranks
@@ -99,12 +100,12 @@ def orthonormal(vectors: torch.Tensor, spare: torch.Tensor | None = None) -> Non
 
     Args:
         vectors: float32, shape (r, n), contiguous. Mutated. What depends on those before becomes its spare, or zero.
-        spare: float32, shape (r, n).
+        spare: gives the spares: float32, shape (r, n).
     """
     made = vectors.numpy().astype(np.float64)
     for i in range(len(made)):
         if not _normalize(made, i):
-            made[i] = 0.0 if spare is None else spare[i].numpy()
+            made[i] = 0.0 if spare is None else spare()[i].numpy()
             if not _normalize(made, i):
                 made[i] = 0.0
     vectors.copy_(torch.from_numpy(made))

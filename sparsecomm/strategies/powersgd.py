@@ -12,6 +12,7 @@ steps of one generator, so that any number of buckets may be in flight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -118,9 +119,9 @@ class LowRank(Strategy):
         if known is not None:
             right.copy_(known.right)
         for m, p, q in self._factors(first, right):
-            start = random_factor(m.name, rank, m.cols)
+            start = partial(random_factor, m.name, rank, m.cols)
             if known is None:
-                q.copy_(start)
+                q.copy_(start())
             orthonormal(q, start)
             torch.mm(q, m.of(residual).t(), out=p)
         if matrices:

@@ -119,7 +119,7 @@ class TwoLevel(Strategy):
         self.bare_payload()
         if plan.inner_group is not None and len(self._nodes) > 1:
             members = [channel.world_rank(r) for r in self._node]
-            self._turn = GroupSum(plan.inner_group, members[0], members)
+            self._turn = GroupSum(plan.inner_group, members[0], members, blocking=channel.blocking)
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         """See `Strategy.communicate`."""

@@ -111,10 +111,11 @@ class Channel:
         size: number of ranks.
         one_host: whether all ranks are known to share memory; the same on all ranks.
         nodes: the node of every rank; the same on all ranks.
+        blocking: whether requests wait when they are tested.
         traffic: what this collective sent and received so far.
     """
 
-    __slots__ = ("_tag", "_transport", "nodes", "one_host", "pending", "rank", "size", "traffic")
+    __slots__ = ("_tag", "_transport", "blocking", "nodes", "one_host", "pending", "rank", "size", "traffic")
 
     def __init__(self, transport: Transport, tag: int) -> None:
         self._transport = transport
@@ -123,6 +124,7 @@ class Channel:
         self.size = transport.size
         self.one_host = transport.one_host
         self.nodes = transport.nodes
+        self.blocking = transport.blocking
         self.traffic = Traffic()
         self.pending: list[Request] = []
 

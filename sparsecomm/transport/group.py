@@ -29,16 +29,17 @@ class GroupSum:
         group: the process group.
         root: world rank that receives the sum.
         members: world ranks that are to take part.
+        blocking: whether other requests of the same ranks wait when they are tested: then this must, too.
 
     Raises:
         ConfigError: if these are not the ranks of the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup, root: int, members: Collection[int]) -> None:
+    def __init__(self, group: dist.ProcessGroup, root: int, members: Collection[int], *, blocking: bool) -> None:
         found = dist.get_process_group_ranks(group)
         if set(found) != set(members):
             raise ConfigError(f"inner_group has the ranks {sorted(found)}, the node has {sorted(members)}")
-        self._group, self._root = group, root
+        self._group, self._root, self._blocking = group, root, blocking
         self._queue = _queues.setdefault(group, deque())
         self._queue.append(self)
         self._device = torch.device("cpu")
@@ -72,7 +73,7 @@ class GroupSum:
             raise TransportError(f"the sum over the inner process group failed: {error}") from error
         finally:
             self.leave()
-        return _Summing(work, staged, data)
+        return _Summing(work, staged, data, self._blocking)
 
     def leave(self) -> None:
         """Gives the turn up, if it is still queued."""
@@ -83,13 +84,13 @@ class GroupSum:
 class _Summing:
     """A sum in progress."""
 
-    def __init__(self, work: Any, staged: torch.Tensor, data: torch.Tensor) -> None:
-        self._work, self._staged, self._data = work, staged, data
+    def __init__(self, work: Any, staged: torch.Tensor, data: torch.Tensor, blocking: bool) -> None:
+        self._work, self._staged, self._data, self._blocking = work, staged, data, blocking
 
     def test(self) -> bool:
         if self._work is None:
             return True
-        if not self._work.is_completed():
+        if not self._blocking and not self._work.is_completed():
             return False
         try:
             self._work.wait()

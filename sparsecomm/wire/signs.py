@@ -34,15 +34,16 @@ def encode_signs(header: Header, values: torch.Tensor, spans: Sequence[Span], ou
         out: uint8, at least `max_signs_bytes` long. Mutated.
     """
     count = values.numel() - sum(end - start for start, end in spans)
-    total = float(torch.sum(values.abs(), dtype=torch.float64))
+    total = float(torch.linalg.vector_norm(values, ord=1, dtype=torch.float64)) if count else 0.0
     scale = float(np.float32(total / count)) if count else 0.0
     if scale > 0.0:
         first = SPAN_BYTES * len(spans)
         body = out[HEADER_BYTES:].numpy()
         body[:first] = np.array([[s, e - 1] for s, e in spans], dtype="<u4").reshape(-1).view(np.uint8)
-        bits = np.packbits(np.signbit(values.numpy()), bitorder="little")
-        body[first : first + len(bits)] = bits
-        header.nnz, header.index_bytes, header.value_bytes = values.numel(), first, len(bits)
+        for start in range(0, values.numel(), _BLOCK):
+            bits = np.packbits(np.signbit(values[start : start + _BLOCK].numpy()), bitorder="little")
+            body[first + start // 8 : first + start // 8 + len(bits)] = bits
+        header.nnz, header.index_bytes, header.value_bytes = values.numel(), first, -(-values.numel() // 8)
         header.value_scale = scale
     else:
         header.nnz = header.index_bytes = header.value_bytes = 0

@@ -302,7 +302,7 @@ def test_orthonormal_vectors_replace_what_depends_on_others() -> None:
     vectors, spare = torch.randn(4, 9, generator=g), torch.randn(4, 9, generator=g)
     vectors[1], vectors[3] = 2 * vectors[0], 0.0
     made = vectors.clone()
-    orthonormal(made, spare)
+    orthonormal(made, lambda: spare)
     torch.testing.assert_close(made @ made.t(), torch.eye(4), atol=1e-6, rtol=0)
     orthonormal(vectors)
     assert [float(v.norm().round()) for v in vectors] == [1.0, 0.0, 1.0, 0.0]

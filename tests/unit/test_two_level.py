@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,10 @@ from helpers import (
     assert_restored,
     gradient,
     magnitude,
+    mpirun_command,
     plan,
     rounding_of,
+    run_job,
     same_bits,
     total,
 )
@@ -27,8 +30,10 @@ from hypothesis import strategies as st
 
 from sparsecomm.collectives import choose_leaders_collective, two_level_bytes
 from sparsecomm.compress import MomentumCorrection, ThresholdTopK, TopK
+from sparsecomm.config import SparseConfig
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, ConfigError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import exchange
+from sparsecomm.launch.world import _given_nodes as given_nodes
 from sparsecomm.transport import VirtualWorld
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 
@@ -362,6 +367,46 @@ def test_a_damaged_message_is_an_error_and_nothing_is_half_applied(source: int, 
             if isinstance(outcome, BaseException):
                 scene.assert_untouched(rank)
     raise AssertionError("more messages than there are")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "text", "expected"),
+    [(None, None, None), ([0, 5, 0], "1,1,1", (0, 5, 0)), (None, "0, 0,7", (0, 0, 7)), ((2, 2, 2), None, (2, 2, 2))],
+)
+def test_nodes_are_taken_from_the_call_or_the_environment(
+    monkeypatch: pytest.MonkeyPatch, nodes: Any, text: str | None, expected: Any
+) -> None:
+    monkeypatch.delenv("SPARSECOMM_NODES", raising=False)
+    if text is not None:
+        monkeypatch.setenv("SPARSECOMM_NODES", text)
+    assert given_nodes(nodes, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "text"),
+    [([0, 1], None), ([0, 1, -1], None), ([0, 1, True], None), (None, "0,1"), (None, ""), (None, "0,1,x")],
+)
+def test_nodes_that_are_not_those_of_all_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, nodes: Any, text: str | None
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("SPARSECOMM_NODES", text)
+    with pytest.raises(ConfigError, match=r"(nodes|SPARSECOMM_NODES) = .* is not the node of each of 3 ranks"):
+        given_nodes(nodes, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_given_nodes_reach_every_rank() -> None:
+    code = "import sparsecomm as sc; w = sc.init(); print('nodes', *w.nodes, w.engine.transport.one_host)"
+    job = run_job([*mpirun_command(3), sys.executable, "-c", code], deadline=90, env={"SPARSECOMM_NODES": "0,0,1"})
+    assert job.code == 0, job
+    assert job.out.count("nodes 0 0 1 False") == 3, job
+
+
+def test_an_inner_group_must_be_one() -> None:
+    with pytest.raises(ConfigError, match="inner_group must be a process group"):
+        SparseConfig(collective="two_level", inner_group=[0, 1])  # type: ignore[arg-type]
 
 
 def test_a_world_with_nodes_for_other_ranks_is_refused() -> None:

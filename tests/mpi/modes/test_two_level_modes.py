@@ -63,8 +63,8 @@ def test_nothing_is_lost_and_replicas_agree(world: sc.World, how: str, codec: st
             with torch.no_grad():
                 for p in ledger.model.parameters():
                     p.sub_(0.05 * p.grad)
-            ledger.check()
-            ledger.check_replicas()
+        ledger.check()
+        ledger.check_replicas()
         leads = nodes.index(nodes[world.rank]) == world.rank
         assert (ledger.kept_back > 0) == (leads and len(set(nodes)) > 1)
 
@@ -131,8 +131,8 @@ def test_a_scaler_that_skips_loses_nothing(world: sc.World) -> None:
             skipped += not ledger.step(lambda x=x: scaler.scale(ledger.ddp(x).square().mean()).backward())
             scaler.step(optimizer)
             scaler.update()
-            ledger.check()
-            ledger.check_replicas()
+        ledger.check()
+        ledger.check_replicas()
         assert skipped == 2
 
 

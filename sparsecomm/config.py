@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch.distributed as dist
+
 from sparsecomm.compress import Compressor, ErrorFeedback, Feedback, TopK
 from sparsecomm.compress.base import SparsifyingCompressor
 from sparsecomm.errors import ConfigError
@@ -26,17 +28,20 @@ class SparseConfig:
 
     Attributes:
         compressor: how gradients are sparsified: `TopK`, `ThresholdTopK`, `ChunkTopK`, `RandomK`, `CyclicTopK`,
-            `Dense`, or your own.
+            `Dense`, for comparison `Sign` or `PowerSGD`, or your own.
         feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
             applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
         collective: "auto" (the fastest here, found by measuring; see `SparseState.explain`), "allgather", "dense",
             "split_reduce" (whose bytes do not grow with the number of ranks) or "ssar" (the same without selecting
-            again). With `ChunkTopK` "chunked", with `RandomK` and `CyclicTopK` "shared_index".
+            again), "two_level" (dense inside a node, sparse between nodes) or, for comparison, "tree". With `ChunkTopK`
+            "chunked", with `RandomK` and `CyclicTopK` "shared_index", with `Sign` "sign", with `PowerSGD` "powersgd".
         value_codec: "auto" (fp16 where sparse, fp32 where dense), "fp32", "fp16", "bf16" or "int8" (fp16 where dense);
             what rounding drops stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets of fewer elements are exchanged densely.
         dense_steps: the first steps are exchanged densely.
+        inner_group: for "two_level", the torch process group of this rank's node (NCCL on GPUs), to sum over in the
+            node.
         fuse_bytes: buckets with fewer bytes of gradients are held back until together they have as many, and exchanged
             as one; 0 for never.
 
@@ -52,6 +57,7 @@ class SparseConfig:
     dense_below: int = 0
     dense_steps: int = 0
     fuse_bytes: int = 0
+    inner_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -67,6 +73,8 @@ class SparseConfig:
         self._check_collective()
         _one_of("value_codec", self.value_codec, _VALUE_CODECS)
         _one_of("index_codec", self.index_codec, _INDEX_CODECS)
+        if not (self.inner_group is None or isinstance(self.inner_group, dist.ProcessGroup)):
+            raise ConfigError(f"inner_group must be a process group that this rank is in, got {self.inner_group!r}")
         for name in ("dense_below", "dense_steps", "fuse_bytes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

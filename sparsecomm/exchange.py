@@ -56,7 +56,7 @@ def exchange(
     """
     report = BucketReport(bucket=bucket.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
-    job = Job(channel, bucket, grad, plan, arena, report, settle)
+    job = Job(channel, bucket, grad, plan, arena, report, settle, exchange)
     bucket.settle()
     yield from _run(job, strategy_of(plan.collective)(job))
     report.bytes_sent = channel.traffic.bytes_sent

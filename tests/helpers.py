@@ -66,10 +66,20 @@ def plan(
 class Cluster:
     """P virtual ranks, each with one bucket, its residual, and an arena."""
 
-    def __init__(self, size: int, numel: int, *, residual: bool = True, bucket: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        numel: int,
+        *,
+        residual: bool = True,
+        bucket: int = 0,
+        nodes: Sequence[int] | None = None,
+        shapes: BucketLayout | None = None,
+    ) -> None:
         self.size, self.numel = size, numel
-        self.world = VirtualWorld(size)
-        self.buckets = [Bucket(bucket, layout(numel), torch.zeros(numel) if residual else None) for _ in range(size)]
+        self.world = VirtualWorld(size, nodes)
+        shape = layout(numel) if shapes is None else shapes
+        self.buckets = [Bucket(bucket, shape, torch.zeros(numel) if residual else None) for _ in range(size)]
         self.arenas = [Arena() for _ in range(size)]
 
     @property

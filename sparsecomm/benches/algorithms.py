@@ -6,6 +6,7 @@ dividing are part of what they do. A new one takes part in `bench collectives` b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +65,8 @@ class Case:
     def bucket(self, *, residual: bool) -> Bucket:
         """Returns a bucket of this size, with an empty residual or none."""
         numel = self.work.numel()
-        layout = BucketLayout(("gradient",), ((numel,),), ((1,),))
+        rows = max(r for r in range(1, math.isqrt(numel) + 1) if numel % r == 0)
+        layout = BucketLayout(("gradient",), ((rows, numel // rows),), ((numel // rows, 1),))
         return Bucket(0, layout, torch.zeros(numel) if residual else None)
 
 

@@ -353,3 +353,13 @@ def _ours_dgc(model: nn.Module, density: float) -> Attached:
     return _sparsecomm(
         model, sc.preset("dgc", momentum=0.9).change(density=density, collective="allgather"), momentum=0.0
     )
+
+
+@method("sparsecomm-sign", default=False)
+def _ours_sign(model: nn.Module, density: float) -> Attached:
+    return _sparsecomm(model, sc.SparseConfig(compressor=sc.Sign(), collective="sign"))
+
+
+@method("sparsecomm-powersgd", default=False)
+def _ours_powersgd(model: nn.Module, density: float) -> Attached:
+    return _sparsecomm(model, sc.SparseConfig(compressor=sc.PowerSGD(), collective="powersgd"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from sparsecomm.exchange import Plan, exchange
 from sparsecomm.strategies import strategy_named
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
 from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
 
 __all__ = ["KINDS", "print_table", "run"]
 
@@ -165,15 +167,19 @@ class _Cell:
     def __post_init__(self) -> None:
         strategy = strategy_named(self.name)
         self.compressor = strategy.compressor_at(self.density) if strategy.special else None
+        # What is sent is then made of all of a gradient, and that must be what the selection leaves of it.
+        self.made_of_all = strategy.special or strategy.kind == CollectiveKind.TWO_LEVEL
         self.k = self.wanted if self.compressor is None else self.compressor.k_for(self.numel, 0)
 
     def measure(self, steps: int) -> dict[str, Any]:
         """Exchanges a first step and `steps` others and returns the row."""
-        world = VirtualWorld(self.size, one_host=False)
-        layout = BucketLayout(("weight",), ((self.numel,),), ((1,),))
+        # Each rank on a machine of its own, as the estimates have it.
+        world = VirtualWorld(self.size, range(self.size))
+        rows = max(r for r in range(1, math.isqrt(self.numel) + 1) if self.numel % r == 0)
+        layout = BucketLayout(("weight",), ((rows, self.numel // rows),), ((self.numel // rows, 1),))
         # All ranks write the same average, and where the selection is given none reads gradient or residual, so that
         # one of each serves all.
-        alone = self.size if self.compressor is not None else 1
+        alone = self.size if self.made_of_all else 1
         grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
         residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
         buckets = [Bucket(0, layout, residual) for residual in residuals]
@@ -181,7 +187,7 @@ class _Cell:
         worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
         for step in range(steps + 1):
             selections = [self._selection(rank, step) for rank in range(self.size)]
-            plans = [self._plan(step, grad, s) for grad, s in zip(grads, selections, strict=True)]
+            plans = [self._plan(step, *own) for own in zip(grads, residuals, selections, strict=True)]
             before = [(t.bytes_sent, t.bytes_received) for t in world.traffic]
 
             def make(channel: Channel, plans: list[Plan] = plans) -> CollectiveSteps[object]:
@@ -224,13 +230,14 @@ class _Cell:
             "ok": "MISS" if balance > 1.2 else verdict(words, 3.0),
         }
 
-    def _plan(self, step: int, grad: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor]) -> Plan:
+    def _plan(
+        self, step: int, grad: torch.Tensor, residual: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor]
+    ) -> Plan:
         """How a rank exchanges its selection; ranks that choose together find it in its gradient, which is written."""
-        compressor = self.compressor
-        if compressor is None:
-            compressor = _Given(*selection)
-        else:
+        if self.made_of_all:
+            residual.zero_()
             grad.zero_()[selection[0].to(torch.int64)] = selection[1]
+        compressor = _Given(*selection) if self.compressor is None else self.compressor
         return Plan(step, strategy_named(self.name).kind, compressor, self.k, value_codec=self.codec)
 
     def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:

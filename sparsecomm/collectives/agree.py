@@ -44,6 +44,9 @@ _MORE: dict[CollectiveKind, dict[str, str]] = {
     CollectiveKind.SSAR: {"nnz": "k"},
     CollectiveKind.CHUNKED: {"nnz": "k", "value_codec": "value_codec", "plan": "chunk"},
     CollectiveKind.SHARED_INDEX: {"nnz": "k", "value_codec": "value_codec", "plan": "seed"},
+    CollectiveKind.TREE: {"nnz": "k"},
+    CollectiveKind.POWERSGD: {"nnz": "rank of the matrices", "value_codec": "value_codec"},
+    CollectiveKind.TWO_LEVEL: {"nnz": "k", "value_codec": "value_codec", "plan": "nodes"},
 }
 """Further fields that must match, with what users call them. What is summed on its way must travel alike, and all
 ranks decide by k; a sparse payload says itself what is in it."""
@@ -204,10 +207,10 @@ def _check_match(headers: list[Header]) -> None:
     for h in headers:
         values = ", ".join(f"{names[f]} = {_show(names[f], getattr(h, f))}" for f in differ)
         lines.append(f"rank {h.rank}: {values}")
+    what, first = ", ".join(names[f] for f in differ), headers[0]
     raise AgreedError(
         CollectiveMismatch(
-            f"ranks disagree on {', '.join(names[f] for f in differ)} "
-            f"in bucket {headers[0].bucket} of step {headers[0].step}: "
+            f"ranks disagree on {what} in bucket {first.bucket} of step {first.step}: "
             + "; ".join(lines)
             + ". Do all ranks build the same model, with the same options, and run the same steps?"
         )

@@ -6,6 +6,7 @@ Every rank computes the same answer from the same numbers, so nothing is exchang
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,13 +20,18 @@ from sparsecomm.wire import HEADER_BYTES, PART_HEADER_BYTES, CollectiveKind, cho
 
 __all__ = [
     "DenseAlgorithm",
+    "agreement_bytes",
     "allgather_bytes",
     "choose_collective",
     "choose_dense",
+    "choose_leaders_collective",
+    "dense_allreduce_bytes",
     "dense_ring_bytes",
     "dense_seconds",
     "ring_segment",
     "split_reduce_bytes",
+    "tree_bytes",
+    "two_level_bytes",
 ]
 
 
@@ -146,9 +152,72 @@ def split_reduce_bytes(
     sent = min(region, round(k / size))
     kept = round(region * -math.expm1(size * math.log1p(-k / numel))) if keep_all and k < numel else sent
     parts = sum(PART_HEADER_BYTES + _body_bytes(n, region, value_codec, index_codec) for n in (sent, kept))
-    agreement = HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()
     samples = (1 if keep_all else 2) * 4 * (samples_of(size) + 4) // LIFETIME
-    return agreement + (size - 1) * (parts + ANNOUNCEMENT_BYTES + samples)
+    return agreement_bytes(size) + (size - 1) * (parts + ANNOUNCEMENT_BYTES + samples)
+
+
+def agreement_bytes(size: int) -> int:
+    """Returns the bytes that a rank sends to agree, where headers need not be gathered."""
+    return HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()
+
+
+def dense_allreduce_bytes(numel: int, size: int, wire: ValueCodec) -> int:
+    """Returns the bytes that the busiest rank sends in a dense allreduce between hosts.
+
+    Args:
+        numel: elements of the vector.
+        size: number of ranks.
+        wire: FP32, FP16 or BF16.
+    """
+    algorithm = choose_dense(numel, size, wire, one_host=False)
+    if algorithm == DenseAlgorithm.RING or size == 1:
+        return dense_ring_bytes(numel, size, wire)
+    rounds = size.bit_length() - 1
+    core = 1 << rounds
+    folded = 1 if size > core else 0  # a rank that has taken another's vector sends it the result
+    if algorithm == DenseAlgorithm.DOUBLING:
+        return 4 * numel * (rounds + folded)
+    moved = (4 if wire == ValueCodec.FP32 else 2) * numel
+    return 2 * moved * (core - 1) // core + folded * moved
+
+
+def tree_bytes(k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
+    """Returns the bytes that the busiest rank of a tree is expected to send: the root, which starts the broadcast."""
+    payload = HEADER_BYTES + _body_bytes(k, numel, value_codec, index_codec)
+    return agreement_bytes(size) + (size - 1).bit_length() * payload
+
+
+def two_level_bytes(
+    k: int, numel: int, nodes: Sequence[int], value_codec: ValueCodec, index_codec: IndexCodec | None
+) -> int:
+    """Returns the bytes that the busiest leader of a node is expected to send, of uniform positions.
+
+    Args:
+        k: nonzeros that a leader selects.
+        numel: elements of the bucket.
+        nodes: the node of every rank.
+        value_codec: how values are written between leaders.
+        index_codec: how indices are written between leaders; None for the smallest.
+    """
+    sizes = [nodes.count(n) for n in set(nodes)]
+    if len(sizes) == 1:
+        return agreement_bytes(len(nodes)) + dense_ring_bytes(numel, len(nodes))
+    between = min(f(k, numel, len(sizes), value_codec, index_codec) for f in (allgather_bytes, split_reduce_bytes))
+    kept = k
+    inner = choose_leaders_collective(k, numel, len(sizes), value_codec, index_codec)
+    if inner == CollectiveKind.ALLGATHER and k < numel:
+        kept = round(numel * -math.expm1(len(sizes) * math.log1p(-k / numel)))
+    result = HEADER_BYTES + _body_bytes(kept, numel, ValueCodec.FP32, None)
+    return agreement_bytes(len(nodes)) + between + (max(sizes) - 1) * result
+
+
+def choose_leaders_collective(
+    k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+) -> CollectiveKind:
+    """Returns the sparse collective with the fewest bytes for the leaders of nodes. Arguments as above."""
+    gather = allgather_bytes(k, numel, size, value_codec, index_codec)
+    split = split_reduce_bytes(k, numel, size, value_codec, index_codec)
+    return CollectiveKind.ALLGATHER if gather <= split else CollectiveKind.SPLIT_REDUCE
 
 
 def _body_bytes(nnz: int, numel: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:

@@ -5,10 +5,12 @@ from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, Se
 from sparsecomm.compress.chunks import ChunkTopK, largest_chunks
 from sparsecomm.compress.dense import Dense
 from sparsecomm.compress.feedback import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
+from sparsecomm.compress.lowrank import Matrix, PowerSGD, matrices_of, orthonormal, random_factor
 from sparsecomm.compress.places import Places
 from sparsecomm.compress.residuals import BucketLayout, ResidualStore, check_residuals
 from sparsecomm.compress.schedule import Constant, Density, Geometric, Warmup, density_at
 from sparsecomm.compress.shared import CyclicTopK, RandomK, SharedPositions
+from sparsecomm.compress.signs import Sign
 from sparsecomm.compress.threshold import ThresholdTopK
 from sparsecomm.compress.topk import TopK
 
@@ -26,14 +28,17 @@ __all__ = [
     "ErrorFeedback",
     "Feedback",
     "Geometric",
+    "Matrix",
     "MomentumCorrection",
     "Places",
+    "PowerSGD",
     "RandomK",
     "ResidualStore",
     "Selection",
     "SelectionBuffers",
     "SelectorMemory",
     "SharedPositions",
+    "Sign",
     "Taken",
     "ThresholdTopK",
     "TopK",
@@ -42,6 +47,9 @@ __all__ = [
     "check_residuals",
     "density_at",
     "largest_chunks",
+    "matrices_of",
+    "orthonormal",
+    "random_factor",
     "take_all",
     "take_some",
 ]

@@ -143,8 +143,11 @@ class Taken:
         residual, velocity = self.bucket.residual, self.bucket.velocity
         if self.accumulated and residual is not None and self.source is not None:
             step = self.source if self.momentum is not None else self.grad.to(torch.float32) * self.scale
-            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
-            residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+            if self.nonfinite:
+                # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
+                residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+            else:
+                residual.sub_(step)
             chosen = self.indices.to(torch.int64)
             residual[chosen] = self.values - torch.nan_to_num(step[chosen], nan=0.0, posinf=0.0, neginf=0.0)
         if self.momentum is not None and velocity is not None and self.source is not None:

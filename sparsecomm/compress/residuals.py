@@ -55,6 +55,14 @@ class BucketLayout:
             strides=tuple(tuple(p.stride()) if _is_dense(p) else None for _, p in named),
         )
 
+    def slowest(self, i: int) -> int:
+        """Returns the length of the i-th parameter's dimension that is slowest in memory; all of it, if it has but one.
+
+        Dimensions of length 1 do not count.
+        """
+        order = _memory_order(self.shapes[i], self.strides[i])
+        return self.shapes[i][order[0]] if order else 1
+
 
 def _memory_order(shape: tuple[int, ...], stride: tuple[int, ...] | None) -> tuple[int, ...]:
     """Returns the dimensions from the slowest to the fastest; those of length 1 have no place in it."""

@@ -281,6 +281,7 @@ class SparseState:
             grad_scale=self._grad_scale(),
             held=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
+            inner_group=config.inner_group,
             profiled=torch.autograd.profiler._is_profiler_enabled,
         )
 

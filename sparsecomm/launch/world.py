@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ class World:
         local_rank: rank among those on this node.
         local_size: number of ranks on this node.
         launcher: what started the job.
+        nodes: the node of every rank: ranks of one node have the same number.
         engine: the thread that communicates.
     """
 
@@ -43,6 +45,7 @@ class World:
     local_rank: int
     local_size: int
     launcher: str
+    nodes: tuple[int, ...]
     engine: Engine = field(repr=False)
 
     @property
@@ -91,7 +94,26 @@ def default_timeout() -> float:
     return value
 
 
-def init(*, timeout: float | None = None) -> World:
+def _given_nodes(nodes: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
+    """Returns the node of every rank as the argument or else SPARSECOMM_NODES gives it; None to find it out.
+
+    Raises:
+        ConfigError: if it is not one whole number for every rank.
+    """
+    text = os.environ.get("SPARSECOMM_NODES")
+    what = f"nodes = {nodes!r}"
+    if nodes is None and text is not None:
+        what = f"SPARSECOMM_NODES = {text!r}"
+        nodes = [int(n) if n.strip().isdecimal() else -1 for n in text.split(",")]
+    if nodes is None:
+        return None
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in nodes)
+    if len(nodes) != size or not whole:
+        raise ConfigError(f"{what} is not the node of each of {size} ranks, whole numbers >= 0 such as 0,0,1,1")
+    return tuple(nodes)
+
+
+def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) -> World:
     """Joins the world of this job and brings up torch.distributed if it is not up. Collective.
 
     Works under mpirun, srun, torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, and in plain
@@ -100,10 +122,12 @@ def init(*, timeout: float | None = None) -> World:
 
     Args:
         timeout: seconds a collective may take; SPARSECOMM_TIMEOUT, or 300, if None.
+        nodes: the node of every rank, the same on all ranks, for `collective="two_level"`; SPARSECOMM_NODES, as in
+            "0,0,1,1", if None, else found out: ranks of one node share memory.
 
     Raises:
         LaunchError: if the processes cannot find each other; the message has the fix.
-        ConfigError: if the timeout is not a positive number.
+        ConfigError: if the timeout is not a positive number, or nodes are not those of all ranks.
     """
     if _owned.world is not None:
         if _owned.pid != os.getpid():
@@ -116,11 +140,12 @@ def init(*, timeout: float | None = None) -> World:
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
     launch = detect()
+    given = _given_nodes(nodes, launch.size)
     transport: Transport
     if launch.mpi:
-        transport, local_rank, local_size = _join_mpi(launch, limit)
+        transport, local_rank, local_size = _join_mpi(launch, limit, given)
     elif launch.size > 1:
-        transport, local_rank, local_size = _join_torch(launch, limit)
+        transport, local_rank, local_size = _join_torch(launch, limit, given)
     else:
         if not dist.is_initialized():
             torch_dist.init_solo()
@@ -128,7 +153,9 @@ def init(*, timeout: float | None = None) -> World:
         transport, local_rank, local_size = SoloTransport(), 0, 1
     _check_torch(transport)
     engine = Engine(transport, timeout=limit)
-    _owned.world = World(transport.rank, transport.size, local_rank, local_size, launch.launcher, engine)
+    _owned.world = World(
+        transport.rank, transport.size, local_rank, local_size, launch.launcher, transport.nodes, engine
+    )
     _owned.pid = os.getpid()
     _install_excepthook(transport)
     atexit.register(shutdown)
@@ -180,7 +207,7 @@ def shutdown() -> None:
             import_mpi().Finalize()
 
 
-def _join_mpi(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
+def _join_mpi(launch: Launch, timeout: float, nodes: Sequence[int] | None) -> tuple[Transport, int, int]:
     """Initializes MPI, checks that it is the launcher's, and makes our communicator. Collective."""
     from sparsecomm.transport.mpi import MPITransport, import_mpi
 
@@ -211,14 +238,14 @@ def _join_mpi(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, launch.rank)
     local_rank, local_size = node.Get_rank(), node.Get_size()
     node.Free()
-    transport = MPITransport(comm)
+    transport = MPITransport(comm, nodes)
     if not dist.is_initialized():
         _owned.store = torch_dist.init_over_mpi(comm, local_size, timeout)
         _owned.torch_distributed = True
     return transport, local_rank, local_size
 
 
-def _join_torch(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
+def _join_torch(launch: Launch, timeout: float, nodes: Sequence[int] | None) -> tuple[Transport, int, int]:
     """Uses torch.distributed's own rendezvous and Gloo for our messages. Collective."""
     from sparsecomm.transport.gloo import GlooTransport
 
@@ -226,7 +253,7 @@ def _join_torch(launch: Launch, timeout: float) -> tuple[Transport, int, int]:
         torch_dist.init_from_environment(timeout)
         _owned.torch_distributed = True
     local_rank = launch.rank if launch.local_rank is None else launch.local_rank
-    return GlooTransport(timeout), local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size))
+    return GlooTransport(timeout, nodes), local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size))
 
 
 def _check_torch(transport: Transport) -> None:

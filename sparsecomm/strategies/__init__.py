@@ -1,7 +1,17 @@
 """What the pipeline of a bucket does differently for each collective, one a file, found by name."""
 
 # Importing a strategy registers it.
-from sparsecomm.strategies import allgather, chunked, dense, shared_index, split_reduce  # noqa: F401
+from sparsecomm.strategies import (  # noqa: F401
+    allgather,
+    chunked,
+    dense,
+    powersgd,
+    shared_index,
+    sign,
+    split_reduce,
+    tree,
+    two_level,
+)
 from sparsecomm.strategies.base import Job, Plan, Strategy, blank_header, strategies, strategy_named, strategy_of
 from sparsecomm.strategies.costs import Costs, Estimate
 

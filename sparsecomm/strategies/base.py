@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import Agreement
@@ -62,6 +64,7 @@ class Plan:
         held: spans of parameters that this rank did not use in this step; their memory stays as it is.
         clip_norm: norm that this bucket's gradient is clipped to by momentum correction; None for none.
         profiled: whether torch.profiler is running.
+        inner_group: the torch process group of this rank's node, if two levels are to sum over that within a node.
     """
 
     step: int
@@ -75,11 +78,12 @@ class Plan:
     held: tuple[tuple[int, int], ...] = ()
     clip_norm: float | None = None
     profiled: bool = False
+    inner_group: dist.ProcessGroup | None = None
 
 
 @dataclass(slots=True)
 class Job:
-    """One exchange in progress: what `exchange` was given, and its report."""
+    """One exchange in progress: what `exchange` was given, its report, and `exchange` for a part of the ranks."""
 
     channel: Channel
     bucket: Bucket
@@ -87,7 +91,8 @@ class Job:
     plan: Plan
     arena: Arena
     report: BucketReport
-    settle: bool = True
+    settle: bool
+    exchange: Callable[[Channel, Bucket, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
 
     def keep(self, taken: Taken) -> None:
         """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
@@ -183,6 +188,11 @@ class Strategy(abc.ABC):
         """
 
     @classmethod
+    def compressor_at(cls, density: float) -> Compressor:
+        """Returns a compressor of this density whose selections it can exchange: what benches pair it with."""
+        return TopK(density)
+
+    @classmethod
     def rounds(cls, size: int) -> int:
         """Returns how many times a rank waits for messages one after the other, the agreement included."""
         return 2 * (size - 1).bit_length()
@@ -198,11 +208,6 @@ class Strategy(abc.ABC):
         sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
         compute = costs.exchange + (costs.select + costs.fill) * numel + (costs.encode + costs.decode * size) * k
         return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
-
-    @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """Returns a compressor of this density whose selections it can exchange: what benches pair it with."""
-        return TopK(density)
 
     @abc.abstractmethod
     def take(self) -> Taken:

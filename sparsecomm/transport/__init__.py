@@ -10,6 +10,7 @@ from sparsecomm.transport.base import (
     Transport,
 )
 from sparsecomm.transport.engine import IN_FLIGHT, Engine
+from sparsecomm.transport.group import GroupSum
 from sparsecomm.transport.virtual import VirtualWorld
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Channel",
     "CollectiveSteps",
     "Engine",
+    "GroupSum",
     "Request",
     "SoloTransport",
     "Traffic",

@@ -58,12 +58,17 @@ class Transport(Protocol):
     max_tag: int
     one_host: bool
     """Whether all ranks are known to share memory; the same on all ranks."""
+    nodes: tuple[int, ...]
+    """The node of every rank, as any number that ranks of one node share; the same on all ranks."""
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Starts to send a contiguous uint8 tensor."""
 
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """Starts to receive exactly `buffer.numel()` bytes into a contiguous uint8 tensor."""
+
+    def world_rank(self, rank: int) -> int:
+        """Returns the number that a rank has in the whole world."""
 
     def close(self) -> None:
         """Releases what the transport holds. Called by the communication thread, last."""
@@ -105,10 +110,12 @@ class Channel:
         rank: this rank.
         size: number of ranks.
         one_host: whether all ranks are known to share memory; the same on all ranks.
+        nodes: the node of every rank; the same on all ranks.
+        blocking: whether requests wait when they are tested.
         traffic: what this collective sent and received so far.
     """
 
-    __slots__ = ("_tag", "_transport", "one_host", "pending", "rank", "size", "traffic")
+    __slots__ = ("_tag", "_transport", "blocking", "nodes", "one_host", "pending", "rank", "size", "traffic")
 
     def __init__(self, transport: Transport, tag: int) -> None:
         self._transport = transport
@@ -116,6 +123,8 @@ class Channel:
         self.rank = transport.rank
         self.size = transport.size
         self.one_host = transport.one_host
+        self.nodes = transport.nodes
+        self.blocking = transport.blocking
         self.traffic = Traffic()
         self.pending: list[Request] = []
 
@@ -135,6 +144,20 @@ class Channel:
         self.pending.append(request)
         return request
 
+    def world_rank(self, rank: int) -> int:
+        """Returns the number that a rank of this channel has in the whole world."""
+        return self._transport.world_rank(rank)
+
+    def among(self, ranks: Sequence[int]) -> Channel:
+        """Returns a channel of some of the ranks, numbered from 0 in this order; this rank is one of them.
+
+        It counts into the same traffic and has the same tag: between two ranks, messages of both channels keep their
+        order.
+        """
+        part = Channel(GroupTransport(self._transport, ranks), self._tag)
+        part.traffic, part.pending = self.traffic, self.pending
+        return part
+
 
 class SoloTransport:
     """A world of one: there is nobody to send to."""
@@ -145,6 +168,7 @@ class SoloTransport:
     blocking = False
     max_tag = 2**31 - 1
     one_host = True
+    nodes: tuple[int, ...] = (0,)
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Always raises: no collective sends to itself."""
@@ -153,6 +177,10 @@ class SoloTransport:
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """Always raises: no collective receives from itself."""
         raise TransportError(f"a world of one has no rank {source} to receive from")
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return rank
 
     def close(self) -> None:
         """Nothing to release."""
@@ -182,6 +210,7 @@ class GroupTransport:
         self.name = base.name
         self.blocking = base.blocking
         self.max_tag = base.max_tag
+        self.nodes = tuple(base.nodes[r] for r in ranks)
         self.one_host = base.one_host
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
@@ -191,6 +220,10 @@ class GroupTransport:
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """See `Transport.irecv`."""
         return self._base.irecv(buffer, self._ranks[source], tag)
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return self._base.world_rank(self._ranks[rank])
 
     def close(self) -> None:
         """Left to the world's transport."""

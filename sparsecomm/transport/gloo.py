@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import zlib
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +46,18 @@ class _GlooRequest:
         pass
 
 
+def _machine() -> str:
+    """Returns what tells machines apart; hosts may bear the same name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname() + (boot.read_text() if boot.exists() else "")
+
+
 class GlooTransport:
     """Bytes over the send and receive of a Gloo process group of our own. Creating it is collective.
 
     Args:
         timeout: seconds a message may take.
+        nodes: the node of every rank; found by the machines' boot ids if None.
     """
 
     blocking = True
@@ -54,11 +65,19 @@ class GlooTransport:
     max_tag = 2**31 - 1
     one_host = False  # even within a host the bytes travel over TCP
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, nodes: Sequence[int] | None = None) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._timeout = timeout
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.nodes = self._find_nodes() if nodes is None else tuple(nodes)
+
+    def _find_nodes(self) -> tuple[int, ...]:
+        """Returns a number of every rank's machine. Collective."""
+        mine = torch.tensor([zlib.crc32(_machine().encode())])
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return tuple(int(node) for node in everyone)
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """See `Transport.isend`."""
@@ -77,6 +96,10 @@ class GlooTransport:
         except RuntimeError as error:
             raise TransportError(f"{what} failed: {error}") from error
         return _GlooRequest(work, buffer, what, self._timeout)
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return rank
 
     def close(self) -> None:
         """Left to destroy_process_group."""

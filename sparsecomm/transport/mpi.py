@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,12 +92,13 @@ class MPITransport:
 
     Args:
         comm: an mpi4py intracommunicator; COMM_WORLD if None.
+        nodes: the node of every rank, where ranks of one machine are to pass for ranks of several; found if None.
     """
 
     blocking = False
     name = "mpi"
 
-    def __init__(self, comm: Any = None) -> None:
+    def __init__(self, comm: Any = None, nodes: Sequence[int] | None = None) -> None:
         MPI = import_mpi()
         self.MPI = MPI
         self.status = MPI.Status()  # one for all requests: they are tested by one thread, one after the other
@@ -105,9 +108,18 @@ class MPITransport:
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.max_tag: int = self._comm.Get_attr(MPI.TAG_UB) or 32767
+        self.nodes = self._find_nodes() if nodes is None else tuple(nodes)
+        self.one_host: bool = len(set(self.nodes)) == 1
+
+    def _find_nodes(self) -> tuple[int, ...]:
+        """Returns for every rank the lowest rank that it shares memory with. Collective."""
+        MPI = self.MPI
         beside = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.one_host: bool = beside.Get_size() == self.size
+        lowest, nodes = array("i", [self.rank]), array("i", [0] * self.size)
+        beside.Allreduce(MPI.IN_PLACE, [lowest, MPI.INT], op=MPI.MIN)
         beside.Free()
+        self._comm.Allgather([lowest, MPI.INT], [nodes, MPI.INT])
+        return tuple(nodes)
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """See `Transport.isend`. Messages over 1 GiB go in pieces."""
@@ -122,6 +134,10 @@ class MPITransport:
             (self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)
         ]
         return _MPIRequest(self, pieces, buffer, source, True)
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return rank
 
     def close(self) -> None:
         """Leaves the communicator to MPI_Finalize: freeing it is collective and would wait for failed ranks."""

@@ -75,7 +75,8 @@ class VirtualTransport:
         self._world = world
         self.rank = rank
         self.size = world.size
-        self.one_host = world.one_host
+        self.nodes = world.nodes
+        self.one_host = len(set(world.nodes)) == 1
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Copies the bytes into the receiver's mailbox."""
@@ -85,6 +86,10 @@ class VirtualTransport:
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """Takes the next message of this source and tag when there is one."""
         return _Receiving(self._world.mail, (source, self.rank, tag), buffer)
+
+    def world_rank(self, rank: int) -> int:
+        """See `Transport.world_rank`."""
+        return rank
 
     def close(self) -> None:
         """Nothing to release."""
@@ -99,7 +104,7 @@ class VirtualWorld:
 
     Args:
         size: number of ranks.
-        one_host: whether collectives are to believe that all ranks share memory, or are hosts of a network.
+        nodes: the node of every rank; all on one if None.
 
     Attributes:
         traffic: what each rank sent and received, by rank.
@@ -107,11 +112,13 @@ class VirtualWorld:
             for tests of corruption and loss.
     """
 
-    def __init__(self, size: int, *, one_host: bool = True) -> None:
+    def __init__(self, size: int, nodes: Sequence[int] | None = None) -> None:
         if size < 1:
             raise ConfigError(f"a world needs at least 1 rank, got {size}")
         self.size = size
-        self.one_host = one_host
+        self.nodes = (0,) * size if nodes is None else tuple(nodes)
+        if len(self.nodes) != size:
+            raise ConfigError(f"nodes = {list(self.nodes)} names {len(self.nodes)} of {size} ranks")
         self.mail: _Mail = defaultdict(deque)
         self.traffic = [Traffic() for _ in range(size)]
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None

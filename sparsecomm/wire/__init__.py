@@ -6,6 +6,7 @@ from sparsecomm.wire.header import (
     HEADER_BYTES,
     MAGIC,
     MAX_ERROR_BYTES,
+    SPAN_BYTES,
     VERSION,
     CollectiveKind,
     Header,
@@ -36,6 +37,7 @@ from sparsecomm.wire.positions import (
     max_positions_bytes,
     read_positions_header,
 )
+from sparsecomm.wire.signs import add_signs, encode_signs, max_signs_bytes, read_spans
 
 __all__ = [
     "FLAG_ERROR",
@@ -45,11 +47,13 @@ __all__ = [
     "MAX_ERROR_BYTES",
     "PART_HEADER_BYTES",
     "POSITIONS_HEADER_BYTES",
+    "SPAN_BYTES",
     "VERSION",
     "CollectiveKind",
     "Header",
     "PartHeader",
     "PositionsHeader",
+    "add_signs",
     "check_body",
     "choose_index_codec",
     "decode_body",
@@ -59,11 +63,14 @@ __all__ = [
     "encode_part",
     "encode_payload",
     "encode_positions",
+    "encode_signs",
     "max_part_bytes",
     "max_payload_bytes",
     "max_positions_bytes",
+    "max_signs_bytes",
     "read_header",
     "read_part_header",
     "read_positions_header",
+    "read_spans",
     "write_header",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "HEADER_BYTES",
     "MAGIC",
     "MAX_ERROR_BYTES",
+    "SPAN_BYTES",
     "VERSION",
     "CollectiveKind",
     "Header",
@@ -37,6 +38,8 @@ FLAG_NONFINITE = 1
 FLAG_ERROR = 2
 """The sender failed; the body is its error message in UTF-8."""
 MAX_ERROR_BYTES = 4096
+SPAN_BYTES = 8
+"""First and last element of a span that no signs are sent of."""
 
 _FORMAT = struct.Struct("<4sBBBBBBHIIIIQQQQQQfII")
 HEADER_BYTES = _FORMAT.size
@@ -52,10 +55,22 @@ class CollectiveKind(IntEnum):
     SSAR = 4
     CHUNKED = 5
     SHARED_INDEX = 6
+    TREE = 7
+    POWERSGD = 8
+    SIGN = 9
+    TWO_LEVEL = 10
     CHOOSING = 11  # no exchange of a bucket: ranks choose one
 
 
-_BARE = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR, CollectiveKind.CHUNKED, CollectiveKind.SHARED_INDEX)
+_BARE = (
+    CollectiveKind.SPLIT_REDUCE,
+    CollectiveKind.SSAR,
+    CollectiveKind.CHUNKED,
+    CollectiveKind.SHARED_INDEX,
+    CollectiveKind.TREE,
+    CollectiveKind.POWERSGD,
+    CollectiveKind.TWO_LEVEL,
+)
 """Collectives whose headers have no body, but k and a plan."""
 
 
@@ -74,13 +89,14 @@ class Header:
         step: training step.
         layout_hash: 64-bit hash of the bucket's parameter names and shapes.
         numel: elements in the dense bucket.
-        nnz: nonzeros in the body; where there is none, k.
+        nnz: nonzeros in the body; where there is none, k. Of signs, 0 if all is zero, else numel.
         index_bytes: length of the index part of the body.
         value_bytes: length of the value part of the body.
-        value_scale: factor on decoded FP16 values; 1 otherwise.
+        value_scale: factor on decoded FP16 values and on signs; 1 otherwise.
         body_crc: CRC32C of the body.
         plan: how the sender is going to proceed. In a split-reduce, tag of its regions, 0 if it has none; chunked, the
-            elements of a chunk; with shared indices, 1 + the seed of their sample, 0 if a rank leads.
+            elements of a chunk; with shared indices, 1 + the seed of their sample, 0 if a rank leads; in PowerSGD, tag
+            of the factors that it starts from, 0 if it has none; on two levels, tag of the nodes.
     """
 
     flags: int
@@ -208,7 +224,8 @@ def _check_sizes(h: Header) -> None:
         raise WireError("nnz", h.nnz, f"more than numel = {h.numel}")
     if not (math.isfinite(h.value_scale) and h.value_scale > 0.0):
         raise WireError("value_scale", h.value_scale, "must be finite and positive")
-    if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0:
+    signs = h.collective == CollectiveKind.SIGN and not h.flags & FLAG_ERROR
+    if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0 and not signs:
         raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
     if h.plan and h.collective not in _BARE:
         raise WireError("plan", h.plan, f"{h.collective.name} has none")
@@ -221,6 +238,9 @@ def _check_sizes(h: Header) -> None:
     if h.collective in _BARE:
         _at_most(h, f"{h.collective.name}, whose values follow later,", index_bytes=0, value_bytes=0)
         return
+    if signs:
+        _check_signs(h)
+        return
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
         raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")
     most = kernels.max_index_bytes(h.index_codec, h.nnz, h.numel)
@@ -229,6 +249,18 @@ def _check_sizes(h: Header) -> None:
     values = kernels.max_value_bytes(h.value_codec, h.nnz)
     if h.value_bytes != values:
         raise WireError("value_bytes", h.value_bytes, f"{h.value_codec.name} needs {values} for nnz = {h.nnz}")
+
+
+def _check_signs(h: Header) -> None:
+    """A body of signs is there whole or not at all; its index bytes are spans that are not sent."""
+    if h.nnz not in (0, h.numel):
+        raise WireError("nnz", h.nnz, f"signs are of all {h.numel} elements or of none")
+    if h.value_bytes != -(-h.nnz // 8):
+        raise WireError("value_bytes", h.value_bytes, f"{h.nnz} signs need {-(-h.nnz // 8)}")
+    if h.index_bytes % SPAN_BYTES or h.index_bytes > SPAN_BYTES * -(-h.nnz // 2):
+        raise WireError("index_bytes", h.index_bytes, f"not spans of {SPAN_BYTES} bytes among {h.nnz} elements")
+    if (h.value_codec, h.index_codec) != (ValueCodec.FP32, IndexCodec.RAW):
+        raise WireError("value_codec", h.value_codec, "signs are written in one way, which is called fp32 and raw")
 
 
 def _at_most(h: Header, what: str, **limits: int) -> None:

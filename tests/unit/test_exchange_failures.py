@@ -332,5 +332,9 @@ def test_the_collective_kinds_are_those_of_the_document() -> None:
         "SSAR": 4,
         "CHUNKED": 5,
         "SHARED_INDEX": 6,
+        "TREE": 7,
+        "POWERSGD": 8,
+        "SIGN": 9,
+        "TWO_LEVEL": 10,
         "CHOOSING": 11,
     }

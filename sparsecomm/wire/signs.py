@@ -1,0 +1,100 @@
+"""Signs: a header with the scale, spans that are not sent, and one bit an element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sparsecomm.errors import WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.wire.header import HEADER_BYTES, SPAN_BYTES, Header, write_header
+from sparsecomm.wire.payload import check_body
+
+__all__ = ["add_signs", "encode_signs", "max_signs_bytes", "read_spans"]
+
+_BLOCK = 1 << 16  # elements: what is unpacked is added while it is in the cache
+
+Span = tuple[int, int]
+
+
+def max_signs_bytes(numel: int, spans: int) -> int:
+    """Returns the length of a payload of signs in bytes, header included."""
+    return HEADER_BYTES + SPAN_BYTES * spans + -(-numel // 8)
+
+
+def encode_signs(header: Header, values: torch.Tensor, spans: Sequence[Span], out: torch.Tensor) -> None:
+    """Writes the signs of all values and their mean magnitude; nothing but the header if all are zero.
+
+    Args:
+        header: of a SIGN exchange. Mutated: lengths, nnz, scale and checksum are filled in.
+        values: float32, shape (header.numel,), finite, zero within the spans.
+        spans: first element and one past the last of what is not sent, ascending, apart, not empty.
+        out: uint8, at least `max_signs_bytes` long. Mutated.
+    """
+    count = values.numel() - sum(end - start for start, end in spans)
+    total = float(torch.linalg.vector_norm(values, ord=1, dtype=torch.float64)) if count else 0.0
+    scale = float(np.float32(total / count)) if count else 0.0
+    if scale > 0.0:
+        first = SPAN_BYTES * len(spans)
+        body = out[HEADER_BYTES:].numpy()
+        body[:first] = np.array([[s, e - 1] for s, e in spans], dtype="<u4").reshape(-1).view(np.uint8)
+        for start in range(0, values.numel(), _BLOCK):
+            bits = np.packbits(np.signbit(values[start : start + _BLOCK].numpy()), bitorder="little")
+            body[first + start // 8 : first + start // 8 + len(bits)] = bits
+        header.nnz, header.index_bytes, header.value_bytes = values.numel(), first, -(-values.numel() // 8)
+        header.value_scale = scale
+    else:
+        header.nnz = header.index_bytes = header.value_bytes = 0
+        header.value_scale = 1.0
+    header.body_crc = kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + header.body_bytes])
+    write_header(header, out)
+
+
+def read_spans(header: Header, body: torch.Tensor) -> list[Span]:
+    """Checks a body and returns the spans that are not in it.
+
+    Raises:
+        WireError: names field, value, sender and bucket.
+    """
+    check_body(header, body)
+    where = {"rank": header.rank, "bucket": header.bucket}
+    pairs = np.frombuffer(body[: header.index_bytes].numpy().tobytes(), dtype="<u4").reshape(-1, 2)
+    spans, end = [], 0
+    for first, last in pairs.tolist():
+        if not end <= first <= last < header.numel:
+            raise WireError("span", (first, last), f"not after {end - 1} and below {header.numel}", **where)
+        end = last + 1
+        spans.append((first, end))
+    if header.numel % 8 and header.value_bytes and int(body[-1]) >> header.numel % 8:
+        raise WireError("padding", int(body[-1]), "bits after the last sign must be zero", **where)
+    return spans
+
+
+def add_signs(
+    header: Header, body: torch.Tensor, spans: Sequence[Span], out: torch.Tensor, *, sub: bool = False
+) -> None:
+    """Adds scale times sign to every element outside the spans.
+
+    Args:
+        header: of the payload.
+        body: uint8, checked by `read_spans`.
+        spans: what that returned.
+        out: float32, shape (header.numel,). Mutated.
+        sub: subtract instead.
+    """
+    if not header.nnz:
+        return
+    packed = body[header.index_bytes :].numpy()
+    bits_of_scale = int(np.float32(-header.value_scale if sub else header.value_scale).view(np.int32))
+    for start in range(0, header.numel, _BLOCK):
+        end = min(start + _BLOCK, header.numel)
+        bits = np.unpackbits(packed[start // 8 : -(-end // 8)], count=end - start, bitorder="little")
+        # The sign is the highest bit of a float.
+        term = torch.from_numpy(bits).to(torch.int32).bitwise_left_shift_(31).bitwise_xor_(bits_of_scale)
+        values = term.view(torch.float32)
+        for first, last in spans:
+            if first < end and last > start:
+                values[max(first - start, 0) : last - start] = 0.0
+        out[start:end].add_(values)

@@ -82,7 +82,7 @@ compressors = st.one_of(
 
 
 @given(situations, compressors, st.sampled_from(ValueCodec), st.sampled_from(INDEX_CODECS))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_steps_conserve_and_replicas_agree(
     situation: Situation, compressor: Compressor, value_codec: ValueCodec, index_codec: IndexCodec | None
 ) -> None:
@@ -130,6 +130,7 @@ def test_everything_in_fp32_equals_the_dense_sum(situation: Situation, compresso
     codec=st.sampled_from(ValueCodec),
     compressor=compressors,
 )
+@settings(max_examples=15)
 def test_momentum_correction_conserves_and_masks(
     size: int, momentum: float, nesterov: bool, codec: ValueCodec, compressor: Compressor
 ) -> None:

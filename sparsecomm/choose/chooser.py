@@ -158,9 +158,7 @@ class Chooser:
         return explain(self)
 
     def _rule_of_thumb(self, numel: int, k: int) -> Candidate:
-        config, only = self.config, self.config.compressor.collectives
-        if only:
-            return candidates(config)[0]
+        config = self.config
         kind = choose_collective(k, numel, self.size, config.values, config.indices, dense_codec=config.dense_values)
         return Candidate(kind, config.dense_values if kind == CollectiveKind.DENSE else config.values)
 

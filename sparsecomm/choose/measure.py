@@ -43,7 +43,7 @@ def measure(
     Args:
         channel: the ranks.
         step: training step, so that ranks which are elsewhere are found out.
-        compressor: selects; one that a special collective needs is stood in for by `TopK`.
+        compressor: selects.
         density: fraction that is selected.
         arena: gives the buffers.
 

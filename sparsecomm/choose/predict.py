@@ -36,13 +36,11 @@ class Candidate:
 
 
 def candidates(config: SparseConfig) -> list[Candidate]:
-    """Returns what "auto" chooses from: collectives that can exchange what the compressor makes, and no compression.
+    """Returns what "auto" chooses from: collectives that exchange what any compressor selects, and no compression.
 
     Dense in 16 bits competes where its rounding is kept (with feedback) and the value codec allows it.
     """
-    only = config.compressor.collectives
-    known = strategies()
-    sparse = [known[name] for name in only] if only else [s for s in known.values() if s.competes and not s.special]
+    sparse = [s for s in strategies().values() if s.competes and not s.special]
     found = [Candidate(s.kind, config.values) for s in sparse if s.kind != CollectiveKind.DENSE]
     dense = [config.dense_values]
     if config.feedback is not None and config.value_codec == "auto":

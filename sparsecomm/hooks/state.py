@@ -206,7 +206,7 @@ class SparseState:
         """Lets `collective="auto"` go on: collective in the steps in which it measures or decides."""
         size = here.size if ranks is None else len(ranks)
         config = self.config
-        if config.collective != "auto" or config.compressor.is_dense or size == 1 or step < config.dense_steps:
+        if config.collective_kind is not None or config.compressor.is_dense or size == 1 or step < config.dense_steps:
             return
         if self._chooser is None or self._chooser.size != size:
             self._chooser = Chooser(config, size)
@@ -293,7 +293,7 @@ class SparseState:
         config, dense = self.config, Candidate(CollectiveKind.DENSE, self.config.dense_values)
         if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
             return dense
-        if config.collective == "auto" and self._chooser is not None:
+        if self._chooser is not None:
             return self._chooser.choose(index, numel, k)
         kind = config.collective_kind or CollectiveKind.ALLGATHER  # auto among one rank: nothing is sent
         return dense if kind == CollectiveKind.DENSE else Candidate(kind, config.values)
@@ -318,10 +318,13 @@ class SparseState:
 
     def explain(self) -> str:
         """Returns why buckets are exchanged as they are: a table of what was predicted, measured and chosen."""
+        config, only = self.config, self.config.compressor.collectives
         if self._chooser is not None:
             return self._chooser.explain()
-        if self.config.collective != "auto":
-            return f"collective={self.config.collective!r} was given: nothing is chosen"
+        if config.collective != "auto":
+            return f"collective={config.collective!r} was given: nothing is chosen"
+        if only:
+            return f"{type(config.compressor).__name__} needs collective={only[0]!r}: nothing is chosen"
         return "nothing is chosen: there was no exchange yet that more than one rank takes part in"
 
     def is_settled(self) -> bool:

@@ -12,6 +12,7 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 
 from importlib.metadata import PackageNotFoundError, version
 
+from sparsecomm import ps
 from sparsecomm.compress import (
     AdamCorrection,
     Compressor,
@@ -75,6 +76,7 @@ __all__ = [
     "init",
     "is_initialized",
     "preset",
+    "ps",
     "reshard",
     "shutdown",
     "sparse_hook",

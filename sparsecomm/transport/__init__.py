@@ -10,6 +10,7 @@ from sparsecomm.transport.base import (
     Transport,
 )
 from sparsecomm.transport.engine import Engine
+from sparsecomm.transport.post import Post, VirtualOffice
 from sparsecomm.transport.virtual import VirtualWorld
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Channel",
     "CollectiveSteps",
     "Engine",
+    "Post",
     "Request",
     "SoloTransport",
     "Traffic",
     "Transport",
+    "VirtualOffice",
     "VirtualWorld",
 ]

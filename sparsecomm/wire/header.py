@@ -44,12 +44,14 @@ _HEADER_CRC_OFFSET = HEADER_BYTES - 4
 
 
 class CollectiveKind(IntEnum):
-    """Which collective a payload belongs to."""
+    """What a payload belongs to: a collective, or a worker's push to or pull from a parameter server."""
 
     ALLGATHER = 1
     DENSE = 2
     SPLIT_REDUCE = 3
     SSAR = 4
+    PUSH = 5
+    PULL = 6
 
 
 _WITH_PLAN = (CollectiveKind.SPLIT_REDUCE, CollectiveKind.SSAR)

@@ -110,7 +110,7 @@ HOSTILE: list[tuple[int, str, Any, str]] = [
     (5, "B", 4, "flags"),
     (5, "B", 0x81, "flags"),
     (6, "B", 0, "collective"),
-    (6, "B", 5, "collective"),
+    (6, "B", 7, "collective"),
     (6, "B", int(CollectiveKind.SPLIT_REDUCE), "index_bytes"),
     (6, "B", int(CollectiveKind.SSAR), "index_bytes"),
     (7, "B", 4, "value_codec"),

@@ -131,9 +131,10 @@ class Copies:
         """Hands a copy over, because its owner has died."""
         return self._kept.pop(index, (None, None))[1]
 
-    def peek(self, index: int) -> Shard:
-        """Returns a copy."""
-        return self._kept[index][1]
+    @property
+    def shards(self) -> dict[int, Shard]:
+        """The copies, by index."""
+        return {index: copy for index, (_, copy) in self._kept.items()}
 
 
 def apply_event(replica: Shard, event: torch.Tensor, world: int) -> None:

@@ -14,7 +14,6 @@ from sparsecomm.transport.mpi import import_mpi
 
 __all__ = ["MPIPost", "ulfm_problem"]
 
-_TAG = 1
 _TAKE = 1 << 30  # MPI counts are C ints in most libraries
 _LOOK_SECONDS = 0.005  # between two questions who has died: asking costs about as much as a probe
 
@@ -33,14 +32,20 @@ def ulfm_problem() -> str | None:
 
 
 class MPIPost:
-    """See `Post`. Must be created on all ranks together (it duplicates COMM_WORLD)."""
+    """See `Post`. Every rank must create as many: the n-th ones talk to each other, by their tag.
+
+    On COMM_WORLD itself: making a communicator is collective, and a rank that dies in it would take the others along.
+    """
+
+    _made = 0
 
     def __init__(self) -> None:
         MPI = import_mpi()
         self.MPI = MPI
-        self._comm = MPI.COMM_WORLD.Dup()
-        for comm in (MPI.COMM_WORLD, self._comm):
-            comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self._comm = MPI.COMM_WORLD
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        MPIPost._made += 1
+        self._tag = MPIPost._made
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.fault_tolerant = ulfm_problem() is None
@@ -61,7 +66,7 @@ class MPIPost:
         if dest in self._lost:
             return
         try:
-            request = self._comm.Isend((self._view(message), self.MPI.BYTE), dest, _TAG)
+            request = self._comm.Isend((self._view(message), self.MPI.BYTE), dest, self._tag)
         except self.MPI.Exception as error:
             self._failed(error, f"send of {message.numel()} bytes to rank {dest}")
             return
@@ -91,7 +96,7 @@ class MPIPost:
     def _probe(self) -> bool:
         """Starts to receive the next message, if there is one."""
         try:
-            found = self._comm.Improbe(self.MPI.ANY_SOURCE, _TAG, self._status)
+            found = self._comm.Improbe(self.MPI.ANY_SOURCE, self._tag, self._status)
         except self.MPI.Exception as error:
             self._failed(error, "probe")
             return False

@@ -162,7 +162,9 @@ def _join(fault_tolerant: bool | None) -> Post:
     MPI = import_mpi()
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
-        atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
+        # With a rank dead, MPI_Finalize hangs now and then; one may die in it, too. ULFM does not mind its absence.
+        if ulfm_problem() is not None:
+            atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
     world = MPI.COMM_WORLD.Get_size()
     if world != detect().size:
         raise LaunchError(

@@ -47,6 +47,12 @@ class Roster:
         away = self.lost | self.ended | {self.rank}
         return next((r for r in ring(self.servers, shard) if r not in away), None)
 
+    def inherits(self, shard: int) -> bool:
+        """Returns whether this server answers for a shard because the one before it died at work."""
+        before = ring(self.servers, shard)
+        before = before[: before.index(self.rank)]
+        return self.owner(shard) == self.rank and bool(before) and not self.ended.intersection(before)
+
     @property
     def living_workers(self) -> list[int]:
         """Ranks of workers that are neither dead nor gone."""

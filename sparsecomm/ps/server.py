@@ -120,11 +120,11 @@ class Server:
 
     def turn(self) -> bool:
         """Handles what has arrived and who has died; returns whether there was anything."""
-        moved = self._bury()
+        moved = False
         while (arrived := self.post.receive()) is not None:
             moved = True
             self._take(*arrived)
-            self._bury()
+        moved |= self._bury()  # last: who has said all that it had to say may well be gone
         self._look_at_held()
         self._end()
         return moved
@@ -172,9 +172,11 @@ class Server:
             return False
         fresh, self.roster.lost = sorted(lost - self.roster.lost), lost
         for rank in fresh:
-            self.events.append(f"{'server' if rank in self.options.servers else 'worker'} rank {rank} died")
+            if rank not in self.roster.left | self.roster.ended:
+                role = "server" if rank in self.options.servers else "worker"
+                self.events.append(f"{role} rank {rank} died")
         for shard in range(len(self.options.servers)):
-            if self.roster.owner(shard) == self.post.rank and shard not in self._served:
+            if shard not in self._served and self.roster.inherits(shard):
                 self._take_over(shard)
         for shard, served in self._served.items():
             for rank in fresh:

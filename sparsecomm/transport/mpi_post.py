@@ -99,7 +99,7 @@ class MPIPost:
             found = self._comm.Improbe(self.MPI.ANY_SOURCE, self._tag, self._status)
         except self.MPI.Exception as error:
             self._failed(error, "probe")
-            return False
+            return self._probe()  # that death is acknowledged now; messages may have come before it
         if found is None:
             return False
         message = torch.empty(self._status.Get_count(self.MPI.BYTE), dtype=torch.uint8)

@@ -37,7 +37,7 @@ ULFM = ["--with-ft", "ulfm", "--mca", "pml", "ob1"]
 STEPS = 30
 DENSITY = 0.1
 PAUSE = 0.02
-DEADLINE = 120.0  # seconds for a whole job, most of which is starting Python
+DEADLINE = 60.0  # seconds for a whole job, most of which is starting Python
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,13 @@ def run(trial: Trial) -> str:
         command = mpirun_command(trial.workers + trial.servers)
         command[1:1] = ULFM
         options = {"folder": folder, "servers": trial.servers, "steps": STEPS, "mode": trial.mode, "pull": trial.pull}
-        options |= {"density": DENSITY, "kill": trial.rank, "after": trial.after, "pause": PAUSE}
+        options |= {
+            "density": DENSITY,
+            "kill": trial.rank,
+            "after": trial.after,
+            "pause": PAUSE,
+            "timeout": DEADLINE / 3,
+        }
         command += [sys.executable, str(HERE / "jobs" / "small.py")]
         command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
         with (folder / "output").open("w+") as output:

@@ -7,6 +7,7 @@ its pushes were acknowledged.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import signal
 import sys
@@ -102,6 +103,7 @@ def main() -> int:
     mpi4py.rc.initialize = False
     torch.set_num_threads(1)
     options = parse()
+    faulthandler.dump_traceback_later(2 * options.timeout)  # where it hangs, should it hang
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     if rank == options.kill:
         kill_later(options.after)

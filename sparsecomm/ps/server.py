@@ -154,6 +154,8 @@ class Server:
         if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
             self._held.append(_Held(self.options.now(), source, message))
             return
+        if kind not in ms.FROM_SERVERS and envelope.shard not in self._served:
+            self._take_over(envelope.shard)  # its owner had done all its work, but this worker has not heard of it
         self._handlers[kind](envelope, body)
 
     def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from sparsecomm.arena import Arena
 from sparsecomm.compress import Compressor, Taken
 from sparsecomm.config import SparseConfig
-from sparsecomm.errors import ConfigError, LaunchError, StateError
+from sparsecomm.errors import ConfigError, LaunchError, RemoteError, StateError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.ps import messages as ms
 from sparsecomm.ps.client import Client, Link, Steps
@@ -263,7 +264,9 @@ class Worker:
         body = ms.text(why)
         for part in self._parts:
             self._client.ask(Kind.BYE, part.spec.index, body)
-        yield from self._client.wait(Kind.BYE)
+        # Everything is acknowledged: servers that are gone before they hear of it take nothing along.
+        with contextlib.suppress(RemoteError):
+            yield from self._client.wait(Kind.BYE)
 
     # --- pushing ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -64,10 +65,11 @@ class Checkpoints:
 
     def _prune(self, shard: Shard) -> None:
         """Removes this shard's files of versions older than those kept."""
-        complete = [v for v in _versions(Path(self.folder)) if _complete(v)]
-        for folder in complete[: -self.keep]:
+        versions = _versions(Path(self.folder))
+        complete = [v for v in versions if _complete(v)]
+        for folder in versions[: versions.index(complete[-self.keep])] if len(complete) >= self.keep else ():
             (folder / _name(shard)).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # another shard's server has a file there, or was faster
                 folder.rmdir()
 
 
@@ -83,7 +85,10 @@ def _versions(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> dict[int, tuple[int, Path]]:
     """Returns each shard's number of shards and file, by index."""
-    matches = ((_FILE.fullmatch(p.name), p) for p in folder.iterdir()) if folder.is_dir() else ()
+    try:
+        matches = [(_FILE.fullmatch(p.name), p) for p in folder.iterdir()]
+    except FileNotFoundError:  # another server has just removed an old version
+        return {}
     return {int(m[1]): (int(m[2]), p) for m, p in matches if m}
 
 

@@ -19,8 +19,8 @@ from sparsecomm.launch import default_timeout, detect, is_initialized
 from sparsecomm.ps.checkpoint import Checkpoints
 from sparsecomm.ps.client import Link, Steps
 from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
-from sparsecomm.ps.server import Server, ServerOptions
-from sparsecomm.ps.shard import OptimizerFactory, Rules
+from sparsecomm.ps.server import Server
+from sparsecomm.ps.shard import OptimizerFactory, Rules, ServerOptions
 from sparsecomm.ps.worker import Worker, set_current_link
 from sparsecomm.transport import Post
 from sparsecomm.types import ValueCodec

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from time import monotonic
 
 import torch
 
@@ -14,35 +13,16 @@ from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.payloads import Selected, decode
 from sparsecomm.ps.replica import Copies, Mirror
 from sparsecomm.ps.roster import Roster
-from sparsecomm.ps.shard import Rules, Shard
+from sparsecomm.ps.shard import Rules, ServerOptions, Shard
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.transport import Post
 from sparsecomm.wire import CollectiveKind
 
-__all__ = ["Server", "ServerOptions"]
+__all__ = ["Server"]
 
 _PATIENCE = 10.0  # seconds that a message for another server's shard is kept, in case that server turns out to be dead
 
 HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """What a server does beside serving.
-
-    Attributes:
-        servers: ranks of all servers, by index.
-        replicate: whether each shard is kept on the next server, too.
-        restore: gives a new shard its checkpoint, if there is one.
-        saved: called with a shard after every update of it; may save it.
-        now: seconds, monotonic.
-    """
-
-    servers: tuple[int, ...]
-    replicate: bool
-    restore: Callable[[Shard], None] | None = None
-    saved: Callable[[Shard], None] | None = None
-    now: Callable[[], float] = monotonic
 
 
 @dataclass

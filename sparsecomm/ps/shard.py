@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from sparsecomm.ps.sharding import Piece, ShardSpec
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
-__all__ = ["OptimizerFactory", "Rules", "Shard", "Tally"]
+__all__ = ["OptimizerFactory", "Rules", "ServerOptions", "Shard", "Tally"]
 
 OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 """Makes the optimizer of a shard from its 1-D pieces of parameters, which have `ps_name` and `ps_shape`."""
@@ -68,6 +69,25 @@ class Tally:
     nonfinite: int = 0
     stale: int = 0
     stalest: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What a server does beside serving.
+
+    Attributes:
+        servers: ranks of all servers, by index.
+        replicate: whether each shard is kept on the next server, too.
+        restore: gives a new shard its checkpoint, if there is one.
+        saved: called with a shard after every update of it; may save it.
+        now: seconds, monotonic.
+    """
+
+    servers: tuple[int, ...]
+    replicate: bool
+    restore: Callable[[Shard], None] | None = None
+    saved: Callable[[Shard], None] | None = None
+    now: Callable[[], float] = monotonic
 
 
 class Shard:

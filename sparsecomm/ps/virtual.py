@@ -7,8 +7,8 @@ from typing import Any
 
 from sparsecomm.errors import CommTimeout
 from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.server import Server, ServerOptions
-from sparsecomm.ps.shard import Rules
+from sparsecomm.ps.server import Server
+from sparsecomm.ps.shard import Rules, ServerOptions
 from sparsecomm.transport import VirtualOffice
 
 __all__ = ["VirtualJob"]

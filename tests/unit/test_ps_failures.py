@@ -66,7 +66,7 @@ def shards_of(job: VirtualJob) -> dict[int, Any]:
 
 
 def check(job: VirtualJob, victim: int | None, acknowledged: dict[int, int]) -> None:
-    """Every shard is there and holds the pushes that it counts: all of the living, the acknowledged ones of the dead."""
+    """Every shard is there and holds what it counts: all pushes of the living, the acknowledged ones of the dead."""
     shards = shards_of(job)
     assert sorted(shards) == list(range(len(job.servers)))
     workers = job.rules.workers

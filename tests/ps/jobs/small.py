@@ -1,7 +1,7 @@
 """A small job whose workers write down all that they push, so that servers can be held to it after deaths.
 
-Run by tests/ps/chaos.py, under mpirun. Every server that is left writes the shards that it has, every worker how many of
-its pushes were acknowledged.
+Run by tests/ps/chaos.py, under mpirun. Every server that is left writes the shards that it has, every worker how many
+of its pushes were acknowledged.
 """
 
 from __future__ import annotations
@@ -35,6 +35,26 @@ class Model(torch.nn.Module):
         self.tensors = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(s, generator=g)) for s in SIZES)
 
 
+class PlainSGD:
+    """SGD with rate 1. Torch's optimizers load torch._dynamo, which takes longer than all the rest of this job."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters, "lr": 1.0}]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Subtracts the gradients."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""
+
+
 def gradient(worker: int, step: int, numel: int) -> torch.Tensor:
     """The made-up gradient of a worker's step, flat."""
     return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * worker + step))
@@ -51,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kill", type=int, default=-1, help="rank that kills itself")
     parser.add_argument("--after", type=float, default=0.0, help="seconds after MPI is up")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
+    parser.add_argument("--tolerant", action="store_true", help="insist on ULFM")
     parser.add_argument("--timeout", type=float, default=30.0)
     return parser.parse_args()
 
@@ -69,7 +90,7 @@ def kill_later(seconds: float) -> None:
 
 
 def train(options: argparse.Namespace, worker: int, size: int) -> None:
-    """Pushes made-up gradients and notes how many pushes were acknowledged by all servers, where it outlives a death."""
+    """Pushes made-up gradients and notes, where it outlives a death, how many all servers have acknowledged."""
     model = Model()
     log = np.memmap(options.folder / f"worker-{worker}.log", np.int64, "w+", shape=(2,))
     client = sc.ps.Worker(model, sc.TopK(options.density))
@@ -110,9 +131,10 @@ def main() -> int:
     out = sc.ps.run(
         lambda worker, size: train(options, worker, size),
         servers=options.servers,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        optimizer=PlainSGD,
         mode=MODES[options.mode],
         pull=sc.TopK(options.pull) if options.pull else None,
+        fault_tolerant=True if options.tolerant else None,
         timeout=options.timeout,
     )
     if out.server is not None:

@@ -65,6 +65,7 @@ def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.
         vectors = [p for p in pieces if len(p.ps_shape) < 2]
         name = "weight_decay" if adam else "decay"
         groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]
+        groups = [group for group in groups if group["params"]]  # a shard may hold no matrix
         if adam:
             return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, options.ADAM_BETA2), fused=True)
         return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)

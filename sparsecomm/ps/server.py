@@ -32,7 +32,6 @@ class _Hello:
     worker: int
     layout: ModelLayout
     values: str
-    text: str
 
 
 @dataclass
@@ -177,7 +176,7 @@ class Server:
     def _serve(self, shard: Shard) -> None:
         index = shard.spec.index
         served = self._served[index] = _Served(shard, Mirror(self.post, index))
-        shard.on_version = self.options.saved
+        shard.on_version = self._save
         served.mirror.moved(self.roster.backup(index), shard)
         for worker in self.rules.workers:
             if worker in self.roster.lost:
@@ -234,8 +233,7 @@ class Server:
             raise WireError("job", text, f"this server runs {expected}", rank=worker)
         first = self._hello
         if first is None:
-            layout.shard(self.index, len(self.options.servers))
-            first = self._hello = _Hello(worker, layout, said["values"], text)
+            first = _Hello(worker, layout, said["values"])
         if layout != first.layout:
             raise WireError(
                 "model", first.layout.difference(layout), f"as worker rank {first.worker} has it", rank=worker
@@ -244,6 +242,7 @@ class Server:
             reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
             raise WireError("initial values", said["values"], reason, rank=worker)
         self._begin(envelope.shard, first.layout)
+        self._hello = first
         served = self._served[envelope.shard]
         if worker not in served.greeted:
             served.greeted.append(worker)
@@ -281,6 +280,14 @@ class Server:
             served.mirror.snapshot(served.shard)
         self._acknowledge(served, envelope)
         self._flow(served)
+
+    def _save(self, shard: Shard) -> None:
+        """Lets a new version be saved. A full disk must not end training."""
+        try:
+            if self.options.saved is not None:
+                self.options.saved(shard)
+        except OSError as error:
+            self.events.append(f"version {shard.version} of shard {shard.spec.index} was not saved: {error}")
 
     # --- serving ---
 

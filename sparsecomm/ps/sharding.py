@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +77,9 @@ class ModelLayout:
         good = good and all(isinstance(c[1], list) and all(type(d) is int and d >= 0 for d in c[1]) for c in content)
         if not good:
             raise WireError("model", str(content)[:80], "not a list of names and shapes", rank=source)
+        numel = sum(math.prod(c[1]) for c in content)
+        if not 0 < numel <= _most_elements():
+            raise WireError("model", f"{numel} elements", "none, or more than this machine's memory holds", rank=source)
         return cls(tuple(c[0] for c in content), tuple(tuple(c[1]) for c in content))
 
     def to_json(self) -> list[Any]:
@@ -84,7 +89,7 @@ class ModelLayout:
     @property
     def numel(self) -> int:
         """Elements of all parameters together."""
-        return sum(torch.Size(s).numel() for s in self.shapes)
+        return sum(math.prod(s) for s in self.shapes)
 
     @property
     def hash(self) -> int:
@@ -101,7 +106,7 @@ class ModelLayout:
         start, end = shard_spans(self.numel, shards)[index]
         pieces, at = [], 0
         for name, shape in zip(self.names, self.shapes, strict=True):
-            size = torch.Size(shape).numel()
+            size = math.prod(shape)
             low, high = max(start, at), min(end, at + size)
             if low < high:
                 pieces.append(Piece(name, shape, low - at, high - at, low - start))
@@ -147,6 +152,11 @@ class ShardSpec:
         """64 bits, equal iff model and place in it are: what a payload carries as its layout hash."""
         text = repr((self.model_hash, self.index, self.shards, self.start, self.end)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _most_elements() -> int:
+    """How many float32 this machine's memory holds: what a stranger's message may make a server allocate."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def shard_spans(numel: int, shards: int) -> Sequence[tuple[int, int]]:

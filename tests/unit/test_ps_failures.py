@@ -326,6 +326,20 @@ def test_a_message_that_does_not_fit_is_refused_by_name(
     hostile.still_serves()
 
 
+@pytest.mark.parametrize("shape", [[2**62, 2**62], [0], [-1], [1.5], "60", [2**40]])
+def test_a_model_that_cannot_be_is_refused(shape: Any) -> None:
+    job = VirtualJob(2, 1, optimizer=sgd)
+    said = {"model": [["weight", shape]], "values": "", "shards": 1, "mode": str(job.rules.mode)}
+    job.office.posts[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
+    job.serve()
+    arrived = job.office.posts[1].receive()
+    assert arrived is not None
+    assert "model" in ms.read_text(ms.unpack(arrived[1], 2)[1])
+    tasks = [training(job.links[0]), iter(())]
+    job.office.kill(1)
+    assert isinstance(job.run(tasks)[0], torch.Tensor)  # type: ignore[arg-type]
+
+
 def test_a_good_push_after_a_refused_one_is_taken_and_a_second_copy_is_not() -> None:
     hostile = Hostile()
     push = hostile.push()

@@ -66,7 +66,7 @@ class Trial:
         return cls(seed, victim, workers, servers, mode, pull, rank, r.uniform(0.0, 1.5 + STEPS * PAUSE))
 
 
-def run(trial: Trial) -> str:
+def run(trial: Trial, deadline: float = DEADLINE) -> str:
     """Runs a trial; returns what happened.
 
     Raises:
@@ -89,7 +89,7 @@ def run(trial: Trial) -> str:
         with (folder / "output").open("w+") as output:
             process = subprocess.Popen(command, env=job_environment(), stdout=output, stderr=subprocess.STDOUT)
             try:
-                code = process.wait(DEADLINE)
+                code = process.wait(deadline)
             except subprocess.TimeoutExpired:
                 process.terminate()
                 process.wait(30)
@@ -170,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=100, help="trials in which a worker dies")
     parser.add_argument("--servers", type=int, default=30, help="trials in which a server dies")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for a job; more on a busy machine")
     parser.add_argument("--seed", type=int, default=1, help="of the first trial; each next one has the next")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -178,7 +179,7 @@ def main() -> int:
         for seed in range(options.seed, options.seed + trials):
             trial, began = Trial.draw(seed, victim), time.monotonic()
             try:
-                result = run(trial)
+                result = run(trial, options.deadline)
             except AssertionError as error:
                 failed += 1
                 result = f"FAILED: {error}"

@@ -12,12 +12,15 @@ from helpers import mpirun_command, run_job
 sys.path.insert(0, str(Path(__file__).parent))
 import chaos
 
+if "--oversubscribe" not in mpirun_command(1):
+    pytest.skip("only Open MPI has ULFM", allow_module_level=True)
+
 SMALL = Path(__file__).parent / "jobs" / "small.py"
 
 
 @pytest.mark.parametrize("victim", ["worker", "server"])
 def test_the_rest_goes_on_when_one_is_killed(victim: str) -> None:
-    """Seeds whose victim dies in the middle of training, on most machines; `make chaos` tries many moments."""
+    """A moment that differs from run to run; `make chaos` tries many."""
     seed = int.from_bytes(os.urandom(3), "little")
     trial = chaos.Trial.draw(seed, victim, small=True)
     print(trial)
@@ -26,7 +29,7 @@ def test_the_rest_goes_on_when_one_is_killed(victim: str) -> None:
 
 def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
     command = [*mpirun_command(3), sys.executable, SMALL, "--folder", tmp_path, "--servers", "1"]
-    job = run_job([*command, "--kill", "1", "--after", "0.5", "--pause", "0.2"], deadline=90)
+    job = run_job([*command, "--kill", "1", "--after", "0.5", "--pause", "0.2"], deadline=200)
     assert job.code != 0, job
     assert "signal 9" in job.err, job
 
@@ -43,6 +46,6 @@ def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_said_at_once(tmp_path: Path, ranks: int, options: list[str], text: str) -> None:
-    job = run_job([*mpirun_command(ranks), sys.executable, SMALL, "--folder", tmp_path, *options], deadline=90)
+    job = run_job([*mpirun_command(ranks), sys.executable, SMALL, "--folder", tmp_path, *options], deadline=200)
     assert job.code != 0, job
     assert text in job.err, job

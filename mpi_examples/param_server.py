@@ -128,13 +128,14 @@ def evaluate(task: Task, model: nn.Module) -> dict[str, float | None]:
 def report(worker: sc.ps.Worker) -> dict[str, Any]:
     """What this worker has sent, and who is left."""
     metrics = worker.metrics()
+    dead = {w for shard in worker.statistics() for w, why in shard["gone"].items() if why != "ended"}
     return {
         "bytes_sent": metrics.bytes_sent,
         "bytes_received": metrics.bytes_received,
         "ratio": metrics.ratio,
         "staleness": metrics.mean_staleness,
         "versions": worker.versions,
-        "workers": min(len(shard["clocks"]) for shard in worker.statistics()),
+        "workers": worker.size - len(dead),
     }
 
 

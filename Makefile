@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test test-mpi test-rdma lint types unit test-lab bench bench-peers readme fuzz clean
+.PHONY: install demo test test-mpi test-rdma lint types unit test-lab chaos bench bench-peers readme fuzz clean
 
 install: $(STAMP)
 
@@ -47,6 +47,10 @@ test-rdma: install .venvs/vng/bin/vng
 	$(PYTHON) -m venv .venvs/vng
 	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
 	@touch $@
+
+# 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
+chaos: install
+	$(BIN)/python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
 
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench/kernels.json

@@ -12,6 +12,7 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 
 from importlib.metadata import PackageNotFoundError, version
 
+from sparsecomm import ps
 from sparsecomm.compress import (
     AdamCorrection,
     ChunkTopK,
@@ -91,6 +92,7 @@ __all__ = [
     "init",
     "is_initialized",
     "preset",
+    "ps",
     "reshard",
     "shutdown",
     "sparse_hook",

@@ -11,6 +11,7 @@ from sparsecomm.transport.base import (
 )
 from sparsecomm.transport.engine import IN_FLIGHT, Engine
 from sparsecomm.transport.group import GroupSum
+from sparsecomm.transport.post import Post, VirtualOffice
 from sparsecomm.transport.virtual import VirtualWorld
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "CollectiveSteps",
     "Engine",
     "GroupSum",
+    "Post",
     "Request",
     "SoloTransport",
     "Traffic",
     "Transport",
+    "VirtualOffice",
     "VirtualWorld",
 ]

@@ -47,7 +47,7 @@ _HEADER_CRC_OFFSET = HEADER_BYTES - 4
 
 
 class CollectiveKind(IntEnum):
-    """Which collective a payload belongs to."""
+    """What a payload belongs to: a collective, or a worker's push to or pull from a parameter server."""
 
     ALLGATHER = 1
     DENSE = 2
@@ -60,6 +60,8 @@ class CollectiveKind(IntEnum):
     SIGN = 9
     TWO_LEVEL = 10
     CHOOSING = 11  # no exchange of a bucket: ranks choose one
+    PUSH = 12  # of a parameter server, as PULL
+    PULL = 13
 
 
 _BARE = (

@@ -337,4 +337,6 @@ def test_the_collective_kinds_are_those_of_the_document() -> None:
         "SIGN": 9,
         "TWO_LEVEL": 10,
         "CHOOSING": 11,
+        "PUSH": 12,
+        "PULL": 13,
     }

@@ -31,6 +31,7 @@ NOT_YET = {
     "launch": {"metrics", "config", "strategies"},
     "config": {"launch", "exchange"},
     "presets": {"exchange", "launch"},
+    "ps": {"hooks"},
 }
 """Neighbours in a group of `LAYERS` that have no business with each other."""
 FACADES = {"__init__", "__main__"}

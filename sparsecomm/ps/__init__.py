@@ -1,0 +1,18 @@
+"""Parameter server: servers hold the parameters in shards, workers pull, compute and push. docs/parameter-server.md."""
+
+from sparsecomm.ps.checkpoint import Checkpoints
+from sparsecomm.ps.job import Outcome, run
+from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
+from sparsecomm.ps.worker import Worker, WorkerMetrics
+
+__all__ = [
+    "Asynchronous",
+    "Checkpoints",
+    "Mode",
+    "Outcome",
+    "StaleSynchronous",
+    "Synchronous",
+    "Worker",
+    "WorkerMetrics",
+    "run",
+]

@@ -1,0 +1,139 @@
+"""A worker's side of the protocol: requests, sent again to whoever serves their shard now, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from sparsecomm.errors import RemoteError, WireError
+from sparsecomm.ps import messages as ms
+from sparsecomm.ps.messages import Envelope, Kind
+from sparsecomm.ps.modes import Mode
+from sparsecomm.ps.roster import ring
+from sparsecomm.transport import Post
+
+__all__ = ["Client", "Driver", "Link", "Steps"]
+
+T = TypeVar("T")
+
+Steps = Generator[str, None, T]
+"""Something that waits now and then: yields whom it waits for, returns its result."""
+
+
+class Driver(Protocol):
+    """Runs steps to their end, letting messages come in."""
+
+    def __call__(self, steps: Steps[T], /) -> T:
+        """Returns the result; raises CommTimeout when it takes too long."""
+        ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a worker reaches its servers.
+
+    Attributes:
+        post: its mailbox.
+        servers: ranks of all servers, by index.
+        workers: ranks of all workers.
+        mode: that the servers run.
+        drive: runs steps to their end; None where whoever made the link does so.
+        made: called with the worker that uses the link.
+    """
+
+    post: Post
+    servers: tuple[int, ...]
+    workers: tuple[int, ...]
+    mode: Mode
+    drive: Driver | None = None
+    made: Callable[[Any], None] | None = None
+
+
+class Client:
+    """Requests in flight, at most one of a kind to a shard.
+
+    Args:
+        link: to the servers.
+        shards: how many there are.
+
+    Attributes:
+        on_answer: called with the envelope and the body of every answer.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.rank = link.post.rank
+        self.on_answer: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {}
+        self._open: dict[tuple[int, Kind], torch.Tensor] = {}
+        self._lost: frozenset[int] = frozenset()
+        self._owners = dict(enumerate(link.servers))
+
+    def ask(self, kind: Kind, shard: int, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
+        """Sends a request to whoever serves a shard; it stays open until it is answered."""
+        message = ms.pack(Envelope(kind, shard, self.rank, **fields), body)
+        self._open[shard, kind] = message
+        self.link.post.send(self._owners[shard], message)
+
+    def wait(self, *kinds: Kind) -> Steps[None]:
+        """Waits until no request of these kinds is open.
+
+        Raises:
+            RemoteError: a server refused a request; the message has its reason.
+        """
+        self.pump()
+        while waiting := sorted((s, k) for s, k in self._open if k in kinds):
+            shard, kind = waiting[0]
+            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+            yield f"the answer of server rank {self._owners[shard]} to {kind.name} of shard {shard}{more}"
+            self.pump()
+
+    def pump(self) -> None:
+        """Takes in all that has arrived, and sends open requests again where a server has died."""
+        self._reroute()
+        while (arrived := self.link.post.receive()) is not None:
+            source, message = arrived
+            envelope, body = ms.unpack(message, source)
+            if source not in self.link.servers:
+                raise WireError("sender", source, "not a server", rank=source)
+            self._take(envelope, body)
+
+    def _take(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.kind == Kind.REJECT:
+            why = ms.read_text(body)
+            raise RemoteError(f"server rank {envelope.sender} refused a message of worker rank {self.rank}: {why}")
+        asked = _ASKED.get(envelope.kind, envelope.seq)
+        if asked not in Kind.__members__.values():
+            raise WireError(
+                "seq", envelope.seq, f"not a request that {envelope.kind.name} answers", rank=envelope.sender
+            )
+        key = (envelope.shard, Kind(asked))
+        open_ = self._open.pop(key, None)
+        if open_ is None and envelope.kind != Kind.WELCOME:
+            return  # answered by the server that has died since, too
+        handler = self.on_answer.get(envelope.kind)
+        if handler is not None:
+            handler(envelope, body)
+
+    def _reroute(self) -> None:
+        lost = self.link.post.lost()
+        if lost == self._lost:
+            return
+        self._lost = lost
+        for shard, owner in self._owners.items():
+            if owner not in lost:
+                continue
+            servers = self.link.servers
+            living = [r for r in ring(servers, shard) if r not in lost]
+            if not living:
+                raise RemoteError(f"shard {shard} is lost: all servers are dead (rank {', '.join(map(str, servers))})")
+            self._owners[shard] = living[0]
+            for (index, _), message in sorted(self._open.items()):
+                if index == shard:
+                    self.link.post.send(living[0], message)
+
+
+_ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS}
+"""What each answer answers; an ACK says so itself."""

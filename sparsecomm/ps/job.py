@@ -1,0 +1,282 @@
+"""`run`: one call, made by every rank of an mpirun, that makes it a worker or a server until training has ended."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sparsecomm.compress import Compressor
+from sparsecomm.errors import CommTimeout, ConfigError, LaunchError, SparseCommError
+from sparsecomm.launch import default_timeout, detect, is_initialized
+from sparsecomm.ps.checkpoint import Checkpoints
+from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
+from sparsecomm.ps.server import Server
+from sparsecomm.ps.shard import OptimizerFactory, Rules, ServerOptions
+from sparsecomm.ps.worker import Worker, set_current_link
+from sparsecomm.transport import Post
+from sparsecomm.types import ValueCodec
+
+__all__ = ["Outcome", "run"]
+
+T = TypeVar("T")
+
+_SPINS = 50  # polls before a rank starts to sleep between them
+_FIRST_SLEEP = 20e-6  # seconds
+_LAST_SLEEP = 500e-6  # seconds: low enough for latency, high enough for ranks that share cores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the job ended for this rank.
+
+    Attributes:
+        role: "worker" or "server".
+        rank: of the process in the world.
+        result: what the training function returned; None on servers.
+        server: on servers, the server as it ended; its shards hold the parameters.
+        events: on servers, what happened: deaths, take-overs, refused messages.
+    """
+
+    role: str
+    rank: int
+    result: Any = None
+    server: Server | None = None
+    events: list[str] = field(default_factory=list)
+
+
+def run(
+    train: Callable[[int, int], Any],
+    *,
+    optimizer: OptimizerFactory,
+    servers: int = 1,
+    mode: Mode | None = None,
+    pull: Compressor | None = None,
+    pull_codec: str = "fp16",
+    rate: Callable[[int], float] | None = None,
+    fault_tolerant: bool | None = None,
+    replicate: bool | None = None,
+    checkpoints: Checkpoints | None = None,
+    timeout: float | None = None,
+) -> Outcome:
+    """Trains with a parameter server. Collective: every rank of the job calls it with the same arguments.
+
+    The last `servers` ranks serve, the others call `train(rank, size)` with their number among the workers, in which
+    they make a `Worker`. Servers run a torch optimizer on their shard; it must work element by element (SGD, Adam and
+    their like), since a shard may cut through tensors.
+
+    Args:
+        train: what a worker does.
+        optimizer: makes the optimizer of a shard from a list of 1-D parameters; each has the attributes `ps_name` and
+            `ps_shape` of the parameter that it is a piece of.
+        servers: how many ranks serve.
+        mode: `Synchronous()` (default), `StaleSynchronous(bound)` or `Asynchronous()`. In the last two every push is an
+            update with 1 / workers of its gradient.
+        pull: compressor of what workers are sent of the changes since their last pull, with what is left out kept for
+            later; None sends whole shards in float32.
+        pull_codec: "fp16", "fp32", "bf16" or "int8": how sparse pulls write values.
+        rate: learning rate by number of updates done; None leaves the optimizer's.
+        fault_tolerant: True needs ULFM (`mpirun --with-ft ulfm --mca pml ob1`): the others go on when a rank dies. None
+            goes on where ULFM is there. Without it a death ends the job.
+        replicate: whether each update is on the next server before it is acknowledged; None does so where the job is
+            fault tolerant and has more than one server.
+        checkpoints: where servers save their shards, and whether they resume.
+        timeout: seconds to wait for anybody; SPARSECOMM_TIMEOUT, or 300, if None. Must be longer than the longest time
+            in which all workers only compute.
+
+    Returns:
+        What became of this rank.
+
+    Raises:
+        ConfigError: for zero workers or servers, or a bad option.
+        LaunchError: if the job was not started by an mpirun, or without ULFM where that is asked for.
+        SparseCommError: on a worker, what made its training fail. Without ULFM that ends the job on all ranks.
+    """
+    options = _check(servers, mode, pull, pull_codec, timeout)
+    size, limit = options
+    post = _join(fault_tolerant)
+    workers = tuple(range(size - servers))
+    serving = tuple(range(size - servers, size))
+    rules = Rules(
+        optimizer=optimizer,
+        workers=workers,
+        world=size,
+        mode=Synchronous() if mode is None else mode,
+        pull=pull,
+        pull_codec=_PULL_CODECS[pull_codec],
+        rate=rate,
+    )
+    backed = (post.fault_tolerant if replicate is None else replicate) and servers > 1
+    if post.rank in serving:
+        return _serve(post, rules, serving, backed, checkpoints, limit)
+    return _work(post, rules, serving, train, limit)
+
+
+_PULL_CODECS = {c.name.lower(): c for c in ValueCodec}
+
+
+def _check(
+    servers: int, mode: Mode | None, pull: Compressor | None, pull_codec: str, timeout: float | None
+) -> tuple[int, float]:
+    """Checks the options, alike on all ranks before they talk; returns the world's size and the timeout."""
+    launch = detect()
+    if not launch.mpi:
+        raise LaunchError(
+            f"a parameter server needs MPI, this process was started by {launch.launcher}; start it with "
+            f"mpirun -n {max(1, servers) + 1} or more ranks ({servers} of them serve)"
+        )
+    if isinstance(servers, bool) or not isinstance(servers, int) or servers < 1:
+        raise ConfigError(f"servers must be a whole number >= 1, got {servers!r}")
+    if launch.size <= servers:
+        raise ConfigError(f"servers = {servers} of {launch.size} ranks leave zero workers; start more ranks")
+    if not (mode is None or isinstance(mode, (Synchronous, StaleSynchronous, Asynchronous))):
+        raise ConfigError(f"mode must be Synchronous(), StaleSynchronous(bound) or Asynchronous(), got {mode!r}")
+    if not (pull is None or isinstance(pull, Compressor)) or (pull is not None and pull.collectives):
+        raise ConfigError(f"pull must be None or a compressor such as TopK(density=0.01), got {pull!r}")
+    if pull_codec not in _PULL_CODECS:
+        raise ConfigError(f"pull_codec must be one of {', '.join(_PULL_CODECS)}, got {pull_codec!r}")
+    limit = default_timeout() if timeout is None else timeout
+    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
+        raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    if is_initialized():
+        raise LaunchError("sparsecomm.ps.run brings up MPI by itself; leave out sparsecomm.init()")
+    return launch.size, limit
+
+
+def _join(fault_tolerant: bool | None) -> Post:
+    """Brings up MPI and a mailbox. Collective."""
+    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
+    from sparsecomm.transport.mpi_post import MPIPost, ulfm_problem
+
+    problem = ulfm_problem()
+    if fault_tolerant and problem is not None:
+        raise LaunchError(f"fault_tolerant=True: {problem}")
+    MPI = import_mpi()
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        # With a rank dead, MPI_Finalize hangs now and then; one may die in it, too. ULFM does not mind its absence.
+        if ulfm_problem() is not None:
+            atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
+    world = MPI.COMM_WORLD.Get_size()
+    if world != detect().size:
+        raise LaunchError(
+            f"the launcher started {detect().size} processes, MPI sees {world}: it belongs to another MPI than "
+            "mpi4py uses"
+        )
+    return MPIPost()
+
+
+def _sleep(spins: int) -> None:
+    over = spins - _SPINS
+    time.sleep(0 if over < 0 else min(_LAST_SLEEP, _FIRST_SLEEP * (1 + over / 8)))
+
+
+def _serve(
+    post: Post,
+    rules: Rules,
+    serving: tuple[int, ...],
+    replicate: bool,
+    checkpoints: Checkpoints | None,
+    timeout: float,
+) -> Outcome:
+    server = Server(
+        post,
+        rules,
+        ServerOptions(
+            servers=serving,
+            replicate=replicate,
+            restore=None if checkpoints is None else checkpoints.restore,
+            saved=None if checkpoints is None else checkpoints.saved,
+        ),
+    )
+    try:
+        _loop(post, server, timeout)
+    except BaseException as error:
+        _fail(post, error)
+        os.kill(os.getpid(), signal.SIGKILL)  # ULFM takes notice of nothing less: now the backup takes over
+    if server.deserted:
+        raise SparseCommError(f"server rank {post.rank}: no worker has ended its training: {'; '.join(server.events)}")
+    return Outcome("server", post.rank, server=server, events=server.events)
+
+
+def _loop(post: Post, server: Server, timeout: float) -> None:
+    """Serves until all workers are gone and all servers know it."""
+    deadline, spins, told = time.monotonic() + timeout, 0, 0
+    while not server.finished:
+        if server.turn():
+            deadline, spins = time.monotonic() + timeout, 0
+        elif time.monotonic() > deadline:
+            raise CommTimeout(
+                f"server rank {post.rank} has heard nothing for {timeout:g} s; it waits for {server.waits_for()} "
+                "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
+            )
+        else:
+            spins += 1
+            _sleep(spins)
+        for event in server.events[told:]:
+            print(f"sparsecomm.ps: server rank {post.rank}: {event}", file=sys.stderr, flush=True)
+        told = len(server.events)
+
+
+def _work(
+    post: Post, rules: Rules, serving: tuple[int, ...], train: Callable[[int, int], Any], timeout: float
+) -> Outcome:
+    made: list[Worker] = []
+
+    def drive(steps: Steps[T]) -> T:
+        deadline, spins, waited = time.monotonic() + timeout, 0, ""
+        while True:
+            before = post.traffic.messages_received
+            try:
+                what = next(steps)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            if what != waited or post.traffic.messages_received > before:
+                deadline, spins, waited = time.monotonic() + timeout, 0, what
+            if time.monotonic() > deadline:
+                raise CommTimeout(
+                    f"worker rank {post.rank} has waited {timeout:g} s for {what}. Is it alive, and are the "
+                    "workers that it may wait for? (SPARSECOMM_TIMEOUT sets the limit in seconds)"
+                )
+            spins += 1
+            _sleep(spins)
+
+    link = Link(post, serving, rules.workers, rules.mode, drive, made.append)
+    set_current_link(link)
+    try:
+        result = train(rules.workers.index(post.rank), len(rules.workers))
+        if len(made) != 1:
+            raise ConfigError(f"the training function made {len(made)} workers, it must make exactly one")
+        drive(made[0].leaving())
+    except BaseException as error:
+        _fail(post, error)
+        if made:
+            with contextlib.suppress(SparseCommError):
+                drive(made[0].leaving(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        set_current_link(None)
+    return Outcome("worker", post.rank, result=result)
+
+
+def _fail(post: Post, error: BaseException) -> None:
+    """Says what went wrong; without ULFM it ends the whole job, too."""
+    text = f"sparsecomm.ps: rank {post.rank} of {post.size} failed with {type(error).__name__}: {error}"
+    if post.fault_tolerant:
+        print(f"{text}; the others go on", file=sys.stderr, flush=True)
+        return
+    traceback.print_exc()
+    print(f"{text}; ending the job on all ranks", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    from sparsecomm.transport.mpi import import_mpi
+
+    import_mpi().COMM_WORLD.Abort(1)

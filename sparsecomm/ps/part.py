@@ -1,0 +1,125 @@
+"""One shard as a worker sees it: error feedback on its gradient, and the payloads it pushes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sparsecomm.arena import Arena
+from sparsecomm.compress import Bucket, BucketLayout, Taken, take_all, take_some
+from sparsecomm.config import SparseConfig
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.ps.payloads import Selected, encode, everything
+from sparsecomm.ps.sharding import ShardSpec
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["Part"]
+
+
+class Part:
+    """See the module's docstring.
+
+    Args:
+        spec: the shard.
+        config: how to compress.
+        sender: rank of the worker and number of ranks.
+        clip: square of the share of `clip_norm` that this part of the gradient gets.
+        arena: gives the buffers.
+
+    Attributes:
+        version: what was pulled last; -1 before the first pull.
+        bucket: what was not sent yet, and the moments.
+    """
+
+    def __init__(
+        self, spec: ShardSpec, config: SparseConfig, sender: tuple[int, int], *, clip: float, arena: Arena
+    ) -> None:
+        n = spec.numel
+        lossless = config.compressor.is_dense and config.dense_values == ValueCodec.FP32
+        memories = () if config.feedback is None else config.feedback.memories
+        limit = getattr(config.feedback, "clip_norm", None)
+        self.spec = spec
+        self.version = -1
+        self.bucket = Bucket(
+            spec.index,
+            BucketLayout((f"shard {spec.index}",), ((n,),), ((1,),)),
+            residual=None if lossless and not memories else torch.zeros(n),
+            velocity=torch.zeros(n) if "velocity" in memories else None,
+            second_moment=torch.zeros(n) if "second_moment" in memories else None,
+        )
+        self._config = config
+        self._sender = sender
+        self._arena = arena
+        self._clip = None if limit is None else float(limit) * math.sqrt(clip)
+        self._all: torch.Tensor | None = None
+
+    def take(self, grad: torch.Tensor, clock: int) -> Taken:
+        """Adds a gradient to the residual and takes out what to send; `encode` ends that.
+
+        Args:
+            grad: float32, shape (spec.numel,); must last until `encode`.
+            clock: pushes done before.
+        """
+        config, n = self._config, self.spec.numel
+        if config.compressor.is_dense or clock < config.dense_steps or n < config.dense_below:
+            taken = take_all(self.bucket, grad, config.feedback, self._arena, clip_norm=self._clip)
+            if self.bucket.residual is None and not bool(torch.isfinite(grad).all()):
+                taken.nonfinite += 1
+            return taken
+        k = config.compressor.k_for(n, clock)
+        return take_some(self.bucket, grad, config.compressor, k, config.feedback, self._arena, clip_norm=self._clip)
+
+    def encode(self, taken: Taken, nonfinite: bool, clock: int) -> tuple[torch.Tensor, int]:
+        """Returns the payload of what was taken, in the arena, and its nonzeros.
+
+        Args:
+            taken: committed; or undone, and nothing is sent, if the gradient was not finite.
+            nonfinite: whether any part of the gradient was not.
+            clock: pushes done before.
+        """
+        config, residual, codec = self._config, self.bucket.residual, self._config.values
+        selected: Selected = (taken.indices, taken.values)
+        if nonfinite:
+            taken.undo()
+            selected = (torch.empty(0, dtype=torch.uint32), torch.empty(0))
+        elif taken.whole:
+            codec = config.dense_values
+            selected = (self._everything(), taken.grad if residual is None else residual)
+        payload, dropped = self._payload(selected, codec, clock, nonfinite)
+        if nonfinite:
+            return payload, 0
+        if taken.whole:
+            taken.left = dropped
+        elif residual is not None and codec != ValueCodec.FP32:
+            kernels.scatter_add(residual, taken.indices, dropped)
+        taken.commit()
+        self.bucket.age += 1
+        return payload, selected[1].numel()
+
+    def first(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the payload of the shard's first values, in the arena."""
+        return self._payload((self._everything(), values), ValueCodec.FP32, 0, False)[0]
+
+    def _payload(
+        self, selected: Selected, codec: ValueCodec, clock: int, nonfinite: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rank, world = self._sender
+        return encode(
+            CollectiveKind.PUSH,
+            self.spec,
+            selected,
+            codec,
+            self._arena,
+            rank=rank,
+            world=world,
+            step=clock,
+            nonfinite=nonfinite,
+            index_codec=self._config.indices,
+        )
+
+    def _everything(self) -> torch.Tensor:
+        if self._all is None:
+            self._all = everything(self.spec.numel)
+        return self._all

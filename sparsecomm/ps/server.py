@@ -1,0 +1,399 @@
+"""A server: takes messages, changes its shards, answers. It never waits and never fails on what a worker sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from sparsecomm.errors import SparseCommError, WireError
+from sparsecomm.ps import messages as ms
+from sparsecomm.ps.messages import Envelope, Kind
+from sparsecomm.ps.payloads import Selected, decode
+from sparsecomm.ps.replica import Copies, Mirror
+from sparsecomm.ps.roster import Roster
+from sparsecomm.ps.shard import Rules, ServerOptions, Shard
+from sparsecomm.ps.sharding import ModelLayout
+from sparsecomm.transport import Post
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["Server"]
+
+_PATIENCE = 10.0  # seconds that a message for another server's shard is kept, in case that server turns out to be dead
+
+HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
+
+
+@dataclass
+class _Hello:
+    """What the first worker said, which all others must say, too."""
+
+    worker: int
+    layout: ModelLayout
+    values: str
+
+
+@dataclass
+class _Held:
+    """A message for a shard that another server has."""
+
+    since: float
+    source: int
+    message: torch.Tensor
+
+
+@dataclass
+class _Served:
+    """A shard that this server answers for."""
+
+    shard: Shard
+    mirror: Mirror
+    pulls: dict[int, Envelope] = field(default_factory=dict)
+    greeted: list[int] = field(default_factory=list)
+    asked: int | None = None
+
+
+class Server:
+    """One server; `turn` does all that can be done now.
+
+    Args:
+        post: its mailbox.
+        rules: of the job.
+        options: its own.
+
+    Attributes:
+        events: what happened to the job, in words, as this server saw it.
+        rejected: messages refused, by sender.
+        finished: whether its work is done.
+    """
+
+    def __init__(self, post: Post, rules: Rules, options: ServerOptions) -> None:
+        self.post = post
+        self.rules = rules
+        self.options = options
+        self.index = options.servers.index(post.rank)
+        self.events: list[str] = []
+        self.rejected: dict[int, int] = {}
+        self.finished = False
+        self._hello: _Hello | None = None
+        self._served: dict[int, _Served] = {}
+        self.copies = Copies(options.servers, rules)
+        self._held: list[_Held] = []
+        self.roster = Roster(post.rank, options.servers, rules.workers, options.replicate)
+        self._said_done = False
+        self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
+            Kind.HELLO: self._on_hello,
+            Kind.INIT: self._on_init,
+            Kind.PUSH: self._on_push,
+            Kind.PULL: self._on_pull,
+            Kind.BYE: self._on_bye,
+            Kind.STATS: self._on_stats,
+            Kind.EVENT: self._on_event,
+            Kind.SNAPSHOT: self._on_snapshot,
+            Kind.STORED: self._on_stored,
+            Kind.DONE: self._on_done,
+        }
+
+    # --- turning ---
+
+    def turn(self) -> bool:
+        """Handles what has arrived and who has died; returns whether there was anything."""
+        moved = False
+        while (arrived := self.post.receive()) is not None:
+            moved = True
+            self._take(*arrived)
+        moved |= self._bury()  # last: who has said all that it had to say may well be gone
+        self._look_at_held()
+        self._end()
+        return moved
+
+    def waits_for(self) -> str:
+        """Says whom this server waits for, for error messages."""
+        alive = sorted({w for s in self._served.values() for w in s.shard.clocks} or self.roster.living_workers)
+        if alive:
+            return f"messages of worker{'s' * (len(alive) > 1)} at rank {', '.join(map(str, alive))}"
+        return f"servers at rank {', '.join(map(str, sorted(self.roster.others)))} to end"
+
+    def _take(self, source: int, message: torch.Tensor) -> None:
+        try:
+            envelope, body = ms.unpack(message, source)
+            self._handle(envelope, body, message)
+        except SparseCommError as error:
+            self._reject(source, error)
+
+    def _handle(self, envelope: Envelope, body: torch.Tensor, message: torch.Tensor) -> None:
+        source, kind = envelope.sender, envelope.kind
+        if kind not in self._handlers:
+            raise WireError("kind", kind.name, "not for a server", rank=source)
+        if (kind in ms.FROM_SERVERS) != (source in self.options.servers):
+            raise WireError("kind", kind.name, "not for this sender to send", rank=source)
+        if envelope.shard >= len(self.options.servers):
+            raise WireError("shard", envelope.shard, f"there are {len(self.options.servers)}", rank=source)
+        if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
+            self._held.append(_Held(self.options.now(), source, message))
+            return
+        if kind not in ms.FROM_SERVERS and envelope.shard not in self._served:
+            self._take_over(envelope.shard)  # its owner had done all its work, but this worker has not heard of it
+        self._handlers[kind](envelope, body)
+
+    def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:
+        """Refuses a message and says why to its sender; the server lives on."""
+        self.rejected[source] = self.rejected.get(source, 0) + 1
+        self.events.append(f"refused a message of rank {source}: {error}")
+        if source not in self.options.servers:
+            self.post.send(source, ms.pack(Envelope(Kind.REJECT, shard, self.post.rank), ms.text(str(error))))
+
+    # --- who serves what ---
+
+    def _bury(self) -> bool:
+        """Acts on deaths that were not known before."""
+        lost = self.post.lost()
+        if lost == self.roster.lost:
+            return False
+        fresh, self.roster.lost = sorted(lost - self.roster.lost), lost
+        for rank in fresh:
+            if rank not in self.roster.left | self.roster.ended:
+                role = "server" if rank in self.options.servers else "worker"
+                self.events.append(f"{role} rank {rank} died")
+        for shard in range(len(self.options.servers)):
+            if shard not in self._served and self.roster.inherits(shard):
+                self._take_over(shard)
+        for shard, served in self._served.items():
+            for rank in fresh:
+                self._let_go(served, rank, "died")
+            served.mirror.moved(self.roster.backup(shard), served.shard)
+            self._flow(served)
+        return True
+
+    def _take_over(self, shard: int) -> None:
+        replica = self.copies.take(shard)
+        if replica is None:
+            return  # begins like a new one, with the next HELLO
+        self._serve(replica)
+        self.events.append(f"shard {shard} is served by rank {self.post.rank} from version {replica.version}")
+
+    def _serve(self, shard: Shard) -> None:
+        index = shard.spec.index
+        served = self._served[index] = _Served(shard, Mirror(self.post, index))
+        shard.on_version = self._save
+        served.mirror.moved(self.roster.backup(index), shard)
+        for worker in self.rules.workers:
+            if worker in self.roster.lost:
+                self._let_go(served, worker, "died")
+
+    def _let_go(self, served: _Served, worker: int, why: str) -> None:
+        """Drops a worker from a shard, on the backup as well."""
+        if worker in served.shard.clocks:
+            clock = served.shard.clocks[worker]
+            served.shard.leave(worker, why)
+            served.pulls.pop(worker, None)
+            served.mirror.leave(worker, why)
+            if why != "ended":
+                index = served.shard.spec.index
+                self.events.append(f"shard {index} goes on without worker rank {worker}: {why} after {clock} pushes")
+            if worker in served.greeted:
+                served.greeted.remove(worker)
+            self._ask_for_values(served)
+            self._flow(served)
+
+    def _look_at_held(self) -> None:
+        held, self._held = self._held, []
+        for entry in held:
+            shard = ms.unpack(entry.message, entry.source)[0].shard
+            owner = self.roster.owner(shard)
+            if owner == self.post.rank:
+                self._take(entry.source, entry.message)
+            elif self.options.now() - entry.since > _PATIENCE:
+                error = WireError("shard", shard, f"rank {owner} serves it, and is alive", rank=entry.source)
+                self._reject(entry.source, error, shard)
+            else:
+                self._held.append(entry)
+
+    def _end(self) -> None:
+        """Ends when every worker has left every shard, here and on all other servers."""
+        done = all(not s.shard.clocks and s.mirror.quiet for s in self._served.values())
+        done = done and (self.index in self._served or not self.roster.living_workers)
+        if done and not self._said_done:
+            self._said_done = True
+            for rank in self.options.servers:
+                if rank != self.post.rank:
+                    self.post.send(rank, ms.pack(Envelope(Kind.DONE, 0, self.post.rank)))
+        self.finished = done and not self.roster.others and self.post.flushed()
+
+    # --- beginning ---
+
+    def _on_hello(self, envelope: Envelope, body: torch.Tensor) -> None:
+        worker = envelope.sender
+        said = ms.unpack_json(body, HELLO_FIELDS, worker)
+        layout = ModelLayout.from_json(said["model"], worker)
+        text = f"{said['mode']}, {said['shards']} servers"
+        expected = f"{self.rules.mode}, {len(self.options.servers)} servers"
+        if text != expected:
+            raise WireError("job", text, f"this server runs {expected}", rank=worker)
+        first = self._hello
+        if first is None:
+            first = _Hello(worker, layout, said["values"])
+        if layout != first.layout:
+            raise WireError(
+                "model", first.layout.difference(layout), f"as worker rank {first.worker} has it", rank=worker
+            )
+        if said["values"] != first.values:
+            reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
+            raise WireError("initial values", said["values"], reason, rank=worker)
+        self._begin(envelope.shard, first.layout)
+        self._hello = first
+        served = self._served[envelope.shard]
+        if worker not in served.greeted:
+            served.greeted.append(worker)
+        self._welcome(served, worker)
+        self._ask_for_values(served)
+
+    def _begin(self, index: int, layout: ModelLayout) -> None:
+        if index in self._served:
+            return
+        shard = Shard(layout.shard(index, len(self.options.servers)), self.rules)
+        if self.options.restore is not None:
+            self.options.restore(shard)
+        self._serve(shard)
+
+    def _welcome(self, served: _Served, worker: int, flags: int = 0) -> None:
+        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, flags=flags)
+        self.post.send(worker, ms.pack(welcome))
+
+    def _ask_for_values(self, served: _Served) -> None:
+        """Asks one worker for the first values; another one when that has died."""
+        if not served.shard.ready and served.asked not in served.greeted and served.greeted:
+            served.asked = served.greeted[0]
+            self._welcome(served, served.asked, flags=1)
+
+    def _on_init(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served = self._of(envelope)
+        spec = served.shard.spec
+        (_, values), _ = decode(
+            CollectiveKind.PUSH, spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock
+        )
+        if values.numel() != spec.numel:
+            raise WireError("nnz", values.numel(), f"first values are {spec.numel}", rank=envelope.sender)
+        if not served.shard.ready:
+            served.shard.start(values)
+            served.mirror.snapshot(served.shard)
+        self._acknowledge(served, envelope)
+        self._flow(served)
+
+    def _save(self, shard: Shard) -> None:
+        """Lets a new version be saved. A full disk must not end training."""
+        try:
+            if self.options.saved is not None:
+                self.options.saved(shard)
+        except OSError as error:
+            self.events.append(f"version {shard.version} of shard {shard.spec.index} was not saved: {error}")
+
+    # --- serving ---
+
+    def _of(self, envelope: Envelope) -> _Served:
+        served = self._served.get(envelope.shard)
+        if served is None:
+            raise WireError("shard", envelope.shard, "nobody said HELLO for it here", rank=envelope.sender)
+        return served
+
+    def _answer(self, served: _Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
+        """Sends a message once all that the shard has seen so far is on its backup, too."""
+        served.mirror.after(dest, ms.pack(envelope, body))
+
+    def _acknowledge(self, served: _Served, asked: Envelope, flags: int = 0) -> None:
+        shard = served.shard
+        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, asked.clock, shard.version, asked.kind, flags)
+        self._answer(served, asked.sender, reply)
+
+    def _on_push(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served, worker, clock = self._of(envelope), envelope.sender, envelope.clock
+        shard = served.shard
+        shard.check_turn(worker, clock, envelope.version)
+        selected, nonfinite = self._decode(shard, envelope, body)
+        stale = shard.push(worker, clock, envelope.version, selected, nonfinite)
+        if stale is not None:
+            served.mirror.push(envelope, body)
+        self._acknowledge(served, envelope, flags=min(stale or 0, 65535))
+        self._flow(served)
+
+    def _decode(self, shard: Shard, envelope: Envelope, body: torch.Tensor) -> tuple[Selected, bool]:
+        return decode(
+            CollectiveKind.PUSH, shard.spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock
+        )
+
+    def _on_pull(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served = self._of(envelope)
+        served.pulls[envelope.sender] = envelope
+        self._flow(served)
+
+    def _flow(self, served: _Served) -> None:
+        """Answers every pull that may go on."""
+        shard = served.shard
+        for worker, asked in list(served.pulls.items()):
+            if shard.may_pull(asked.clock):
+                del served.pulls[worker]
+                payload, whole = shard.pull(worker, asked.version - 1, self.post.rank)
+                index, rank = shard.spec.index, self.post.rank
+                reply = Envelope(Kind.VALUES, index, rank, asked.clock, shard.version, flags=int(whole))
+                self._answer(served, worker, reply, payload)
+
+    def _on_bye(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served, worker = self._of(envelope), envelope.sender
+        why = ms.read_text(body)[:500] or "ended"
+        self.roster.left.add(worker)
+        self._let_go(served, worker, why)
+        self._acknowledge(served, envelope)
+
+    def _on_stats(self, envelope: Envelope, body: torch.Tensor) -> None:
+        reply = Envelope(Kind.STATS, envelope.shard, self.post.rank)
+        self._answer(self._of(envelope), envelope.sender, reply, ms.json_body(self.stats(envelope.shard)))
+
+    def stats(self, index: int) -> dict[str, object]:
+        """Returns what has happened to a shard that this server has, as JSON."""
+        shard = self._served[index].shard
+        return {
+            "shard": index,
+            "rank": self.post.rank,
+            "version": shard.version,
+            "clocks": shard.clocks,
+            "gone": shard.gone,
+            "averaged": shard.averaged,
+            "workers": {w: asdict(t) for w, t in shard.tallies.items()},
+            "rejected": self.rejected,
+            "events": self.events,
+        }
+
+    @property
+    def shards(self) -> dict[int, Shard]:
+        """The shards that this server answers for, by index."""
+        return {i: s.shard for i, s in self._served.items()}
+
+    @property
+    def deserted(self) -> bool:
+        """Whether no worker has ended its training: all have died or failed."""
+        return not any(why == "ended" for s in self._served.values() for why in s.shard.gone.values())
+
+    # --- being a backup ---
+
+    def _on_snapshot(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.shard not in self._served and self.copies.replace(envelope, body):
+            self._stored(envelope)
+
+    def _on_event(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if self.copies.change(envelope, body):
+            self._stored(envelope)
+
+    def _stored(self, envelope: Envelope) -> None:
+        stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
+        self.post.send(envelope.sender, ms.pack(stored))
+
+    def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served = self._served.get(envelope.shard)
+        if served is not None:
+            served.mirror.stored(envelope.sender, envelope.seq)
+
+    def _on_done(self, envelope: Envelope, body: torch.Tensor) -> None:
+        self.roster.ended.add(envelope.sender)
+        for shard, served in self._served.items():
+            served.mirror.moved(self.roster.backup(shard), served.shard)

@@ -1,0 +1,175 @@
+"""Cutting a model's parameters into contiguous shards of equal bytes, whatever tensors they fall into."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsecomm.errors import ConfigError, WireError
+
+__all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one parameter.
+
+    Attributes:
+        name: the parameter.
+        shape: of the whole parameter.
+        start: first element, in the parameter's row-major order.
+        end: one past the last.
+        offset: where it starts in the shard.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Trainable parameters in the model's order, laid out as one flat float32 vector, each in row-major order.
+
+    Attributes:
+        names: parameter names.
+        shapes: their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> ModelLayout:
+        """Returns the layout of a model's trainable parameters.
+
+        Raises:
+            ConfigError: for a model that has none, or one that is not float32, float16 or bfloat16 on the CPU.
+        """
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        for name, p in named:
+            if p.dtype not in (torch.float32, torch.float16, torch.bfloat16) or p.device.type != "cpu":
+                raise ConfigError(
+                    f"parameter {name!r} is {p.dtype} on {p.device}: a parameter server holds float32, float16 and "
+                    "bfloat16 on the CPU"
+                )
+        if not named:
+            raise ConfigError(f"{type(model).__name__} has no trainable parameters to serve")
+        return cls(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named))
+
+    @classmethod
+    def from_json(cls, content: Any, source: int) -> ModelLayout:
+        """Reads what `to_json` made.
+
+        Raises:
+            WireError: if it is anything else; names the source.
+        """
+        good = isinstance(content, list) and bool(content)
+        good = good and all(isinstance(c, list) and len(c) == 2 and isinstance(c[0], str) for c in content)
+        good = good and all(isinstance(c[1], list) and all(type(d) is int and d >= 0 for d in c[1]) for c in content)
+        if not good:
+            raise WireError("model", str(content)[:80], "not a list of names and shapes", rank=source)
+        numel = sum(math.prod(c[1]) for c in content)
+        if not 0 < numel <= _most_elements():
+            raise WireError("model", f"{numel} elements", "none, or more than this machine's memory holds", rank=source)
+        return cls(tuple(c[0] for c in content), tuple(tuple(c[1]) for c in content))
+
+    def to_json(self) -> list[Any]:
+        """Returns names and shapes as JSON."""
+        return [[n, list(s)] for n, s in zip(self.names, self.shapes, strict=True)]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters together."""
+        return sum(math.prod(s) for s in self.shapes)
+
+    @property
+    def hash(self) -> int:
+        """64 bits, equal for equal layouts."""
+        digest = hashlib.blake2b(repr((self.names, self.shapes)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def shard(self, index: int, shards: int) -> ShardSpec:
+        """Returns the index-th of so many shards.
+
+        Raises:
+            ConfigError: for more shards than elements.
+        """
+        start, end = shard_spans(self.numel, shards)[index]
+        pieces, at = [], 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            size = math.prod(shape)
+            low, high = max(start, at), min(end, at + size)
+            if low < high:
+                pieces.append(Piece(name, shape, low - at, high - at, low - start))
+            at += size
+        return ShardSpec(index, shards, start, end, tuple(pieces), self.hash)
+
+    def difference(self, other: ModelLayout) -> str:
+        """Returns the first thing in which another layout differs, in words."""
+        mine, theirs = self.to_json(), other.to_json()
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+            if a != b:
+                return f"parameter {i} is {b[0]!r} {tuple(b[1])}, not {a[0]!r} {tuple(a[1])}"
+        return f"{len(theirs)} parameters, not {len(mine)}"
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Which part of a model a shard is.
+
+    Attributes:
+        index: number of the shard.
+        shards: how many there are.
+        start: its first element in the model's flat vector.
+        end: one past the last.
+        pieces: of the parameters in it.
+        model_hash: of the model's layout.
+    """
+
+    index: int
+    shards: int
+    start: int
+    end: int
+    pieces: tuple[Piece, ...]
+    model_hash: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in the shard."""
+        return self.end - self.start
+
+    @property
+    def hash(self) -> int:
+        """64 bits, equal iff model and place in it are: what a payload carries as its layout hash."""
+        text = repr((self.model_hash, self.index, self.shards, self.start, self.end)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _most_elements() -> int:
+    """How many float32 this machine's memory holds: what a stranger's message may make a server allocate."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def shard_spans(numel: int, shards: int) -> Sequence[tuple[int, int]]:
+    """Cuts numel float32 elements into so many contiguous stretches whose lengths differ by one at most.
+
+    Raises:
+        ConfigError: for more shards than elements, or none.
+    """
+    if shards < 1:
+        raise ConfigError(f"servers = {shards!r}: at least 1")
+    if shards > numel:
+        raise ConfigError(
+            f"{shards} servers for a model of {numel} elements: some would hold nothing; use fewer servers"
+        )
+    ends = [numel * (i + 1) // shards for i in range(shards)]
+    return list(zip([0, *ends], ends, strict=False))

@@ -1,0 +1,91 @@
+"""Servers and workers of a job in one process, taking turns: for tests, deterministic to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sparsecomm.errors import CommTimeout
+from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.server import Server
+from sparsecomm.ps.shard import Rules, ServerOptions
+from sparsecomm.transport import VirtualOffice
+
+__all__ = ["VirtualJob"]
+
+_STUCK = 100  # turns in which nothing moved, long enough for messages that are held for a dead server's sake
+
+
+class VirtualJob:
+    """Workers at ranks 0 .. W-1 and servers behind them.
+
+    Args:
+        workers: how many.
+        servers: how many.
+        replicate: whether shards have backups; by default where there is more than one server.
+        options: of `Rules` and, for `restore` and `saved`, of `ServerOptions`.
+
+    Attributes:
+        office: their mailboxes; has `kill` and `tamper`.
+        servers: by index.
+        turns: how many have passed; the servers' clock in seconds.
+    """
+
+    def __init__(self, workers: int, servers: int, *, replicate: bool | None = None, **options: Any) -> None:
+        self.office = VirtualOffice(workers + servers)
+        self.turns = 0
+        ranks = tuple(range(workers)), tuple(range(workers, workers + servers))
+        own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
+        self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
+        backed = servers > 1 if replicate is None else replicate
+        chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: float(self.turns), **own)
+        self.servers = [Server(self.office.posts[r], self.rules, chosen) for r in ranks[1]]
+        self.links = [Link(self.office.posts[r], ranks[1], ranks[0], self.rules.mode) for r in ranks[0]]
+
+    def run(self, tasks: Sequence[Steps[Any]], *, between: Callable[[int], None] | None = None) -> list[Any]:
+        """Gives workers and servers turns until all workers have ended.
+
+        Args:
+            tasks: what each worker does; their results are returned, or their exceptions, or None for a worker
+                that was killed.
+            between: called with the number of each turn; may kill.
+
+        Raises:
+            CommTimeout: when nobody can go on; says who waits for what.
+        """
+        results: list[Any] = [None] * len(tasks)
+        waiting = dict.fromkeys(range(len(tasks)), "")
+        still = 0
+        while waiting:
+            self.turns += 1
+            if between is not None:
+                between(self.turns)
+            before = [post.traffic.messages_received for post in self.office.posts]
+            left = len(waiting)
+            for rank in list(waiting):
+                self._turn(rank, tasks[rank], waiting, results)
+            self.serve()
+            moved = before != [post.traffic.messages_received for post in self.office.posts] or len(waiting) < left
+            still = 0 if moved else still + 1
+            if still > _STUCK:
+                raise CommTimeout("; ".join(f"worker {r} waits for {what}" for r, what in waiting.items()))
+        return results
+
+    def serve(self) -> None:
+        """Gives every living server a turn."""
+        for server in self.servers:
+            if server.post.rank not in self.office.dead:
+                server.turn()
+
+    def _turn(self, rank: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
+        if rank in self.office.dead:
+            del waiting[rank]
+            return
+        try:
+            waiting[rank] = next(task)
+        except StopIteration as stop:
+            results[rank] = stop.value
+            del waiting[rank]
+        except Exception as error:
+            results[rank] = error
+            del waiting[rank]

@@ -1,0 +1,152 @@
+"""A mailbox over MPI: any-source matched probes, and ULFM where the launcher offers it."""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import Any
+
+import torch
+
+from sparsecomm.errors import TransportError
+from sparsecomm.transport.base import Traffic
+from sparsecomm.transport.mpi import import_mpi
+
+__all__ = ["MPIPost", "ulfm_problem"]
+
+_TAKE = 1 << 30  # MPI counts are C ints in most libraries
+_LOOK_SECONDS = 0.005  # between two questions who has died: asking costs about as much as a probe
+
+
+def ulfm_problem() -> str | None:
+    """Returns why ranks of this job cannot outlive each other, with the fix, or None if they can."""
+    fix = "start the job with Open MPI's mpirun --with-ft ulfm --mca pml ob1"
+    chosen = {name: os.environ.get(f"OMPI_MCA_{name}") for name in ("mpi_ft_enable", "pml")}
+    if chosen["mpi_ft_enable"] != "1":
+        return f"this job was not started with ULFM; {fix}"
+    if chosen["pml"] != "ob1":
+        return f"ULFM works with Open MPI's pml ob1 only, this job has {chosen['pml']!r}; {fix}"
+    if not hasattr(import_mpi().Comm, "Get_failed"):
+        return "this mpi4py has no Comm.Get_failed; install mpi4py 4 or newer"
+    return None
+
+
+class MPIPost:
+    """See `Post`. Every rank must create as many: the n-th ones talk to each other, by their tag.
+
+    On COMM_WORLD itself: making a communicator is collective, and a rank that dies in it would take the others along.
+    """
+
+    _made = 0
+
+    def __init__(self) -> None:
+        MPI = import_mpi()
+        self.MPI = MPI
+        self._comm = MPI.COMM_WORLD
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        MPIPost._made += 1
+        self._tag = MPIPost._made
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+        self.fault_tolerant = ulfm_problem() is None
+        self.traffic = Traffic()
+        self._status = MPI.Status()
+        self._sending: list[tuple[Any, torch.Tensor, int]] = []
+        self._receiving: tuple[Any, torch.Tensor, int] | None = None
+        self._lost: frozenset[int] = frozenset()
+        self._looked = monotonic()
+        self._deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING) if self.fault_tolerant else ()
+
+    def send(self, dest: int, message: torch.Tensor) -> None:
+        """See `Post.send`."""
+        if message.numel() > _TAKE:
+            raise TransportError(
+                f"a message of {message.numel()} bytes to rank {dest}: at most {_TAKE}; use more servers"
+            )
+        if dest in self._lost:
+            return
+        try:
+            request = self._comm.Isend((self._view(message), self.MPI.BYTE), dest, self._tag)
+        except self.MPI.Exception as error:
+            self._failed(error, f"send of {message.numel()} bytes to rank {dest}")
+            return
+        self._sending.append((request, message, dest))
+        self.traffic.messages_sent += 1
+        self.traffic.bytes_sent += message.numel()
+
+    def receive(self) -> tuple[int, torch.Tensor] | None:
+        """See `Post.receive`."""
+        self.flushed()
+        if self._receiving is None and not self._probe():
+            return None
+        assert self._receiving is not None
+        request, message, source = self._receiving
+        try:
+            if not request.Test():
+                return None
+        except self.MPI.Exception as error:
+            self._receiving = None
+            self._failed(error, f"receive of {message.numel()} bytes from rank {source}")
+            return None
+        self._receiving = None
+        self.traffic.messages_received += 1
+        self.traffic.bytes_received += message.numel()
+        return source, message
+
+    def _probe(self) -> bool:
+        """Starts to receive the next message, if there is one."""
+        try:
+            found = self._comm.Improbe(self.MPI.ANY_SOURCE, self._tag, self._status)
+        except self.MPI.Exception as error:
+            self._failed(error, "probe")
+            return self._probe()  # that death is acknowledged now; messages may have come before it
+        if found is None:
+            return False
+        message = torch.empty(self._status.Get_count(self.MPI.BYTE), dtype=torch.uint8)
+        source = self._status.Get_source()
+        try:
+            self._receiving = (found.Irecv((self._view(message), self.MPI.BYTE)), message, source)
+        except self.MPI.Exception as error:
+            self._failed(error, f"receive of {message.numel()} bytes from rank {source}")
+            return False
+        return True
+
+    def lost(self) -> frozenset[int]:
+        """See `Post.lost`."""
+        if self.fault_tolerant and monotonic() - self._looked > _LOOK_SECONDS:
+            self._look()
+        return self._lost
+
+    def flushed(self) -> bool:
+        """See `Post.flushed`."""
+        left = []
+        for entry in self._sending:
+            request, message, dest = entry
+            try:
+                if not request.Test() and dest not in self._lost:
+                    left.append(entry)
+            except self.MPI.Exception as error:
+                self._failed(error, f"send of {message.numel()} bytes to rank {dest}")
+        self._sending = left
+        return not left
+
+    def _look(self) -> None:
+        """Asks who has died. Acknowledging lets probes from anyone go on."""
+        self._looked = monotonic()
+        group = self._comm.Get_failed()
+        if group.Get_size() > len(self._lost):
+            self._comm.Ack_failed()
+            ours = self._comm.Get_group()
+            self._lost |= set(group.Translate_ranks(list(range(group.Get_size())), ours))
+            ours.Free()
+        group.Free()
+
+    def _failed(self, error: Any, what: str) -> None:
+        """Takes note of a death; any other failure is an error."""
+        if error.Get_error_class() not in self._deaths:
+            raise TransportError(f"rank {self.rank}: {what} failed: {error}") from error
+        self._comm.Ack_failed()
+        self._look()
+
+    def _view(self, message: torch.Tensor) -> Any:
+        return self.MPI.buffer.fromaddress(message.data_ptr(), message.numel())

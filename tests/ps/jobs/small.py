@@ -1,0 +1,148 @@
+"""A small job whose workers write down all that they push, so that servers can be held to it after deaths.
+
+Run by tests/ps/chaos.py, under mpirun. Every server that is left writes the shards that it has, every worker how many
+of its pushes were acknowledged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import sparsecomm as sc
+
+SIZES = ((37, 11), (53,), (7, 5, 3))
+NUMEL = 37 * 11 + 53 + 7 * 5 * 3
+MODES = {"sync": sc.ps.Synchronous(), "ssp": sc.ps.StaleSynchronous(2), "async": sc.ps.Asynchronous()}
+
+
+class Model(torch.nn.Module):
+    """Parameters without a forward pass: gradients are made up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(7)
+        self.tensors = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(s, generator=g)) for s in SIZES)
+
+
+class PlainSGD:
+    """SGD with rate 1. Torch's optimizers load torch._dynamo, which takes longer than all the rest of this job."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters, "lr": 1.0}]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Subtracts the gradients."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """There is no state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""
+
+
+def gradient(worker: int, step: int, numel: int) -> torch.Tensor:
+    """The made-up gradient of a worker's step, flat."""
+    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * worker + step))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--mode", choices=MODES, default="sync")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--pull", type=float, default=0.0)
+    parser.add_argument("--kill", type=int, default=-1, help="rank that kills itself")
+    parser.add_argument("--after", type=float, default=0.0, help="seconds after MPI is up")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
+    parser.add_argument("--tolerant", action="store_true", help="insist on ULFM")
+    parser.add_argument("--timeout", type=float, default=30.0)
+    return parser.parse_args()
+
+
+def kill_later(seconds: float) -> None:
+    """SIGKILLs this process so long after MPI is up, whatever it is doing then."""
+    from mpi4py import MPI
+
+    def kill() -> None:
+        while not MPI.Is_initialized():
+            time.sleep(0.001)
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def train(options: argparse.Namespace, worker: int, size: int) -> None:
+    """Pushes made-up gradients and notes, where it outlives a death, how many all servers have acknowledged."""
+    model = Model()
+    log = np.memmap(options.folder / f"worker-{worker}.log", np.int64, "w+", shape=(2,))
+    client = sc.ps.Worker(model, sc.TopK(options.density))
+    for step in range(options.steps):
+        flat, at = gradient(worker, step, NUMEL), 0
+        for p in model.parameters():
+            p.grad = flat[at : at + p.numel()].view(p.shape)
+            at += p.numel()
+        client.step()
+        log[0] = client.metrics().acknowledged // options.servers
+        time.sleep(options.pause)
+    log[1] = 1
+
+
+def save(shard: Any, path: Path) -> None:
+    """Writes a shard and what each worker did to it."""
+    state = {
+        "values": shard.values,
+        "averaged": shard.averaged,
+        "pushes": {w: t.pushes for w, t in shard.tallies.items()},
+        "span": (shard.spec.start, shard.spec.end),
+        "version": shard.version,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").rename(path)
+
+
+def main() -> int:
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    torch.set_num_threads(1)
+    options = parse()
+    faulthandler.dump_traceback_later(2 * options.timeout)  # where it hangs, should it hang
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    if rank == options.kill:
+        kill_later(options.after)
+    out = sc.ps.run(
+        lambda worker, size: train(options, worker, size),
+        servers=options.servers,
+        optimizer=PlainSGD,
+        mode=MODES[options.mode],
+        pull=sc.TopK(options.pull) if options.pull else None,
+        fault_tolerant=True if options.tolerant else None,
+        timeout=options.timeout,
+    )
+    if out.server is not None:
+        for kind, shards in (("shard", out.server.shards), ("copy", out.server.copies.shards)):
+            for index, shard in shards.items():
+                save(shard, options.folder / f"{kind}-{index}-at-{rank}.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The parameter server in one process: what it computes, in every mode, against training without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sparsecomm as sc
+from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.virtual import VirtualJob
+
+MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(2), sc.ps.Asynchronous()]
+
+
+def network(seed: int = 3, *, hidden: int = 5) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(7, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3))
+
+
+def batch(worker: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(100 * worker + step)
+    return torch.randn(4, 7, generator=g), torch.randn(4, 3, generator=g)
+
+
+def loss_of(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = ((model(inputs) - targets) ** 2).mean()
+    return loss
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+
+
+def training(
+    link: Link, steps: int, compressor: Any, grads: list[torch.Tensor] | None = None, **options: Any
+) -> Steps[tuple[torch.Tensor, sc.ps.Worker]]:
+    """What each virtual worker does; collects its gradients."""
+    model = network()
+    worker = sc.ps.Worker(model, compressor, link=link, **options)
+    yield from worker.connecting()
+    for step in range(steps):
+        model.zero_grad()
+        loss_of(model, *batch(worker.rank, step)).backward()
+        if grads is not None:
+            grads.append(torch.cat([p.grad.reshape(-1).clone() for p in model.parameters() if p.grad is not None]))
+        yield from worker.stepping()
+    yield from worker.leaving()
+    return flat(model), worker
+
+
+def finish(job: VirtualJob) -> None:
+    for _ in range(5):
+        job.serve()
+    assert all(s.finished for s in job.servers if s.post.rank not in job.office.dead)
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def run(job: VirtualJob, steps: int, compressor: Any, **options: Any) -> list[tuple[torch.Tensor, sc.ps.Worker]]:
+    out = job.run([training(link, steps, compressor, **options) for link in job.links])
+    for each in out:
+        if isinstance(each, BaseException):
+            raise each
+    finish(job)
+    return out
+
+
+@pytest.mark.parametrize("servers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("compressor", [sc.Dense(), sc.TopK(1.0)], ids=["dense", "topk"])
+def test_synchronous_training_at_density_one_equals_training_on_the_joined_batch(
+    workers: int, servers: int, compressor: Any
+) -> None:
+    got = run(VirtualJob(workers, servers, optimizer=adamw), 12, compressor, value_codec="fp32")
+    alone = network()
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01)
+    for step in range(12):
+        optimizer.zero_grad()
+        inputs, targets = zip(*(batch(w, step) for w in range(workers)), strict=True)
+        loss_of(alone, torch.cat(inputs), torch.cat(targets)).backward()
+        optimizer.step()
+    for values, worker in got:
+        assert torch.equal(values, got[0][0]), "all workers have the same bits"
+        assert torch.allclose(values, flat(alone), rtol=1e-5, atol=1e-6)
+        assert worker.versions == (12,) * servers
+
+
+def test_no_server_holds_the_whole_model_and_shards_are_balanced() -> None:
+    job = VirtualJob(2, 3, optimizer=adamw, replicate=False)
+    run(job, 1, sc.Dense())
+    numel = flat(network()).numel()
+    sizes = [sum(s.spec.numel for s in server.shards.values()) for server in job.servers]
+    assert sum(sizes) == numel
+    assert max(sizes) - min(sizes) <= 1
+    cut = [p for server in job.servers for s in server.shards.values() for p in s.spec.pieces]
+    assert any(p.end - p.start < torch.Size(p.shape).numel() for p in cut), "a tensor is split"
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
+def test_what_is_not_applied_is_in_the_residuals(mode: sc.ps.Mode, codec: str) -> None:
+    job = VirtualJob(3, 2, optimizer=sgd, mode=mode)
+    grads: list[list[torch.Tensor]] = [[], [], []]
+    tasks = [training(link, 9, sc.TopK(0.1), g, value_codec=codec) for link, g in zip(job.links, grads, strict=True)]
+    out = job.run(tasks)
+    finish(job)
+    shards = [s for server in job.servers for s in server.shards.values()]
+    final = torch.cat([s.values for s in sorted(shards, key=lambda s: s.spec.index)])
+    pushed = sum(sum(g).double() for g in grads) - sum(worker.residual().double() for _, worker in out)  # type: ignore[arg-type, misc]
+    applied = (flat(network()) - final).double() * 3
+    assert torch.allclose(applied, pushed, atol=2e-4)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
+def test_what_a_sparse_pull_leaves_out_comes_later(codec: str) -> None:
+    job = VirtualJob(2, 2, optimizer=adamw, pull=sc.TopK(0.2), pull_codec=sc.types.ValueCodec[codec.upper()])
+
+    def task(link: Link) -> Steps[tuple[torch.Tensor, torch.Tensor]]:
+        model = network()
+        worker = sc.ps.Worker(model, sc.TopK(0.1), link=link)
+        yield from worker.connecting()
+        for step in range(6):
+            model.zero_grad()
+            loss_of(model, *batch(worker.rank, step)).backward()
+            yield from worker.stepping()
+        behind = flat(model)
+        for _ in range(60):
+            yield from worker.pulling()
+        yield from worker.leaving()
+        return behind, flat(model)
+
+    out = job.run([task(link) for link in job.links])
+    truth = torch.cat([job.servers[i].shards[i].values for i in range(2)])
+    for behind, later in out:
+        assert not torch.allclose(behind, truth, atol=1e-4), "20% of what Adam changes was sent"
+        assert torch.allclose(later, truth, atol=1e-6)
+
+
+def test_a_thousandth_costs_a_two_hundredth_of_dense_push_and_pull() -> None:
+    numel = 400_000
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(numel))
+
+    def task(link: Link) -> Steps[sc.ps.WorkerMetrics]:
+        model = Flat()
+        worker = sc.ps.Worker(model, sc.TopK(0.001), link=link)
+        yield from worker.connecting()
+        before = worker.metrics()
+        for step in range(4):
+            model.weight.grad = torch.randn(numel, generator=torch.Generator().manual_seed(10 * worker.rank + step))
+            yield from worker.stepping()
+        after = worker.metrics()
+        yield from worker.leaving()
+        moved = after.bytes_sent + after.bytes_received - before.bytes_sent - before.bytes_received
+        return (after.dense_bytes - before.dense_bytes) / moved
+
+    job = VirtualJob(2, 2, optimizer=sgd, pull=sc.TopK(0.002))
+    for ratio in job.run([task(link) for link in job.links]):
+        assert ratio >= 200, f"{ratio:.0f} times fewer bytes than dense, envelopes, headers, acknowledgements included"
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_nobody_runs_further_ahead_than_the_mode_allows(mode: sc.ps.Mode) -> None:
+    job = VirtualJob(3, 2, optimizer=sgd, mode=mode)
+    clocks, worst = {}, [0]
+
+    def task(link: Link, pause: int) -> Steps[sc.ps.Worker]:
+        model = network()
+        worker = sc.ps.Worker(model, sc.TopK(0.1), link=link)
+        yield from worker.connecting()
+        for step in range(20):
+            model.zero_grad()
+            loss_of(model, *batch(worker.rank, step)).backward()
+            yield from worker.stepping()
+            clocks[worker.rank] = worker.clock
+            if len(clocks) == 3 and min(clocks.values()) < 20:
+                worst[0] = max(worst[0], max(clocks.values()) - min(clocks.values()))
+            for _ in range(pause):
+                yield "a pause"
+        yield from worker.leaving()
+        return worker
+
+    out = job.run([task(link, pause) for link, pause in zip(job.links, (0, 0, 9), strict=True)])
+    finish(job)
+    if mode.lead is None:
+        assert worst[0] > 5
+    else:
+        assert worst[0] <= mode.lead + 1  # the slow one's push may be in before its step ends
+    stale = [w.metrics().mean_staleness for w in out]
+    assert max(w.metrics().stalest for w in out) == (0 if mode.rounds else pytest.approx(out[2].metrics().stalest))
+    assert mode.rounds or stale[2] > stale[0], "the slow worker's gradients are the stalest"
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("compressor", [sc.TopK(0.1), sc.Dense()], ids=["topk", "dense"])
+def test_a_gradient_that_is_not_finite_is_left_out(mode: sc.ps.Mode, compressor: Any) -> None:
+    def task(link: Link) -> Steps[tuple[torch.Tensor, sc.ps.WorkerMetrics]]:
+        model = network()
+        worker = sc.ps.Worker(model, compressor, link=link)
+        yield from worker.connecting()
+        for step in range(4):
+            model.zero_grad()
+            loss_of(model, *batch(worker.rank, step)).backward()
+            if worker.rank == 1 and step == 2:
+                next(model.parameters()).grad[0, 0] = float("nan")  # type: ignore[index]
+            yield from worker.stepping()
+        yield from worker.leaving()
+        return flat(model), worker.metrics()
+
+    job = VirtualJob(2, 2, optimizer=sgd, mode=mode)
+    out = job.run([task(link) for link in job.links])
+    finish(job)
+    assert all(bool(torch.isfinite(values).all()) for values, _ in out)
+    assert [m.nonfinite for _, m in out] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "feedback", [sc.MomentumCorrection(0.9, clip_norm=1.0), sc.AdamCorrection(), None], ids=["dgc", "adam", "none"]
+)
+def test_other_kinds_of_feedback_train(feedback: Any) -> None:
+    job = VirtualJob(2, 2, optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
+    inputs, targets = batch(0, 0)
+    before = float(loss_of(network(), inputs, targets).detach())
+
+    def task(link: Link) -> Steps[float]:
+        model = network()
+        worker = sc.ps.Worker(model, sc.TopK(0.2), feedback=feedback, link=link)
+        yield from worker.connecting()
+        for _ in range(40):
+            model.zero_grad()
+            loss_of(model, inputs, targets).backward()
+            yield from worker.stepping()
+        yield from worker.leaving()
+        return float(loss_of(model, inputs, targets).detach())
+
+    assert all(after < 0.8 * before for after in job.run([task(link) for link in job.links]))
+
+
+def test_the_rate_follows_the_number_of_updates() -> None:
+    job = VirtualJob(1, 1, optimizer=sgd, rate=lambda version: 0.0 if version >= 2 else 0.1)
+    seen = []
+
+    def task(link: Link) -> Steps[None]:
+        model = network()
+        worker = sc.ps.Worker(model, sc.Dense(), link=link)
+        yield from worker.connecting()
+        for step in range(4):
+            model.zero_grad()
+            loss_of(model, *batch(0, step)).backward()
+            yield from worker.stepping()
+            seen.append(flat(model))
+        yield from worker.leaving()
+
+    job.run([task(link) for link in job.links])
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[3])

@@ -22,7 +22,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_it_trains_and_its_bytes_are_counted(own: Path) -> None:
-    job = run_job([*mpirun_command(2), sys.executable, own], deadline=120)
+    job = run_job([*mpirun_command(2), sys.executable, own], deadline=240)
     assert job.code == 0, job
     found = re.findall(r"step (\d+): loss (\d+), ([\d,]+) bytes sent, dense / sent = (\d+)", job.out)
     assert [int(step) for step, *_ in found] == [0, 50, 100], job

@@ -35,7 +35,7 @@ CELLS = [
     cell("gpt", "adamw", "topk", 0.01, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
     cell("gpt", "adamw", "topk", 0.001, lr=6e-3, beta1=0.5, warmup_steps=1500, **EXP),
     cell("gpt", "sgd", "dense", None, lr=0.1, momentum=0.9),
-    cell("gpt", "sgd", "dgc", 0.01, lr=1.0, momentum=0.5, warmup_steps=1500, **EXP),
+    cell("gpt", "sgd", "dgc", 0.01, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
     cell("gpt", "sgd", "dgc", 0.001, lr=1.0, momentum=0.5, warmup_steps=1500, **EXP),
     cell("gpt", "sgd", "topk", 0.01, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),
     cell("gpt", "sgd", "topk", 0.001, lr=0.3, momentum=0.9, warmup_steps=1500, **EXP),

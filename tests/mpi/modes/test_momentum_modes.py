@@ -129,7 +129,7 @@ def test_velocity_survives_a_bucket_rebuild_and_a_checkpoint(world: sc.World) ->
 @pytest.mark.parametrize("make", [mlp, partial(zoo.seeded, zoo.Pictures), partial(zoo.seeded, zoo.Tied)], ids=str)
 def test_the_dgc_preset_learns(world: sc.World, make: Any) -> None:
     """Its whole schedule, 25% down to 0.1%: the loss falls on the way and replicas agree."""
-    state = sc.SparseState(preset("dgc", steps_per_epoch=8, clip_norm=1.0))
+    state = sc.SparseState(preset("dgc", steps_per_epoch=8, clip_norm=1.0).change(collective="allgather"))
     ddp = wrap(make(), state)
     start = sum(loss_of(ddp, s).item() for s in range(40))
     for _ in train(ddp, 40, momentum=0.0, lr=0.02):

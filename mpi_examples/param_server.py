@@ -153,9 +153,10 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     how.add_argument("--pull-density", type=float, metavar="D", help="share pulled (default: all, dense)")
     how.add_argument("--kill-worker-at", type=int, metavar="STEP", help="the last worker dies there; needs ULFM")
     settings = options.parse(parser, Settings, arguments)
+    default = parser.get_default("collective")
     used = [name for name in FOREIGN if getattr(settings, name)]
-    if used or settings.collective != "auto" or settings.compressor == "none":
-        names = [*used, *(("collective",) if settings.collective != "auto" else ())]
+    if used or settings.collective != default or settings.compressor == "none":
+        names = [*used, *(("collective",) if settings.collective != default else ())]
         names += ["compressor none"] if settings.compressor == "none" else []
         parser.error(f"--{names[0].replace('_', '-')} has no meaning with a parameter server")
     return settings

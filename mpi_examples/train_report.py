@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from run_log import Row
 
+from sparsecomm.cli.output import on_terminal
+
 SMOOTHED = 20  # steps the shown loss, speed and ratio are averaged over
-
-
-def on_terminal() -> bool:
-    """Whether somebody watches stdout.
-
-    Open MPI gives every rank a pseudo-terminal even where its own stdout is a file or a pipe, so under it the
-    question goes to the parent process, which is mpirun or its daemon.
-    """
-    if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
-        return sys.stdout.isatty()
-    try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts/", "/dev/tty"))
-    except OSError:
-        return False
 
 
 class Report:

@@ -156,6 +156,11 @@ def gradient(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tens
     return flat.to(dtype)
 
 
+def gradients(kinds: Sequence[str], size: int, numel: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """One gradient for each of `size` ranks, of these kinds in turn."""
+    return [gradient(kinds[r % len(kinds)], numel, dtype, seed + r) for r in range(size)]
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN and signed zeros included."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -100,7 +100,6 @@ class Chooser:
         self._sizes: dict[int, tuple[int, int]] = {}
         self._last_sizes: Sizes = {}
         self._predicted_sizes: Sizes = {}
-        self._decided_k = 0
         self._handed_over: tuple[Option, float] | None = None
 
     def begin(self, step: int, call: Call) -> None:
@@ -141,8 +140,7 @@ class Chooser:
         if current is None:
             return
         self._handed_over = (current, now)
-        settled_in = self._position % TURN > 0 if self._schedule else True
-        if before is not None and before[0] is current and settled_in and self._schedule:
+        if self._schedule and self._position % TURN and before is not None and before[0] is current:
             current.samples.append(now - before[1])
 
     def finished(self, index: int, candidate: Candidate, seconds: float) -> None:
@@ -163,8 +161,8 @@ class Chooser:
         return Candidate(kind, config.dense_values if kind == CollectiveKind.DENSE else config.values)
 
     def _k_moved(self) -> bool:
-        k = sum(k for _, k in self._last_sizes.values())
-        return not self._decided_k / 2 < k < self._decided_k * 2
+        then, now = (sum(k for _, k in sizes.values()) for sizes in (self._predicted_sizes, self._last_sizes))
+        return not then / 2 < now < then * 2
 
     def _open_trial(self, step: int, call: Call) -> None:
         config, sizes = self.config, self._last_sizes
@@ -180,7 +178,7 @@ class Chooser:
             index: {c: predict(c, config, costs, n, k, self.size) for c in candidates(config)}
             for index, (n, k) in sizes.items()
         }
-        self._decided_k, self._predicted_sizes = k, sizes
+        self._predicted_sizes = sizes
         self.measured.clear()
         self.options = self._make_options()
         self.decided_at = None

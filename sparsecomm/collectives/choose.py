@@ -221,7 +221,7 @@ def choose_leaders_collective(
 
 
 def _body_bytes(nnz: int, numel: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
-    codec = choose_index_codec(nnz, numel) if index_codec is None or nnz == numel else index_codec
+    codec = choose_index_codec(nnz, numel, index_codec)
     return kernels.estimate_index_bytes(codec, nnz, numel) + kernels.max_value_bytes(value_codec, nnz)
 
 

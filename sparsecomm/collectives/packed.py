@@ -11,7 +11,7 @@ __all__ = ["broadcast_bytes", "positions_bytes"]
 
 def positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
     """Returns the expected bytes of nnz uniform positions in one message, header included."""
-    codec = choose_index_codec(nnz, numel) if index_codec is None or nnz == numel else index_codec
+    codec = choose_index_codec(nnz, numel, index_codec)
     return POSITIONS_HEADER_BYTES + kernels.estimate_index_bytes(codec, nnz, numel)
 
 

@@ -77,10 +77,8 @@ def write_vector(like: Header, pairs: Pairs | None, codecs: Codecs, arena: Arena
         return Vector(header, payload, torch.empty(0))
     indices, values = pairs
     nnz = values.numel()
-    smallest = choose_index_codec(nnz, header.numel)
-    full = smallest == IndexCodec.DENSE
     header.value_codec = codecs.values
-    header.index_codec = smallest if full or codecs.indices is None else codecs.indices
+    header.index_codec = choose_index_codec(nnz, header.numel, codecs.indices)
     room = max_payload_bytes(header.index_codec, codecs.values, nnz, header.numel)
     payload = arena.get((key, "vector"), room, torch.uint8, reserve=2 * room)
     error = arena.get((key, "error"), nnz, torch.float32, reserve=2 * nnz)

@@ -11,7 +11,7 @@ import torch
 
 from sparsecomm.compress.schedule import Density, check_density, density_at
 
-__all__ = ["Compressor", "Selection", "SelectionBuffers", "SelectorMemory", "SparsifyingCompressor"]
+__all__ = ["Compressor", "Selection", "SelectionBuffers", "SelectorMemory", "SparsifyingCompressor", "take_out"]
 
 
 @dataclass(slots=True)
@@ -53,6 +53,36 @@ class Selection:
 
     nnz: int
     nonfinite: int
+
+
+def take_out(
+    positions: torch.Tensor,
+    before: torch.Tensor,
+    grad: torch.Tensor,
+    residual: torch.Tensor,
+    nonfinite: int,
+    out: SelectionBuffers,
+    *,
+    scale: float = 1.0,
+) -> Selection:
+    """Takes what was accumulated at some positions out of the residual, but for sums that were not finite.
+
+    Args:
+        positions: int64, ascending.
+        before: float32, shape (n,): the residual before the gradient was added.
+        grad: shape (n,), what was added to it.
+        residual: float32, shape (n,). Mutated.
+        nonfinite: how many sums were not finite; the residual was left alone there.
+        out: filled with the selection.
+        scale: factor on the gradient.
+    """
+    if nonfinite:
+        positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
+    nnz = positions.numel()
+    out.indices[:nnz] = positions.to(torch.uint32)
+    out.values[:nnz] = residual[positions]
+    residual[positions] = 0.0
+    return Selection(nnz, nonfinite)
 
 
 class Compressor(abc.ABC):

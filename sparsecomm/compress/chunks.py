@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
+from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor, take_out
 from sparsecomm.compress.places import Places
 from sparsecomm.errors import ConfigError
 from sparsecomm.kernels import dispatch as kernels
@@ -66,13 +66,7 @@ class ChunkTopK(SparsifyingCompressor):
         norms = torch.empty(self.chunks_of(residual.numel()))
         nonfinite = kernels.accumulate_norms(grad, residual, self.chunk, norms, scale=scale)
         positions = Places(largest_chunks(norms, self.chunks_of(k)), self.chunk, residual.numel()).positions()
-        if nonfinite:
-            positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
-        nnz = positions.numel()
-        out.indices[:nnz] = positions.to(torch.uint32)
-        out.values[:nnz] = residual[positions]
-        residual[positions] = 0.0
-        return Selection(nnz, nonfinite)
+        return take_out(positions, before, grad, residual, nonfinite, out, scale=scale)
 
 
 def largest_chunks(norms: torch.Tensor, count: int) -> torch.Tensor:

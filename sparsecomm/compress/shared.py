@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
+from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor, take_out
 from sparsecomm.compress.sample import sample
 from sparsecomm.compress.topk import TopK
 from sparsecomm.errors import ConfigError
@@ -95,13 +95,7 @@ class RandomK(SharedPositions):
         marks = torch.empty(residual.numel(), dtype=torch.uint8)
         positions = self.positions(min(k, residual.numel()), memory.age, 0, marks)
         memory.age += 1
-        if nonfinite:
-            positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
-        nnz = positions.numel()
-        out.indices[:nnz] = positions.to(torch.uint32)
-        out.values[:nnz] = residual[positions]
-        residual[positions] = 0.0
-        return Selection(nnz, nonfinite)
+        return take_out(positions, before, grad, residual, nonfinite, out, scale=scale)
 
 
 @dataclass(frozen=True)

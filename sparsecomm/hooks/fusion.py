@@ -53,25 +53,23 @@ class Batch:
     Attributes:
         members: the buckets, of one dtype.
         last: whether the last of them is the last of the backward pass.
+        parameters: the parameters of all.
+        numel: elements of all.
     """
 
     members: list[Handed]
     last: bool = False
+    parameters: list[torch.Tensor] = field(init=False)
+    numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for m in self.members for p in m.parameters]
+        self.numel = sum(m.grad.numel() for m in self.members)
 
     @property
     def index(self) -> int:
         """The first bucket's number, by which the whole is known."""
         return self.members[0].index
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """The parameters of all."""
-        return [p for m in self.members for p in m.parameters]
-
-    @property
-    def numel(self) -> int:
-        """Elements of all."""
-        return sum(m.grad.numel() for m in self.members)
 
     def check(self, where: str) -> None:
         """Checks all gradients.

@@ -159,8 +159,7 @@ class SparseState:
             self._recorder.abandon(step)
             batch.fail(error)
 
-        parameters = batch.parameters
-        ids = tuple(id(p) for p in parameters)
+        ids = tuple(id(p) for p in batch.parameters)
         try:
             wrappers = self._wrappers(here) if self._must_look(index, ids, step) else None
             ranks = wrappers.ranks if wrappers is not None else self._model.ranks if self._model is not None else None

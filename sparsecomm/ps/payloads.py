@@ -6,7 +6,6 @@ import torch
 
 from sparsecomm.arena import Arena
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.ps.sharding import ShardSpec
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
@@ -65,8 +64,7 @@ def encode(
     """
     indices, values = selected
     nnz = values.numel()
-    if index_codec is None or nnz == spec.numel:
-        index_codec = choose_index_codec(nnz, spec.numel)
+    index_codec = choose_index_codec(nnz, spec.numel, index_codec)
     header = Header(
         flags=FLAG_NONFINITE if nonfinite else 0,
         collective=kind,
@@ -130,8 +128,3 @@ def decode(
     values = torch.empty(header.nnz, dtype=torch.float32)
     decode_body(header, data[HEADER_BYTES:], indices, values)
     return (indices, values), bool(header.flags & FLAG_NONFINITE)
-
-
-def add(out: torch.Tensor, selected: Selected) -> None:
-    """Adds a selection to a dense vector."""
-    kernels.scatter_add(out, *selected)

@@ -19,10 +19,15 @@ __all__ = [
 ]
 
 
-def choose_index_codec(nnz: int, numel: int) -> IndexCodec:
-    """Returns the index codec expected to be smallest for nnz of numel positions."""
+def choose_index_codec(nnz: int, numel: int, given: IndexCodec | None = None) -> IndexCodec:
+    """Returns the index codec expected to be smallest for nnz of numel positions, or the given one.
+
+    All positions need no indices, whatever is given.
+    """
     if nnz == numel:
         return IndexCodec.DENSE
+    if given is not None:
+        return given
     candidates = (IndexCodec.RICE, IndexCodec.BITMAP)
     return min(candidates, key=lambda c: kernels.estimate_index_bytes(c, nnz, numel))
 

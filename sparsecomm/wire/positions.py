@@ -48,13 +48,9 @@ class PositionsHeader:
     body_crc: int
 
 
-def _codec_of(nnz: int, numel: int, index_codec: IndexCodec | None) -> IndexCodec:
-    return choose_index_codec(nnz, numel) if index_codec is None or nnz == numel else index_codec
-
-
 def max_positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
     """Returns a bound on the length in bytes, header included."""
-    return POSITIONS_HEADER_BYTES + kernels.max_index_bytes(_codec_of(nnz, numel, index_codec), nnz, numel)
+    return POSITIONS_HEADER_BYTES + kernels.max_index_bytes(choose_index_codec(nnz, numel, index_codec), nnz, numel)
 
 
 def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec | None, out: torch.Tensor) -> int:
@@ -70,7 +66,7 @@ def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec 
         Bytes written: header and body.
     """
     nnz = indices.numel()
-    codec = _codec_of(nnz, numel, index_codec)
+    codec = choose_index_codec(nnz, numel, index_codec)
     body = out[POSITIONS_HEADER_BYTES:]
     length = kernels.encode_indices(codec, indices, numel, body)
     view: Any = out.numpy()

@@ -12,6 +12,7 @@ from helpers import (
     Cluster,
     assert_conserved,
     gradient,
+    gradients,
     magnitude,
     plan,
     rounding_of,
@@ -38,10 +39,7 @@ class Situation:
     seed: int
 
     def grads(self, step: int) -> list[torch.Tensor]:
-        return [
-            gradient(self.kinds[r % len(self.kinds)], self.numel, self.dtype, self.seed + 1000 * step + r)
-            for r in range(self.size)
-        ]
+        return gradients(self.kinds, self.size, self.numel, self.dtype, self.seed + 1000 * step)
 
 
 situations = st.builds(

@@ -15,6 +15,7 @@ from helpers import (
     Cluster,
     assert_conserved,
     gradient,
+    gradients,
     layout,
     magnitude,
     plan,
@@ -52,10 +53,7 @@ class Situation:
     seed: int
 
     def grads(self, step: int) -> list[torch.Tensor]:
-        return [
-            gradient(self.kinds[r % len(self.kinds)], self.numel, self.dtype, self.seed + 1000 * step + r)
-            for r in range(self.size)
-        ]
+        return gradients(self.kinds, self.size, self.numel, self.dtype, self.seed + 1000 * step)
 
     def summing(self) -> AbstractContextManager[object]:
         """Vectors as short as these go by doubling in float32 unless they are told otherwise."""

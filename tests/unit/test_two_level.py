@@ -17,6 +17,7 @@ from helpers import (
     assert_conserved,
     assert_restored,
     gradient,
+    gradients,
     magnitude,
     mpirun_command,
     plan,
@@ -55,10 +56,7 @@ class Situation:
         return len(self.nodes)
 
     def grads(self, step: int) -> list[torch.Tensor]:
-        return [
-            gradient(self.kinds[r % len(self.kinds)], self.numel, self.dtype, self.seed + 1000 * step + r)
-            for r in range(self.size)
-        ]
+        return gradients(self.kinds, self.size, self.numel, self.dtype, self.seed + 1000 * step)
 
 
 situations = st.builds(

@@ -60,6 +60,13 @@ class Ledger:
         self.ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, **ddp)
         self.ddp.register_comm_hook(state, hook)
 
+    def descend(self) -> None:
+        """Moves the model against its gradients, as an optimizer does."""
+        with torch.no_grad():
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.sub_(0.05 * p.grad)
+
     def step(self, backward: Callable[[], None]) -> bool:
         """Runs a backward pass; books it, unless the optimizer will skip it for NaN.
 
@@ -131,3 +138,34 @@ class Ledger:
     def kept_back(self) -> float:
         """Sum of magnitudes in this rank's residuals: a test in which nothing is kept back proves nothing."""
         return float(sum(t.abs().sum() for t in self.residuals().values()))
+
+
+def assert_skips_lose_nothing(
+    make: Callable[[nn.Module, torch.amp.GradScaler], Ledger], *, steps: int, bad: tuple[int, int], every_step: bool
+) -> None:
+    """Trains with a GradScaler; in two steps the last rank's gradient is infinite, and exactly these are skipped.
+
+    Args:
+        make: makes the ledger of a model whose state knows the scaler.
+        steps: of training.
+        bad: the steps in which the last rank overflows.
+        every_step: whether the books are looked at after each step, or only at the end.
+    """
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    ledger = make(model, scaler)
+    ledger.scale = lambda: float(scaler.get_scale())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    rank, skipped = dist.get_rank(), 0
+    for step in range(steps):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        if step in bad and rank == dist.get_world_size() - 1:
+            x[0, 0] = float("inf")
+        skipped += not ledger.step(lambda x=x: scaler.scale(ledger.ddp(x).square().mean()).backward())
+        scaler.step(optimizer)
+        scaler.update()
+        if every_step or step == steps - 1:
+            ledger.check()
+            ledger.check_replicas()
+    assert skipped == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ledger import Ledger
+from ledger import Ledger, assert_skips_lose_nothing
 from test_every_mode import MODES
 from torch import nn
 from training import TINY_BUCKETS, assert_replicas_equal, flat, loss_of, mlp, train, wrap
@@ -35,10 +35,7 @@ def test_nothing_is_lost_and_replicas_agree(world: sc.World, name: str, codec: s
     ledger = Ledger(how.make(), state_of(name, codec), **how.ddp)
     for step in range(4):
         ledger.step(lambda step=step: how.backward(ledger.ddp, step))
-        with torch.no_grad():
-            for p in ledger.model.parameters():
-                if p.grad is not None:
-                    p.sub_(0.05 * p.grad)
+        ledger.descend()
     ledger.check()
     ledger.check_replicas()
     assert ledger.kept_back > 0
@@ -54,23 +51,12 @@ def test_half_precision_models_train(world: sc.World, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tree", "sign", "powersgd"])
 def test_a_scaler_that_skips_loses_nothing(world: sc.World, name: str) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-    ledger = Ledger(model, state_of(name, "fp16", scaler=scaler))
-    ledger.scale = lambda: float(scaler.get_scale())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    skipped = 0
-    for step in range(5):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + world.rank))
-        if step in (2, 4) and world.rank == world.size - 1:
-            x[0, 0] = float("inf")
-        skipped += not ledger.step(lambda x=x: scaler.scale(ledger.ddp(x).square().mean()).backward())
-        scaler.step(optimizer)
-        scaler.update()
-    ledger.check()
-    ledger.check_replicas()
-    assert skipped == 2
+    assert_skips_lose_nothing(
+        lambda model, scaler: Ledger(model, state_of(name, "fp16", scaler=scaler)),
+        steps=5,
+        bad=(2, 4),
+        every_step=False,
+    )
 
 
 def test_powersgd_with_many_buckets_in_flight_does_not_deadlock(world: sc.World) -> None:

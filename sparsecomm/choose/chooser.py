@@ -5,7 +5,8 @@
     3 predict  seconds of every candidate for every bucket, from the same figures on all ranks
     4 try      what is predicted within reach of the best takes turns of a few steps each; whole steps are timed,
                since what counts is not an exchange but what it adds to a step whose backward hides part of it
-    5 decide   by the slowest rank's medians, the same on all ranks
+    5 decide   by the slowest rank's medians, the same on all ranks: what is clearly slower is dropped, and what is
+               left is tried again, until one is left or the difference is not worth more steps
     6 again    from 3 when the number of nonzeros has halved or doubled, as a warm-up makes it
 
 Every rank runs the same schedule by counting steps; ranks exchange figures in 2 and 5 only.
@@ -13,8 +14,9 @@ Every rank runs the same schedule by counting steps; ranks exchange figures in 2
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -39,11 +41,14 @@ WATCHED = 2
 TURN = 5
 """Steps of a turn; the first is not timed, since buffers grow and regions are made in it."""
 TURNS = 2
-"""Turns of each option, so that a machine that slows down does not decide."""
+"""Turns of each option in a round, so that a machine that slows down does not decide."""
+ROUNDS = 4
+"""Rounds at most: medians of 32 steps tell apart what differs by a few percent on a machine that others use too."""
 REACH = 1.6
 """What is predicted to take this many times the best's time at most is tried: predictions are not better than that."""
 MOST_OPTIONS = 4
 _MARGIN = 0.98  # another option than the predicted best must be this much faster
+_CLEARLY = (1.25, 1.12, 1.06)  # times the fastest: what is slower after round 1, 2, 3 is not tried again
 
 Call = Callable[[str, Callable[[Channel], CollectiveSteps[Any]]], Any]
 """Runs a collective of the state's ranks and waits for it: a label, and what makes its generator."""
@@ -59,7 +64,7 @@ class Option:
         default: for a bucket of another number.
         predicted: seconds of all exchanges of a step, one after the other.
         samples: seconds of whole steps.
-        measured: median of a step on the slowest rank; None before the decision.
+        measured: median of a step on the slowest rank so far; infinite before it was tried.
     """
 
     name: str
@@ -67,7 +72,7 @@ class Option:
     default: Candidate
     predicted: float
     samples: list[float] = field(default_factory=list)
-    measured: float | None = None
+    measured: float = math.inf
 
     def of(self, index: int) -> Candidate:
         """Returns the candidate for a bucket."""
@@ -94,7 +99,8 @@ class Chooser:
         self._arena = Arena()
         self._step = -1
         self._watched = 0
-        self._position = 0  # steps of the trial so far
+        self._round = 0  # of the trial
+        self._position = 0  # steps of the round so far
         self._schedule: list[Option] = []
         self._current: Option | None = None
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -182,12 +188,16 @@ class Chooser:
         self.measured.clear()
         self.options = self._make_options()
         self.decided_at = None
-        self._position = 0
+        self._round = 0
         self._handed_over = None
         if len(self.options) == 1:
             self.chosen, self.decided_at = self.options[0], step
         else:
-            self._schedule = [option for _ in range(TURNS) for option in self.options for _ in range(TURN)]
+            self._open_round(self.options)
+
+    def _open_round(self, options: Sequence[Option]) -> None:
+        self._position = 0
+        self._schedule = [option for _ in range(TURNS) for option in options for _ in range(TURN)]
 
     def _make_options(self) -> list[Option]:
         """Returns what is worth a trial, the best prediction first."""
@@ -217,10 +227,17 @@ class Chooser:
             yield from agree_to_choose(channel, step, arena)
             return (yield from agreed_maximum(channel, mine, arena))
 
-        figures: list[float] = call(f"the decision of step {step}", gather)
-        best = options[0]
+        figures: list[float] = call(f"round {self._round} of the decision of step {step}", gather)
         for option, seconds in zip(options, figures, strict=True):
             option.measured = seconds
-            if option is not best and best.measured is not None and seconds < _MARGIN * best.measured:
-                best = option
-        self.chosen, self.decided_at, self._schedule = best, step, []
+        self._round += 1
+        tried = [o for o in options if o in self._schedule]  # only these saw the machine as it was in this round
+        fastest = min(tried, key=lambda o: o.measured)
+        if self._round < ROUNDS:
+            near = [o for o in tried if o.measured <= _CLEARLY[self._round - 1] * fastest.measured]
+            if len(near) > 1:
+                self._open_round(near)
+                return
+        first = options[0]
+        keep = first in tried and fastest.measured >= _MARGIN * first.measured
+        self.chosen, self.decided_at, self._schedule = first if keep else fastest, step, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def explain(chooser: Chooser) -> str:
 def _options(chooser: Chooser) -> list[str]:
     lines = [f"{'option':<24} {'all exchanges, predicted ms':>27} {'whole step, measured ms':>24}"]
     for option in chooser.options:
-        seen = "-" if option.measured is None else f"{option.measured * 1e3:.3f}"
+        seen = "-" if math.isinf(option.measured) else f"{option.measured * 1e3:.3f}"
         mark = " <" if option is chooser.chosen else ""
         lines.append(f"{option.name:<24} {option.predicted * 1e3:>27.3f} {seen:>24}{mark}")
     chosen = chooser.chosen

@@ -22,9 +22,9 @@ from training import (
 )
 
 import sparsecomm as sc
-from sparsecomm.choose.chooser import MOST_OPTIONS, TURN, TURNS, WATCHED
+from sparsecomm.choose.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
 
-LONG_ENOUGH = WATCHED + MOST_OPTIONS * TURN * TURNS + 3
+LONG_ENOUGH = WATCHED + MOST_OPTIONS * TURN * TURNS * ROUNDS + 3
 EVERYTHING = 10**6
 
 

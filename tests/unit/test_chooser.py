@@ -9,7 +9,7 @@ import pytest
 
 import sparsecomm as sc
 from sparsecomm.choose import Candidate, Chooser, candidates, chooser
-from sparsecomm.choose.chooser import TURN, TURNS, WATCHED
+from sparsecomm.choose.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
 from sparsecomm.choose.predict import predict
 from sparsecomm.strategies import Costs
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
@@ -17,6 +17,8 @@ from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 MILLION = 1_000_000
+LONG = WATCHED + MOST_OPTIONS * TURN * TURNS * ROUNDS + 5
+"""Steps in which every trial has ended."""
 KERNELS = {"exchange": 1e-4, "select": 0.4e-9, "fill": 0.1e-9, "encode": 3e-9, "decode": 3e-9, "add": 0.2e-9}
 GIGABIT = Costs(alpha=1e-4, beta=8e-9, **KERNELS)
 MEMORY = Costs(alpha=2e-5, beta=0.1e-9, **KERNELS)
@@ -70,11 +72,11 @@ def run(
 
 def test_a_slow_link_takes_few_bytes_and_a_fast_one_no_compression(clock: Clock) -> None:
     slow, fast = made(GIGABIT), made(MEMORY, density=0.25)
-    chosen = run(slow, clock, range(80), lambda name: 1.0)
+    chosen = run(slow, clock, range(LONG), lambda name: 1.0)
     assert chosen[-1].kind == CollectiveKind.ALLGATHER
     assert slow.chosen is not None
     assert slow.chosen.name == "allgather"
-    chosen = run(fast, clock, range(80), lambda name: 1.0, k=250_000)
+    chosen = run(fast, clock, range(LONG), lambda name: 1.0, k=250_000)
     assert chosen[-1].kind == CollectiveKind.DENSE
 
 
@@ -107,15 +109,40 @@ def test_real_steps_overrule_the_prediction_and_everybody_knows_when(clock: Cloc
 def test_a_tie_stays_with_the_prediction(clock: Clock) -> None:
     chooser = made(GIGABIT)
     best = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1].name
-    run(chooser, clock, range(WATCHED + 1, 90), lambda name: 1.0 if name == best else 0.99)
+    run(chooser, clock, range(WATCHED + 1, LONG), lambda name: 1.0 if name == best else 0.99)
     assert chooser.decided_at is not None
     assert chooser.chosen is chooser.options[0]
+
+
+def test_what_is_near_is_tried_again_and_what_is_clearly_slower_is_not(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)
+    names = [o.name for o in chooser.options]
+    assert len(names) > 2
+    seconds = dict.fromkeys(names, 2.0) | {names[0]: 1.0, names[1]: 1.03}
+    chosen = run(chooser, clock, range(WATCHED + 1, LONG), lambda name: seconds[name])
+    tried = [c.name for c in chosen[: chooser.decided_at - WATCHED - 1]]
+    assert [tried.count(n) for n in names[2:]] == [TURN * TURNS] * (len(names) - 2)
+    assert tried.count(names[1]) == ROUNDS * TURN * TURNS, "3% is not told apart by a few steps"
+    assert chosen[-1].name == names[0]
+
+
+def test_what_was_dropped_while_the_machine_was_fast_does_not_win_when_it_has_become_slow(clock: Clock) -> None:
+    chooser = made(GIGABIT)
+    run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)
+    names = [o.name for o in chooser.options]
+    base = dict.fromkeys(names, 1.5) | {names[0]: 1.0, names[1]: 0.9}
+    fast = WATCHED + 1 + len(names) * TURN * TURNS
+    for step in range(WATCHED + 1, LONG):
+        run(chooser, clock, range(step, step + 1), lambda name, s=step: base[name] * (1 if s < fast else 4))
+    assert chooser.chosen is not None
+    assert chooser.chosen.name == names[1]
 
 
 def test_one_slow_step_does_not_decide(clock: Clock) -> None:
     chooser = made(GIGABIT)
     best = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1].name
-    for step in range(WATCHED + 1, 90):
+    for step in range(WATCHED + 1, LONG):
         run(chooser, clock, range(step, step + 1), lambda name, s=step: 30.0 if s == WATCHED + 3 else 1.0)
     assert chooser.chosen is not None
     assert chooser.chosen.name == best
@@ -123,13 +150,13 @@ def test_one_slow_step_does_not_decide(clock: Clock) -> None:
 
 def test_it_decides_again_when_the_density_has_moved(clock: Clock) -> None:
     chooser = made(GIGABIT)
-    run(chooser, clock, range(80), lambda name: 1.0, k=10_000)
+    run(chooser, clock, range(LONG), lambda name: 1.0, k=10_000)
     decided = chooser.decided_at
-    run(chooser, clock, range(80, 160), lambda name: 1.0, k=15_000)
+    run(chooser, clock, range(LONG, 2 * LONG), lambda name: 1.0, k=15_000)
     assert chooser.decided_at == decided, "half as much again is not worth a trial"
-    run(chooser, clock, range(160, 240), lambda name: 1.0, k=MILLION)
+    run(chooser, clock, range(2 * LONG, 3 * LONG), lambda name: 1.0, k=MILLION)
     assert chooser.decided_at is not None
-    assert chooser.decided_at > 160
+    assert chooser.decided_at > 2 * LONG
     assert chooser.chosen is not None
     assert chooser.chosen.name.startswith("dense")
 
@@ -165,7 +192,7 @@ def test_measuring_gives_positive_figures_and_the_table_shows_them(clock: Clock)
     assert costs is not None
     assert min(costs.exchange, costs.select, costs.fill, costs.encode, costs.add) > 0
     assert "not decided yet" in chooser.explain() or chooser.decided_at is not None
-    run(chooser, clock, range(WATCHED + 1, 80), lambda name: 1.0)
+    run(chooser, clock, range(WATCHED + 1, LONG), lambda name: 1.0)
     chooser.finished(0, chooser.choose(0, MILLION, 10_000), 0.0123)
     text = chooser.explain()
     assert "12.300" in text

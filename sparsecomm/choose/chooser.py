@@ -181,7 +181,7 @@ class Chooser:
         costs = self.costs
         assert costs is not None, "measured above"
         self.table = {
-            index: {c: predict(c, config, costs, n, k, self.size) for c in candidates(config)}
+            index: {c: predict(c, config, costs, n, k, self.size) for c in self._candidates()}
             for index, (n, k) in sizes.items()
         }
         self._predicted_sizes = sizes
@@ -199,12 +199,15 @@ class Chooser:
         self._position = 0
         self._schedule = [option for _ in range(TURNS) for option in options for _ in range(TURN)]
 
+    def _candidates(self) -> list[Candidate]:
+        return candidates(self.config, layered=self.costs is not None and self.costs.layered)
+
     def _make_options(self) -> list[Option]:
         """Returns what is worth a trial, the best prediction first."""
         table = self.table
         each = best_of_each(table)
         options: list[Option] = []
-        for candidate in candidates(self.config):
+        for candidate in self._candidates():
             same = dict.fromkeys(table, candidate)
             total = self._total(same)
             if all(o.predicted != total for o in options):  # of two that differ in nothing one is enough to try

@@ -6,6 +6,8 @@ import math
 from statistics import median
 from typing import TYPE_CHECKING
 
+from sparsecomm.strategies import Costs
+
 if TYPE_CHECKING:
     from sparsecomm.choose.chooser import Chooser
 
@@ -22,6 +24,7 @@ def explain(chooser: Chooser) -> str:
         f"{_rate(costs.beta)}, {costs.exchange * 1e6:.0f} us an exchange,",
         f"  ns an element: select {costs.select * 1e9:.2f}, fill {costs.fill * 1e9:.2f}, add {costs.add * 1e9:.2f}; "
         f"ns a nonzero: encode {costs.encode * 1e9:.2f}, decode {costs.decode * 1e9:.2f}",
+        *_nodes(costs),
         "",
         f"{'bucket':>6} {'elements':>12}  {'candidate':<16} {'link ms':>9} {'compute ms':>10} {'predicted ms':>12} "
         f"{'measured ms':>11}",
@@ -37,6 +40,15 @@ def explain(chooser: Chooser) -> str:
                 f"{e.seconds * 1e3:>12.3f} {seen:>11}{mark}"
             )
     return "\n".join([*lines, "", *_options(chooser)])
+
+
+def _nodes(costs: Costs) -> list[str]:
+    if not costs.layered:
+        return []
+    return [
+        f"  {costs.nodes} nodes of at most {costs.beside} ranks; inside one {costs.inner_alpha * 1e6:.0f} us a round, "
+        f"{_rate(costs.inner_beta)}"
+    ]
 
 
 def _options(chooser: Chooser) -> list[str]:

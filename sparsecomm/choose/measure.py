@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from time import perf_counter
 
@@ -54,12 +54,16 @@ def measure(
         AgreedError: if some rank does not measure now.
     """
     yield from agree_to_choose(channel, step, arena)
-    alpha, beta = yield from _measure_link(channel, arena)
+    around, inside = _rings(channel.nodes)
+    alpha, beta = yield from _measure_link(channel, around, arena)
+    inner = yield from _measure_link(channel, inside[channel.nodes[channel.rank]], arena)
     selector = TopK() if compressor.collectives or compressor.is_dense else compressor
     mine = torch.tensor(
-        [alpha, beta, _exchange_seconds(arena), *_kernel_seconds(selector, density)], dtype=torch.float64
+        [alpha, beta, _exchange_seconds(arena), *_kernel_seconds(selector, density), *inner], dtype=torch.float64
     )
-    return Costs(*(yield from agreed_maximum(channel, mine, arena)))
+    *figures, inner_alpha, inner_beta = yield from agreed_maximum(channel, mine, arena)
+    beside = max(len(ranks) for ranks in inside.values())
+    return Costs(*figures, nodes=len(inside), beside=beside, inner_alpha=inner_alpha, inner_beta=inner_beta)
 
 
 def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveSteps[None]:
@@ -83,10 +87,24 @@ def agreed_maximum(channel: Channel, mine: torch.Tensor, arena: Arena) -> Collec
     return figures
 
 
-def _measure_link(channel: Channel, arena: Arena) -> CollectiveSteps[tuple[float, float]]:
-    """Every rank sends to the next while it receives from the one before: seconds a round, seconds a byte."""
-    if channel.size == 1:
+def _rings(nodes: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
+    """Returns all ranks in a ring whose neighbours are on different nodes where possible, and the ranks of each node.
+
+    Thus all ranks of a node use its link at once, as they do in an exchange between all.
+    """
+    inside: dict[int, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        inside.setdefault(node, []).append(rank)
+    place = {rank: (i, ranks[0]) for ranks in inside.values() for i, rank in enumerate(ranks)}
+    return sorted(place, key=lambda rank: place[rank]), inside
+
+
+def _measure_link(channel: Channel, ring: Sequence[int], arena: Arena) -> CollectiveSteps[tuple[float, float]]:
+    """Every rank of a ring sends to the next while it receives from the one before: seconds a round, seconds a byte."""
+    if len(ring) == 1:
         return 0.0, 0.0
+    place = ring.index(channel.rank)
+    before, after = ring[place - 1], ring[(place + 1) % len(ring)]
     out = arena.get((_KEY, "out"), _LARGE, torch.uint8)
     into = arena.get((_KEY, "into"), _LARGE, torch.uint8)
     times = {}
@@ -95,8 +113,8 @@ def _measure_link(channel: Channel, arena: Arena) -> CollectiveSteps[tuple[float
         for _ in range(repeats):
             start = perf_counter()
             yield [
-                channel.irecv(into[:length], (channel.rank - 1) % channel.size),
-                channel.isend(out[:length], (channel.rank + 1) % channel.size),
+                channel.irecv(into[:length], before),
+                channel.isend(out[:length], after),
             ]
             samples.append(perf_counter() - start)
         times[length] = median(samples[1:])

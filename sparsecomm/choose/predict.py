@@ -35,12 +35,16 @@ class Candidate:
         return f"{name} {self.values.name.lower()}" if self.kind == CollectiveKind.DENSE else name
 
 
-def candidates(config: SparseConfig) -> list[Candidate]:
+def candidates(config: SparseConfig, *, layered: bool = False) -> list[Candidate]:
     """Returns what "auto" chooses from: collectives that exchange what any compressor selects, and no compression.
 
     Dense in 16 bits competes where its rounding is kept (with feedback) and the value codec allows it.
+
+    Args:
+        config: of the state.
+        layered: whether several nodes have several ranks: two levels compete only there.
     """
-    sparse = [s for s in strategies().values() if s.competes and not s.special]
+    sparse = [s for s in strategies().values() if s.competes and not s.special and layered >= s.layered]
     found = [Candidate(s.kind, config.values) for s in sparse if s.kind != CollectiveKind.DENSE]
     dense = [config.dense_values]
     if config.feedback is not None and config.value_codec == "auto":

@@ -156,6 +156,7 @@ class Strategy(abc.ABC):
         gathers_headers: whether it needs every rank's header.
         special: whether it exchanges only what compressors that name it (`Compressor.collectives`) make.
         competes: whether `collective="auto"` considers it; else it is there for comparison.
+        layered: whether it makes sense only where several nodes have several ranks.
         header: this rank's, once encoded.
         payload: uint8, that header and what may follow it, once encoded.
     """
@@ -166,6 +167,7 @@ class Strategy(abc.ABC):
     gathers_headers: ClassVar[bool] = False
     special: ClassVar[bool] = False
     competes: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
     header: Header
     payload: torch.Tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Costs", "Estimate"]
 
@@ -20,6 +20,10 @@ class Costs:
         encode: seconds a nonzero.
         decode: seconds a nonzero: decode and add.
         add: seconds an element that is added to another.
+        nodes: how many nodes the ranks are on.
+        beside: ranks of the largest node.
+        inner_alpha: as alpha, between ranks of one node.
+        inner_beta: as beta, between ranks of one node.
     """
 
     alpha: float
@@ -30,6 +34,15 @@ class Costs:
     encode: float
     decode: float
     add: float
+    nodes: int = field(default=1, kw_only=True)
+    beside: int = field(default=1, kw_only=True)
+    inner_alpha: float = field(default=0.0, kw_only=True)
+    inner_beta: float = field(default=0.0, kw_only=True)
+
+    @property
+    def layered(self) -> bool:
+        """Whether there are several nodes, and several ranks on one: what two levels are for."""
+        return self.nodes > 1 and self.beside > 1
 
 
 @dataclass(frozen=True, slots=True)

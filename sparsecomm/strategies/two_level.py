@@ -39,6 +39,7 @@ from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
 from sparsecomm.strategies.base import Strategy, register
+from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.transport import AgreedError, CollectiveSteps, GroupSum
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
@@ -61,7 +62,7 @@ class TwoLevel(Strategy):
 
     name = "two_level"
     kind = CollectiveKind.TWO_LEVEL
-    competes: ClassVar[bool] = False  # what is measured for "auto" does not tell nodes apart
+    layered: ClassVar[bool] = True
 
     _taken: Taken
     _nodes: dict[int, list[int]]
@@ -85,6 +86,22 @@ class TwoLevel(Strategy):
     def rounds(cls, size: int) -> int:
         """See `Strategy.rounds`: also the sum in the node and its result."""
         return 3 * (size - 1).bit_length() + 3 * min(1, size - 1)
+
+    @classmethod
+    def estimate(
+        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
+    ) -> Estimate:
+        """See `Strategy.estimate`: of a leader. A link that all ranks of a node shared is the leader's alone."""
+        others, nodes = costs.beside - 1, costs.nodes
+        between = two_level_bytes(k, numel, range(nodes), value_codec, index_codec)
+        shared = two_level_bytes(k, numel, [0, *range(nodes)], value_codec, index_codec) - between
+        rounds = 2 * (nodes - 1).bit_length() + (size - 1).bit_length()
+        link = costs.alpha * rounds + costs.beta * between / costs.beside
+        inside = 2 * costs.inner_alpha + costs.inner_beta * others * (4 * numel + shared)
+        summing = costs.add * others * numel + 2 * costs.fill * numel
+        nonzeros = costs.encode * k + costs.decode * k * (nodes + others)
+        compute = 3 * costs.exchange + (costs.select + costs.fill) * numel + summing + nonzeros
+        return Estimate(link + inside, compute)
 
     @property
     def _node(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import sparsecomm as sc
 from sparsecomm.choose import Candidate, Chooser, candidates, chooser
 from sparsecomm.choose.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
+from sparsecomm.choose.measure import _rings
 from sparsecomm.choose.predict import predict
 from sparsecomm.strategies import Costs
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
@@ -90,6 +92,33 @@ def test_many_ranks_take_the_exchange_that_does_not_grow_with_them() -> None:
     assert seconds("allgather", 2) < seconds("split_reduce", 2)
     assert seconds("split_reduce", 64) < seconds("allgather", 64) / 4
     assert seconds("dense fp16", 4) < seconds("dense fp32", 4)
+
+
+def test_two_levels_compete_only_where_nodes_have_several_ranks_and_win_on_a_slow_link_between_fast_nodes() -> None:
+    config = sc.SparseConfig(compressor=sc.TopK(0.01))
+    kinds = {c.kind for c in candidates(config)}
+    (two,) = (c for c in candidates(config, layered=True) if c.kind not in kinds)
+    assert two.name == "two_level"
+    flat = Costs(alpha=1e-4, beta=8 * 8e-9, **KERNELS)  # eight ranks share a gigabit
+    nodes = Costs(alpha=1e-4, beta=8 * 8e-9, **KERNELS, nodes=4, beside=8, inner_alpha=1e-5, inner_beta=0.05e-9)
+    assert nodes.layered
+    assert not flat.layered
+
+    def seconds(name: str, costs: Costs) -> float:
+        (candidate,) = (c for c in candidates(config, layered=True) if c.name == name)
+        return predict(candidate, config, costs, 4 * MILLION, MILLION // 25, 32).seconds
+
+    others = [c.name for c in candidates(config)]
+    assert seconds("two_level", nodes) < min(seconds(name, nodes) for name in others)
+    slow_inside = replace(nodes, inner_beta=8 * 8e-9)
+    assert seconds("two_level", slow_inside) > seconds("allgather", slow_inside)
+
+
+def test_rings_cross_between_nodes_where_they_can() -> None:
+    ring, inside = _rings((0, 0, 2, 2, 2))
+    assert ring == [0, 2, 1, 3, 4]
+    assert inside == {0: [0, 1], 2: [2, 3, 4]}
+    assert _rings((0, 1, 2, 3))[0] == [0, 1, 2, 3]
 
 
 def test_real_steps_overrule_the_prediction_and_everybody_knows_when(clock: Clock) -> None:

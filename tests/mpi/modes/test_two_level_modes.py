@@ -130,3 +130,16 @@ def test_changing_options_on_the_way(world: sc.World) -> None:
             ledger.step(lambda step=step: loss_of(ledger.ddp, step).backward())
             ledger.check()
             state.update(**change)
+
+
+def test_auto_measures_inside_nodes_and_predicts_two_levels(world: sc.World) -> None:
+    if world.size < 3:
+        pytest.skip("needs a node of two ranks and another node")
+    with placed(world, "pairs"):
+        state = sc.SparseState(sc.TopK(0.1))
+        ddp = wrap(mlp(), state)
+        for _ in train(ddp, 5):
+            assert_replicas_equal(ddp)
+        text = state.explain()
+    assert f"{(world.size + 1) // 2} nodes of at most 2 ranks; inside one" in text
+    assert "two_level" in text

@@ -25,6 +25,7 @@ _EPS = torch.finfo(torch.float32).eps
 _TINY = 2.0**-148
 
 
+@torch.inference_mode()
 def check_compressor(
     compressor: Compressor,
     *,
@@ -39,7 +40,8 @@ def check_compressor(
     suffice, NaN and infinity are never selected and leave the residual alone, what is selected is zero in the residual,
     the gradient is left alone, the same input gives the same selection, buckets do not disturb each other; for
     float32, float16 and bfloat16, buckets of no elements and of few, k from one to all. Then several ranks exchange
-    with it, as in training: nothing is lost, replicas agree bit for bit, and a NaN on one rank is undone on all.
+    with it, as in training: nothing is lost, replicas agree bit for bit, and a NaN on one rank is undone on all. All of
+    it in torch's inference mode, as in training.
 
     Args:
         compressor: an instance, with the options that it will be used with.

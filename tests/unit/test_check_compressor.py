@@ -96,6 +96,16 @@ class LeavesRest(Slow):
         return done
 
 
+class Learns(Slow):
+    """Wants gradients of its own: where it runs there are none."""
+
+    def positions(self, magnitudes: torch.Tensor, k: int) -> torch.Tensor:
+        weight = torch.ones_like(magnitudes).requires_grad_()
+        with torch.enable_grad():
+            (weight * magnitudes).sum().backward()
+        return super().positions(magnitudes, k)
+
+
 class Unsorted(Slow):
     def positions(self, magnitudes: torch.Tensor, k: int) -> torch.Tensor:
         return magnitudes.topk(k).indices
@@ -267,6 +277,7 @@ BROKEN = [
     (Loses(0.1), "not conserved at position"),
     (Keeps(0.1), "not conserved at position"),
     (LeavesRest(0.1), "it must be zero there"),
+    (Learns(0.1), "select raised RuntimeError: .*(does not require grad|[Ii]nference)"),
     (Unsorted(0.5), "must be strictly ascending"),
     (Twice(0.5), "comes twice"),
     (OutOfRange(0.1), "is out of range"),

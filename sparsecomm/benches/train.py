@@ -111,6 +111,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         "method": ("run", ""),
         "step s": ("step_seconds", ".4f"),
         "spread": ("step_spread", ".0%"),
+        "cpu s": ("cpu_seconds", ".4f"),
         "exposed s": ("exposed_seconds", ".4f"),
         "bytes/step": ("bytes_per_step", ",d"),
         "are": ("bytes_are", ""),

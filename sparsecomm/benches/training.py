@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -133,7 +133,9 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
 
     Returns:
         A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (the median
-        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), bytes_per_step
+        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), cpu_seconds (of a
+        step, all threads of a rank, the mean over ranks: what communication takes from backward where it is hidden shows
+        here), bytes_per_step
         (sent by the rank that sends most), bytes_are ("counted" as they are sent, or "computed" from what the algorithm
         sends), wire_bytes_per_step (what the network interface sent, all protocols included; None where the ranks share
         it), final_loss (on held-out examples, the mean over ranks), curve (a list of [step, seconds, bytes, loss],
@@ -147,6 +149,7 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr or chosen.lr, momentum=attached.momentum)
     held_out = chosen.held_out_examples(schedule.seed)
     seconds, sent, curve = [], [], []
+    cpu: list[float] = []
     wire_start = wire_end = None
     step, first = 0, entry.warmup  # the first step that is timed
     while step < schedule.steps or step - first < schedule.steps - entry.warmup:
@@ -155,7 +158,9 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
         if step == first:
             wire_start = _interface_bytes()
         examples = chosen.examples(schedule.seed, world.rank, step)
+        used = process_time()
         seconds.append(_step(attached, optimizer, chosen, examples))
+        cpu.append(process_time() - used)
         sent.append(attached.step_bytes(step))
         wire_end = _interface_bytes()
         last = step == schedule.steps - 1
@@ -168,7 +173,8 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
     own_wire = None if wire_start is None or wire_end is None else (wire_end - wire_start) / len(timed)
     median = statistics.median(timed)
     spread = _quartile_distance(timed) / median
-    mine = (median, spread, statistics.mean(sent[first:]), own_wire, [point[3] for point in curve])
+    work = statistics.mean(cpu[first:])
+    mine = (median, spread, statistics.mean(sent[first:]), own_wire, [point[3] for point in curve], work)
     ranks = _gathered(mine, world.size)
     slowest = max(ranks, key=lambda rank: float(rank[0]))
     for i, point in enumerate(curve):
@@ -184,6 +190,7 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
         "timed_steps": len(timed),
         "step_seconds": slowest[0],
         "step_spread": slowest[1],
+        "cpu_seconds": statistics.mean(rank[5] for rank in ranks),
         "bytes_per_step": round(max(rank[2] for rank in ranks)),
         "bytes_are": "counted" if attached.counted else "computed",
         "wire_bytes_per_step": round(max(wires)) if len(wires) == world.size else None,

@@ -33,9 +33,9 @@ IN_FLIGHT = 32
 """Collectives of a group in flight at once; those submitted later wait their turn."""
 
 _TRIES = 20  # tests of one request in a row: a turn of the loop costs ten times as much as a test
-_SPINS = 50  # polls before the thread starts to sleep between them
-_FIRST_SLEEP = 20e-6  # seconds
-_LAST_SLEEP = 500e-6  # seconds: a bound on the latency that polling adds, low enough not to starve two cores
+_SPIN = 20e-6  # seconds without news before the thread sleeps between polls: another rank may need this very core
+_SLEEP = 1 / 4  # of the time without news: what polling may add to a wait, against what it takes from backward
+_LAST_SLEEP = 500e-6  # seconds: the pieces of a long message move only when they are polled
 _STARTING = 300e-6  # seconds of starting others before those in flight get a turn again
 
 
@@ -99,6 +99,11 @@ class _Group:
             slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
         self._started += 1
         return Channel(self._transport, slot * tags + self._started % tags)
+
+
+def _pause(quiet: float) -> float:
+    """Returns how long to sleep before the next poll when there has been no news for so long, in seconds."""
+    return 0.0 if quiet < _SPIN else min(_LAST_SLEEP, quiet * _SLEEP)
 
 
 class Engine:
@@ -209,13 +214,15 @@ class Engine:
             self.transport.close()
 
     def _loop(self) -> None:
-        spins = 0
+        news = time.monotonic()
         stop = False
         while not (stop and not self._active and not self._waiting):
-            stop |= self._take_new(block=not self._active and not self._waiting and not stop, spins=spins)
+            idle = not self._active and not self._waiting and not stop
+            stop |= self._take_new(None if idle else _pause(time.monotonic() - news))
             moved = self._start_backlog()
             moved |= self._poll()
-            spins = 0 if moved else spins + 1
+            if moved or idle:
+                news = time.monotonic()
 
     def _fail_late(self) -> None:
         """Fails what was submitted while the thread was ending."""
@@ -226,21 +233,16 @@ class Engine:
                     error = TransportError(f"{task.label}: submitted while the engine was closing")
                     self._call(task.on_error, error, task.label)
 
-    def _take_new(self, *, block: bool, spins: int) -> bool:
-        """Takes over what was submitted; sleeps on the queue when there is nothing to do.
+    def _take_new(self, wait: float | None) -> bool:
+        """Takes over what was submitted; sleeps until there is something if `wait` is None, else for that time at most.
 
         Returns:
             Whether the engine was asked to stop.
         """
-        wait: float | None = None if block else 0.0
-        if not block and spins > _SPINS:
-            wait = min(_LAST_SLEEP, _FIRST_SLEEP * (1 + (spins - _SPINS) / 8))
         while True:
             try:
                 task = self._queue.get(timeout=wait) if wait != 0.0 else self._queue.get_nowait()
             except queue.Empty:
-                if wait == 0.0 and spins:
-                    time.sleep(0)
                 return False
             if task is None:
                 return True

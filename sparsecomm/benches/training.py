@@ -133,13 +133,12 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
 
     Returns:
         A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (the median
-        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), cpu_seconds (of a
-        step, all threads of a rank, the mean over ranks: what communication takes from backward where it is hidden shows
-        here), bytes_per_step
-        (sent by the rank that sends most), bytes_are ("counted" as they are sent, or "computed" from what the algorithm
-        sends), wire_bytes_per_step (what the network interface sent, all protocols included; None where the ranks share
-        it), final_loss (on held-out examples, the mean over ranks), curve (a list of [step, seconds, bytes, loss],
-        everything since the start, warm-up included), error (None).
+        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), cpu_seconds
+        (of a step, all threads of a rank, the mean over ranks: what communication takes from backward where it is
+        hidden shows here), bytes_per_step (sent by the rank that sends most), bytes_are ("counted" as they are sent, or
+        "computed" from what the algorithm sends), wire_bytes_per_step (what the network interface sent, all protocols
+        included; None where the ranks share it), final_loss (on held-out examples, the mean over ranks), curve (a list
+        of [step, seconds, bytes, loss], everything since the start, warm-up included), error (None).
     """
     entry = METHODS[run.method]
     torch.manual_seed(schedule.seed)

@@ -105,6 +105,25 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
             break
 
 
+@pytest.mark.parametrize("servers", [1, 2, 4])
+@pytest.mark.parametrize("workers", range(1, 7))
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: sc.ps.Mode) -> None:
+    """With no death, a worker's in the middle, and a server's."""
+    for victim in [None, *([0] if workers > 1 else []), *([workers + servers - 1] if servers > 1 else [])]:
+        job = VirtualJob(workers, servers, optimizer=sgd, mode=mode)
+        acknowledged: dict[int, int] = {}
+
+        def kill(now: int, job: VirtualJob = job, victim: int | None = victim) -> None:
+            if now == 8 and victim is not None:
+                job.office.kill(victim)
+
+        out = job.run([training(link, acknowledged) for link in job.links], between=kill)
+        assert not any(isinstance(result, BaseException) for result in out), out
+        finish(job)
+        check(job, victim if victim == 0 else None, acknowledged)
+
+
 def test_two_servers_die_one_after_the_other() -> None:
     for first in range(2, 14, 3):
         for second in range(first + 3, first + 12, 3):

@@ -38,8 +38,9 @@ class Link:
     Attributes:
         post: its mailbox.
         servers: ranks of all servers, by index.
-        workers: ranks of all workers.
-        mode: that the servers run.
+        workers: ranks of all workers at the start, and of this one.
+        world: number of ranks at the start.
+        mode: that the servers run, or its text.
         drive: runs steps to their end; None where whoever made the link does so.
         made: called with the worker that uses the link.
     """
@@ -47,9 +48,23 @@ class Link:
     post: Post
     servers: tuple[int, ...]
     workers: tuple[int, ...]
-    mode: Mode
+    world: int
+    mode: Mode | str
     drive: Driver | None = None
     made: Callable[[Any], None] | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This worker's number and how many there are: those of the start, and all that joined up to this one."""
+        if not self.joins:
+            return self.workers.index(self.post.rank), len(self.workers)
+        number = len(self.workers) - 1 + self.post.rank - self.world
+        return number, number + 1
+
+    @property
+    def joins(self) -> bool:
+        """Whether this worker comes after the start."""
+        return self.post.rank >= self.world
 
 
 class Client:
@@ -128,7 +143,9 @@ class Client:
             servers = self.link.servers
             living = [r for r in ring(servers, shard) if r not in lost]
             if not living:
-                raise RemoteError(f"shard {shard} is lost: all servers are dead (rank {', '.join(map(str, servers))})")
+                raise RemoteError(
+                    f"shard {shard} is lost: all servers are dead or have ended (rank {', '.join(map(str, servers))})"
+                )
             self._owners[shard] = living[0]
             for (index, _), message in sorted(self._open.items()):
                 if index == shard:

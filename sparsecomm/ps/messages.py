@@ -53,6 +53,7 @@ class Kind(IntEnum):
     SNAPSHOT = 12
     STORED = 13
     DONE = 14
+    JOIN = 15
 
 
 FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
 from sparsecomm.errors import SparseCommError, WireError
 from sparsecomm.ps import messages as ms
+from sparsecomm.ps.admission import Admission
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.payloads import Selected, decode
 from sparsecomm.ps.replica import Copies, Mirror
 from sparsecomm.ps.roster import Roster
-from sparsecomm.ps.shard import Rules, ServerOptions, Shard
+from sparsecomm.ps.rules import Rules, ServerOptions
+from sparsecomm.ps.shard import Shard
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.transport import Post
 from sparsecomm.wire import CollectiveKind
@@ -21,17 +23,6 @@ from sparsecomm.wire import CollectiveKind
 __all__ = ["Server"]
 
 _PATIENCE = 10.0  # seconds that a message for another server's shard is kept, in case that server turns out to be dead
-
-HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
-
-
-@dataclass
-class _Hello:
-    """What the first worker said, which all others must say, too."""
-
-    worker: int
-    layout: ModelLayout
-    values: str
 
 
 @dataclass
@@ -76,7 +67,7 @@ class Server:
         self.events: list[str] = []
         self.rejected: dict[int, int] = {}
         self.finished = False
-        self._hello: _Hello | None = None
+        self.admission = Admission(rules, len(options.servers))
         self._served: dict[int, _Served] = {}
         self.copies = Copies(options.servers, rules)
         self._held: list[_Held] = []
@@ -85,6 +76,7 @@ class Server:
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
             Kind.HELLO: self._on_hello,
             Kind.INIT: self._on_init,
+            Kind.JOIN: self._on_join,
             Kind.PUSH: self._on_push,
             Kind.PULL: self._on_pull,
             Kind.BYE: self._on_bye,
@@ -131,11 +123,14 @@ class Server:
         if envelope.shard >= len(self.options.servers):
             raise WireError("shard", envelope.shard, f"there are {len(self.options.servers)}", rank=source)
         if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
-            self._held.append(_Held(self.options.now(), source, message))
+            self._hold(source, message)
             return
         if kind not in ms.FROM_SERVERS and envelope.shard not in self._served:
             self._take_over(envelope.shard)  # its owner had done all its work, but this worker has not heard of it
         self._handlers[kind](envelope, body)
+
+    def _hold(self, source: int, message: torch.Tensor) -> None:
+        self._held.append(_Held(self.options.now(), source, message))
 
     def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:
         """Refuses a message and says why to its sender; the server lives on."""
@@ -178,7 +173,8 @@ class Server:
         served = self._served[index] = _Served(shard, Mirror(self.post, index))
         shard.on_version = self._save
         served.mirror.moved(self.roster.backup(index), shard)
-        for worker in self.rules.workers:
+        for worker in list(shard.clocks):
+            self.roster.joined(worker)
             if worker in self.roster.lost:
                 self._let_go(served, worker, "died")
 
@@ -224,30 +220,34 @@ class Server:
     # --- beginning ---
 
     def _on_hello(self, envelope: Envelope, body: torch.Tensor) -> None:
-        worker = envelope.sender
-        said = ms.unpack_json(body, HELLO_FIELDS, worker)
-        layout = ModelLayout.from_json(said["model"], worker)
-        text = f"{said['mode']}, {said['shards']} servers"
-        expected = f"{self.rules.mode}, {len(self.options.servers)} servers"
-        if text != expected:
-            raise WireError("job", text, f"this server runs {expected}", rank=worker)
-        first = self._hello
-        if first is None:
-            first = _Hello(worker, layout, said["values"])
-        if layout != first.layout:
-            raise WireError(
-                "model", first.layout.difference(layout), f"as worker rank {first.worker} has it", rank=worker
-            )
-        if said["values"] != first.values:
-            reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
-            raise WireError("initial values", said["values"], reason, rank=worker)
+        worker, joins = envelope.sender, envelope.sender >= self.rules.world
+        served = self._served.get(envelope.shard)
+        if joins and (self.admission.first is None or served is None or not served.shard.ready):
+            self._hold(worker, ms.pack(envelope, body))  # there is nothing to join yet
+            return
+        first = self.admission.check(worker, body, joins=joins)
         self._begin(envelope.shard, first.layout)
-        self._hello = first
+        self.admission.first = first
         served = self._served[envelope.shard]
+        if joins:
+            self._welcome(served, worker, clock=served.shard.offer)
+            return
         if worker not in served.greeted:
             served.greeted.append(worker)
         self._welcome(served, worker)
         self._ask_for_values(served)
+
+    def _on_join(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served, worker = self._of(envelope), envelope.sender
+        if worker < self.rules.world:
+            raise WireError("sender", worker, "was there at the start", rank=worker)
+        joined = served.shard.join(worker, envelope.clock)
+        if joined:
+            self.roster.joined(worker)
+            served.mirror.pass_on(envelope, body)
+            self.events.append(f"worker rank {worker} joins shard {envelope.shard} at clock {envelope.clock}")
+        self._acknowledge(served, envelope, flags=int(not joined), clock=served.shard.offer)
+        self._flow(served)
 
     def _begin(self, index: int, layout: ModelLayout) -> None:
         if index in self._served:
@@ -257,8 +257,8 @@ class Server:
             self.options.restore(shard)
         self._serve(shard)
 
-    def _welcome(self, served: _Served, worker: int, flags: int = 0) -> None:
-        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, flags=flags)
+    def _welcome(self, served: _Served, worker: int, flags: int = 0, clock: int = 0) -> None:
+        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, clock, flags=flags)
         self.post.send(worker, ms.pack(welcome))
 
     def _ask_for_values(self, served: _Served) -> None:
@@ -301,9 +301,10 @@ class Server:
         """Sends a message once all that the shard has seen so far is on its backup, too."""
         served.mirror.after(dest, ms.pack(envelope, body))
 
-    def _acknowledge(self, served: _Served, asked: Envelope, flags: int = 0) -> None:
+    def _acknowledge(self, served: _Served, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
         shard = served.shard
-        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, asked.clock, shard.version, asked.kind, flags)
+        clock = asked.clock if clock is None else clock
+        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, clock, shard.version, asked.kind, flags)
         self._answer(served, asked.sender, reply)
 
     def _on_push(self, envelope: Envelope, body: torch.Tensor) -> None:
@@ -313,13 +314,18 @@ class Server:
         selected, nonfinite = self._decode(shard, envelope, body)
         stale = shard.push(worker, clock, envelope.version, selected, nonfinite)
         if stale is not None:
-            served.mirror.push(envelope, body)
+            served.mirror.pass_on(envelope, body)
         self._acknowledge(served, envelope, flags=min(stale or 0, 65535))
         self._flow(served)
 
     def _decode(self, shard: Shard, envelope: Envelope, body: torch.Tensor) -> tuple[Selected, bool]:
         return decode(
-            CollectiveKind.PUSH, shard.spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock
+            CollectiveKind.PUSH,
+            shard.spec,
+            body,
+            rank=envelope.sender,
+            world=self.rules.world_of(envelope.sender),
+            step=envelope.clock,
         )
 
     def _on_pull(self, envelope: Envelope, body: torch.Tensor) -> None:
@@ -351,15 +357,9 @@ class Server:
 
     def stats(self, index: int) -> dict[str, object]:
         """Returns what has happened to a shard that this server has, as JSON."""
-        shard = self._served[index].shard
         return {
-            "shard": index,
+            **self._served[index].shard.facts(),
             "rank": self.post.rank,
-            "version": shard.version,
-            "clocks": shard.clocks,
-            "gone": shard.gone,
-            "averaged": shard.averaged,
-            "workers": {w: asdict(t) for w, t in shard.tallies.items()},
             "rejected": self.rejected,
             "events": self.events,
         }

@@ -7,8 +7,8 @@ from typing import Any
 
 from sparsecomm.errors import CommTimeout
 from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.rules import Rules, ServerOptions
 from sparsecomm.ps.server import Server
-from sparsecomm.ps.shard import Rules, ServerOptions
 from sparsecomm.transport import VirtualOffice
 
 __all__ = ["VirtualJob"]
@@ -22,6 +22,7 @@ class VirtualJob:
     Args:
         workers: how many.
         servers: how many.
+        joiners: workers that come later, at the ranks behind the servers.
         replicate: whether shards have backups; by default where there is more than one server.
         options: of `Rules` and, for `restore` and `saved`, of `ServerOptions`.
 
@@ -31,8 +32,10 @@ class VirtualJob:
         turns: how many have passed; the servers' clock in seconds.
     """
 
-    def __init__(self, workers: int, servers: int, *, replicate: bool | None = None, **options: Any) -> None:
-        self.office = VirtualOffice(workers + servers)
+    def __init__(
+        self, workers: int, servers: int, *, joiners: int = 0, replicate: bool | None = None, **options: Any
+    ) -> None:
+        self.office = VirtualOffice(workers + servers + joiners)
         self.turns = 0
         ranks = tuple(range(workers)), tuple(range(workers, workers + servers))
         own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
@@ -40,14 +43,19 @@ class VirtualJob:
         backed = servers > 1 if replicate is None else replicate
         chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: float(self.turns), **own)
         self.servers = [Server(self.office.posts[r], self.rules, chosen) for r in ranks[1]]
-        self.links = [Link(self.office.posts[r], ranks[1], ranks[0], self.rules.mode) for r in ranks[0]]
+        later = range(self.rules.world, self.rules.world + joiners)
+        self.links = [self._link(r, ranks[1]) for r in (*ranks[0], *later)]
+
+    def _link(self, rank: int, servers: tuple[int, ...]) -> Link:
+        workers = tuple(dict.fromkeys((*self.rules.workers, rank)))
+        return Link(self.office.posts[rank], servers, workers, self.rules.world, self.rules.mode)
 
     def run(self, tasks: Sequence[Steps[Any]], *, between: Callable[[int], None] | None = None) -> list[Any]:
         """Gives workers and servers turns until all workers have ended.
 
         Args:
-            tasks: what each worker does; their results are returned, or their exceptions, or None for a worker
-                that was killed.
+            tasks: what each worker does, in the order of `links`; their results are returned, or their exceptions, or
+                None for a worker that was killed.
             between: called with the number of each turn; may kill.
 
         Raises:
@@ -62,8 +70,8 @@ class VirtualJob:
                 between(self.turns)
             before = [post.traffic.messages_received for post in self.office.posts]
             left = len(waiting)
-            for rank in list(waiting):
-                self._turn(rank, tasks[rank], waiting, results)
+            for number in list(waiting):
+                self._turn(number, tasks[number], waiting, results)
             self.serve()
             moved = before != [post.traffic.messages_received for post in self.office.posts] or len(waiting) < left
             still = 0 if moved else still + 1
@@ -77,15 +85,15 @@ class VirtualJob:
             if server.post.rank not in self.office.dead:
                 server.turn()
 
-    def _turn(self, rank: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
-        if rank in self.office.dead:
-            del waiting[rank]
+    def _turn(self, number: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
+        if self.links[number].post.rank in self.office.dead:
+            del waiting[number]
             return
         try:
-            waiting[rank] = next(task)
+            waiting[number] = next(task)
         except StopIteration as stop:
-            results[rank] = stop.value
-            del waiting[rank]
+            results[number] = stop.value
+            del waiting[number]
         except Exception as error:
-            results[rank] = error
-            del waiting[rank]
+            results[number] = error
+            del waiting[number]

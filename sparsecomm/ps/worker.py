@@ -62,6 +62,7 @@ class WorkerMetrics:
         staleness: sum over acknowledged pushes of the updates that their shard had seen since this worker's pull.
         acknowledged: acknowledged pushes, counted by shard.
         stalest: the largest of these.
+        joined_at: the clock at which this worker began; 0 for those that were there at the start.
     """
 
     pushes: int = 0
@@ -74,6 +75,7 @@ class WorkerMetrics:
     staleness: int = 0
     acknowledged: int = 0
     stalest: int = 0
+    joined_at: int = 0
 
     @property
     def ratio(self) -> float:
@@ -105,8 +107,8 @@ class Worker:
 
     Attributes:
         rank: number of this worker, from 0.
-        size: number of workers at the start.
-        clock: pushes done.
+        size: number of workers at the start, or of all up to this one if it came later.
+        clock: pushes done; a worker that joins begins with those that the others have done when it does.
     """
 
     def __init__(
@@ -126,15 +128,14 @@ class Worker:
                 f"{type(self.config.compressor).__name__} cannot be pushed"
             )
         self.layout = ModelLayout.of(model)
-        self.rank = self.link.workers.index(self.link.post.rank)
-        self.size = len(self.link.workers)
+        self.rank, self.size = self.link.place
         self.clock = 0
         self._counted = WorkerMetrics()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._arena = Arena()
         self._flat = torch.cat([p.detach().reshape(-1).to(torch.float32) for p in self._parameters])
         shards = len(self.link.servers)
-        sender = (self.link.post.rank, self.link.post.size)
+        sender = (self.link.post.rank, max(self.link.world, self.link.post.rank + 1))
         share = 1.0 / (self.layout.numel * self.size)
         specs = [self.layout.shard(i, shards) for i in range(shards)]
         self._parts = [Part(spec, self.config, sender, clip=share * spec.numel, arena=self._arena) for spec in specs]
@@ -146,6 +147,8 @@ class Worker:
             Kind.STATS: self._on_stats,
         }
         self._stats: dict[int, dict[str, Any]] = {}
+        self._offered = 0
+        self._late = False
         if self.link.made is not None:
             self.link.made(self)
         if self.link.drive is not None:
@@ -217,7 +220,20 @@ class Worker:
         for part in self._parts:
             self._client.ask(Kind.HELLO, part.spec.index, body)
         yield from self._client.wait(Kind.HELLO)
+        if self.link.joins:
+            yield from self._joining()
         yield from self.pulling()
+
+    def _joining(self) -> Steps[None]:
+        """Agrees with all servers on the clock to begin with: shards are a round apart now and then, and go on."""
+        ahead, self._late = 1, True
+        while self._late:
+            self.clock, self._late = self._offered + ahead, False
+            for part in self._parts:
+                self._client.ask(Kind.JOIN, part.spec.index, clock=self.clock)
+            yield from self._client.wait(Kind.JOIN)
+            ahead *= 2
+        self._counted.joined_at = self.clock
 
     def pushing(self) -> Steps[None]:
         """See `push`."""
@@ -295,6 +311,7 @@ class Worker:
 
     def _on_welcome(self, envelope: Envelope, body: torch.Tensor) -> None:
         """Sends the first values if this worker is asked for them."""
+        self._offered = max(self._offered, envelope.clock)
         if not envelope.flags:
             return
         part = self._parts[envelope.shard]
@@ -304,7 +321,7 @@ class Worker:
         part = self._parts[envelope.shard]
         spec = part.spec
         selected, _ = decode(
-            CollectiveKind.PULL, spec, body, rank=envelope.sender, world=self.link.post.size, step=envelope.version
+            CollectiveKind.PULL, spec, body, rank=envelope.sender, world=self.link.world, step=envelope.version
         )
         here = self._flat[spec.start : spec.end]
         if envelope.flags:
@@ -314,6 +331,9 @@ class Worker:
         part.version = envelope.version
 
     def _on_ack(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.seq == Kind.JOIN:
+            self._offered = max(self._offered, envelope.clock)
+            self._late |= bool(envelope.flags)
         if envelope.seq == Kind.PUSH:
             self._counted.acknowledged += 1
             self._counted.staleness += envelope.flags

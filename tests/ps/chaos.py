@@ -199,20 +199,21 @@ def check_shard(
     assert worst < 1e-4, f"what was applied differs from what was pushed by {worst}"
 
 
-def pushes_of(worker: int, trial: Trial) -> torch.Tensor:
-    """Computes what a worker pushes: shape (STEPS, NUMEL)."""
+def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range = range(STEPS)) -> torch.Tensor:
+    """Computes what a worker pushes in these steps: shape (len(steps), NUMEL)."""
     layout = ModelLayout.of(Model())
-    out = torch.zeros(STEPS, NUMEL)
+    out = torch.zeros(len(steps), NUMEL)
+    rank = worker if rank is None else rank
     config = SparseConfig.of(TopK(DENSITY), {})
     for shard in range(trial.servers):
         spec = layout.shard(shard, trial.servers)
-        part = Part(spec, config, (worker, trial.workers + trial.servers), clip=1.0, arena=Arena())
+        part = Part(spec, config, (rank, trial.workers + trial.servers), clip=1.0, arena=Arena())
         assert part.bucket.residual is not None
-        for step in range(STEPS):
+        for row, step in enumerate(steps):
             grad = gradient(worker, step, NUMEL)[spec.start : spec.end].clone()
             whole = part.bucket.residual + grad
             part.encode(part.take(grad, step), False, step)
-            out[step, spec.start : spec.end] = whole - part.bucket.residual
+            out[row, spec.start : spec.end] = whole - part.bucket.residual
     return out
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +57,47 @@ def test_servers_and_workers_in_other_numbers_without_ulfm(tmp_path: Path, serve
         assert torch.load(tmp_path / f"shard-{index}-at-{workers + index}.pt")["pushes"] == dict.fromkeys(
             range(workers), 5
         )
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["stays", "is killed"])
+def test_a_worker_joins_a_running_job(tmp_path: Path, dies: bool) -> None:
+    """Two workers run for a while; the third is started by itself. When it dies, they go on, without ULFM, too."""
+    steps, meeting = 250, tmp_path / "meeting"
+    options = ["--folder", tmp_path, "--servers", "1", "--steps", str(steps), "--rendezvous", meeting]
+    with ThreadPoolExecutor() as pool:
+        command = [*mpirun_command(3), sys.executable, SMALL, *options, "--pause", "0.03"]
+        running = pool.submit(run_job, command, deadline=200)
+        while chaos.progress_of(tmp_path, 0)[1] < 3 and not running.done():
+            time.sleep(0.01)
+        dying = ["--die-at", str(steps - 20)] if dies else []
+        joiner = run_job([sys.executable, SMALL, *options, "--join", *dying], deadline=100)
+        job = running.result()
+    assert job.code == 0, job
+    assert joiner.code == (-signal.SIGKILL if dies else 0), joiner
+    state = torch.load(tmp_path / "shard-0-at-2.pt")
+    (began,) = state["joined"].values()
+    assert 3 < began < steps - 20, "it came in the middle"
+    assert f"worker rank 3 joins shard 0 at clock {began}" in job.err
+    assert ("worker rank 3 died" in job.err) == dies
+    pushes = state["pushes"]
+    assert (pushes[0], pushes[1]) == (steps, steps)
+    assert state["averaged"] == {2: steps - pushes[3], 3: pushes[3]}
+    assert pushes[3] >= steps - 20 - began if dies else pushes[3] == steps - began
+    check_sums(state, [0, 0, began])
+
+
+def check_sums(state: dict[str, Any], began: list[int]) -> None:
+    """The shard lost what its workers pushed from their first steps on, averaged by round."""
+    steps = state["version"]
+    trial = chaos.Trial("", "nobody", len(began), 1, "sync", 0.0, -1, 0.0)
+    rounds: list[list[torch.Tensor]] = [[] for _ in range(steps)]
+    for rank, (worker, first) in zip(sorted(state["pushes"]), enumerate(began), strict=True):
+        pushed = chaos.pushes_of(worker, trial, rank, range(first, first + state["pushes"][rank]))
+        for step, each in enumerate(pushed, first):
+            rounds[step].append(each.double())
+    expected = sum(torch.stack(r).mean(0) for r in rounds)
+    start = torch.cat([p.detach().reshape(-1) for p in chaos.Model().parameters()])
+    assert torch.allclose(start.double() - state["values"].double(), expected, atol=1e-3)
 
 
 def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
 
 def test_another_mode_is_refused() -> None:
     job = VirtualJob(1, 1, optimizer=sgd)
-    link = Link(job.office.posts[0], (1,), (0,), sc.ps.Asynchronous())
+    link = Link(job.office.posts[0], (1,), (0,), 2, sc.ps.Asynchronous())
     assert "Asynchronous(), 1 servers" in refused(job, [training(link)])
 
 

@@ -74,6 +74,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--at", type=float, default=0.0, help="when: steps done by the fastest worker; <1: start-up")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
     parser.add_argument("--tolerant", action="store_true", help="insist on ULFM")
+    parser.add_argument("--rendezvous", type=Path, help="folder where workers find the servers that join later")
+    parser.add_argument("--join", action="store_true", help="join the job of that folder")
+    parser.add_argument("--die-at", type=int, default=-1, help="step at which one that joins kills itself")
     parser.add_argument("--timeout", type=float, default=30.0)
     return parser.parse_args()
 
@@ -119,9 +122,12 @@ def kill_later(options: argparse.Namespace, workers: int) -> None:
 def train(options: argparse.Namespace, worker: int, size: int) -> None:
     """Pushes made-up gradients and notes, where it outlives a death, how many all servers have acknowledged."""
     model = Model()
-    log = np.memmap(options.folder / f"worker-{worker}.log", np.int64, "w+", shape=(2,))
+    log = np.memmap(options.folder / f"worker-{worker}.log", np.int64, "w+", shape=(3,))
     client = sc.ps.Worker(model, sc.TopK(options.density))
-    for step in range(options.steps):
+    log[2] = client.clock
+    for step in range(client.clock, options.steps):
+        if options.join and step == options.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         flat, at = gradient(worker, step, NUMEL), 0
         for p in model.parameters():
             p.grad = flat[at : at + p.numel()].view(p.shape)
@@ -136,6 +142,7 @@ def save(shard: Any, path: Path) -> None:
     state = {
         "values": shard.values,
         "averaged": shard.averaged,
+        "joined": shard.joined,
         "pushes": {w: t.pushes for w, t in shard.tallies.items()},
         "span": (shard.spec.start, shard.spec.end),
         "version": shard.version,
@@ -151,6 +158,9 @@ def main() -> int:
     torch.set_num_threads(1)
     options = parse()
     faulthandler.dump_traceback_later(2 * options.timeout)  # where it hangs, should it hang
+    if options.join:
+        sc.ps.join(lambda worker, size: train(options, worker, size), options.rendezvous, timeout=options.timeout)
+        return 0
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     if rank == options.kill:
         kill_later(options, int(os.environ["OMPI_COMM_WORLD_SIZE"]) - options.servers)
@@ -161,6 +171,7 @@ def main() -> int:
         mode=MODES[options.mode],
         pull=sc.TopK(options.pull) if options.pull else None,
         fault_tolerant=True if options.tolerant else None,
+        rendezvous=None if options.rendezvous is None else sc.ps.Rendezvous(options.rendezvous),
         timeout=options.timeout,
     )
     if out.server is not None:

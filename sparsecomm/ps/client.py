@@ -82,15 +82,23 @@ class Client:
         self.link = link
         self.rank = link.post.rank
         self.on_answer: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {}
-        self._open: dict[tuple[int, Kind], torch.Tensor] = {}
+        self._open: dict[tuple[int, Kind], tuple[int, torch.Tensor]] = {}  # with its clock
         self._lost: frozenset[int] = frozenset()
         self._owners = dict(enumerate(link.servers))
 
     def ask(self, kind: Kind, shard: int, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
         """Sends a request to whoever serves a shard; it stays open until it is answered."""
         message = ms.pack(Envelope(kind, shard, self.rank, **fields), body)
-        self._open[shard, kind] = message
+        self._open[shard, kind] = fields.get("clock", 0), message
         self.link.post.send(self._owners[shard], message)
+
+    def forget(self, kind: Kind, shard: int) -> None:
+        """Does not wait for the answer to a request any more."""
+        self._open.pop((shard, kind), None)
+
+    def waits(self, kind: Kind) -> bool:
+        """Returns whether a request of a kind is open."""
+        return any(k == kind for _, k in self._open)
 
     def wait(self, *kinds: Kind) -> Steps[None]:
         """Waits until no request of these kinds is open.
@@ -125,9 +133,14 @@ class Client:
                 "seq", envelope.seq, f"not a request that {envelope.kind.name} answers", rank=envelope.sender
             )
         key = (envelope.shard, Kind(asked))
-        open_ = self._open.pop(key, None)
-        if open_ is None and envelope.kind != Kind.WELCOME:
+        clock, _ = self._open.get(key, (None, None))
+        if clock is None and envelope.kind != Kind.WELCOME:
             return  # answered by the server that has died since, too
+        if asked in (Kind.PUSH, Kind.PULL) and clock != envelope.clock:
+            return  # an answer like that to a request before this one
+        if asked == Kind.PUSH:
+            self._open.pop((envelope.shard, Kind.COMMIT), None)
+        self._open.pop(key, None)
         handler = self.on_answer.get(envelope.kind)
         if handler is not None:
             handler(envelope, body)
@@ -147,7 +160,7 @@ class Client:
                     f"shard {shard} is lost: all servers are dead or have ended (rank {', '.join(map(str, servers))})"
                 )
             self._owners[shard] = living[0]
-            for (index, _), message in sorted(self._open.items()):
+            for (index, _), (_, message) in sorted(self._open.items(), key=lambda entry: entry[0]):
                 if index == shard:
                     self.link.post.send(living[0], message)
 

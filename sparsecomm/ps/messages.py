@@ -16,6 +16,7 @@ from sparsecomm.kernels import dispatch as kernels
 __all__ = [
     "ENVELOPE_BYTES",
     "FROM_SERVERS",
+    "HELD",
     "NOTHING",
     "Envelope",
     "Kind",
@@ -54,7 +55,11 @@ class Kind(IntEnum):
     STORED = 13
     DONE = 14
     JOIN = 15
+    COMMIT = 16
 
+
+HELD = 1
+"""Flag of a PUSH: it counts only when a COMMIT has come."""
 
 FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
 """What only a server may send to a server."""
@@ -71,7 +76,7 @@ class Envelope:
         clock: a worker's clock: pushes it had done before.
         version: a version of the shard: updates it has seen; of a PUSH the one that the gradient was computed on.
         seq: number of a replicated event; 0 otherwise.
-        flags: of a PUSH 1 if the gradient was not finite; of an ACK how it was; else 0.
+        flags: of a PUSH `HELD` or 0; of an ACK how it was; else 0.
     """
 
     kind: Kind

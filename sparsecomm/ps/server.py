@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +15,7 @@ from sparsecomm.ps.payloads import Selected, decode
 from sparsecomm.ps.replica import Copies, Mirror
 from sparsecomm.ps.roster import Roster
 from sparsecomm.ps.rules import Rules, ServerOptions
+from sparsecomm.ps.served import EarlyPush, Held, Served
 from sparsecomm.ps.shard import Shard
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.transport import Post
@@ -23,26 +24,6 @@ from sparsecomm.wire import CollectiveKind
 __all__ = ["Server"]
 
 _PATIENCE = 10.0  # seconds that a message for another server's shard is kept, in case that server turns out to be dead
-
-
-@dataclass
-class _Held:
-    """A message for a shard that another server has."""
-
-    since: float
-    source: int
-    message: torch.Tensor
-
-
-@dataclass
-class _Served:
-    """A shard that this server answers for."""
-
-    shard: Shard
-    mirror: Mirror
-    pulls: dict[int, Envelope] = field(default_factory=dict)
-    greeted: list[int] = field(default_factory=list)
-    asked: int | None = None
 
 
 class Server:
@@ -68,9 +49,9 @@ class Server:
         self.rejected: dict[int, int] = {}
         self.finished = False
         self.admission = Admission(rules, len(options.servers))
-        self._served: dict[int, _Served] = {}
+        self._served: dict[int, Served] = {}
         self.copies = Copies(options.servers, rules)
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self.roster = Roster(post.rank, options.servers, rules.workers, options.replicate)
         self._said_done = False
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
@@ -78,6 +59,7 @@ class Server:
             Kind.INIT: self._on_init,
             Kind.JOIN: self._on_join,
             Kind.PUSH: self._on_push,
+            Kind.COMMIT: self._on_commit,
             Kind.PULL: self._on_pull,
             Kind.BYE: self._on_bye,
             Kind.STATS: self._on_stats,
@@ -130,7 +112,7 @@ class Server:
         self._handlers[kind](envelope, body)
 
     def _hold(self, source: int, message: torch.Tensor) -> None:
-        self._held.append(_Held(self.options.now(), source, message))
+        self._held.append(Held(self.options.now(), source, message))
 
     def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:
         """Refuses a message and says why to its sender; the server lives on."""
@@ -170,7 +152,7 @@ class Server:
 
     def _serve(self, shard: Shard) -> None:
         index = shard.spec.index
-        served = self._served[index] = _Served(shard, Mirror(self.post, index))
+        served = self._served[index] = Served(shard, Mirror(self.post, index))
         shard.on_version = self._save
         served.mirror.moved(self.roster.backup(index), shard)
         for worker in list(shard.clocks):
@@ -178,18 +160,16 @@ class Server:
             if worker in self.roster.lost:
                 self._let_go(served, worker, "died")
 
-    def _let_go(self, served: _Served, worker: int, why: str) -> None:
+    def _let_go(self, served: Served, worker: int, why: str) -> None:
         """Drops a worker from a shard, on the backup as well."""
         if worker in served.shard.clocks:
             clock = served.shard.clocks[worker]
             served.shard.leave(worker, why)
-            served.pulls.pop(worker, None)
+            served.drop(worker)
             served.mirror.leave(worker, why)
             if why != "ended":
                 index = served.shard.spec.index
                 self.events.append(f"shard {index} goes on without worker rank {worker}: {why} after {clock} pushes")
-            if worker in served.greeted:
-                served.greeted.remove(worker)
             self._ask_for_values(served)
             self._flow(served)
 
@@ -257,11 +237,11 @@ class Server:
             self.options.restore(shard)
         self._serve(shard)
 
-    def _welcome(self, served: _Served, worker: int, flags: int = 0, clock: int = 0) -> None:
+    def _welcome(self, served: Served, worker: int, flags: int = 0, clock: int = 0) -> None:
         welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, clock, flags=flags)
         self.post.send(worker, ms.pack(welcome))
 
-    def _ask_for_values(self, served: _Served) -> None:
+    def _ask_for_values(self, served: Served) -> None:
         """Asks one worker for the first values; another one when that has died."""
         if not served.shard.ready and served.asked not in served.greeted and served.greeted:
             served.asked = served.greeted[0]
@@ -291,17 +271,17 @@ class Server:
 
     # --- serving ---
 
-    def _of(self, envelope: Envelope) -> _Served:
+    def _of(self, envelope: Envelope) -> Served:
         served = self._served.get(envelope.shard)
         if served is None:
             raise WireError("shard", envelope.shard, "nobody said HELLO for it here", rank=envelope.sender)
         return served
 
-    def _answer(self, served: _Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
+    def _answer(self, served: Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
         """Sends a message once all that the shard has seen so far is on its backup, too."""
         served.mirror.after(dest, ms.pack(envelope, body))
 
-    def _acknowledge(self, served: _Served, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
+    def _acknowledge(self, served: Served, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
         shard = served.shard
         clock = asked.clock if clock is None else clock
         reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, clock, shard.version, asked.kind, flags)
@@ -311,11 +291,27 @@ class Server:
         served, worker, clock = self._of(envelope), envelope.sender, envelope.clock
         shard = served.shard
         shard.check_turn(worker, clock, envelope.version)
-        selected, nonfinite = self._decode(shard, envelope, body)
-        stale = shard.push(worker, clock, envelope.version, selected, nonfinite)
+        push = EarlyPush(envelope, body, *self._decode(shard, envelope, body))
+        served.early.pop(worker, None)  # this one replaces it
+        if envelope.flags & ms.HELD and clock == shard.clocks[worker]:
+            served.early[worker] = push
+        else:
+            self._apply(served, push)
+
+    def _on_commit(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served = self._of(envelope)
+        push = served.final(envelope)
+        if push is None:
+            self._acknowledge(served, replace(envelope, kind=Kind.PUSH))
+        else:
+            self._apply(served, push)
+
+    def _apply(self, served: Served, push: EarlyPush) -> None:
+        asked = push.envelope
+        stale = served.shard.push(asked.sender, asked.clock, asked.version, push.selected, push.nonfinite)
         if stale is not None:
-            served.mirror.pass_on(envelope, body)
-        self._acknowledge(served, envelope, flags=min(stale or 0, 65535))
+            served.mirror.pass_on(asked, push.body)
+        self._acknowledge(served, asked, flags=min(stale or 0, 65535))
         self._flow(served)
 
     def _decode(self, shard: Shard, envelope: Envelope, body: torch.Tensor) -> tuple[Selected, bool]:
@@ -333,7 +329,7 @@ class Server:
         served.pulls[envelope.sender] = envelope
         self._flow(served)
 
-    def _flow(self, served: _Served) -> None:
+    def _flow(self, served: Served) -> None:
         """Answers every pull that may go on."""
         shard = served.shard
         for worker, asked in list(served.pulls.items()):

@@ -152,7 +152,7 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
 
     (error,) = job.run([training(job.links[0])], between=kill)
     assert isinstance(error, sc.RemoteError)
-    assert "shard 0 is lost: all servers are dead (rank 1, 2)" in str(error)
+    assert "shard 0 is lost: all servers are dead or have ended (rank 1, 2)" in str(error)
 
 
 def test_a_server_without_backup_takes_its_shard_along() -> None:

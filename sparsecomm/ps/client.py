@@ -8,12 +8,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from sparsecomm.compress import Compressor
 from sparsecomm.errors import RemoteError, WireError
 from sparsecomm.ps import messages as ms
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.modes import Mode
 from sparsecomm.ps.roster import ring
 from sparsecomm.transport import Post
+from sparsecomm.transport.window import Window
+from sparsecomm.types import ValueCodec
 
 __all__ = ["Client", "Driver", "Link", "Steps"]
 
@@ -41,6 +44,10 @@ class Link:
         workers: ranks of all workers at the start, and of this one.
         world: number of ranks at the start.
         mode: that the servers run, or its text.
+        sparse: what servers select sparse pulls with, if they do.
+        pull_codec: of these.
+        pull_by: "asked", "one_sided" or "auto".
+        open_window: makes this worker's end of the servers' windows. Collective. None where there are none.
         drive: runs steps to their end; None where whoever made the link does so.
         made: called with the worker that uses the link.
     """
@@ -50,8 +57,17 @@ class Link:
     workers: tuple[int, ...]
     world: int
     mode: Mode | str
+    sparse: Compressor | None = None
+    pull_codec: ValueCodec = ValueCodec.FP16
+    pull_by: str = "asked"
+    open_window: Callable[[int], Window] | None = None
     drive: Driver | None = None
     made: Callable[[Any], None] | None = None
+
+    @property
+    def lead(self) -> int | None:
+        """How many pushes a worker may be ahead of the slowest."""
+        return None if isinstance(self.mode, str) else self.mode.lead
 
     @property
     def place(self) -> tuple[int, int]:
@@ -165,5 +181,5 @@ class Client:
                     self.link.post.send(living[0], message)
 
 
-_ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS}
+_ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS, Kind.PING: Kind.PING}
 """What each answer answers; an ACK says so itself."""

@@ -17,7 +17,10 @@ __all__ = [
     "ENVELOPE_BYTES",
     "FROM_SERVERS",
     "HELD",
+    "MAX_PING",
     "NOTHING",
+    "READY",
+    "WHOLE",
     "Envelope",
     "Kind",
     "json_body",
@@ -56,10 +59,19 @@ class Kind(IntEnum):
     DONE = 14
     JOIN = 15
     COMMIT = 16
+    PING = 17
 
 
 HELD = 1
 """Flag of a PUSH: it counts only when a COMMIT has come."""
+
+WHOLE = 1
+"""Flag of a PULL: the whole shard is wanted, whatever the worker has."""
+
+READY = 1
+"""Flag of a PING: to be answered when all workers have said HELLO and the shard has values."""
+
+MAX_PING = 1 << 20
 
 FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
 """What only a server may send to a server."""
@@ -76,7 +88,7 @@ class Envelope:
         clock: a worker's clock: pushes it had done before.
         version: a version of the shard: updates it has seen; of a PUSH the one that the gradient was computed on.
         seq: number of a replicated event; 0 otherwise.
-        flags: of a PUSH `HELD` or 0; of an ACK how it was; else 0.
+        flags: of a PUSH `HELD`, of a PULL `WHOLE`, of a PING `READY`, or 0; of an ACK how it was; else 0.
     """
 
     kind: Kind

@@ -40,6 +40,8 @@ class WorkerMetrics:
         stalest: the largest of these.
         early_bytes: payload bytes of pushes that left in backward.
         retracted: of these, pushes that were sent again because their gradient had changed, counted by shard.
+        torn: one-sided reads that met an update, and were done again.
+        fallbacks: of one-sided pulls, those that asked the server after too many of these, counted by shard.
         joined_at: the clock at which this worker began; 0 for those that were there at the start.
     """
 
@@ -56,6 +58,8 @@ class WorkerMetrics:
     joined_at: int = 0
     early_bytes: int = 0
     retracted: int = 0
+    torn: int = 0
+    fallbacks: int = 0
 
     @property
     def ratio(self) -> float:

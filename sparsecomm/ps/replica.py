@@ -106,7 +106,11 @@ class Copies:
         self._rules = rules
         self._kept: dict[int, tuple[int, Shard]] = {}
 
-    def replace(self, envelope: Envelope, body: torch.Tensor) -> bool:
+    def take_in(self, envelope: Envelope, body: torch.Tensor) -> bool:
+        """Takes a SNAPSHOT or an EVENT; returns False for one of an owner that has died since."""
+        return self._replace(envelope, body) if envelope.kind == Kind.SNAPSHOT else self._change(envelope, body)
+
+    def _replace(self, envelope: Envelope, body: torch.Tensor) -> bool:
         """Takes a SNAPSHOT; returns False for one of an owner that has died since."""
         index, sender = envelope.shard, envelope.sender
         order = ring(self._servers, index)
@@ -116,7 +120,7 @@ class Copies:
         self._kept[index] = (sender, Shard.from_snapshot(self._rules, body))
         return True
 
-    def change(self, envelope: Envelope, body: torch.Tensor) -> bool:
+    def _change(self, envelope: Envelope, body: torch.Tensor) -> bool:
         """Takes an EVENT; returns False for one of an owner that has died since.
 
         Raises:

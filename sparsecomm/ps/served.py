@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sparsecomm.errors import WireError
+from sparsecomm.ps.board import Board
 from sparsecomm.ps.messages import Envelope
 from sparsecomm.ps.payloads import Selected
 from sparsecomm.ps.replica import Mirror
@@ -45,6 +46,7 @@ class Served:
         early: pushes that are not final, by worker.
         greeted: workers that may be asked for first values.
         asked: the one that was.
+        board: the shard in a window.
     """
 
     shard: Shard
@@ -53,6 +55,16 @@ class Served:
     early: dict[int, EarlyPush] = field(default_factory=dict)
     greeted: list[int] = field(default_factory=list)
     asked: int | None = None
+    board: Board | None = None
+
+    def complete(self, workers: tuple[int, ...]) -> bool:
+        """Returns whether all workers of the start have said HELLO, and there are values."""
+        return self.shard.ready and set(workers) <= set(self.greeted)
+
+    def show(self) -> None:
+        """Lets those see the shard who read its window."""
+        if self.board is not None:
+            self.board.show(self.shard)
 
     def drop(self, worker: int) -> None:
         """Forgets what a worker has open."""

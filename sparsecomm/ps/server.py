@@ -10,8 +10,9 @@ import torch
 from sparsecomm.errors import SparseCommError, WireError
 from sparsecomm.ps import messages as ms
 from sparsecomm.ps.admission import Admission
+from sparsecomm.ps.board import Board, board_bytes
 from sparsecomm.ps.messages import Envelope, Kind
-from sparsecomm.ps.payloads import Selected, decode
+from sparsecomm.ps.payloads import decode
 from sparsecomm.ps.replica import Copies, Mirror
 from sparsecomm.ps.roster import Roster
 from sparsecomm.ps.rules import Rules, ServerOptions
@@ -19,6 +20,7 @@ from sparsecomm.ps.served import EarlyPush, Held, Served
 from sparsecomm.ps.shard import Shard
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.transport import Post
+from sparsecomm.transport.window import Window
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Server"]
@@ -38,6 +40,7 @@ class Server:
         events: what happened to the job, in words, as this server saw it.
         rejected: messages refused, by sender.
         finished: whether its work is done.
+        ready_for: workers that wait to open windows.
     """
 
     def __init__(self, post: Post, rules: Rules, options: ServerOptions) -> None:
@@ -48,6 +51,7 @@ class Server:
         self.events: list[str] = []
         self.rejected: dict[int, int] = {}
         self.finished = False
+        self.ready_for: set[int] = set()
         self.admission = Admission(rules, len(options.servers))
         self._served: dict[int, Served] = {}
         self.copies = Copies(options.servers, rules)
@@ -63,8 +67,9 @@ class Server:
             Kind.PULL: self._on_pull,
             Kind.BYE: self._on_bye,
             Kind.STATS: self._on_stats,
-            Kind.EVENT: self._on_event,
-            Kind.SNAPSHOT: self._on_snapshot,
+            Kind.PING: self._on_ping,
+            Kind.EVENT: self._on_copy,
+            Kind.SNAPSHOT: self._on_copy,
             Kind.STORED: self._on_stored,
             Kind.DONE: self._on_done,
         }
@@ -82,12 +87,16 @@ class Server:
         self._end()
         return moved
 
-    def waits_for(self) -> str:
-        """Says whom this server waits for, for error messages."""
-        alive = sorted({w for s in self._served.values() for w in s.shard.clocks} or self.roster.living_workers)
-        if alive:
-            return f"messages of worker{'s' * (len(alive) > 1)} at rank {', '.join(map(str, alive))}"
-        return f"servers at rank {', '.join(map(str, sorted(self.roster.others)))} to end"
+    def opens(self) -> bool:
+        """Returns whether all ranks are about to open windows, and nobody waits for a message before."""
+        return self.ready_for == set(self.rules.workers) and self.index in self._served and self.post.flushed()
+
+    def open(self, make: Callable[[int], Window]) -> None:
+        """Shows its shard in a window. Collective: every rank opens one, once."""
+        served = self._served[self.index]
+        numel = served.shard.spec.numel
+        served.board = Board(make(board_bytes(numel)), numel)
+        served.show()
 
     def _take(self, source: int, message: torch.Tensor) -> None:
         try:
@@ -291,7 +300,9 @@ class Server:
         served, worker, clock = self._of(envelope), envelope.sender, envelope.clock
         shard = served.shard
         shard.check_turn(worker, clock, envelope.version)
-        push = EarlyPush(envelope, body, *self._decode(shard, envelope, body))
+        world = self.rules.world_of(worker)
+        decoded = decode(CollectiveKind.PUSH, shard.spec, body, rank=worker, world=world, step=clock)
+        push = EarlyPush(envelope, body, *decoded)
         served.early.pop(worker, None)  # this one replaces it
         if envelope.flags & ms.HELD and clock == shard.clocks[worker]:
             served.early[worker] = push
@@ -311,18 +322,9 @@ class Server:
         stale = served.shard.push(asked.sender, asked.clock, asked.version, push.selected, push.nonfinite)
         if stale is not None:
             served.mirror.pass_on(asked, push.body)
+        served.show()  # before the worker hears of it
         self._acknowledge(served, asked, flags=min(stale or 0, 65535))
         self._flow(served)
-
-    def _decode(self, shard: Shard, envelope: Envelope, body: torch.Tensor) -> tuple[Selected, bool]:
-        return decode(
-            CollectiveKind.PUSH,
-            shard.spec,
-            body,
-            rank=envelope.sender,
-            world=self.rules.world_of(envelope.sender),
-            step=envelope.clock,
-        )
 
     def _on_pull(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._of(envelope)
@@ -332,10 +334,13 @@ class Server:
     def _flow(self, served: Served) -> None:
         """Answers every pull that may go on."""
         shard = served.shard
+        served.show()
         for worker, asked in list(served.pulls.items()):
             if shard.may_pull(asked.clock):
                 del served.pulls[worker]
-                payload, whole = shard.pull(worker, asked.version - 1, self.post.rank)
+                payload, whole = shard.pull(
+                    worker, asked.version - 1, self.post.rank, dense=bool(asked.flags & ms.WHOLE)
+                )
                 index, rank = shard.spec.index, self.post.rank
                 reply = Envelope(Kind.VALUES, index, rank, asked.clock, shard.version, flags=int(whole))
                 self._answer(served, worker, reply, payload)
@@ -351,6 +356,17 @@ class Server:
         reply = Envelope(Kind.STATS, envelope.shard, self.post.rank)
         self._answer(self._of(envelope), envelope.sender, reply, ms.json_body(self.stats(envelope.shard)))
 
+    def _on_ping(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.clock > ms.MAX_PING:
+            raise WireError("clock", envelope.clock, f"at most {ms.MAX_PING} bytes", rank=envelope.sender)
+        if envelope.flags & ms.READY:
+            if not self._of(envelope).complete(self.rules.workers):
+                self._hold(envelope.sender, ms.pack(envelope, body))
+                return
+            self.ready_for.add(envelope.sender)
+        reply = Envelope(Kind.PING, envelope.shard, self.post.rank, envelope.clock)
+        self.post.send(envelope.sender, ms.pack(reply, torch.zeros(envelope.clock, dtype=torch.uint8)))
+
     def stats(self, index: int) -> dict[str, object]:
         """Returns what has happened to a shard that this server has, as JSON."""
         return {
@@ -365,24 +381,12 @@ class Server:
         """The shards that this server answers for, by index."""
         return {i: s.shard for i, s in self._served.items()}
 
-    @property
-    def deserted(self) -> bool:
-        """Whether no worker has ended its training: all have died or failed."""
-        return not any(why == "ended" for s in self._served.values() for why in s.shard.gone.values())
-
     # --- being a backup ---
 
-    def _on_snapshot(self, envelope: Envelope, body: torch.Tensor) -> None:
-        if envelope.shard not in self._served and self.copies.replace(envelope, body):
-            self._stored(envelope)
-
-    def _on_event(self, envelope: Envelope, body: torch.Tensor) -> None:
-        if self.copies.change(envelope, body):
-            self._stored(envelope)
-
-    def _stored(self, envelope: Envelope) -> None:
-        stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
-        self.post.send(envelope.sender, ms.pack(stored))
+    def _on_copy(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.shard not in self._served and self.copies.take_in(envelope, body):
+            stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
+            self.post.send(envelope.sender, ms.pack(stored))
 
     def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._served.get(envelope.shard)

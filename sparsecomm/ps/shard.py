@@ -209,19 +209,24 @@ class Shard:
         lead = self.rules.mode.lead
         return self.ready and (lead is None or not self.clocks or min(self.clocks.values()) >= clock - lead)
 
-    def pull(self, worker: int, have: int, rank: int) -> tuple[torch.Tensor, bool]:
+    def pull(self, worker: int, have: int, rank: int, *, dense: bool = False) -> tuple[torch.Tensor, bool]:
         """Returns the payload that brings a worker to this version, as far as the pull's density allows.
 
         Args:
             worker: whom it is for.
             have: the version that it was last brought to; another one than was sent last gets the whole shard.
             rank: of this server.
+            dense: whether the worker wants the whole shard in any case.
 
         Returns:
             The payload, in memory that the next pull reuses, and whether it replaces what the worker has.
         """
         sent, view = self._views.get(worker, (-1, None))
-        compressor, codec, selected = self.rules.pull, self.rules.pull_codec, (self._all, self.values)
+        compressor, codec, selected = (
+            None if dense else self.rules.pull,
+            self.rules.pull_codec,
+            (self._all, self.values),
+        )
         whole = compressor is None or view is None or sent != have
         if whole:
             codec = ValueCodec.FP32

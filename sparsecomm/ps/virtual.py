@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from sparsecomm.errors import CommTimeout
 from sparsecomm.ps.client import Link, Steps
 from sparsecomm.ps.rules import Rules, ServerOptions
 from sparsecomm.ps.server import Server
 from sparsecomm.transport import VirtualOffice
+from sparsecomm.transport.window import VirtualWindow
 
 __all__ = ["VirtualJob"]
 
@@ -22,6 +26,7 @@ class VirtualJob:
     Args:
         workers: how many.
         servers: how many.
+        windows: whether workers read shards from windows.
         joiners: workers that come later, at the ranks behind the servers.
         replicate: whether shards have backups; by default where there is more than one server.
         options: of `Rules` and, for `restore` and `saved`, of `ServerOptions`.
@@ -29,14 +34,24 @@ class VirtualJob:
     Attributes:
         office: their mailboxes; has `kill` and `tamper`.
         servers: by index.
+        memories: of the windows, by rank.
         turns: how many have passed; the servers' clock in seconds.
     """
 
     def __init__(
-        self, workers: int, servers: int, *, joiners: int = 0, replicate: bool | None = None, **options: Any
+        self,
+        workers: int,
+        servers: int,
+        *,
+        joiners: int = 0,
+        windows: bool = False,
+        replicate: bool | None = None,
+        **options: Any,
     ) -> None:
         self.office = VirtualOffice(workers + servers + joiners)
         self.turns = 0
+        self.memories: dict[int, torch.Tensor] = {}
+        self._windows = windows
         ranks = tuple(range(workers)), tuple(range(workers, workers + servers))
         own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
         self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
@@ -48,7 +63,15 @@ class VirtualJob:
 
     def _link(self, rank: int, servers: tuple[int, ...]) -> Link:
         workers = tuple(dict.fromkeys((*self.rules.workers, rank)))
-        return Link(self.office.posts[rank], servers, workers, self.rules.world, self.rules.mode)
+        link = Link(self.office.posts[rank], servers, workers, self.rules.world, self.rules.mode)
+        if not self._windows:
+            return link
+        return replace(link, pull_by="one_sided", open_window=lambda nbytes: self.window(rank, nbytes))
+
+    def window(self, rank: int, nbytes: int) -> VirtualWindow:
+        """Makes a window of a rank."""
+        self.memories[rank] = torch.zeros(nbytes, dtype=torch.uint8)
+        return VirtualWindow(self.memories, rank)
 
     def run(self, tasks: Sequence[Steps[Any]], *, between: Callable[[int], None] | None = None) -> list[Any]:
         """Gives workers and servers turns until all workers have ended.
@@ -84,6 +107,9 @@ class VirtualJob:
         for server in self.servers:
             if server.post.rank not in self.office.dead:
                 server.turn()
+                if self._windows and server.opens() and server.post.rank not in self.memories:
+                    rank = server.post.rank
+                    server.open(lambda nbytes, rank=rank: self.window(rank, nbytes))  # type: ignore[misc]
 
     def _turn(self, number: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
         if self.links[number].post.rank in self.office.dead:

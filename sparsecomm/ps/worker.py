@@ -19,6 +19,7 @@ from sparsecomm.ps.client import Client, Link, Steps
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.part import Part
 from sparsecomm.ps.payloads import decode
+from sparsecomm.ps.puller import Puller
 from sparsecomm.ps.pusher import Pusher, WorkerMetrics
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.wire import CollectiveKind
@@ -103,6 +104,7 @@ class Worker:
         self._parts = [Part(spec, self.config, sender, clip=share * spec.numel, arena=self._arena) for spec in specs]
         self._client = Client(self.link)
         self._pusher = Pusher(self._client, self._parts, self._named(), self._arena, self._counted)
+        self._puller = Puller(self._client, self._parts, self._flat, self._counted)
         if overlap and shards > 1:
             self._pusher.watch(lambda: self.clock)
         self._client.on_answer = {
@@ -159,6 +161,10 @@ class Worker:
         counted = {**vars(self._counted), "bytes_sent": traffic.bytes_sent, "bytes_received": traffic.bytes_received}
         return WorkerMetrics(**counted)
 
+    def explain(self) -> str:
+        """Returns in words how this worker pulls, and what each way was predicted to cost if there was a choice."""
+        return self._puller.explain()
+
     @property
     def versions(self) -> tuple[int, ...]:
         """The version of each shard that the model's parameters are of."""
@@ -191,6 +197,8 @@ class Worker:
         yield from self._client.wait(Kind.HELLO)
         if self.link.joins:
             yield from self._joining()
+        yield from self._client.wait(Kind.INIT)
+        yield from self._puller.begin()
         yield from self.pulling()
 
     def _joining(self) -> Steps[None]:
@@ -215,9 +223,7 @@ class Worker:
 
     def pulling(self) -> Steps[None]:
         """See `pull`."""
-        for part in self._parts:
-            self._client.ask(Kind.PULL, part.spec.index, clock=self.clock, version=part.version + 1)
-        yield from self._client.wait(Kind.PULL)
+        yield from self._puller.pull(self.clock)
         at = 0
         with torch.no_grad():
             for p in self._parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -100,6 +101,24 @@ def check_sums(state: dict[str, Any], began: list[int]) -> None:
     assert torch.allclose(start.double() - state["values"].double(), expected, atol=1e-3)
 
 
+def test_workers_read_windows_while_the_server_updates_them() -> None:
+    job = run_job([*mpirun_command(4), sys.executable, SMALL.with_name("windows.py")], deadline=200)
+    assert job.code == 0, job
+    assert len(re.findall(r"worker \d: 41 pulls, \d+ torn, \d+ asked; pulls: one_sided", job.out)) == 3, job
+    assert "synchronous, the same bits: [True, True]" in job.out, job
+    assert all(way in job.out for way in ("sparse ", "dense ", "one_sided ")), job
+
+
+def test_windows_are_refused_where_ranks_may_die(tmp_path: Path) -> None:
+    command = mpirun_command(2)
+    command[1:1] = chaos.ULFM
+    options = ["--folder", tmp_path, "--servers", "1", "--steps", "2", "--pull-by"]
+    job = run_job([*command, sys.executable, SMALL, *options, "one_sided"], deadline=200)
+    assert job.code != 0, job
+    assert "no kind of window of this MPI goes on after the death of a rank" in job.err, job
+    assert run_job([*command, sys.executable, SMALL, *options, "auto"], deadline=200).code == 0
+
+
 def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
     command = [*mpirun_command(3), sys.executable, SMALL, "--folder", tmp_path, "--servers", "1"]
     job = run_job([*command, "--kill", "1", "--at", "2", "--pause", "0.2"], deadline=200)
@@ -116,6 +135,7 @@ def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
             ["--servers", "1", "--tolerant"],
             "this job was not started with ULFM; start the job with Open MPI's mpirun",
         ),
+        (2, ["--servers", "1", "--pull-by", "maybe"], "pull_by must be one of asked, one_sided, auto, got 'maybe'"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(tmp_path: Path, ranks: int, options: list[str], text: str) -> None:

@@ -74,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--at", type=float, default=0.0, help="when: steps done by the fastest worker; <1: start-up")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
     parser.add_argument("--tolerant", action="store_true", help="insist on ULFM")
+    parser.add_argument("--pull-by", default="asked")
     parser.add_argument("--rendezvous", type=Path, help="folder where workers find the servers that join later")
     parser.add_argument("--join", action="store_true", help="join the job of that folder")
     parser.add_argument("--die-at", type=int, default=-1, help="step at which one that joins kills itself")
@@ -170,6 +171,7 @@ def main() -> int:
         optimizer=PlainSGD,
         mode=MODES[options.mode],
         pull=sc.TopK(options.pull) if options.pull else None,
+        pull_by=options.pull_by,
         fault_tolerant=True if options.tolerant else None,
         rendezvous=None if options.rendezvous is None else sc.ps.Rendezvous(options.rendezvous),
         timeout=options.timeout,

@@ -130,9 +130,12 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
         if options.join and step == options.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         flat, at = gradient(worker, step, NUMEL), 0
+        model.zero_grad()
+        losses = []
         for p in model.parameters():
-            p.grad = flat[at : at + p.numel()].view(p.shape)
+            losses.append((p * flat[at : at + p.numel()].view(p.shape)).sum())
             at += p.numel()
+        sum(losses, torch.zeros(())).backward()  # in which pushes begin to leave
         client.step()
         log[0], log[1] = client.metrics().acknowledged // options.servers, step + 1
         time.sleep(options.pause)

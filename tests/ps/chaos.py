@@ -70,6 +70,7 @@ class Trial:
     servers: int
     mode: str
     pull: float
+    pull_by: str
     rank: int
     at: float
 
@@ -81,8 +82,9 @@ class Trial:
         workers, servers = workers or drawn[0], servers or drawn[1]
         rank = r.randrange(workers) if victim == "worker" else workers + r.randrange(servers)
         mode, pull = r.choice(["sync", "ssp", "async"]), r.choice([0.0, 0.3])
+        pull_by = r.choice(["asked", "auto"])
         at = r.random() if r.random() < IN_START_UP else r.uniform(1, STEPS)
-        return cls(name, victim, workers, servers, mode, pull, -1 if victim == "nobody" else rank, at)
+        return cls(name, victim, workers, servers, mode, pull, pull_by, -1 if victim == "nobody" else rank, at)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,14 @@ def launch(trial: Trial, folder: Path, deadline: float) -> tuple[int | None, str
     command = mpirun_command(trial.workers + trial.servers)
     command[1:1] = ULFM
     options = {"folder": folder, "servers": trial.servers, "steps": STEPS, "mode": trial.mode, "pull": trial.pull}
-    options |= {"density": DENSITY, "pause": PAUSE, "timeout": deadline / 3, "kill": trial.rank, "at": trial.at}
+    options |= {
+        "pull-by": trial.pull_by,
+        "density": DENSITY,
+        "pause": PAUSE,
+        "timeout": deadline / 3,
+        "kill": trial.rank,
+        "at": trial.at,
+    }
     command += [sys.executable, str(HERE / "jobs" / "small.py")]
     command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
     with (folder / "output").open("w+") as output:

@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pull-by", default="asked")
     parser.add_argument("--rendezvous", type=Path, help="folder where workers find the servers that join later")
     parser.add_argument("--join", action="store_true", help="join the job of that folder")
+    parser.add_argument("--expect", type=int, default=0, help="workers that must be there before the sixth step")
     parser.add_argument("--die-at", type=int, default=-1, help="step at which one that joins kills itself")
     parser.add_argument("--timeout", type=float, default=30.0)
     return parser.parse_args()
@@ -127,6 +128,8 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
     client = sc.ps.Worker(model, sc.TopK(options.density))
     log[2] = client.clock
     for step in range(client.clock, options.steps):
+        while step == 5 and not all((options.folder / f"worker-{w}.log").exists() for w in range(options.expect)):
+            time.sleep(0.01)
         if options.join and step == options.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         flat, at = gradient(worker, step, NUMEL), 0
@@ -139,6 +142,8 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
         client.step()
         log[0], log[1] = client.metrics().acknowledged // options.servers, step + 1
         time.sleep(options.pause)
+    if options.servers > 1 and options.steps >= 5:
+        assert client.metrics().early_bytes > 0, "no push left in backward"
 
 
 def save(shard: Any, path: Path) -> None:

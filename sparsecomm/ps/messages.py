@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MAGIC = b"SPPS"
-VERSION = 1
+VERSION = 2
 _FORMAT = struct.Struct("<4sBBHIIqqqQII")
 ENVELOPE_BYTES = _FORMAT.size
 _CRC_OFFSET = ENVELOPE_BYTES - 4

@@ -51,6 +51,7 @@ test-rdma: install .venvs/vng/bin/vng
 # 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
 chaos: install
 	$(BIN)/python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
+	$(BIN)/python tests/ps/chaos.py --grid
 
 bench: install
 	$(BIN)/sparsecomm bench kernels --json runs/bench/kernels.json

@@ -80,7 +80,9 @@ def make_worker(settings: Settings, model: nn.Module) -> sc.ps.Worker:
         kind = sc.TopK if settings.compressor == "topk" else sc.ThresholdTopK
         compressor = kind(density=make_density(settings))
     codec = settings.value_codec if settings.sparse else "auto"
-    return sc.ps.Worker(model, compressor, feedback=make_feedback(settings), value_codec=codec)
+    feedback = make_feedback(settings)
+    clips = settings.feedback not in ("dgc", "adam")  # after backward: what had left before would be sent twice
+    return sc.ps.Worker(model, compressor, overlap=not clips, feedback=feedback, value_codec=codec)
 
 
 def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Parameter server: servers hold the parameters in shards, workers pull, compute and push. docs/parameter-server.md."""
 
 from sparsecomm.ps.checkpoint import Checkpoints
-from sparsecomm.ps.job import Outcome, run
+from sparsecomm.ps.job import Outcome, join, run
+from sparsecomm.ps.joining import Rendezvous
 from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
 from sparsecomm.ps.worker import Worker, WorkerMetrics
 
@@ -10,9 +11,11 @@ __all__ = [
     "Checkpoints",
     "Mode",
     "Outcome",
+    "Rendezvous",
     "StaleSynchronous",
     "Synchronous",
     "Worker",
     "WorkerMetrics",
+    "join",
     "run",
 ]

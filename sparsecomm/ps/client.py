@@ -8,12 +8,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from sparsecomm.compress import Compressor
 from sparsecomm.errors import RemoteError, WireError
 from sparsecomm.ps import messages as ms
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.modes import Mode
 from sparsecomm.ps.roster import ring
 from sparsecomm.transport import Post
+from sparsecomm.transport.window import Window
+from sparsecomm.types import ValueCodec
 
 __all__ = ["Client", "Driver", "Link", "Steps"]
 
@@ -38,8 +41,13 @@ class Link:
     Attributes:
         post: its mailbox.
         servers: ranks of all servers, by index.
-        workers: ranks of all workers.
-        mode: that the servers run.
+        workers: ranks of all workers at the start, and of this one.
+        world: number of ranks at the start.
+        mode: that the servers run, or its text.
+        sparse: what servers select sparse pulls with, if they do.
+        pull_codec: of these.
+        pull_by: "asked", "one_sided" or "auto".
+        open_window: makes this worker's end of the servers' windows. Collective. None where there are none.
         drive: runs steps to their end; None where whoever made the link does so.
         made: called with the worker that uses the link.
     """
@@ -47,9 +55,32 @@ class Link:
     post: Post
     servers: tuple[int, ...]
     workers: tuple[int, ...]
-    mode: Mode
+    world: int
+    mode: Mode | str
+    sparse: Compressor | None = None
+    pull_codec: ValueCodec = ValueCodec.FP16
+    pull_by: str = "asked"
+    open_window: Callable[[int], Window] | None = None
     drive: Driver | None = None
     made: Callable[[Any], None] | None = None
+
+    @property
+    def lead(self) -> int | None:
+        """How many pushes a worker may be ahead of the slowest."""
+        return None if isinstance(self.mode, str) else self.mode.lead
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This worker's number and how many there are: those of the start, and all that joined up to this one."""
+        if not self.joins:
+            return self.workers.index(self.post.rank), len(self.workers)
+        number = len(self.workers) - 1 + self.post.rank - self.world
+        return number, number + 1
+
+    @property
+    def joins(self) -> bool:
+        """Whether this worker comes after the start."""
+        return self.post.rank >= self.world
 
 
 class Client:
@@ -67,15 +98,23 @@ class Client:
         self.link = link
         self.rank = link.post.rank
         self.on_answer: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {}
-        self._open: dict[tuple[int, Kind], torch.Tensor] = {}
+        self._open: dict[tuple[int, Kind], tuple[int, torch.Tensor]] = {}  # with its clock
         self._lost: frozenset[int] = frozenset()
         self._owners = dict(enumerate(link.servers))
 
     def ask(self, kind: Kind, shard: int, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
         """Sends a request to whoever serves a shard; it stays open until it is answered."""
         message = ms.pack(Envelope(kind, shard, self.rank, **fields), body)
-        self._open[shard, kind] = message
+        self._open[shard, kind] = fields.get("clock", 0), message
         self.link.post.send(self._owners[shard], message)
+
+    def forget(self, kind: Kind, shard: int) -> None:
+        """Does not wait for the answer to a request any more."""
+        self._open.pop((shard, kind), None)
+
+    def waits(self, kind: Kind) -> bool:
+        """Returns whether a request of a kind is open."""
+        return any(k == kind for _, k in self._open)
 
     def wait(self, *kinds: Kind) -> Steps[None]:
         """Waits until no request of these kinds is open.
@@ -110,9 +149,14 @@ class Client:
                 "seq", envelope.seq, f"not a request that {envelope.kind.name} answers", rank=envelope.sender
             )
         key = (envelope.shard, Kind(asked))
-        open_ = self._open.pop(key, None)
-        if open_ is None and envelope.kind != Kind.WELCOME:
+        clock, _ = self._open.get(key, (None, None))
+        if clock is None and envelope.kind != Kind.WELCOME:
             return  # answered by the server that has died since, too
+        if asked in (Kind.PUSH, Kind.PULL) and clock != envelope.clock:
+            return  # an answer like that to a request before this one
+        if asked == Kind.PUSH:
+            self._open.pop((envelope.shard, Kind.COMMIT), None)
+        self._open.pop(key, None)
         handler = self.on_answer.get(envelope.kind)
         if handler is not None:
             handler(envelope, body)
@@ -128,12 +172,14 @@ class Client:
             servers = self.link.servers
             living = [r for r in ring(servers, shard) if r not in lost]
             if not living:
-                raise RemoteError(f"shard {shard} is lost: all servers are dead (rank {', '.join(map(str, servers))})")
+                raise RemoteError(
+                    f"shard {shard} is lost: all servers are dead or have ended (rank {', '.join(map(str, servers))})"
+                )
             self._owners[shard] = living[0]
-            for (index, _), message in sorted(self._open.items()):
+            for (index, _), (_, message) in sorted(self._open.items(), key=lambda entry: entry[0]):
                 if index == shard:
                     self.link.post.send(living[0], message)
 
 
-_ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS}
+_ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS, Kind.PING: Kind.PING}
 """What each answer answers; an ACK says so itself."""

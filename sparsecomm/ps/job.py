@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsecomm.compress import Compressor
@@ -18,14 +19,17 @@ from sparsecomm.errors import CommTimeout, ConfigError, LaunchError, SparseCommE
 from sparsecomm.launch import default_timeout, detect, is_initialized
 from sparsecomm.ps.checkpoint import Checkpoints
 from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.joining import Door, Rendezvous, enter
 from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
+from sparsecomm.ps.report import deserted, waits_for
+from sparsecomm.ps.rules import OptimizerFactory, Rules, ServerOptions
 from sparsecomm.ps.server import Server
-from sparsecomm.ps.shard import OptimizerFactory, Rules, ServerOptions
 from sparsecomm.ps.worker import Worker, set_current_link
 from sparsecomm.transport import Post
+from sparsecomm.transport.window import Window
 from sparsecomm.types import ValueCodec
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "join", "run"]
 
 T = TypeVar("T")
 
@@ -61,10 +65,12 @@ def run(
     mode: Mode | None = None,
     pull: Compressor | None = None,
     pull_codec: str = "fp16",
+    pull_by: str = "asked",
     rate: Callable[[int], float] | None = None,
     fault_tolerant: bool | None = None,
     replicate: bool | None = None,
     checkpoints: Checkpoints | None = None,
+    rendezvous: Rendezvous | None = None,
     timeout: float | None = None,
 ) -> Outcome:
     """Trains with a parameter server. Collective: every rank of the job calls it with the same arguments.
@@ -83,12 +89,17 @@ def run(
         pull: compressor of what workers are sent of the changes since their last pull, with what is left out kept for
             later; None sends whole shards in float32.
         pull_codec: "fp16", "fp32", "bf16" or "int8": how sparse pulls write values.
+        pull_by: "asked": servers answer pulls, as `pull` says. "one_sided": workers read whole shards from windows by
+            MPI Get, without the servers' doing; not under ULFM, which windows do not survive. "auto": each worker takes
+            the way that is predicted to be the fastest, by bytes and by what it measures when it begins
+            (`Worker.explain`).
         rate: learning rate by number of updates done; None leaves the optimizer's.
         fault_tolerant: True needs ULFM (`mpirun --with-ft ulfm --mca pml ob1`): the others go on when a rank dies. None
             goes on where ULFM is there. Without it a death ends the job.
         replicate: whether each update is on the next server before it is acknowledged; None does so where the job is
             fault tolerant and has more than one server.
         checkpoints: where servers save their shards, and whether they resume.
+        rendezvous: lets workers `join` later, who find the servers there; None lets in nobody.
         timeout: seconds to wait for anybody; SPARSECOMM_TIMEOUT, or 300, if None. Must be longer than the longest time
             in which all workers only compute.
 
@@ -100,9 +111,8 @@ def run(
         LaunchError: if the job was not started by an mpirun, or without ULFM where that is asked for.
         SparseCommError: on a worker, what made its training fail. Without ULFM that ends the job on all ranks.
     """
-    options = _check(servers, mode, pull, pull_codec, timeout)
-    size, limit = options
-    post = _join(fault_tolerant)
+    size, limit = _check(servers, mode, pull, pull_codec, pull_by, timeout)
+    post = _launched(fault_tolerant)
     workers = tuple(range(size - servers))
     serving = tuple(range(size - servers, size))
     rules = Rules(
@@ -115,16 +125,61 @@ def run(
         rate=rate,
     )
     backed = (post.fault_tolerant if replicate is None else replicate) and servers > 1
-    if post.rank in serving:
-        return _serve(post, rules, serving, backed, checkpoints, limit)
-    return _work(post, rules, serving, train, limit)
+    if post.fault_tolerant and pull_by == "one_sided":
+        raise ConfigError(
+            'pull_by="one_sided": no kind of window of this MPI goes on after the death of a rank; start the job '
+            'without ULFM, or use "auto"'
+        )
+    open_window = _open_window if pull_by != "asked" and not post.fault_tolerant else None
+    if post.rank not in serving:
+        link = Link(post, serving, workers, size, rules.mode, pull, rules.pull_codec, pull_by, open_window)
+        return _work(link, train, limit)
+    door = None
+    if rendezvous is not None:
+        facts = {"servers": serving, "workers": workers, "world": size, "mode": str(rules.mode)}
+        door = Door(rendezvous, post, serving.index(post.rank), facts)
+    try:
+        return _serve(post if door is None else door.post, rules, serving, backed, checkpoints, open_window, limit)
+    finally:
+        if door is not None:
+            door.close()
 
 
+def join(train: Callable[[int, int], Any], rendezvous: str | Path, *, timeout: float | None = None) -> Outcome:
+    """Becomes one more worker of a job that is running, in a process that is started by itself (not by its mpirun).
+
+    Its `Worker` has no residual and pulls the parameters as they are. In the synchronous mode rounds wait for it from
+    its `clock` on, which begins with the number of rounds done by the others: loop over ``range(worker.clock, steps)``.
+    When it dies, the others go on, with or without ULFM.
+
+    Args:
+        train: as for `run`; called with this worker's number, behind all others.
+        rendezvous: folder of the job's `Rendezvous`.
+        timeout: seconds to wait for anybody; SPARSECOMM_TIMEOUT, or 300, if None.
+
+    Returns:
+        What became of this worker.
+
+    Raises:
+        LaunchError: if no server is found there, or none answers.
+        SparseCommError: what made training fail: another model, or a job that has ended.
+    """
+    limit = _limit(timeout)
+    entrance = enter(Path(rendezvous), limit)
+    post = entrance.post
+    link = Link(post, entrance.servers, (*entrance.workers, post.rank), post.size, entrance.mode)
+    try:
+        return _work(link, train, limit)
+    finally:
+        post.close()
+
+
+_PULL_BY = ("asked", "one_sided", "auto")
 _PULL_CODECS = {c.name.lower(): c for c in ValueCodec}
 
 
 def _check(
-    servers: int, mode: Mode | None, pull: Compressor | None, pull_codec: str, timeout: float | None
+    servers: int, mode: Mode | None, pull: Compressor | None, pull_codec: str, pull_by: str, timeout: float | None
 ) -> tuple[int, float]:
     """Checks the options, alike on all ranks before they talk; returns the world's size and the timeout."""
     launch = detect()
@@ -143,15 +198,22 @@ def _check(
         raise ConfigError(f"pull must be None or a compressor such as TopK(density=0.01), got {pull!r}")
     if pull_codec not in _PULL_CODECS:
         raise ConfigError(f"pull_codec must be one of {', '.join(_PULL_CODECS)}, got {pull_codec!r}")
-    limit = default_timeout() if timeout is None else timeout
-    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
-        raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    if pull_by not in _PULL_BY:
+        raise ConfigError(f"pull_by must be one of {', '.join(_PULL_BY)}, got {pull_by!r}")
+    limit = _limit(timeout)
     if is_initialized():
         raise LaunchError("sparsecomm.ps.run brings up MPI by itself; leave out sparsecomm.init()")
     return launch.size, limit
 
 
-def _join(fault_tolerant: bool | None) -> Post:
+def _limit(timeout: float | None) -> float:
+    limit = default_timeout() if timeout is None else timeout
+    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
+        raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    return limit
+
+
+def _launched(fault_tolerant: bool | None) -> Post:
     """Brings up MPI and a mailbox. Collective."""
     from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
     from sparsecomm.transport.mpi_post import MPIPost, ulfm_problem
@@ -174,6 +236,15 @@ def _join(fault_tolerant: bool | None) -> Post:
     return MPIPost()
 
 
+def _open_window(nbytes: int) -> Window:
+    """Makes a window that lasts until MPI ends. Collective."""
+    from sparsecomm.transport.mpi_window import MPIWindow
+
+    window = MPIWindow(nbytes)
+    atexit.register(window.close)  # before MPI_Finalize, which was registered before
+    return window
+
+
 def _sleep(spins: int) -> None:
     over = spins - _SPINS
     time.sleep(0 if over < 0 else min(_LAST_SLEEP, _FIRST_SLEEP * (1 + over / 8)))
@@ -185,6 +256,7 @@ def _serve(
     serving: tuple[int, ...],
     replicate: bool,
     checkpoints: Checkpoints | None,
+    open_window: Callable[[int], Window] | None,
     timeout: float,
 ) -> Outcome:
     server = Server(
@@ -198,24 +270,28 @@ def _serve(
         ),
     )
     try:
-        _loop(post, server, timeout)
+        _loop(post, server, open_window, timeout)
     except BaseException as error:
         _fail(post, error)
         os.kill(os.getpid(), signal.SIGKILL)  # ULFM takes notice of nothing less: now the backup takes over
-    if server.deserted:
+    if deserted(server):
         raise SparseCommError(f"server rank {post.rank}: no worker has ended its training: {'; '.join(server.events)}")
     return Outcome("server", post.rank, server=server, events=server.events)
 
 
-def _loop(post: Post, server: Server, timeout: float) -> None:
+def _loop(post: Post, server: Server, open_window: Callable[[int], Window] | None, timeout: float) -> None:
     """Serves until all workers are gone and all servers know it."""
     deadline, spins, told = time.monotonic() + timeout, 0, 0
     while not server.finished:
-        if server.turn():
+        moved = server.turn()
+        if open_window is not None and server.opens():
+            server.open(open_window)
+            open_window = None
+        if moved:
             deadline, spins = time.monotonic() + timeout, 0
         elif time.monotonic() > deadline:
             raise CommTimeout(
-                f"server rank {post.rank} has heard nothing for {timeout:g} s; it waits for {server.waits_for()} "
+                f"server rank {post.rank} has heard nothing for {timeout:g} s; it waits for {waits_for(server)} "
                 "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
             )
         else:
@@ -226,9 +302,8 @@ def _loop(post: Post, server: Server, timeout: float) -> None:
         told = len(server.events)
 
 
-def _work(
-    post: Post, rules: Rules, serving: tuple[int, ...], train: Callable[[int, int], Any], timeout: float
-) -> Outcome:
+def _work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Outcome:
+    post = link.post
     made: list[Worker] = []
 
     def drive(steps: Steps[T]) -> T:
@@ -250,10 +325,9 @@ def _work(
             spins += 1
             _sleep(spins)
 
-    link = Link(post, serving, rules.workers, rules.mode, drive, made.append)
-    set_current_link(link)
+    set_current_link(replace(link, drive=drive, made=made.append))
     try:
-        result = train(rules.workers.index(post.rank), len(rules.workers))
+        result = train(*link.place)
         if len(made) != 1:
             raise ConfigError(f"the training function made {len(made)} workers, it must make exactly one")
         drive(made[0].leaving())

@@ -16,7 +16,12 @@ from sparsecomm.kernels import dispatch as kernels
 __all__ = [
     "ENVELOPE_BYTES",
     "FROM_SERVERS",
+    "HELD",
+    "MAX_PING",
     "NOTHING",
+    "READY",
+    "SEALED",
+    "WHOLE",
     "Envelope",
     "Kind",
     "json_body",
@@ -28,7 +33,7 @@ __all__ = [
 ]
 
 MAGIC = b"SPPS"
-VERSION = 1
+VERSION = 2
 _FORMAT = struct.Struct("<4sBBHIIqqqQII")
 ENVELOPE_BYTES = _FORMAT.size
 _CRC_OFFSET = ENVELOPE_BYTES - 4
@@ -53,7 +58,24 @@ class Kind(IntEnum):
     SNAPSHOT = 12
     STORED = 13
     DONE = 14
+    JOIN = 15
+    COMMIT = 16
+    PING = 17
 
+
+HELD = 1
+"""Flag of a PUSH: it counts only when a COMMIT has come."""
+
+WHOLE = 1
+"""Flag of a PULL: the whole shard is wanted, whatever the worker has."""
+
+READY = 1
+"""Flag of a PING: to be answered when all workers have said HELLO and the shard has values."""
+
+MAX_PING = 1 << 20
+
+SEALED = frozenset({Kind.INIT, Kind.PUSH, Kind.VALUES, Kind.EVENT})
+"""Messages whose bodies have checksums of their own all through: no second pass over them."""
 
 FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
 """What only a server may send to a server."""
@@ -70,7 +92,7 @@ class Envelope:
         clock: a worker's clock: pushes it had done before.
         version: a version of the shard: updates it has seen; of a PUSH the one that the gradient was computed on.
         seq: number of a replicated event; 0 otherwise.
-        flags: of a PUSH 1 if the gradient was not finite; of an ACK how it was; else 0.
+        flags: of a PUSH `HELD`, of a PULL `WHOLE`, of a PING `READY`, or 0; of an ACK how it was; else 0.
     """
 
     kind: Kind
@@ -87,7 +109,7 @@ def pack(envelope: Envelope, body: torch.Tensor = NOTHING) -> torch.Tensor:
     e = envelope
     out = torch.empty(ENVELOPE_BYTES + body.numel(), dtype=torch.uint8)
     out[ENVELOPE_BYTES:] = body
-    crc = kernels.crc32c(out[ENVELOPE_BYTES:])
+    crc = 0 if e.kind in SEALED else kernels.crc32c(out[ENVELOPE_BYTES:])
     view: Any = out.numpy()
     fields = (e.flags, e.shard, e.sender, e.clock, e.version, e.seq, body.numel(), crc, 0)
     _FORMAT.pack_into(view, 0, MAGIC, VERSION, e.kind, *fields)
@@ -134,7 +156,7 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
     body = message[ENVELOPE_BYTES:]
     if length != body.numel():
         raise bad("body_bytes", length, f"{body.numel()} bytes follow the envelope")
-    found = kernels.crc32c(body)
+    found = 0 if kind in SEALED else kernels.crc32c(body)
     if found != body_crc:
         raise bad("body_crc", hex(body_crc), f"the body's checksum is {found:#x}")
     return Envelope(Kind(kind), shard, sender, clock, at, seq, flags), body

@@ -54,12 +54,13 @@ class Part:
         self._arena = arena
         self._clip = None if limit is None else float(limit) * math.sqrt(clip)
         self._all: torch.Tensor | None = None
+        self._dropped = torch.empty(0)
 
     def take(self, grad: torch.Tensor, clock: int) -> Taken:
-        """Adds a gradient to the residual and takes out what to send; `encode` ends that.
+        """Adds a gradient to the residual and takes out what to send; `encode`, or `settle`, ends that.
 
         Args:
-            grad: float32, shape (spec.numel,); must last until `encode`.
+            grad: float32, shape (spec.numel,); must last until then.
             clock: pushes done before.
         """
         config, n = self._config, self.spec.numel
@@ -72,31 +73,46 @@ class Part:
         return take_some(self.bucket, grad, config.compressor, k, config.feedback, self._arena, clip_norm=self._clip)
 
     def encode(self, taken: Taken, nonfinite: bool, clock: int) -> tuple[torch.Tensor, int]:
-        """Returns the payload of what was taken, in the arena, and its nonzeros.
+        """Writes what was taken, and makes that final: `write` and `settle` in one.
 
         Args:
             taken: committed; or undone, and nothing is sent, if the gradient was not finite.
             nonfinite: whether any part of the gradient was not.
             clock: pushes done before.
+
+        Returns:
+            The payload, in the arena, and its nonzeros.
         """
-        config, residual, codec = self._config, self.bucket.residual, self._config.values
+        if nonfinite:
+            self.settle(taken, sent=False)
+            nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0)
+            return self._payload(nothing, self._config.values, clock, True)[0], 0
+        written = self.write(taken, clock)
+        self.settle(taken, sent=True)
+        return written
+
+    def write(self, taken: Taken, clock: int) -> tuple[torch.Tensor, int]:
+        """Returns the payload of what was taken, in the arena, and its nonzeros; `settle` must follow."""
+        residual, codec = self.bucket.residual, self._config.values
         selected: Selected = (taken.indices, taken.values)
-        if nonfinite:
-            taken.undo()
-            selected = (torch.empty(0, dtype=torch.uint32), torch.empty(0))
-        elif taken.whole:
-            codec = config.dense_values
-            selected = (self._everything(), taken.grad if residual is None else residual)
-        payload, dropped = self._payload(selected, codec, clock, nonfinite)
-        if nonfinite:
-            return payload, 0
         if taken.whole:
-            taken.left = dropped
-        elif residual is not None and codec != ValueCodec.FP32:
-            kernels.scatter_add(residual, taken.indices, dropped)
+            codec = self._config.dense_values
+            selected = (self._everything(), taken.grad if residual is None else residual)
+        payload, self._dropped = self._payload(selected, codec, clock, False)
+        return payload, selected[1].numel()
+
+    def settle(self, taken: Taken, *, sent: bool) -> None:
+        """Makes final what was written: what rounding dropped stays behind. Or takes it all back, if it is not sent."""
+        residual = self.bucket.residual
+        if not sent:
+            taken.undo()
+            return
+        if taken.whole:
+            taken.left = self._dropped
+        elif residual is not None and self._config.values != ValueCodec.FP32:
+            kernels.scatter_add(residual, taken.indices, self._dropped)
         taken.commit()
         self.bucket.age += 1
-        return payload, selected[1].numel()
 
     def first(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the payload of the shard's first values, in the arena."""

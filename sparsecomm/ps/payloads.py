@@ -27,6 +27,9 @@ Selected = tuple[torch.Tensor, torch.Tensor]
 """Indices (uint32, ascending, relative to the shard) and values (float32)."""
 
 
+_EXPECTED = ("collective", "rank", "world", "bucket", "step", "numel", "layout_hash")
+
+
 def everything(numel: int) -> torch.Tensor:
     """Returns all positions of a shard, uint32, shape (numel,)."""
     return torch.arange(numel, dtype=torch.int64).to(torch.uint32)
@@ -110,18 +113,11 @@ def decode(
         header = read_header(data)
     except WireError as error:
         raise error.at(rank=rank, bucket=spec.index) from None
-    expected = {
-        "collective": kind,
-        "rank": rank,
-        "world": world,
-        "bucket": spec.index,
-        "step": step,
-        "numel": spec.numel,
-        "layout_hash": spec.hash,
-    }
-    for field, value in expected.items():
-        if getattr(header, field) != value:
-            raise WireError(field, getattr(header, field), f"expected {value!r}", rank=rank, bucket=spec.index)
+    found = [getattr(header, field) for field in _EXPECTED]
+    expected = [kind, rank, world, spec.index, step, spec.numel, spec.hash]
+    if found != expected:
+        field, is_, should = next(t for t in zip(_EXPECTED, found, expected, strict=True) if t[1] != t[2])
+        raise WireError(field, is_, f"expected {should!r}", rank=rank, bucket=spec.index)
     if header.flags & FLAG_ERROR:
         raise WireError("flags", header.flags, "workers report failures otherwise", rank=rank, bucket=spec.index)
     indices = torch.empty(header.nnz, dtype=torch.uint32)

@@ -10,7 +10,8 @@ from sparsecomm.ps import messages as ms
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.payloads import decode
 from sparsecomm.ps.roster import ring
-from sparsecomm.ps.shard import Rules, Shard
+from sparsecomm.ps.rules import Rules
+from sparsecomm.ps.shard import Shard
 from sparsecomm.transport import Post
 from sparsecomm.wire import CollectiveKind
 
@@ -58,8 +59,8 @@ class Mirror:
         self._begun = True
         self._tell(Kind.SNAPSHOT, shard.snapshot())
 
-    def push(self, envelope: Envelope, body: torch.Tensor) -> None:
-        """Passes a worker's push on."""
+    def pass_on(self, envelope: Envelope, body: torch.Tensor) -> None:
+        """Passes a worker's PUSH or JOIN on."""
         if self._begun:
             self._tell(Kind.EVENT, ms.pack(envelope, body))
 
@@ -105,7 +106,11 @@ class Copies:
         self._rules = rules
         self._kept: dict[int, tuple[int, Shard]] = {}
 
-    def replace(self, envelope: Envelope, body: torch.Tensor) -> bool:
+    def take_in(self, envelope: Envelope, body: torch.Tensor) -> bool:
+        """Takes a SNAPSHOT or an EVENT; returns False for one of an owner that has died since."""
+        return self._replace(envelope, body) if envelope.kind == Kind.SNAPSHOT else self._change(envelope, body)
+
+    def _replace(self, envelope: Envelope, body: torch.Tensor) -> bool:
         """Takes a SNAPSHOT; returns False for one of an owner that has died since."""
         index, sender = envelope.shard, envelope.sender
         order = ring(self._servers, index)
@@ -115,7 +120,7 @@ class Copies:
         self._kept[index] = (sender, Shard.from_snapshot(self._rules, body))
         return True
 
-    def change(self, envelope: Envelope, body: torch.Tensor) -> bool:
+    def _change(self, envelope: Envelope, body: torch.Tensor) -> bool:
         """Takes an EVENT; returns False for one of an owner that has died since.
 
         Raises:
@@ -124,7 +129,7 @@ class Copies:
         owner, copy = self._kept.get(envelope.shard, (None, None))
         if copy is None or owner != envelope.sender:
             return False
-        apply_event(copy, body, self._rules.world)
+        apply_event(copy, body)
         return True
 
     def take(self, index: int) -> Shard | None:
@@ -137,19 +142,21 @@ class Copies:
         return {index: copy for index, (_, copy) in self._kept.items()}
 
 
-def apply_event(replica: Shard, event: torch.Tensor, world: int) -> None:
+def apply_event(replica: Shard, event: torch.Tensor) -> None:
     """Does to a copy what was done to the shard.
 
     Args:
         replica: Mutated.
-        event: body of an EVENT: the worker's PUSH as it came, or a BYE in its name.
-        world: ranks in all.
+        event: body of an EVENT: the worker's PUSH or JOIN as it came, or a BYE in its name.
 
     Raises:
         WireError: if it does not fit; the copy is as it was.
     """
     inner, body = ms.unpack(event, None)
-    if inner.kind == Kind.PUSH:
+    if inner.kind == Kind.JOIN:
+        replica.join(inner.sender, inner.clock)
+    elif inner.kind == Kind.PUSH:
+        world = replica.rules.world_of(inner.sender)
         selected, nonfinite = decode(
             CollectiveKind.PUSH, replica.spec, body, rank=inner.sender, world=world, step=inner.clock
         )

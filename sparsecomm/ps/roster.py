@@ -53,6 +53,11 @@ class Roster:
         before = before[: before.index(self.rank)]
         return self.owner(shard) == self.rank and bool(before) and not self.ended.intersection(before)
 
+    def joined(self, worker: int) -> None:
+        """Notes a worker; does nothing for one that is known."""
+        if worker not in self.workers:
+            self.workers += (worker,)
+
     @property
     def living_workers(self) -> list[int]:
         """Ranks of workers that are neither dead nor gone."""

@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 
 import torch
 
 from sparsecomm.errors import SparseCommError, WireError
 from sparsecomm.ps import messages as ms
+from sparsecomm.ps.admission import Admission
+from sparsecomm.ps.board import Board, board_bytes
 from sparsecomm.ps.messages import Envelope, Kind
-from sparsecomm.ps.payloads import Selected, decode
+from sparsecomm.ps.payloads import decode
 from sparsecomm.ps.replica import Copies, Mirror
 from sparsecomm.ps.roster import Roster
-from sparsecomm.ps.shard import Rules, ServerOptions, Shard
+from sparsecomm.ps.rules import Rules, ServerOptions
+from sparsecomm.ps.served import EarlyPush, Held, Served
+from sparsecomm.ps.shard import Shard
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.transport import Post
+from sparsecomm.transport.window import Window
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Server"]
 
 _PATIENCE = 10.0  # seconds that a message for another server's shard is kept, in case that server turns out to be dead
-
-HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
-
-
-@dataclass
-class _Hello:
-    """What the first worker said, which all others must say, too."""
-
-    worker: int
-    layout: ModelLayout
-    values: str
-
-
-@dataclass
-class _Held:
-    """A message for a shard that another server has."""
-
-    since: float
-    source: int
-    message: torch.Tensor
-
-
-@dataclass
-class _Served:
-    """A shard that this server answers for."""
-
-    shard: Shard
-    mirror: Mirror
-    pulls: dict[int, Envelope] = field(default_factory=dict)
-    greeted: list[int] = field(default_factory=list)
-    asked: int | None = None
 
 
 class Server:
@@ -66,6 +40,7 @@ class Server:
         events: what happened to the job, in words, as this server saw it.
         rejected: messages refused, by sender.
         finished: whether its work is done.
+        ready_for: workers that wait to open windows.
     """
 
     def __init__(self, post: Post, rules: Rules, options: ServerOptions) -> None:
@@ -76,21 +51,25 @@ class Server:
         self.events: list[str] = []
         self.rejected: dict[int, int] = {}
         self.finished = False
-        self._hello: _Hello | None = None
-        self._served: dict[int, _Served] = {}
+        self.ready_for: set[int] = set()
+        self.admission = Admission(rules, len(options.servers))
+        self._served: dict[int, Served] = {}
         self.copies = Copies(options.servers, rules)
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self.roster = Roster(post.rank, options.servers, rules.workers, options.replicate)
         self._said_done = False
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
             Kind.HELLO: self._on_hello,
             Kind.INIT: self._on_init,
+            Kind.JOIN: self._on_join,
             Kind.PUSH: self._on_push,
+            Kind.COMMIT: self._on_commit,
             Kind.PULL: self._on_pull,
             Kind.BYE: self._on_bye,
             Kind.STATS: self._on_stats,
-            Kind.EVENT: self._on_event,
-            Kind.SNAPSHOT: self._on_snapshot,
+            Kind.PING: self._on_ping,
+            Kind.EVENT: self._on_copy,
+            Kind.SNAPSHOT: self._on_copy,
             Kind.STORED: self._on_stored,
             Kind.DONE: self._on_done,
         }
@@ -108,12 +87,16 @@ class Server:
         self._end()
         return moved
 
-    def waits_for(self) -> str:
-        """Says whom this server waits for, for error messages."""
-        alive = sorted({w for s in self._served.values() for w in s.shard.clocks} or self.roster.living_workers)
-        if alive:
-            return f"messages of worker{'s' * (len(alive) > 1)} at rank {', '.join(map(str, alive))}"
-        return f"servers at rank {', '.join(map(str, sorted(self.roster.others)))} to end"
+    def opens(self) -> bool:
+        """Returns whether all ranks are about to open windows, and nobody waits for a message before."""
+        return self.ready_for == set(self.rules.workers) and self.index in self._served and self.post.flushed()
+
+    def open(self, make: Callable[[int], Window]) -> None:
+        """Shows its shard in a window. Collective: every rank opens one, once."""
+        served = self._served[self.index]
+        numel = served.shard.spec.numel
+        served.board = Board(make(board_bytes(numel)), numel)
+        served.show()
 
     def _take(self, source: int, message: torch.Tensor) -> None:
         try:
@@ -131,11 +114,14 @@ class Server:
         if envelope.shard >= len(self.options.servers):
             raise WireError("shard", envelope.shard, f"there are {len(self.options.servers)}", rank=source)
         if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
-            self._held.append(_Held(self.options.now(), source, message))
+            self._hold(source, message)
             return
         if kind not in ms.FROM_SERVERS and envelope.shard not in self._served:
             self._take_over(envelope.shard)  # its owner had done all its work, but this worker has not heard of it
         self._handlers[kind](envelope, body)
+
+    def _hold(self, source: int, message: torch.Tensor) -> None:
+        self._held.append(Held(self.options.now(), source, message))
 
     def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:
         """Refuses a message and says why to its sender; the server lives on."""
@@ -175,25 +161,24 @@ class Server:
 
     def _serve(self, shard: Shard) -> None:
         index = shard.spec.index
-        served = self._served[index] = _Served(shard, Mirror(self.post, index))
+        served = self._served[index] = Served(shard, Mirror(self.post, index))
         shard.on_version = self._save
         served.mirror.moved(self.roster.backup(index), shard)
-        for worker in self.rules.workers:
+        for worker in list(shard.clocks):
+            self.roster.joined(worker)
             if worker in self.roster.lost:
                 self._let_go(served, worker, "died")
 
-    def _let_go(self, served: _Served, worker: int, why: str) -> None:
+    def _let_go(self, served: Served, worker: int, why: str) -> None:
         """Drops a worker from a shard, on the backup as well."""
         if worker in served.shard.clocks:
             clock = served.shard.clocks[worker]
             served.shard.leave(worker, why)
-            served.pulls.pop(worker, None)
+            served.drop(worker)
             served.mirror.leave(worker, why)
             if why != "ended":
                 index = served.shard.spec.index
                 self.events.append(f"shard {index} goes on without worker rank {worker}: {why} after {clock} pushes")
-            if worker in served.greeted:
-                served.greeted.remove(worker)
             self._ask_for_values(served)
             self._flow(served)
 
@@ -224,30 +209,34 @@ class Server:
     # --- beginning ---
 
     def _on_hello(self, envelope: Envelope, body: torch.Tensor) -> None:
-        worker = envelope.sender
-        said = ms.unpack_json(body, HELLO_FIELDS, worker)
-        layout = ModelLayout.from_json(said["model"], worker)
-        text = f"{said['mode']}, {said['shards']} servers"
-        expected = f"{self.rules.mode}, {len(self.options.servers)} servers"
-        if text != expected:
-            raise WireError("job", text, f"this server runs {expected}", rank=worker)
-        first = self._hello
-        if first is None:
-            first = _Hello(worker, layout, said["values"])
-        if layout != first.layout:
-            raise WireError(
-                "model", first.layout.difference(layout), f"as worker rank {first.worker} has it", rank=worker
-            )
-        if said["values"] != first.values:
-            reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
-            raise WireError("initial values", said["values"], reason, rank=worker)
+        worker, joins = envelope.sender, envelope.sender >= self.rules.world
+        served = self._served.get(envelope.shard)
+        if joins and (self.admission.first is None or served is None or not served.shard.ready):
+            self._hold(worker, ms.pack(envelope, body))  # there is nothing to join yet
+            return
+        first = self.admission.check(worker, body, joins=joins)
         self._begin(envelope.shard, first.layout)
-        self._hello = first
+        self.admission.first = first
         served = self._served[envelope.shard]
+        if joins:
+            self._welcome(served, worker, clock=served.shard.offer)
+            return
         if worker not in served.greeted:
             served.greeted.append(worker)
         self._welcome(served, worker)
         self._ask_for_values(served)
+
+    def _on_join(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served, worker = self._of(envelope), envelope.sender
+        if worker < self.rules.world:
+            raise WireError("sender", worker, "was there at the start", rank=worker)
+        joined = served.shard.join(worker, envelope.clock)
+        if joined:
+            self.roster.joined(worker)
+            served.mirror.pass_on(envelope, body)
+            self.events.append(f"worker rank {worker} joins shard {envelope.shard} at clock {envelope.clock}")
+        self._acknowledge(served, envelope, flags=int(not joined), clock=served.shard.offer)
+        self._flow(served)
 
     def _begin(self, index: int, layout: ModelLayout) -> None:
         if index in self._served:
@@ -257,11 +246,11 @@ class Server:
             self.options.restore(shard)
         self._serve(shard)
 
-    def _welcome(self, served: _Served, worker: int, flags: int = 0) -> None:
-        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, flags=flags)
+    def _welcome(self, served: Served, worker: int, flags: int = 0, clock: int = 0) -> None:
+        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, clock, flags=flags)
         self.post.send(worker, ms.pack(welcome))
 
-    def _ask_for_values(self, served: _Served) -> None:
+    def _ask_for_values(self, served: Served) -> None:
         """Asks one worker for the first values; another one when that has died."""
         if not served.shard.ready and served.asked not in served.greeted and served.greeted:
             served.asked = served.greeted[0]
@@ -291,49 +280,67 @@ class Server:
 
     # --- serving ---
 
-    def _of(self, envelope: Envelope) -> _Served:
+    def _of(self, envelope: Envelope) -> Served:
         served = self._served.get(envelope.shard)
         if served is None:
             raise WireError("shard", envelope.shard, "nobody said HELLO for it here", rank=envelope.sender)
         return served
 
-    def _answer(self, served: _Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
+    def _answer(self, served: Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
         """Sends a message once all that the shard has seen so far is on its backup, too."""
         served.mirror.after(dest, ms.pack(envelope, body))
 
-    def _acknowledge(self, served: _Served, asked: Envelope, flags: int = 0) -> None:
+    def _acknowledge(self, served: Served, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
         shard = served.shard
-        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, asked.clock, shard.version, asked.kind, flags)
+        clock = asked.clock if clock is None else clock
+        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, clock, shard.version, asked.kind, flags)
         self._answer(served, asked.sender, reply)
 
     def _on_push(self, envelope: Envelope, body: torch.Tensor) -> None:
         served, worker, clock = self._of(envelope), envelope.sender, envelope.clock
         shard = served.shard
         shard.check_turn(worker, clock, envelope.version)
-        selected, nonfinite = self._decode(shard, envelope, body)
-        stale = shard.push(worker, clock, envelope.version, selected, nonfinite)
-        if stale is not None:
-            served.mirror.push(envelope, body)
-        self._acknowledge(served, envelope, flags=min(stale or 0, 65535))
-        self._flow(served)
+        world = self.rules.world_of(worker)
+        decoded = decode(CollectiveKind.PUSH, shard.spec, body, rank=worker, world=world, step=clock)
+        push = EarlyPush(envelope, body, *decoded)
+        served.early.pop(worker, None)  # this one replaces it
+        if envelope.flags & ms.HELD and clock == shard.clocks[worker]:
+            served.early[worker] = push
+        else:
+            self._apply(served, push)
 
-    def _decode(self, shard: Shard, envelope: Envelope, body: torch.Tensor) -> tuple[Selected, bool]:
-        return decode(
-            CollectiveKind.PUSH, shard.spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock
-        )
+    def _on_commit(self, envelope: Envelope, body: torch.Tensor) -> None:
+        served = self._of(envelope)
+        push = served.final(envelope)
+        if push is None:
+            self._acknowledge(served, replace(envelope, kind=Kind.PUSH))
+        else:
+            self._apply(served, push)
+
+    def _apply(self, served: Served, push: EarlyPush) -> None:
+        asked = push.envelope
+        stale = served.shard.push(asked.sender, asked.clock, asked.version, push.selected, push.nonfinite)
+        if stale is not None:
+            served.mirror.pass_on(asked, push.body)
+        served.show()  # before the worker hears of it
+        self._acknowledge(served, asked, flags=min(stale or 0, 65535))
+        self._flow(served)
 
     def _on_pull(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._of(envelope)
         served.pulls[envelope.sender] = envelope
         self._flow(served)
 
-    def _flow(self, served: _Served) -> None:
+    def _flow(self, served: Served) -> None:
         """Answers every pull that may go on."""
         shard = served.shard
+        served.show()
         for worker, asked in list(served.pulls.items()):
             if shard.may_pull(asked.clock):
                 del served.pulls[worker]
-                payload, whole = shard.pull(worker, asked.version - 1, self.post.rank)
+                payload, whole = shard.pull(
+                    worker, asked.version - 1, self.post.rank, dense=bool(asked.flags & ms.WHOLE)
+                )
                 index, rank = shard.spec.index, self.post.rank
                 reply = Envelope(Kind.VALUES, index, rank, asked.clock, shard.version, flags=int(whole))
                 self._answer(served, worker, reply, payload)
@@ -349,17 +356,22 @@ class Server:
         reply = Envelope(Kind.STATS, envelope.shard, self.post.rank)
         self._answer(self._of(envelope), envelope.sender, reply, ms.json_body(self.stats(envelope.shard)))
 
+    def _on_ping(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.clock > ms.MAX_PING:
+            raise WireError("clock", envelope.clock, f"at most {ms.MAX_PING} bytes", rank=envelope.sender)
+        if envelope.flags & ms.READY:
+            if not self._of(envelope).complete(self.rules.workers):
+                self._hold(envelope.sender, ms.pack(envelope, body))
+                return
+            self.ready_for.add(envelope.sender)
+        reply = Envelope(Kind.PING, envelope.shard, self.post.rank, envelope.clock)
+        self.post.send(envelope.sender, ms.pack(reply, torch.zeros(envelope.clock, dtype=torch.uint8)))
+
     def stats(self, index: int) -> dict[str, object]:
         """Returns what has happened to a shard that this server has, as JSON."""
-        shard = self._served[index].shard
         return {
-            "shard": index,
+            **self._served[index].shard.facts(),
             "rank": self.post.rank,
-            "version": shard.version,
-            "clocks": shard.clocks,
-            "gone": shard.gone,
-            "averaged": shard.averaged,
-            "workers": {w: asdict(t) for w, t in shard.tallies.items()},
             "rejected": self.rejected,
             "events": self.events,
         }
@@ -369,24 +381,12 @@ class Server:
         """The shards that this server answers for, by index."""
         return {i: s.shard for i, s in self._served.items()}
 
-    @property
-    def deserted(self) -> bool:
-        """Whether no worker has ended its training: all have died or failed."""
-        return not any(why == "ended" for s in self._served.values() for why in s.shard.gone.values())
-
     # --- being a backup ---
 
-    def _on_snapshot(self, envelope: Envelope, body: torch.Tensor) -> None:
-        if envelope.shard not in self._served and self.copies.replace(envelope, body):
-            self._stored(envelope)
-
-    def _on_event(self, envelope: Envelope, body: torch.Tensor) -> None:
-        if self.copies.change(envelope, body):
-            self._stored(envelope)
-
-    def _stored(self, envelope: Envelope) -> None:
-        stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
-        self.post.send(envelope.sender, ms.pack(stored))
+    def _on_copy(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.shard not in self._served and self.copies.take_in(envelope, body):
+            stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
+            self.post.send(envelope.sender, ms.pack(stored))
 
     def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._served.get(envelope.shard)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from time import monotonic
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,75 +18,13 @@ from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import WireError
 from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.ps.modes import Mode, Synchronous
 from sparsecomm.ps.payloads import Selected, decode, encode, everything
+from sparsecomm.ps.rules import Rules, Tally
 from sparsecomm.ps.sharding import Piece, ShardSpec
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
-__all__ = ["OptimizerFactory", "Rules", "ServerOptions", "Shard", "Tally"]
-
-OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
-"""Makes the optimizer of a shard from its 1-D pieces of parameters, which have `ps_name` and `ps_shape`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What all servers of a job do alike.
-
-    Attributes:
-        optimizer: makes a shard's optimizer.
-        workers: their ranks at the start.
-        world: ranks in all.
-        mode: how far workers may run apart.
-        pull: selects what a worker is sent of the changes since its last pull; None sends whole shards.
-        pull_codec: how sparse pulls write values.
-        rate: learning rate by number of updates done; None leaves the optimizer's own.
-    """
-
-    optimizer: OptimizerFactory
-    workers: tuple[int, ...]
-    world: int
-    mode: Mode = field(default_factory=Synchronous)
-    pull: Compressor | None = None
-    pull_codec: ValueCodec = ValueCodec.FP16
-    rate: Callable[[int], float] | None = None
-
-
-@dataclass
-class Tally:
-    """What one worker has done to a shard.
-
-    Attributes:
-        pushes: applied, or waiting in an open round.
-        nonfinite: of these, those whose gradient was not finite.
-        stale: sum over its pushes of updates that the shard had seen since the worker's pull.
-        stalest: the largest of these.
-    """
-
-    pushes: int = 0
-    nonfinite: int = 0
-    stale: int = 0
-    stalest: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """What a server does beside serving.
-
-    Attributes:
-        servers: ranks of all servers, by index.
-        replicate: whether each shard is kept on the next server, too.
-        restore: gives a new shard its checkpoint, if there is one.
-        saved: called with a shard after every update of it; may save it.
-        now: seconds, monotonic.
-    """
-
-    servers: tuple[int, ...]
-    replicate: bool
-    restore: Callable[[Shard], None] | None = None
-    saved: Callable[[Shard], None] | None = None
-    now: Callable[[], float] = monotonic
+__all__ = ["Shard"]
 
 
 class Shard:
@@ -104,6 +41,7 @@ class Shard:
         clocks: pushes done, by living worker.
         gone: why each other worker is gone.
         tallies: by worker.
+        joined: clock at which each worker began that came after the start.
         averaged: rounds by number of pushes in them.
         on_version: called with the shard after every update.
     """
@@ -116,6 +54,7 @@ class Shard:
         self.version = 0
         self.clocks = dict.fromkeys(rules.workers, 0)
         self.gone: dict[int, str] = {}
+        self.joined: dict[int, int] = {}
         self.tallies = {w: Tally() for w in rules.workers}
         self.averaged: dict[int, int] = {}
         self.on_version: Callable[[Shard], None] | None = None
@@ -203,6 +142,37 @@ class Shard:
             self._views.pop(worker, None)
             self._close_rounds()
 
+    def join(self, worker: int, clock: int) -> bool:
+        """Lets a new worker in; until its first push it may name another clock.
+
+        Args:
+            worker: rank, of nobody who was here at the start.
+            clock: number of its first push: rounds before that one close without it.
+
+        Returns:
+            Whether it may begin then; False if that round has closed.
+
+        Raises:
+            WireError: if it was here and is gone, or nobody is left to join.
+        """
+        where = {"rank": worker, "bucket": self.spec.index}
+        if worker in self.gone or not self.clocks:
+            why = self.gone.get(worker, "all workers have left: the job has ended")
+            raise WireError("sender", worker, f"cannot join: {why}", **where)
+        if worker in self.tallies and (worker not in self.joined or self.tallies[worker].pushes):
+            raise WireError("sender", worker, "is at work already", **where)
+        if self.rules.mode.rounds and clock < self._round:
+            return False
+        self.clocks[worker] = self.joined[worker] = clock
+        self.tallies.setdefault(worker, Tally())
+        self._close_rounds()
+        return True
+
+    @property
+    def offer(self) -> int:
+        """The earliest clock at which a worker could join now."""
+        return self._round if self.rules.mode.rounds else min(self.clocks.values(), default=0)
+
     def _close_rounds(self) -> None:
         """Applies every round that all living workers have pushed to; the last ones when nobody is left."""
         while self._open and all(c > self._round for c in self.clocks.values()):
@@ -239,19 +209,24 @@ class Shard:
         lead = self.rules.mode.lead
         return self.ready and (lead is None or not self.clocks or min(self.clocks.values()) >= clock - lead)
 
-    def pull(self, worker: int, have: int, rank: int) -> tuple[torch.Tensor, bool]:
+    def pull(self, worker: int, have: int, rank: int, *, dense: bool = False) -> tuple[torch.Tensor, bool]:
         """Returns the payload that brings a worker to this version, as far as the pull's density allows.
 
         Args:
             worker: whom it is for.
             have: the version that it was last brought to; another one than was sent last gets the whole shard.
             rank: of this server.
+            dense: whether the worker wants the whole shard in any case.
 
         Returns:
             The payload, in memory that the next pull reuses, and whether it replaces what the worker has.
         """
         sent, view = self._views.get(worker, (-1, None))
-        compressor, codec, selected = self.rules.pull, self.rules.pull_codec, (self._all, self.values)
+        compressor, codec, selected = (
+            None if dense else self.rules.pull,
+            self.rules.pull_codec,
+            (self._all, self.values),
+        )
         whole = compressor is None or view is None or sent != have
         if whole:
             codec = ValueCodec.FP32
@@ -293,7 +268,19 @@ class Shard:
         chosen = compressor.select(self.values, behind, k, memory, out)
         return out.indices[: chosen.nnz], out.values[: chosen.nnz]
 
-    # --- what its backup and its checkpoint keep ---
+    # --- what its backup, its checkpoint and its statistics keep ---
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what has happened to it, as JSON."""
+        return {
+            "shard": self.spec.index,
+            "version": self.version,
+            "clocks": self.clocks,
+            "gone": self.gone,
+            "joined": self.joined,
+            "averaged": self.averaged,
+            "workers": {w: asdict(t) for w, t in self.tallies.items()},
+        }
 
     def snapshot(self) -> torch.Tensor:
         """Returns all that a backup needs, as bytes."""
@@ -307,6 +294,7 @@ class Shard:
             "round": self._round,
             "clocks": self.clocks,
             "gone": self.gone,
+            "joined": self.joined,
             "averaged": self.averaged,
             "tallies": {w: vars(t) for w, t in self.tallies.items()},
             "open": [
@@ -330,6 +318,7 @@ class Shard:
         made.values.copy_(state["values"])
         made.ready, made.version, made._round = state["ready"], state["version"], state["round"]
         made.clocks, made.gone, made.averaged = state["clocks"], state["gone"], state["averaged"]
+        made.joined = state["joined"]
         made.tallies = {w: Tally(**t) for w, t in state["tallies"].items()}
         for clock, worker, s in state["open"]:
             made._open.setdefault(clock, {})[worker] = None if s is None else (s[0].to(torch.uint32), s[1])

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ class ShardSpec:
         """Elements in the shard."""
         return self.end - self.start
 
-    @property
+    @cached_property
     def hash(self) -> int:
         """64 bits, equal iff model and place in it are: what a payload carries as its layout hash."""
         text = repr((self.model_hash, self.index, self.shards, self.start, self.end)).encode()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from sparsecomm.errors import CommTimeout
 from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.rules import Rules, ServerOptions
 from sparsecomm.ps.server import Server
-from sparsecomm.ps.shard import Rules, ServerOptions
 from sparsecomm.transport import VirtualOffice
+from sparsecomm.transport.window import VirtualWindow
 
 __all__ = ["VirtualJob"]
 
@@ -22,32 +26,59 @@ class VirtualJob:
     Args:
         workers: how many.
         servers: how many.
+        windows: whether workers read shards from windows.
+        joiners: workers that come later, at the ranks behind the servers.
         replicate: whether shards have backups; by default where there is more than one server.
         options: of `Rules` and, for `restore` and `saved`, of `ServerOptions`.
 
     Attributes:
         office: their mailboxes; has `kill` and `tamper`.
         servers: by index.
+        memories: of the windows, by rank.
         turns: how many have passed; the servers' clock in seconds.
     """
 
-    def __init__(self, workers: int, servers: int, *, replicate: bool | None = None, **options: Any) -> None:
-        self.office = VirtualOffice(workers + servers)
+    def __init__(
+        self,
+        workers: int,
+        servers: int,
+        *,
+        joiners: int = 0,
+        windows: bool = False,
+        replicate: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self.office = VirtualOffice(workers + servers + joiners)
         self.turns = 0
+        self.memories: dict[int, torch.Tensor] = {}
+        self._windows = windows
         ranks = tuple(range(workers)), tuple(range(workers, workers + servers))
         own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
         self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
         backed = servers > 1 if replicate is None else replicate
         chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: float(self.turns), **own)
         self.servers = [Server(self.office.posts[r], self.rules, chosen) for r in ranks[1]]
-        self.links = [Link(self.office.posts[r], ranks[1], ranks[0], self.rules.mode) for r in ranks[0]]
+        later = range(self.rules.world, self.rules.world + joiners)
+        self.links = [self._link(r, ranks[1]) for r in (*ranks[0], *later)]
+
+    def _link(self, rank: int, servers: tuple[int, ...]) -> Link:
+        workers = tuple(dict.fromkeys((*self.rules.workers, rank)))
+        link = Link(self.office.posts[rank], servers, workers, self.rules.world, self.rules.mode)
+        if not self._windows:
+            return link
+        return replace(link, pull_by="one_sided", open_window=lambda nbytes: self.window(rank, nbytes))
+
+    def window(self, rank: int, nbytes: int) -> VirtualWindow:
+        """Makes a window of a rank."""
+        self.memories[rank] = torch.zeros(nbytes, dtype=torch.uint8)
+        return VirtualWindow(self.memories, rank)
 
     def run(self, tasks: Sequence[Steps[Any]], *, between: Callable[[int], None] | None = None) -> list[Any]:
         """Gives workers and servers turns until all workers have ended.
 
         Args:
-            tasks: what each worker does; their results are returned, or their exceptions, or None for a worker
-                that was killed.
+            tasks: what each worker does, in the order of `links`; their results are returned, or their exceptions, or
+                None for a worker that was killed.
             between: called with the number of each turn; may kill.
 
         Raises:
@@ -62,8 +93,8 @@ class VirtualJob:
                 between(self.turns)
             before = [post.traffic.messages_received for post in self.office.posts]
             left = len(waiting)
-            for rank in list(waiting):
-                self._turn(rank, tasks[rank], waiting, results)
+            for number in list(waiting):
+                self._turn(number, tasks[number], waiting, results)
             self.serve()
             moved = before != [post.traffic.messages_received for post in self.office.posts] or len(waiting) < left
             still = 0 if moved else still + 1
@@ -76,16 +107,19 @@ class VirtualJob:
         for server in self.servers:
             if server.post.rank not in self.office.dead:
                 server.turn()
+                if self._windows and server.opens() and server.post.rank not in self.memories:
+                    rank = server.post.rank
+                    server.open(lambda nbytes, rank=rank: self.window(rank, nbytes))  # type: ignore[misc]
 
-    def _turn(self, rank: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
-        if rank in self.office.dead:
-            del waiting[rank]
+    def _turn(self, number: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
+        if self.links[number].post.rank in self.office.dead:
+            del waiting[number]
             return
         try:
-            waiting[rank] = next(task)
+            waiting[number] = next(task)
         except StopIteration as stop:
-            results[rank] = stop.value
-            del waiting[rank]
+            results[number] = stop.value
+            del waiting[number]
         except Exception as error:
-            results[rank] = error
-            del waiting[rank]
+            results[number] = error
+            del waiting[number]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from sparsecomm.arena import Arena
-from sparsecomm.compress import Compressor, Taken
+from sparsecomm.compress import Compressor
 from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, LaunchError, RemoteError, StateError
 from sparsecomm.kernels import dispatch as kernels
@@ -20,6 +19,8 @@ from sparsecomm.ps.client import Client, Link, Steps
 from sparsecomm.ps.messages import Envelope, Kind
 from sparsecomm.ps.part import Part
 from sparsecomm.ps.payloads import decode
+from sparsecomm.ps.puller import Puller
+from sparsecomm.ps.pusher import Pusher, WorkerMetrics
 from sparsecomm.ps.sharding import ModelLayout
 from sparsecomm.wire import CollectiveKind
 
@@ -47,46 +48,6 @@ def current_link() -> Link:
     return _link
 
 
-@dataclass
-class WorkerMetrics:
-    """What a worker has done so far.
-
-    Attributes:
-        pushes: gradients pushed.
-        pulls: pulls.
-        nnz: nonzeros pushed.
-        bytes_sent: bytes of all messages to servers, envelopes and headers included.
-        bytes_received: bytes of all messages from servers.
-        dense_bytes: bytes that dense float32 pushes and pulls would have moved, without any headers.
-        nonfinite: pushes left out because the gradient was not finite.
-        staleness: sum over acknowledged pushes of the updates that their shard had seen since this worker's pull.
-        acknowledged: acknowledged pushes, counted by shard.
-        stalest: the largest of these.
-    """
-
-    pushes: int = 0
-    pulls: int = 0
-    nnz: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    dense_bytes: int = 0
-    nonfinite: int = 0
-    staleness: int = 0
-    acknowledged: int = 0
-    stalest: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """Dense bytes over bytes on the wire, both ways; 1.0 if nothing has moved."""
-        moved = self.bytes_sent + self.bytes_received
-        return self.dense_bytes / moved if moved else 1.0
-
-    @property
-    def mean_staleness(self) -> float:
-        """Updates between a pull and the application of the gradient computed on it, on average."""
-        return self.staleness / self.acknowledged if self.acknowledged else 0.0
-
-
 class Worker:
     """Trains a model whose parameters are on servers.
 
@@ -97,6 +58,9 @@ class Worker:
         model: its trainable parameters are replaced by what the servers have; buffers stay this worker's own.
         compressor: how pushes are sparsified, or a whole `SparseConfig`; `TopK(0.01)` if None.
         link: to the servers; the one that `run` made if None.
+        overlap: whether what a server gets is sent as soon as backward has computed it (with one server there is
+            nothing to gain). Gradients that change after backward (clipping, a second backward) are sent again, and
+            after two such steps overlapping ends with a warning; for gradient accumulation there is `no_sync`.
         options: of `SparseConfig`: feedback, value_codec, index_codec, dense_below (elements of a shard), dense_steps.
 
     Raises:
@@ -105,8 +69,8 @@ class Worker:
 
     Attributes:
         rank: number of this worker, from 0.
-        size: number of workers at the start.
-        clock: pushes done.
+        size: number of workers at the start, or of all up to this one if it came later.
+        clock: pushes done; a worker that joins begins with those that the others have done when it does.
     """
 
     def __init__(
@@ -115,6 +79,7 @@ class Worker:
         compressor: Compressor | SparseConfig | None = None,
         *,
         link: Link | None = None,
+        overlap: bool = True,
         **options: Any,
     ) -> None:
         self.model = model
@@ -126,19 +91,22 @@ class Worker:
                 f"{type(self.config.compressor).__name__} cannot be pushed"
             )
         self.layout = ModelLayout.of(model)
-        self.rank = self.link.workers.index(self.link.post.rank)
-        self.size = len(self.link.workers)
+        self.rank, self.size = self.link.place
         self.clock = 0
         self._counted = WorkerMetrics()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._arena = Arena()
         self._flat = torch.cat([p.detach().reshape(-1).to(torch.float32) for p in self._parameters])
         shards = len(self.link.servers)
-        sender = (self.link.post.rank, self.link.post.size)
+        sender = (self.link.post.rank, max(self.link.world, self.link.post.rank + 1))
         share = 1.0 / (self.layout.numel * self.size)
         specs = [self.layout.shard(i, shards) for i in range(shards)]
         self._parts = [Part(spec, self.config, sender, clip=share * spec.numel, arena=self._arena) for spec in specs]
         self._client = Client(self.link)
+        self._pusher = Pusher(self._client, self._parts, self._named(), self._arena, self._counted)
+        self._puller = Puller(self._client, self._parts, self._flat, self._counted)
+        if overlap and shards > 1:
+            self._pusher.watch(lambda: self.clock)
         self._client.on_answer = {
             Kind.WELCOME: self._on_welcome,
             Kind.VALUES: self._on_values,
@@ -146,6 +114,8 @@ class Worker:
             Kind.STATS: self._on_stats,
         }
         self._stats: dict[int, dict[str, Any]] = {}
+        self._offered = 0
+        self._late = False
         if self.link.made is not None:
             self.link.made(self)
         if self.link.drive is not None:
@@ -163,6 +133,10 @@ class Worker:
             CommTimeout: the acknowledgement of the push before did not come.
         """
         self._run(self.pushing())
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context for backward passes that are not the last of a step, as DDP's: nothing is sent in them."""
+        return self._pusher.paused()
 
     def pull(self) -> None:
         """Brings the model's parameters up to date; waits as the mode demands.
@@ -186,6 +160,10 @@ class Worker:
         traffic = self.link.post.traffic
         counted = {**vars(self._counted), "bytes_sent": traffic.bytes_sent, "bytes_received": traffic.bytes_received}
         return WorkerMetrics(**counted)
+
+    def explain(self) -> str:
+        """Returns in words how this worker pulls, and what each way was predicted to cost if there was a choice."""
+        return self._puller.explain()
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -217,26 +195,35 @@ class Worker:
         for part in self._parts:
             self._client.ask(Kind.HELLO, part.spec.index, body)
         yield from self._client.wait(Kind.HELLO)
+        if self.link.joins:
+            yield from self._joining()
+        yield from self._client.wait(Kind.INIT)
+        yield from self._puller.begin()
         yield from self.pulling()
+
+    def _joining(self) -> Steps[None]:
+        """Agrees with all servers on the clock to begin with: shards are a round apart now and then, and go on."""
+        ahead, self._late = 1, True
+        while self._late:
+            self.clock, self._late = self._offered + ahead, False
+            for part in self._parts:
+                self._client.ask(Kind.JOIN, part.spec.index, clock=self.clock)
+            yield from self._client.wait(Kind.JOIN)
+            ahead *= 2
+        self._counted.joined_at = self.clock
 
     def pushing(self) -> Steps[None]:
         """See `push`."""
-        yield from self._client.wait(Kind.PUSH)
-        grad = self._gather()
-        taken = [part.take(grad[part.spec.start : part.spec.end], self.clock) for part in self._parts]
-        nonfinite = any(t.nonfinite for t in taken)
-        for part, t in zip(self._parts, taken, strict=True):
-            self._send(part, t, nonfinite)
-        self._counted.nonfinite += nonfinite
+        if not self._pusher.early:
+            yield from self._client.wait(Kind.PUSH)
+        self._pusher.push(self.clock)
         self._counted.pushes += 1
         self._counted.dense_bytes += 4 * self._flat.numel()
         self.clock += 1
 
     def pulling(self) -> Steps[None]:
         """See `pull`."""
-        for part in self._parts:
-            self._client.ask(Kind.PULL, part.spec.index, clock=self.clock, version=part.version + 1)
-        yield from self._client.wait(Kind.PULL)
+        yield from self._puller.pull(self.clock)
         at = 0
         with torch.no_grad():
             for p in self._parameters:
@@ -259,6 +246,8 @@ class Worker:
 
     def leaving(self, why: str = "") -> Steps[None]:
         """Waits until every push is acknowledged and leaves the job; `run` does it when the function returns."""
+        self._pusher.forget()
+        self._pusher.close()
         if not why:
             yield from self._client.wait(Kind.PUSH, Kind.INIT)
         body = ms.text(why)
@@ -268,33 +257,14 @@ class Worker:
         with contextlib.suppress(RemoteError):
             yield from self._client.wait(Kind.BYE)
 
-    # --- pushing ---
-
-    def _gather(self) -> torch.Tensor:
-        """Returns all gradients as one flat float32 vector."""
-        flat = self._arena.get("gradient", self._flat.numel(), torch.float32)
-        at = 0
-        for name, p in zip(self.layout.names, self._parameters, strict=True):
-            here = flat[at : at + p.numel()]
-            if p.grad is None:
-                here.zero_()
-            elif p.grad.layout != torch.strided:
-                raise ConfigError(f"the gradient of {name!r} is {p.grad.layout}; build the embedding with sparse=False")
-            else:
-                here.view(p.shape).copy_(p.grad)
-            at += p.numel()
-        return flat
-
-    def _send(self, part: Part, taken: Taken, nonfinite: bool) -> None:
-        """Encodes and sends what was taken, or takes it back if the whole gradient is left out."""
-        payload, nnz = part.encode(taken, nonfinite, self.clock)
-        self._counted.nnz += nnz
-        self._client.ask(Kind.PUSH, part.spec.index, payload, clock=self.clock, version=max(part.version, 0))
-
     # --- answers ---
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return dict(zip(self.layout.names, self._parameters, strict=True))
 
     def _on_welcome(self, envelope: Envelope, body: torch.Tensor) -> None:
         """Sends the first values if this worker is asked for them."""
+        self._offered = max(self._offered, envelope.clock)
         if not envelope.flags:
             return
         part = self._parts[envelope.shard]
@@ -304,7 +274,7 @@ class Worker:
         part = self._parts[envelope.shard]
         spec = part.spec
         selected, _ = decode(
-            CollectiveKind.PULL, spec, body, rank=envelope.sender, world=self.link.post.size, step=envelope.version
+            CollectiveKind.PULL, spec, body, rank=envelope.sender, world=self.link.world, step=envelope.version
         )
         here = self._flat[spec.start : spec.end]
         if envelope.flags:
@@ -314,6 +284,9 @@ class Worker:
         part.version = envelope.version
 
     def _on_ack(self, envelope: Envelope, body: torch.Tensor) -> None:
+        if envelope.seq == Kind.JOIN:
+            self._offered = max(self._offered, envelope.clock)
+            self._late |= bool(envelope.flags)
         if envelope.seq == Kind.PUSH:
             self._counted.acknowledged += 1
             self._counted.staleness += envelope.flags

@@ -9,7 +9,7 @@ import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -209,11 +209,11 @@ _E = TypeVar("_E", bound=IntEnum)
 
 
 def _enum(kind: type[_E], field: str, value: int) -> _E:
-    try:
-        return kind(value)
-    except ValueError:
+    found = kind._value2member_map_.get(value)  # a third of the time of kind(value), three times a header
+    if found is None:
         known = ", ".join(f"{e.value} ({e.name})" for e in kind)
-        raise WireError(field, value, f"known are {known}") from None
+        raise WireError(field, value, f"known are {known}")
+    return cast(_E, found)
 
 
 def _check_sizes(h: Header) -> None:

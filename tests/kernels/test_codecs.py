@@ -165,6 +165,13 @@ def test_values_equal_the_reference_and_the_error_is_what_rounding_drops(
     assert bool(torch.isfinite(mine[3]).all())
 
 
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 1279, 1280, 2048 + 7, 12_288, 65_537])
+@pytest.mark.parametrize("seed", [0, 0xDEADBEEF])
+def test_crc32c_of_lengths_at_which_its_ways_change(path: str, length: int, seed: int) -> None:
+    data = bytes(np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8))
+    assert by_reference(path, lambda: kernels.crc32c(data, seed)) == kernels.crc32c(data, seed)
+
+
 def test_crc32c_is_castagnoli(path: str) -> None:
     assert kernels.crc32c(b"123456789") == 0xE3069283
     data = bytes(np.random.default_rng(0).integers(0, 256, 100_003, dtype=np.uint8))

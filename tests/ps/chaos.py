@@ -1,32 +1,41 @@
 """Kills ranks of small parameter-server jobs at random moments and holds the survivors to what must be true.
 
     python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
+    python tests/ps/chaos.py --workers 0 --servers 10 --seed 1 --first 21      # goes on with the 21st
+    python tests/ps/chaos.py --grid                                            # 1, 2, 4 servers x 1 to 6 workers
 
-Each trial is one mpirun under ULFM, in which one rank SIGKILLs itself at a moment drawn from its seed. The job must end
-with status 0. Then all pushes are computed once more: every shard must be there, and hold exactly the updates that
-survivors pushed, and of a dead worker at least those that were acknowledged.
+Each trial is one mpirun under ULFM, in which one rank SIGKILLs itself at a moment of the run drawn from its seed: in
+start-up, or in a step, told by the workers' own progress. The job must end with status 0. Then all pushes are computed
+once more: every shard must be there, and hold exactly the updates that survivors pushed, and of a dead worker at least
+those that were acknowledged. A kill that came after the last step tested nothing: it is counted as late.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "jobs"), str(HERE.parent), str(HERE.parents[1])]
 
 from helpers import job_environment, mpirun_command  # noqa: E402
-from small import NUMEL, Model, gradient  # noqa: E402
+from small import NUMEL, Model, gradient, killed_at, progress_of  # noqa: E402
 
 from sparsecomm import TopK  # noqa: E402
 from sparsecomm.arena import Arena  # noqa: E402
@@ -37,72 +46,128 @@ from sparsecomm.ps.sharding import ModelLayout  # noqa: E402
 ULFM = ["--with-ft", "ulfm", "--mca", "pml", "ob1"]
 STEPS = 30
 DENSITY = 0.1
-PAUSE = 0.02
+PAUSE = 0.01
+IN_START_UP = 0.15  # share of the kills
 DEADLINE = 150.0  # seconds for a whole job, most of which is starting Python
+VICTIMS = ("worker", "server", "nobody")
+OUTCOMES = ("finished", "hung", "bad exit", "bad sums")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One job and one death."""
+    """One job and at most one death.
 
-    seed: int
+    Attributes:
+        name: of the draw.
+        victim: "worker", "server" or "nobody".
+        rank: that dies, or -1.
+        at: when: below 1 in start-up, else when the fastest worker has done so many steps, and a part of one.
+    """
+
+    name: str
     victim: str
     workers: int
     servers: int
     mode: str
     pull: float
+    pull_by: str
     rank: int
-    after: float
+    at: float
 
     @classmethod
-    def draw(cls, seed: int, victim: str, *, small: bool = False) -> Trial:
-        """Draws all from a seed; small: with as few ranks as there can be."""
-        r = random.Random(f"{victim} {seed}")
-        workers, servers = r.choice([2, 3]), r.choice([1, 2, 3]) if victim == "worker" else r.choice([2, 3])
-        if small:
-            workers, servers = 2, 1 if victim == "worker" else 2
+    def draw(cls, name: str, victim: str, workers: int = 0, servers: int = 0) -> Trial:
+        """Draws all that is not given from a name."""
+        r = random.Random(f"{victim} {name}")
+        # Small jobs more often: most of a trial is importing torch, once a rank.
+        drawn = r.choice([2, 2, 3]), r.choice([1, 1, 2, 3]) if victim == "worker" else r.choice([2, 2, 3])
+        workers, servers = workers or drawn[0], servers or drawn[1]
         rank = r.randrange(workers) if victim == "worker" else workers + r.randrange(servers)
         mode, pull = r.choice(["sync", "ssp", "async"]), r.choice([0.0, 0.3])
-        return cls(seed, victim, workers, servers, mode, pull, rank, r.uniform(0.0, 1.5 + STEPS * PAUSE))
+        pull_by = r.choice(["asked", "auto"])
+        at = r.random() if r.random() < IN_START_UP else r.uniform(1, STEPS)
+        return cls(name, victim, workers, servers, mode, pull, pull_by, -1 if victim == "nobody" else rank, at)
 
 
-def run(trial: Trial, deadline: float = DEADLINE) -> str:
-    """Runs a trial; returns what happened.
+@dataclass(frozen=True)
+class Result:
+    """How a trial went.
 
-    Raises:
-        AssertionError: if it does not end well.
+    Attributes:
+        outcome: one of `OUTCOMES`.
+        landed: whether the rank died before all workers had done their last step.
+        said: details.
     """
+
+    trial: Trial
+    outcome: str
+    landed: bool
+    said: str
+    seconds: float
+
+
+def run(trial: Trial, deadline: float = DEADLINE) -> Result:
+    """Runs a trial and checks what it left."""
+    began = time.monotonic()
+
+    def result(outcome: str, said: str) -> Result:
+        return Result(trial, outcome, landed(trial, folder), said, time.monotonic() - began)
+
     with tempfile.TemporaryDirectory(prefix="sparsecomm-chaos-") as name:
         folder = Path(name)
-        command = mpirun_command(trial.workers + trial.servers)
-        command[1:1] = ULFM
-        options = {"folder": folder, "servers": trial.servers, "steps": STEPS, "mode": trial.mode, "pull": trial.pull}
-        options |= {
-            "density": DENSITY,
-            "kill": trial.rank,
-            "after": trial.after,
-            "pause": PAUSE,
-            "timeout": DEADLINE / 3,
-        }
-        command += [sys.executable, str(HERE / "jobs" / "small.py")]
-        command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
-        with (folder / "output").open("w+") as output:
-            process = subprocess.Popen(command, env=job_environment(), stdout=output, stderr=subprocess.STDOUT)
-            try:
-                code = process.wait(deadline)
-            except subprocess.TimeoutExpired:
-                process.terminate()
+        code, said = launch(trial, folder, deadline)
+        if code is None:
+            return result("hung", said)
+        if code != 0:
+            return result("bad exit", f"exit status {code}\n{said}")
+        try:
+            return result("finished", verify(trial, folder))
+        except AssertionError as error:
+            return result("bad sums", f"{error}\n{said}")
+
+
+def launch(trial: Trial, folder: Path, deadline: float) -> tuple[int | None, str]:
+    """Runs the job; returns its exit status, None if it hangs, and its output."""
+    command = mpirun_command(trial.workers + trial.servers)
+    command[1:1] = ULFM
+    options = {"folder": folder, "servers": trial.servers, "steps": STEPS, "mode": trial.mode, "pull": trial.pull}
+    options |= {
+        "pull-by": trial.pull_by,
+        "density": DENSITY,
+        "pause": PAUSE,
+        "timeout": deadline / 3,
+        "kill": trial.rank,
+        "at": trial.at,
+    }
+    command += [sys.executable, str(HERE / "jobs" / "small.py")]
+    command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(
+            command, env=job_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # mpirun then ends its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-                code = None
-        said = (folder / "output").read_text()
-        assert code == 0, f"{'hangs' if code is None else f'exit status {code}'}\n{said}"
-        return verify(trial, folder)
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code, (folder / "output").read_text()
+
+
+def landed(trial: Trial, folder: Path) -> bool:
+    """Returns whether the death came before all workers had done their last step."""
+    then = killed_at(folder)
+    return then is not None and min(then) < STEPS
 
 
 def verify(trial: Trial, folder: Path) -> str:
     """Holds what the servers have to what the workers pushed."""
     pushed = [pushes_of(w, trial) for w in range(trial.workers)]
-    acknowledged = [acknowledged_of(folder / f"worker-{w}.log") for w in range(trial.workers)]
+    acknowledged = [progress_of(folder, w)[0] for w in range(trial.workers)]
     start = torch.cat([p.detach().reshape(-1) for p in Model().parameters()])
     found = []
     for shard in range(trial.servers):
@@ -113,11 +178,6 @@ def verify(trial: Trial, folder: Path) -> str:
             found.append(state["pushes"].get(trial.rank, STEPS))
             check_shard(trial, state, start, pushed, acknowledged)
     return f"{min(found)} of its pushes in" if trial.victim == "worker" else "all pushes in"
-
-
-def acknowledged_of(log: Path) -> int:
-    """Returns how many of a worker's pushes were acknowledged, as it knew; it may have died before it began."""
-    return int(np.fromfile(log, np.int64)[0]) if log.exists() else 0
 
 
 def check_shard(
@@ -149,43 +209,76 @@ def check_shard(
     assert worst < 1e-4, f"what was applied differs from what was pushed by {worst}"
 
 
-def pushes_of(worker: int, trial: Trial) -> torch.Tensor:
-    """Computes what a worker pushes: shape (STEPS, NUMEL)."""
+def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range = range(STEPS)) -> torch.Tensor:
+    """Computes what a worker pushes in these steps: shape (len(steps), NUMEL)."""
     layout = ModelLayout.of(Model())
-    out = torch.zeros(STEPS, NUMEL)
+    out = torch.zeros(len(steps), NUMEL)
+    rank = worker if rank is None else rank
     config = SparseConfig.of(TopK(DENSITY), {})
     for shard in range(trial.servers):
         spec = layout.shard(shard, trial.servers)
-        part = Part(spec, config, (worker, trial.workers + trial.servers), clip=1.0, arena=Arena())
+        part = Part(spec, config, (rank, trial.workers + trial.servers), clip=1.0, arena=Arena())
         assert part.bucket.residual is not None
-        for step in range(STEPS):
+        for row, step in enumerate(steps):
             grad = gradient(worker, step, NUMEL)[spec.start : spec.end].clone()
             whole = part.bucket.residual + grad
             part.encode(part.take(grad, step), False, step)
-            out[step, spec.start : spec.end] = whole - part.bucket.residual
+            out[row, spec.start : spec.end] = whole - part.bucket.residual
     return out
+
+
+def grid() -> list[Trial]:
+    """Every number of servers and workers that must work, with no death, a worker's and a server's."""
+    drawn = []
+    for servers in (1, 2, 4):
+        for workers in range(1, 7):
+            victims = ["nobody"] + ["worker"] * (workers > 1) + ["server"] * (servers > 1)
+            drawn += [Trial.draw(f"grid {servers} x {workers}", v, workers, servers) for v in victims]
+    return drawn
+
+
+def summary(results: Sequence[Result]) -> Table:
+    """Counts, by who was killed and in all."""
+    table = Table("killed", *("runs", "landed", "late", *OUTCOMES, "s a run"))
+    groups = [(v, [r for r in results if r.trial.victim == v]) for v in VICTIMS]
+    for name, group in [*((v, g) for v, g in groups if g), ("in all", list(results))]:
+        deaths = [r for r in group if r.trial.victim != "nobody"]
+        outcomes = [r.outcome for r in group]
+        counts = [len(group), sum(r.landed for r in deaths), sum(not r.landed for r in deaths)]
+        counts += [outcomes.count(o) for o in OUTCOMES]
+        mean = sum(r.seconds for r in group) / max(1, len(group))
+        table.add_row(name, *map(str, counts), f"{mean:.1f}")
+    return table
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=100, help="trials in which a worker dies")
     parser.add_argument("--servers", type=int, default=30, help="trials in which a server dies")
+    parser.add_argument("--grid", action="store_true", help="all numbers of servers and workers in place of these")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for a job; more on a busy machine")
-    parser.add_argument("--seed", type=int, default=1, help="of the first trial; each next one has the next")
+    parser.add_argument("--seed", type=int, default=1, help="what all trials are drawn from")
+    parser.add_argument("--first", type=int, default=1, help="number of the first trial, to go on where a run ended")
+    parser.add_argument("--jobs", type=int, default=2, help="at the same time")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    failed = 0
-    for victim, trials in (("worker", options.workers), ("server", options.servers)):
-        for seed in range(options.seed, options.seed + trials):
-            trial, began = Trial.draw(seed, victim), time.monotonic()
-            try:
-                result = run(trial, options.deadline)
-            except AssertionError as error:
-                failed += 1
-                result = f"FAILED: {error}"
-            print(f"{trial}: {result} ({time.monotonic() - began:.1f} s)", flush=True)
-    print(f"{failed} of {options.workers + options.servers} trials failed")
-    return 1 if failed else 0
+    numbers = {"worker": options.workers, "server": options.servers}
+    trials = [
+        Trial.draw(f"{options.seed}-{n}", victim)
+        for victim, count in numbers.items()
+        for n in range(options.first, options.first + count)
+    ]
+    trials = grid()[options.first - 1 :] if options.grid else trials
+    results, began = [], time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for result in pool.map(lambda trial: run(trial, options.deadline), trials):
+            results.append(result)
+            late = "" if result.landed or result.trial.victim == "nobody" else "; the kill came late"
+            print(f"{result.trial}: {result.outcome}: {result.said}{late} ({result.seconds:.1f} s)", flush=True)
+    Console(width=100).print(summary(results))
+    seconds = time.monotonic() - began
+    print(f"{seconds:.0f} s, {seconds / max(1, len(results)):.1f} s a run with {options.jobs} at the same time")
+    return 1 if any(r.outcome != "finished" for r in results) else 0
 
 
 if __name__ == "__main__":

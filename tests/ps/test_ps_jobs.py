@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers import mpirun_command, run_job
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,14 +28,104 @@ SMALL = Path(__file__).parent / "jobs" / "small.py"
 def test_the_rest_goes_on_when_one_is_killed(victim: str) -> None:
     """A moment that differs from run to run; `make chaos` tries many."""
     seed = int.from_bytes(os.urandom(3), "little")
-    trial = chaos.Trial.draw(seed, victim, small=True)
-    print(trial)
-    chaos.run(trial)
+    result = chaos.run(chaos.Trial.draw(f"test {seed}", victim, workers=2, servers=1 if victim == "worker" else 2))
+    assert (result.outcome, result.landed) == ("finished", True), result
+
+
+def test_four_servers_and_six_workers_share_two_cores_and_a_worker_dies() -> None:
+    result = chaos.run(chaos.Trial.draw("four by six", "worker", workers=6, servers=4))
+    assert (result.outcome, result.landed) == ("finished", True), result
+
+
+@pytest.mark.parametrize(("servers", "workers"), [(1, 1), (3, 2)])
+def test_servers_and_workers_in_other_numbers_without_ulfm(tmp_path: Path, servers: int, workers: int) -> None:
+    job = run_job(
+        [
+            *mpirun_command(servers + workers),
+            sys.executable,
+            SMALL,
+            "--folder",
+            tmp_path,
+            "--servers",
+            str(servers),
+            "--steps",
+            "5",
+        ],
+        deadline=200,
+    )
+    assert job.code == 0, job
+    for index in range(servers):
+        assert torch.load(tmp_path / f"shard-{index}-at-{workers + index}.pt")["pushes"] == dict.fromkeys(
+            range(workers), 5
+        )
+
+
+def test_workers_join_a_running_job_and_one_of_them_is_killed(tmp_path: Path) -> None:
+    """Two workers run; two more are started by themselves. When one is killed the others go on, without ULFM, too."""
+    steps, dying, meeting = 60, 40, tmp_path / "meeting"
+    options = ["--folder", tmp_path, "--servers", "1", "--steps", str(steps), "--rendezvous", meeting]
+    options += ["--pause", "0.02", "--timeout", "100"]
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(
+            run_job, [*mpirun_command(3), sys.executable, SMALL, *options, "--expect", "4"], deadline=200
+        )
+        while chaos.progress_of(tmp_path, 0)[1] < 3 and not running.done():
+            time.sleep(0.01)
+        joiner = [sys.executable, SMALL, *options, "--join"]
+        dies = pool.submit(run_job, [*joiner, "--die-at", str(dying)], deadline=150)
+        stays = run_job(joiner, deadline=150)
+        job = running.result()
+    assert job.code == 0, job
+    assert stays.code == 0, stays
+    assert dies.result().code == -signal.SIGKILL, dies.result()
+    state = torch.load(tmp_path / "shard-0-at-2.pt")
+    pushes, began = state["pushes"], state["joined"]
+    (dead,) = (rank for rank in began if f"worker rank {rank} died" in job.err)
+    (alive,) = set(began) - {dead}
+    assert {dead, alive} == {3, 4}
+    assert all(3 < at < dying for at in began.values()), "they came in the middle"
+    assert all(f"worker rank {rank} joins shard 0 at clock {at}" in job.err for rank, at in began.items())
+    assert (pushes[0], pushes[1], pushes[alive]) == (steps, steps, steps - began[alive])
+    assert dying - 1 - began[dead] <= pushes[dead] <= dying - began[dead]
+    check_sums(state, {0: 0, 1: 0} | began)
+
+
+def check_sums(state: dict[str, Any], began: dict[int, int]) -> None:
+    """The shard lost what its workers, by rank, pushed from their first steps on, averaged by round."""
+    trial = chaos.Trial("", "nobody", 2, 1, "sync", 0.0, "asked", -1, 0.0)
+    rounds: list[list[torch.Tensor]] = [[] for _ in range(state["version"])]
+    for rank, first in began.items():
+        worker = rank if rank < 2 else rank - 1  # the server's rank lies between
+        pushed = chaos.pushes_of(worker, trial, rank, range(first, first + state["pushes"][rank]))
+        for step, each in enumerate(pushed, first):
+            rounds[step].append(each.double())
+    sizes = [len(r) for r in rounds]
+    assert state["averaged"] == {n: sizes.count(n) for n in set(sizes)}
+    expected = sum(torch.stack(r).mean(0) for r in rounds)
+    start = torch.cat([p.detach().reshape(-1) for p in chaos.Model().parameters()])
+    assert torch.allclose(start.double() - state["values"].double(), expected, atol=1e-3)
+
+
+def test_workers_read_windows_while_the_server_updates_them() -> None:
+    job = run_job([*mpirun_command(4), sys.executable, SMALL.with_name("windows.py")], deadline=200)
+    assert job.code == 0, job
+    assert len(re.findall(r"worker \d: 41 pulls, \d+ torn, \d+ asked; pulls: one_sided", job.out)) == 3, job
+    assert "synchronous, the same bits: [True, True]" in job.out, job
+    assert all(way in job.out for way in ("sparse ", "dense ", "one_sided ")), job
+
+
+def test_windows_are_refused_where_ranks_may_die(tmp_path: Path) -> None:
+    command = mpirun_command(2)
+    command[1:1] = chaos.ULFM
+    options = ["--folder", tmp_path, "--servers", "1", "--steps", "2", "--pull-by", "one_sided"]
+    job = run_job([*command, sys.executable, SMALL, *options], deadline=200)
+    assert job.code != 0, job
+    assert "no kind of window of this MPI goes on after the death of a rank" in job.err, job
 
 
 def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
     command = [*mpirun_command(3), sys.executable, SMALL, "--folder", tmp_path, "--servers", "1"]
-    job = run_job([*command, "--kill", "1", "--after", "0.5", "--pause", "0.2"], deadline=200)
+    job = run_job([*command, "--kill", "1", "--at", "2", "--pause", "0.2"], deadline=200)
     assert job.code != 0, job
     assert "signal 9" in job.err, job
 
@@ -43,6 +139,7 @@ def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
             ["--servers", "1", "--tolerant"],
             "this job was not started with ULFM; start the job with Open MPI's mpirun",
         ),
+        (2, ["--servers", "1", "--pull-by", "maybe"], "pull_by must be one of asked, one_sided, auto, got 'maybe'"),
     ],
 )
 def test_what_cannot_work_is_said_at_once(tmp_path: Path, ranks: int, options: list[str], text: str) -> None:

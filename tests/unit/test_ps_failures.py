@@ -105,6 +105,25 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
             break
 
 
+@pytest.mark.parametrize("servers", [1, 2, 4])
+@pytest.mark.parametrize("workers", range(1, 7))
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: sc.ps.Mode) -> None:
+    """With no death, a worker's in the middle, and a server's."""
+    for victim in [None, *([0] if workers > 1 else []), *([workers + servers - 1] if servers > 1 else [])]:
+        job = VirtualJob(workers, servers, optimizer=sgd, mode=mode)
+        acknowledged: dict[int, int] = {}
+
+        def kill(now: int, job: VirtualJob = job, victim: int | None = victim) -> None:
+            if now == 8 and victim is not None:
+                job.office.kill(victim)
+
+        out = job.run([training(link, acknowledged) for link in job.links], between=kill)
+        assert not any(isinstance(result, BaseException) for result in out), out
+        finish(job)
+        check(job, victim if victim == 0 else None, acknowledged)
+
+
 def test_two_servers_die_one_after_the_other() -> None:
     for first in range(2, 14, 3):
         for second in range(first + 3, first + 12, 3):
@@ -133,7 +152,7 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
 
     (error,) = job.run([training(job.links[0])], between=kill)
     assert isinstance(error, sc.RemoteError)
-    assert "shard 0 is lost: all servers are dead (rank 1, 2)" in str(error)
+    assert "shard 0 is lost: all servers are dead or have ended (rank 1, 2)" in str(error)
 
 
 def test_a_server_without_backup_takes_its_shard_along() -> None:
@@ -214,7 +233,7 @@ def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
 
 def test_another_mode_is_refused() -> None:
     job = VirtualJob(1, 1, optimizer=sgd)
-    link = Link(job.office.posts[0], (1,), (0,), sc.ps.Asynchronous())
+    link = Link(job.office.posts[0], (1,), (0,), 2, sc.ps.Asynchronous())
     assert "Asynchronous(), 1 servers" in refused(job, [training(link)])
 
 

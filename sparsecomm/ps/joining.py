@@ -1,0 +1,186 @@
+"""Joining a running job: a process that MPI did not start finds the servers through files and talks TCP to them.
+
+Why not MPI: under ULFM a process made by MPI_Comm_spawn can talk to whoever spawned it, but when it dies mpirun ends
+with an error though all others went on (Open MPI 5.0.11: status 137); and MPI_Comm_connect from another mpirun blocks,
+and wants a runtime that both of them share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsecomm.errors import ConfigError, LaunchError, TransportError
+from sparsecomm.transport import Post
+from sparsecomm.transport.socket_post import TOKEN_BYTES, OpenPost, SocketPost
+
+__all__ = ["Door", "Entrance", "Rendezvous", "enter"]
+
+_PATIENCE = 10.0  # seconds for servers to be found
+_FIELDS = {
+    "host": str,
+    "port": int,
+    "token": str,
+    "job": str,
+    "servers": list,
+    "workers": list,
+    "world": int,
+    "mode": str,
+}
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where servers leave their addresses for workers that join later.
+
+    Attributes:
+        folder: that servers and joiners can write to. Whoever can read it can join the job.
+        host: name or address at which a server listens; that of the machine's name, or localhost, if None.
+    """
+
+    folder: str | Path
+    host: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, Path)) or not str(self.folder):
+            raise ConfigError(f"Rendezvous.folder must be a path, got {self.folder!r}")
+
+
+class Door:
+    """A server's open door, with its address in the folder until it is closed.
+
+    Args:
+        rendezvous: where.
+        post: of the server.
+        index: of the server.
+        facts: what a joiner must know of the job: ranks of `servers` and `workers`, `world`, `mode`.
+
+    Raises:
+        LaunchError: if it cannot listen there, or write to the folder.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, post: Post, index: int, facts: dict[str, Any]) -> None:
+        folder = Path(rendezvous.folder)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        host = _own_host() if rendezvous.host is None else rendezvous.host
+        try:
+            self.post = OpenPost(post, host, token)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / f"server-{index}.json"
+            written = folder / f".server-{index}.{os.getpid()}"
+            with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                said = {"host": host, "port": self.post.address[1], "token": token.hex(), "job": _job_name(), **facts}
+                json.dump(said, file)
+            os.replace(written, self._path)
+        except OSError as error:
+            where = f"{rendezvous.folder} ({host})"
+            raise LaunchError(f"server rank {post.rank} cannot open a door for joiners at {where}: {error}") from error
+
+    def close(self) -> None:
+        """Takes the address away and hangs up."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+        self.post.close()
+
+
+def _own_host() -> str:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def _job_name() -> str:
+    """Returns a name that the servers of a job share: who starts again must not meet the claims of the job before."""
+    return os.environ.get("PMIX_NAMESPACE") or os.environ.get("PMI_JOBID") or str(os.getppid())
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """A joiner's way in.
+
+    Attributes:
+        post: connected to the servers.
+        servers: their ranks, by index.
+        workers: ranks of the workers at the start.
+        mode: text of the servers' mode.
+    """
+
+    post: SocketPost
+    servers: tuple[int, ...]
+    workers: tuple[int, ...]
+    mode: str
+
+
+def enter(folder: Path, timeout: float) -> Entrance:
+    """Connects to the servers whose addresses are in a folder.
+
+    Args:
+        folder: of the job's `Rendezvous`.
+        timeout: seconds to wait for each server's address and answer, 10 at most.
+
+    Raises:
+        LaunchError: if there is no address, or none of the servers answers.
+    """
+    patience = min(timeout, _PATIENCE)
+    job, doors = _doors(folder, patience)
+    servers = tuple(job["servers"])
+    rank = _claim(folder, job["job"], job["world"])
+    addresses = {servers[i]: (d["host"], d["port"], bytes.fromhex(d["token"])) for i, d in doors.items()}
+    try:
+        post = SocketPost(rank, job["world"], addresses, patience)
+    except TransportError as error:
+        raise LaunchError(f"cannot join the job of {folder}: {error}") from error
+    return Entrance(post, servers, tuple(job["workers"]), job["mode"])
+
+
+def _doors(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """Returns what the newest server there says, and that of all servers of its job, by index."""
+    end = time.monotonic() + patience
+    while True:
+        found = {path: _read(path) for path in folder.glob("server-*.json")}
+        if found:
+            newest = found[max(found, key=lambda path: path.stat().st_mtime)]
+            doors = {int(p.stem.split("-")[1]): d for p, d in found.items() if d["job"] == newest["job"]}
+            if len(doors) == len(newest["servers"]) or time.monotonic() > end:
+                return newest, doors
+        elif time.monotonic() > end:
+            raise LaunchError(
+                f"no server has left its address in {folder}: has the job begun, with "
+                f"rendezvous=Rendezvous({str(folder)!r}), or has it ended?"
+            )
+        time.sleep(0.05)
+
+
+def _claim(folder: Path, job: str, world: int) -> int:
+    """Returns the first rank behind the job's own that no other joiner has had, and takes it."""
+    rank = world
+    name = "".join(c if c.isalnum() else "-" for c in job)
+    while True:
+        try:
+            os.close(os.open(folder / f"joiner-{name}-{rank}", os.O_CREAT | os.O_EXCL, 0o600))
+            return rank
+        except FileExistsError:
+            rank += 1
+        except OSError as error:
+            raise LaunchError(f"cannot take a rank in {folder}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        good = isinstance(content, dict) and all(type(content.get(k)) is kind for k, kind in _FIELDS.items())
+        good = good and len(bytes.fromhex(content["token"])) == TOKEN_BYTES and bool(content["servers"])
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{path} is no address of a server: {error}") from error
+    if not good:
+        raise LaunchError(f"{path} is no address of a server: it has {str(content)[:80]}")
+    result: dict[str, Any] = content
+    return result

@@ -1,0 +1,246 @@
+"""Workers that join a running job of the parameter server, in one process; and the mailbox that lets them in."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsecomm as sc
+from sparsecomm.ps.client import Link, Steps
+from sparsecomm.ps.joining import Door, enter
+from sparsecomm.ps.virtual import VirtualJob
+from sparsecomm.transport import VirtualOffice
+from sparsecomm.transport.socket_post import SocketPost
+
+STEPS, NUMEL = 12, 60
+MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
+
+
+class Flat(torch.nn.Module):
+    def __init__(self, numel: int = NUMEL, start: float = 0.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((numel,), start))
+
+
+def gradient(worker: int, step: int) -> torch.Tensor:
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step))
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL) -> Steps[sc.ps.Worker]:
+    """Trains until the clock is STEPS; begins after so many turns."""
+    for _ in range(after):
+        yield "its time to come"
+    model = Flat(numel, start)
+    worker = sc.ps.Worker(model, sc.Dense(), link=link)
+    yield from worker.connecting()
+    assert worker.residual().count_nonzero() == 0
+    for step in range(worker.clock, STEPS):
+        model.weight.grad = gradient(worker.rank, step)
+        yield from worker.stepping()
+    yield from worker.leaving()
+    return worker
+
+
+def ended(job: VirtualJob, tasks: list[Steps[Any]], **options: Any) -> list[Any]:
+    out = job.run(tasks, **options)
+    for each in out:
+        if isinstance(each, BaseException):
+            raise each
+    for _ in range(10):
+        job.serve()
+    assert all(s.finished for s in job.servers if s.post.rank not in job.office.dead)
+    return out
+
+
+def check(job: VirtualJob, joined_at: int) -> None:
+    """Every shard holds the pushes of the first two workers, and those of the third from the clock at which it came."""
+    alive = [s for s in job.servers if s.post.rank not in job.office.dead]
+    shards = {i: s for server in alive for i, s in (server.copies.shards | server.shards).items()}
+    shards |= {i: s for server in alive for i, s in server.shards.items()}
+    newcomer = job.links[2].post.rank
+    for index in range(len(job.servers)):
+        shard = shards[index]
+        assert shard.joined == {newcomer: joined_at}
+        assert shard.tallies[newcomer].pushes == STEPS - joined_at
+        expected = torch.zeros(NUMEL, dtype=torch.float64)
+        for step in range(STEPS):
+            pushes = [gradient(w, step).double() for w in range(2 + (step >= joined_at))]
+            expected += sum(pushes) / (len(pushes) if job.rules.mode.rounds else 2)
+        if job.rules.mode.rounds:
+            assert shard.averaged == {2: joined_at, 3: STEPS - joined_at}
+        span = slice(shard.spec.start, shard.spec.end)
+        assert torch.allclose(-shard.values.double(), expected[span], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("after", [0, 1, 5, 9])
+def test_a_joiner_pushes_from_its_clock_on(mode: sc.ps.Mode, after: int) -> None:
+    job = VirtualJob(2, 3, joiners=1, optimizer=sgd, mode=mode)
+    old, _, new = ended(job, [training(job.links[0]), training(job.links[1]), training(job.links[2], after, start=5.0)])
+    assert (new.rank, new.size, old.size) == (2, 3, 2)
+    assert 0 < new.metrics().joined_at < STEPS
+    check(job, new.metrics().joined_at)
+    assert any("worker rank 5 joins shard 0 at clock" in event for event in job.servers[0].events)
+    assert job.servers[0].stats(0)["joined"] == {5: new.metrics().joined_at}
+
+
+@pytest.mark.parametrize("victim", [2, 3, 4])
+def test_a_server_dies_while_one_joins(victim: int) -> None:
+    for turn in range(2, 30, 2):
+        job = VirtualJob(2, 3, joiners=1, optimizer=sgd)
+
+        def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
+            if now == turn:
+                job.office.kill(victim)
+
+        tasks = [training(job.links[0]), training(job.links[1]), training(job.links[2], 5)]
+        check(job, ended(job, tasks, between=kill)[2].metrics().joined_at)
+
+
+def test_the_others_go_on_when_a_joiner_dies() -> None:
+    for turn in range(2, 30, 2):
+        job = VirtualJob(2, 2, joiners=1, optimizer=sgd)
+
+        def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
+            if now == turn:
+                job.office.kill(4)
+
+        ended(job, [training(job.links[0]), training(job.links[1]), training(job.links[2], 3)], between=kill)
+        assert all(server.shards[i].version == STEPS for i, server in enumerate(job.servers))
+
+
+def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
+    job = VirtualJob(1, 1, joiners=2, optimizer=sgd)
+    out = ended(job, [training(job.links[0]), training(job.links[1], 3), training(job.links[2], 5)])
+    assert [w.rank for w in out] == [0, 1, 2]
+    at = [w.metrics().joined_at for w in out]
+    assert 0 == at[0] < at[1] < at[2]
+    assert job.servers[0].shards[0].averaged == {1: at[1], 2: at[2] - at[1], 3: STEPS - at[2]}
+
+
+def test_a_joiner_that_cannot_join_is_told_why() -> None:
+    job = VirtualJob(1, 1, joiners=2, optimizer=sgd)
+    out = job.run([training(job.links[0]), training(job.links[1], 3, numel=7), training(job.links[2], 60)])
+    assert isinstance(out[0], sc.ps.Worker)
+    assert "model = \"parameter 0 is 'weight' (7,), not 'weight' (60,)\"" in str(out[1])
+    assert "cannot join: all workers have left: the job has ended" in str(out[2])
+
+
+# --- over TCP ---
+
+
+def opened(folder: Path) -> tuple[VirtualOffice, Door]:
+    office = VirtualOffice(2)
+    facts = {"servers": [1], "workers": [0], "world": 2, "mode": "Synchronous()"}
+    return office, Door(sc.ps.Rendezvous(folder, host="127.0.0.1"), office.posts[1], 0, facts)
+
+
+def received(post: Any) -> tuple[int, torch.Tensor]:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        found = post.receive()
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+        time.sleep(0.001)
+    raise AssertionError("nothing came")
+
+
+def until_lost(post: Any, rank: int) -> None:
+    end = time.monotonic() + 20
+    while rank not in post.lost():
+        assert time.monotonic() < end
+        assert post.receive() is None
+        time.sleep(0.001)
+
+
+def test_messages_pass_both_ways_and_a_death_is_noticed(tmp_path: Path) -> None:
+    office, door = opened(tmp_path)
+    entrance = enter(tmp_path, 5.0)
+    post = entrance.post
+    assert (post.rank, post.size, entrance.servers, entrance.mode) == (2, 2, (1,), "Synchronous()")
+    sent = [torch.full((n,), n % 251, dtype=torch.uint8) for n in (0, 1, 3_000_000, 5)]
+    for message in sent:
+        post.send(1, message)
+    office.posts[0].send(1, torch.ones(3, dtype=torch.uint8))
+    got = []
+    while len(got) < len(sent) + 1:
+        post.flushed()
+        found = door.post.receive()
+        got += [] if found is None else [found]
+    assert [source for source, _ in got].count(0) == 1
+    assert all(torch.equal(a, b) for a, b in zip(sent, [m for s, m in got if s == 2], strict=True))
+    door.post.send(2, torch.arange(9, dtype=torch.uint8))
+    assert received(post)[1].tolist() == list(range(9))
+    post.close()
+    until_lost(door.post, 2)
+    second = enter(tmp_path, 5.0).post
+    assert second.rank == 3, "a rank is never used twice"
+    second.send(1, torch.zeros(1, dtype=torch.uint8))
+    assert received(door.post)[0] == 3
+    door.close()
+    until_lost(second, 1)
+    second.close()
+
+
+@pytest.mark.parametrize("what", ["token", "world", "rank", "rank again", "length", "silence"])
+def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
+    _, door = opened(tmp_path)
+    said = json.loads((tmp_path / "server-0.json").read_text())
+    token = bytes(16) if what == "token" else bytes.fromhex(said["token"])
+    rank, size = 1 if what == "rank" else 2, 3 if what == "world" else 2
+    first = SocketPost(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if what == "rank again" else None
+    if first is not None:
+        first.send(1, torch.zeros(1, dtype=torch.uint8))
+        received(door.post)
+    with socket.create_connection(("127.0.0.1", said["port"])) as sock:
+        sock.settimeout(0.01)
+        if what == "length":
+            sock.sendall(token + struct.pack("<II", rank, size) + struct.pack("<Q", 1 << 62))
+        elif what != "silence":
+            sock.sendall(token + struct.pack("<II", rank, size))
+        end, answer = time.monotonic() + (0.3 if what == "silence" else 20), b"open"
+        while time.monotonic() < end and answer:
+            assert door.post.receive() is None
+            door.post.lost()
+            try:
+                answer = sock.recv(1)
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                answer = b""
+        assert (answer == b"open") == (what == "silence")
+    door.close()
+    if first is not None:
+        first.close()
+
+
+def test_what_is_wrong_with_a_rendezvous_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(sc.LaunchError, match=f"no server has left its address in {tmp_path}: has the job begun"):
+        enter(tmp_path, 0.1)
+    _, door = opened(tmp_path)
+    path = tmp_path / "server-0.json"
+    kept = path.read_text()
+    door.close()
+    assert not path.exists()
+    path.write_text(kept)  # as a killed server leaves it
+    with pytest.raises(sc.LaunchError, match=r"no server answers; has the job ended\? rank 1 at 127.0.0.1"):
+        enter(tmp_path, 0.5)
+    path.write_text('{"host": 3}')
+    with pytest.raises(sc.LaunchError, match="is no address of a server"):
+        enter(tmp_path, 0.5)
+    with pytest.raises(sc.ConfigError, match=r"Rendezvous\.folder"):
+        sc.ps.Rendezvous("")
+    monkeypatch.setattr(socket, "gethostname", lambda: "no.such.host.invalid")
+    with pytest.raises(sc.LaunchError, match="cannot open a door for joiners"):
+        Door(sc.ps.Rendezvous(tmp_path, host="no.such.host.invalid"), VirtualOffice(2).posts[1], 0, {})

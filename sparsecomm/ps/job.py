@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,17 +24,13 @@ from sparsecomm.ps.report import deserted, waits_for
 from sparsecomm.ps.rules import OptimizerFactory, Rules, ServerOptions
 from sparsecomm.ps.server import Server
 from sparsecomm.ps.worker import Worker, set_current_link
-from sparsecomm.transport import Post
+from sparsecomm.transport import Backoff, Post
 from sparsecomm.transport.window import Window
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Outcome", "join", "run"]
 
 T = TypeVar("T")
-
-_SPINS = 50  # polls before a rank starts to sleep between them
-_FIRST_SLEEP = 20e-6  # seconds
-_LAST_SLEEP = 500e-6  # seconds: low enough for latency, high enough for ranks that share cores
 
 
 @dataclass(frozen=True)
@@ -245,11 +240,6 @@ def _open_window(nbytes: int) -> Window:
     return window
 
 
-def _sleep(spins: int) -> None:
-    over = spins - _SPINS
-    time.sleep(0 if over < 0 else min(_LAST_SLEEP, _FIRST_SLEEP * (1 + over / 8)))
-
-
 def _serve(
     post: Post,
     rules: Rules,
@@ -281,22 +271,21 @@ def _serve(
 
 def _loop(post: Post, server: Server, open_window: Callable[[int], Window] | None, timeout: float) -> None:
     """Serves until all workers are gone and all servers know it."""
-    deadline, spins, told = time.monotonic() + timeout, 0, 0
+    backoff, told = Backoff(), 0
     while not server.finished:
         moved = server.turn()
         if open_window is not None and server.opens():
             server.open(open_window)
             open_window = None
         if moved:
-            deadline, spins = time.monotonic() + timeout, 0
-        elif time.monotonic() > deadline:
+            backoff.news()
+        elif backoff.quiet > timeout:
             raise CommTimeout(
                 f"server rank {post.rank} has heard nothing for {timeout:g} s; it waits for {waits_for(server)} "
                 "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
             )
         else:
-            spins += 1
-            _sleep(spins)
+            backoff.sleep()
         for event in server.events[told:]:
             print(f"sparsecomm.ps: server rank {post.rank}: {event}", file=sys.stderr, flush=True)
         told = len(server.events)
@@ -307,7 +296,7 @@ def _work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Outco
     made: list[Worker] = []
 
     def drive(steps: Steps[T]) -> T:
-        deadline, spins, waited = time.monotonic() + timeout, 0, ""
+        backoff, waited = Backoff(), ""
         while True:
             before = post.traffic.messages_received
             try:
@@ -316,14 +305,14 @@ def _work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Outco
                 result: T = stop.value
                 return result
             if what != waited or post.traffic.messages_received > before:
-                deadline, spins, waited = time.monotonic() + timeout, 0, what
-            if time.monotonic() > deadline:
+                waited = what
+                backoff.news()
+            if backoff.quiet > timeout:
                 raise CommTimeout(
                     f"worker rank {post.rank} has waited {timeout:g} s for {what}. Is it alive, and are the "
                     "workers that it may wait for? (SPARSECOMM_TIMEOUT sets the limit in seconds)"
                 )
-            spins += 1
-            _sleep(spins)
+            backoff.sleep()
 
     set_current_link(replace(link, drive=drive, made=made.append))
     try:

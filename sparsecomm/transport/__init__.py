@@ -1,5 +1,6 @@
 """Moving bytes between ranks. Importing this package does not import MPI."""
 
+from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import (
     AgreedError,
     Channel,
@@ -17,6 +18,7 @@ from sparsecomm.transport.virtual import VirtualWorld
 __all__ = [
     "IN_FLIGHT",
     "AgreedError",
+    "Backoff",
     "Channel",
     "CollectiveSteps",
     "Engine",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
+from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, GroupTransport, Request, Transport
 
 __all__ = ["IN_FLIGHT", "Engine"]
@@ -33,9 +34,6 @@ IN_FLIGHT = 32
 """Collectives of a group in flight at once; those submitted later wait their turn."""
 
 _TRIES = 20  # tests of one request in a row: a turn of the loop costs ten times as much as a test
-_SPIN = 20e-6  # seconds without news before the thread sleeps between polls: another rank may need this very core
-_SLEEP = 1 / 4  # of the time without news: what polling may add to a wait, against what it takes from backward
-_LAST_SLEEP = 500e-6  # seconds: the pieces of a long message move only when they are polled
 _STARTING = 300e-6  # seconds of starting others before those in flight get a turn again
 
 
@@ -99,11 +97,6 @@ class _Group:
             slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
         self._started += 1
         return Channel(self._transport, slot * tags + self._started % tags)
-
-
-def _pause(quiet: float) -> float:
-    """Returns how long to sleep before the next poll when there has been no news for so long, in seconds."""
-    return 0.0 if quiet < _SPIN else min(_LAST_SLEEP, quiet * _SLEEP)
 
 
 class Engine:
@@ -214,15 +207,15 @@ class Engine:
             self.transport.close()
 
     def _loop(self) -> None:
-        news = time.monotonic()
+        backoff = Backoff()
         stop = False
         while not (stop and not self._active and not self._waiting):
             idle = not self._active and not self._waiting and not stop
-            stop |= self._take_new(None if idle else _pause(time.monotonic() - news))
+            stop |= self._take_new(None if idle else backoff.pause())
             moved = self._start_backlog()
             moved |= self._poll()
             if moved or idle:
-                news = time.monotonic()
+                backoff.news()
 
     def _fail_late(self) -> None:
         """Fails what was submitted while the thread was ending."""

@@ -34,6 +34,7 @@ from sparsecomm.kernels.paths import (
 )
 from sparsecomm.kernels.select import accumulate_select, cut_topk, exact_topk
 from sparsecomm.kernels.sizes import entropy_bits, estimate_index_bytes, max_index_bytes, max_value_bytes
+from sparsecomm.kernels.triton_launch import triton_problem
 
 __all__ = [
     "PATHS",
@@ -62,5 +63,6 @@ __all__ = [
     "scatter_reduce",
     "scratch_bytes",
     "set_path",
+    "triton_problem",
     "unpack_dense",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ KIND = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 """What a kernel is told of the gradient; bfloat16 arrives as int16."""
 
 
+@lru_cache(maxsize=1)
 def triton_problem() -> str | None:
     """Why Triton cannot be used at all, or None. Does not import it."""
     if importlib.util.find_spec("triton") is None:

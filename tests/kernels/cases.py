@@ -184,7 +184,7 @@ def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> N
 
 
 def check_hostile_indices(device: str, codec: IndexCodec, rounds: int) -> int:
-    """Damaged bytes get the reference's verdict; nothing outside the output is written. Returns how many are refused."""
+    """Damaged bytes get the reference's verdict; only the output is written. Returns how many are refused."""
     rng, refused = np.random.default_rng(int(codec)), 0
     for _ in range(rounds):
         numel = int(rng.choice([9, 128, 1000, 20_000]))

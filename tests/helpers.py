@@ -296,7 +296,7 @@ def mpirun_command(ranks: int, *, tag: bool = False) -> list[str]:
 
 
 def job_environment() -> dict[str, str]:
-    """This process's environment, without launchers' variables and Triton's interpreter, with the checkout importable."""
+    """This process's environment: no launcher's variables, no interpreting of Triton, and the checkout importable."""
     launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC", "PMI_", "HYD", "MPI_LOCAL", "TRITON_INTERPRET")
     return {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -74,9 +74,18 @@ def resources(ptx: str) -> tuple[int, int]:
         path.write_text(ptx)
         target = re.search(r"\.target (\w+)", ptx)
         assert target is not None
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target.group(1)}", "--fmad=false", str(path)]
+        command = [
+            knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={target.group(1)}",
+            "-lineinfo",
+            "--fmad=false",
+            str(path),
+        ]
         command += ["-o", str(path.with_suffix(".o"))]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told = done.stderr
     registers = re.search(r"Used (\d+) registers", told)
     spills = [int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", told)]
     return int(registers.group(1)) if registers else -1, sum(spills)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from sparsecomm.errors import SparseCommError
@@ -75,7 +75,7 @@ def resources(ptx: str) -> tuple[int, int]:
         target = re.search(r"\.target (\w+)", ptx)
         assert target is not None
         command = [
-            knobs.nvidia.ptxas.path,
+            get_ptxas(90).path,
             "-v",
             f"--gpu-name={target.group(1)}",
             "-lineinfo",

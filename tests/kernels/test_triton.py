@@ -25,9 +25,9 @@ interpreted = pytest.mark.skipif(not runs, reason="Triton's interpreter cannot r
 
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [0, 1, 129, 4097, 9000])
+@pytest.mark.parametrize("n", [0, 1, 129, 4097])
 def test_selecting_by_threshold(n: int, kind: str) -> None:
-    for seed in range(KINDS.index(kind), KINDS.index(kind) + (5 if n < 4097 else 2)):
+    for seed in range(KINDS.index(kind), KINDS.index(kind) + (3 if n < 4097 else 2)):
         cases.check_select("cpu", n, kind, seed)
 
 
@@ -78,7 +78,7 @@ def test_reducing_parts_in_order(dtype: torch.dtype, sizes: tuple[int, ...]) -> 
 def test_index_codecs(codec: IndexCodec, numel: int) -> None:
     if codec == IndexCodec.BITMAP and numel > 10**6:
         numel = 20_000  # 512 MB of bitmap prove nothing more
-    for nnz in (0, 1, 127, 128, 129, 700):
+    for nnz in (0, 1, 128, 129, 400):
         for clustered in (False, True):
             indices = cases.positions(numel, min(nnz, numel), nnz, clustered=clustered)
             cases.check_index_codec("cpu", codec, indices, numel)
@@ -94,7 +94,7 @@ def test_all_positions_take_no_bytes() -> None:
 @interpreted
 @pytest.mark.parametrize("codec", list(ValueCodec))
 def test_value_codecs(codec: ValueCodec) -> None:
-    for n in (0, 1, 127, 129, 1500):
+    for n in (0, 1, 129, 1100):
         for kind in KINDS:
             values = vector(kind, n, n)
             cases.check_value_codec("cpu", codec, values if kind == "nonfinite" else torch.nan_to_num(values))

@@ -101,7 +101,8 @@ def main() -> None:
     for dtype in GRAD_DTYPES:
         grad, scale = torch.zeros(n, dtype=dtype), 0.5 if dtype is torch.float16 else 1.0
         path.accumulate_select(grad, residual, 1.0, indices, values, scale)
-        path.exact_topk(grad, residual, k, indices, values, scale)
+        if dtype is torch.float32:  # what differs for others is `accumulated`, compiled for all just above
+            path.exact_topk(grad, residual, k, indices, values, scale)
         path.accumulate_dense(grad, residual, scale)
         path.scatter_reduce(grad, [(indices, values)], scale)
     path.exact_topk(None, residual, k, indices, values)

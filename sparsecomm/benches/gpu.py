@@ -13,7 +13,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
-__all__ = ["GPU_NUMEL", "check_device", "measure"]
+__all__ = ["GPU_NUMEL", "check_device", "measure", "wait"]
 
 GPU_NUMEL = 2**28
 """256M elements, 1 GiB in float32: no cache holds any of it."""
@@ -73,16 +73,17 @@ def _times(
         for name, task in tasks.items():
             if before is not None:
                 before()
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             task()
-            _wait(device)
+            wait(device)
             if round_ >= 0:
                 samples[name].append(time.perf_counter() - start)
     return {name: timing(taken) for name, taken in samples.items()}
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Waits until a device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

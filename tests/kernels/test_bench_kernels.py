@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+
 import pytest
 import torch
+from helpers import job_environment
 
 from sparsecomm.benches import gpu
 from sparsecomm.benches import kernels as kernel_bench
@@ -57,3 +62,18 @@ def test_the_rows_of_a_gpu_as_the_interpreter_makes_them() -> None:
     }
     assert all(row["seconds"] > 0 and row["measured"] > 0 for row in rows)
     kernel_bench.print_table({"meta": {"gpu": "none"}, "rows": rows})
+
+
+def test_what_the_hook_adds() -> None:
+    """In a process of its own, since it starts a world."""
+    code = (
+        "from sparsecomm.benches import gpu_hook as g; r = g.run((0.1,), 8, 2, 'cpu', 16); g.print_table(r); print(r)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=job_environment(), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    row = ast.literal_eval(done.stdout[done.stdout.index("{'meta'") :])["rows"][0]
+    assert row["numel"] == 6 * (16 * 16 + 16)
+    assert row["step_seconds"] > 0 < row["floor_seconds"]
+    assert row["ok"] == "", "a CPU proves nothing about a GPU"

@@ -15,12 +15,18 @@ _NOTHING = (-1, torch.empty(0))
 class Arena:
     """Named buffers that only grow. Used by one thread.
 
+    Args:
+        device: where they are.
+        pinned: whether a GPU copies to and from them by itself.
+
     Attributes:
         allocations: how many times memory was taken from the system.
         allocated_bytes: bytes held now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, pinned: bool = False) -> None:
+        self._device = torch.device(device)
+        self._pinned = pinned
         self._buffers: dict[tuple[Hashable, torch.dtype], torch.Tensor] = {}
         # What was last returned, by key: most keys are asked for the same size in every step.
         self._views: dict[tuple[Hashable, torch.dtype], tuple[int, torch.Tensor]] = {}
@@ -46,7 +52,7 @@ class Arena:
 
     def _grow(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
         old = self._buffers.get((key, dtype))
-        buffer = torch.empty(numel, dtype=dtype)
+        buffer = torch.empty(numel, dtype=dtype, device=self._device, pin_memory=self._pinned)
         self._buffers[(key, dtype)] = buffer
         self.allocations += 1
         self.allocated_bytes += buffer.nbytes - (0 if old is None else old.nbytes)

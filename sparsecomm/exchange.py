@@ -33,7 +33,14 @@ _HALF_MAX = 65504.0
 
 
 def exchange(
-    channel: Channel, bucket: Bucket, grad: torch.Tensor, plan: Plan, arena: Arena, *, settle: bool = True
+    channel: Channel,
+    bucket: Bucket,
+    grad: torch.Tensor,
+    plan: Plan,
+    arena: Arena,
+    *,
+    settle: bool = True,
+    memory: Arena | None = None,
 ) -> CollectiveSteps[BucketReport]:
     """Averages a gradient bucket over all ranks, sparsely or densely. Collective.
 
@@ -43,6 +50,7 @@ def exchange(
         grad: shape (n,), float32, float16 or bfloat16, contiguous, not divided by P. Mutated: becomes the average.
         plan: what to do.
         arena: gives all work buffers.
+        memory: gives those on the gradient's device, for one on a GPU; `arena` then gives pinned ones on the host.
         settle: whether the step is final once this bucket is exchanged; else the caller calls `Bucket.settle` when it
             knows whether the optimizer takes the whole step.
 
@@ -56,7 +64,7 @@ def exchange(
     """
     report = BucketReport(bucket=bucket.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
-    job = Job(channel, bucket, grad, plan, arena, report, settle, exchange)
+    job = Job(channel, bucket, grad, plan, arena, report, settle, exchange, arena if memory is None else memory)
     bucket.settle()
     yield from _run(job, strategy_of(plan.collective)(job))
     report.bytes_sent = channel.traffic.bytes_sent
@@ -129,7 +137,7 @@ def _apply(job: Job, how: Strategy) -> bool:
         how.write_average(grad, scale)
         how.settle()
         return True
-    average = job.arena.get((job.bucket.index, "work"), grad.numel(), torch.float32)
+    average = job.memory.get((job.bucket.index, "work"), grad.numel(), torch.float32)
     how.write_average(average, scale)
     low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
     if not (low >= -_HALF_MAX and high <= _HALF_MAX):

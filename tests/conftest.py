@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
 
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    # Read when triton is first imported, by whatever test: then its kernels run on CPU tensors, interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("sparsecomm", common, max_examples=25)

@@ -296,8 +296,8 @@ def mpirun_command(ranks: int, *, tag: bool = False) -> list[str]:
 
 
 def job_environment() -> dict[str, str]:
-    """This process's environment without its own launcher's variables, and with the checkout importable."""
-    launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC", "PMI_", "HYD", "MPI_LOCAL")
+    """This process's environment: no launcher's variables, no interpreting of Triton, and the checkout importable."""
+    launchers = ("OMPI_", "PMIX_", "PRTE_", "SLURM_", "TORCHELASTIC", "PMI_", "HYD", "MPI_LOCAL", "TRITON_INTERPRET")
     return {k: v for k, v in os.environ.items() if not k.startswith(launchers)} | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -18,13 +19,17 @@ from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["Bucket", "ChunkNorms", "Taken", "accumulate", "take_all", "take_some"]
 
-_NOTHING = torch.empty(0, dtype=torch.uint32), torch.empty(0)
 
 Span = tuple[int, int]
 """First element and one past the last."""
 
 ChunkNorms = tuple[int, torch.Tensor]
 """Elements of a chunk, and where the L1 norm of every chunk is written: float32."""
+
+
+@cache
+def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(0, dtype=torch.uint32, device=device), torch.empty(0, device=device)
 
 
 @dataclass(slots=True)
@@ -130,7 +135,7 @@ class Taken:
         residual, indices = self.bucket.residual, self.indices
         if residual is not None:
             kernels.scatter_add(residual, indices, self.values)
-        self.indices, self.values = _NOTHING
+        self.indices, self.values = _nothing(indices.device)
         return indices
 
     def undo(self) -> None:
@@ -271,7 +276,7 @@ def _begin(
     """Puts held memory aside and, with momentum or Adam correction, turns the gradient into what is to be added."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
-    taken = Taken(bucket, grad, scale, 0, *_NOTHING, source=grad)
+    taken = Taken(bucket, grad, scale, 0, *_nothing(grad.device), source=grad)
     for name in ("residual", "velocity", "second_moment"):
         memory: torch.Tensor | None = getattr(bucket, name)
         if memory is not None:

@@ -95,17 +95,19 @@ class ResidualStore:
         """Returns whether any parameter of this bucket has a residual."""
         return any(n in self._where or n in self._pending for n in layout.names)
 
-    def bucket(self, layout: BucketLayout) -> torch.Tensor:
+    def bucket(self, layout: BucketLayout, device: torch.device | str = "cpu") -> torch.Tensor:
         """Returns the flat residual of a bucket, shape (layout.numel,), creating it (zeros) or moving into it.
+
+        One that is on another device moves to this one.
 
         Raises:
             StateError: if a loaded residual has another shape than the parameter.
         """
         cached = self._flat.get(layout)
-        if cached is not None:
+        if cached is not None and cached.device == torch.device(device):
             return cached
         self._check_pending(layout)
-        flat = torch.zeros(layout.numel, dtype=torch.float32)
+        flat = torch.zeros(layout.numel, dtype=torch.float32, device=device)
         offset = 0
         for i, name in enumerate(layout.names):
             here = _shaped(flat, offset, layout, i)

@@ -25,16 +25,18 @@ class Handed:
         parameters: whose gradients make it up, in order.
         grad: the flat bucket, shape (n,).
         error: what has gone wrong with it on this rank already.
-        outer: takes the outcome: the bucket or an exception.
+        outer: completed when the bucket holds the average, or when that has failed.
         result: what DDP waits for.
+        failure: what has failed.
     """
 
     index: int
     parameters: Sequence[torch.Tensor]
     grad: torch.Tensor
     error: Exception | None = None
-    outer: torch.futures.Future[Any] = field(default_factory=torch.futures.Future)
+    outer: torch.futures.Future[Any] = field(init=False)
     result: torch.futures.Future[torch.Tensor] = field(init=False)
+    failure: BaseException | None = None
 
     @property
     def nbytes(self) -> int:
@@ -42,8 +44,15 @@ class Handed:
         return self.grad.numel() * self.grad.element_size()
 
     def __post_init__(self) -> None:
+        # A future with devices tells whoever waits for it to wait for the stream in which it was completed.
+        self.outer = torch.futures.Future(devices=[self.grad.device] if self.grad.is_cuda else None)
         # Only a callback that raises gives a torch future an error that C++ can read (set_exception does not).
-        self.result = self.outer.then(_value_or_raise)
+        self.result = self.outer.then(self._value_or_raise)
+
+    def _value_or_raise(self, future: torch.futures.Future[Any]) -> torch.Tensor:
+        if self.failure is not None:
+            raise self.failure
+        return future.value()  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +74,11 @@ class Batch:
     def __post_init__(self) -> None:
         self.parameters = [p for m in self.members for p in m.parameters]
         self.numel = sum(m.grad.numel() for m in self.members)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.members[0].grad.device
 
     @property
     def index(self) -> int:
@@ -113,7 +127,8 @@ class Batch:
     def fail(self, error: BaseException) -> None:
         """Fails all futures."""
         for member in self.members:
-            member.outer.set_result(error)
+            member.failure = error
+            member.outer.set_result(None)
 
 
 class Fusion:
@@ -138,7 +153,7 @@ class Fusion:
             held.clear()
         out = []
         alone = handed.nbytes >= fuse_bytes
-        if held and (alone or held[0].grad.dtype != handed.grad.dtype):
+        if held and (alone or _unlike(held[0].grad, handed.grad)):
             out.append(self._release())
         held.append(handed)
         if alone or last or sum(h.nbytes for h in held) >= fuse_bytes:
@@ -153,8 +168,5 @@ class Fusion:
         return batch
 
 
-def _value_or_raise(future: torch.futures.Future[Any]) -> torch.Tensor:
-    value = future.value()
-    if isinstance(value, BaseException):
-        raise value
-    return value  # type: ignore[no-any-return]
+def _unlike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype != b.dtype or a.device != b.device

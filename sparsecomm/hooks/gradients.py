@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from sparsecomm.device import device_problem
 from sparsecomm.errors import ConfigError
+from sparsecomm.kernels.dispatch import triton_problem
 from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
 
 __all__ = ["check_gradient", "unused_spans"]
@@ -46,7 +48,8 @@ def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where
         raise ConfigError(
             f"{where}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
         )
-    if grad.device.type != "cpu":
-        raise ConfigError(f"{where}: gradients on {grad.device} are not supported by this version, only on the CPU")
+    problem = device_problem(grad.device, triton_problem())
+    if problem is not None:
+        raise ConfigError(f"{where}: gradients on {grad.device} cannot be exchanged: {problem}")
     if grad.numel() > MAX_NUMEL:
         raise ConfigError(f"{where}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")

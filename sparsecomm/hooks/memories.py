@@ -66,14 +66,16 @@ class Memories:
         self.known[index] = _Known(ids, bucket)
         return bucket
 
-    def equip(self, bucket: Bucket, config: SparseConfig, collective: CollectiveKind, step: int) -> None:
-        """Gives a bucket the memory that an exchange needs. Mutates it."""
+    def equip(
+        self, bucket: Bucket, config: SparseConfig, collective: CollectiveKind, step: int, home: torch.device
+    ) -> None:
+        """Gives a bucket the memory that an exchange needs, on the device where it works. Mutates it."""
         moments, residuals = _moments(config.feedback), self._stores["residual"]
         rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
         if strategy_of(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
-            bucket.residual = residuals.bucket(bucket.layout)
+            bucket.residual = residuals.bucket(bucket.layout, home)
         for kind in ("velocity", "second_moment"):
-            setattr(bucket, kind, self._stores[kind].bucket(bucket.layout) if kind in moments else None)
+            setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
         bucket.age = step - self._moments_since + 1
 
     def settle(self, *, skipped: bool) -> None:

@@ -11,14 +11,16 @@ import torch.distributed as dist
 
 from sparsecomm.arena import Arena
 from sparsecomm.choose import Candidate, Chooser
+from sparsecomm.collectives import choose_collective
 from sparsecomm.compress import Bucket, Compressor
 from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError, StateError
-from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
+from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.hooks.checkpoint import Checkpoint
 from sparsecomm.hooks.fusion import Batch, Fusion, Handed
 from sparsecomm.hooks.memories import Memories
 from sparsecomm.hooks.served import ServedModel, Wrappers, find_wrappers
+from sparsecomm.hooks.staging import Places
 from sparsecomm.hooks.unused import note_use, watch_use
 from sparsecomm.launch import World, world
 from sparsecomm.metrics import BucketReport, Metrics, Recorder, StepCallback
@@ -68,6 +70,7 @@ class SparseState:
         self._recorder = Recorder()
         self._memories = Memories()
         self._fusion = Fusion()
+        self._places = Places(self.arena)
         self._chooser: Chooser | None = None  # made when the number of ranks is known
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
         self._looked = -1  # step at which the DDP model was last looked up because of other buckets
@@ -150,7 +153,7 @@ class SparseState:
 
     def _start(self, batch: Batch, step: int, here: World) -> None:
         """Starts the exchange of what is to be exchanged as one."""
-        index, average = batch.index, None
+        index, average, place = batch.index, None, self._places.of(batch.device)
         label = f"bucket {index} of step {step}"
         self._recorder.submitted(step, last=batch.last)
 
@@ -163,7 +166,8 @@ class SparseState:
         try:
             wrappers = self._wrappers(here) if self._must_look(index, ids, step) else None
             ranks = wrappers.ranks if wrappers is not None else self._model.ranks if self._model is not None else None
-            self._begin_choice(here, step, ranks, last=batch.last)
+            if batch.device.type != "cuda":  # what is measured is what the host does
+                self._begin_choice(here, step, ranks, last=batch.last)
         except Exception as unknown:  # who else takes part, if anybody does; or all ranks have this error
             failed(unknown)
             return
@@ -176,15 +180,21 @@ class SparseState:
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
                 header = blank_header(channel.rank, channel.size, index, step, numel)
-                return report_failure(channel, header, cause, self.arena)
+                return report_failure(channel, header, cause, place.arena)
 
             here.engine.submit(label, tell, lambda _: batch.finish(None), failed, group=ranks, key=(id(self), index))
             return
 
-        def run(channel: Channel) -> CollectiveSteps[BucketReport]:
+        ready = place.side.mark()  # the gradient, and what the lines above have done to the bucket's memory
+
+        def flat(arena: Arena) -> torch.Tensor:
             nonlocal average
-            average = batch.flat(self.arena)
-            return exchange(channel, bucket, average, plan, self.arena, settle=not self._may_skip())
+            average = batch.flat(arena)
+            return average
+
+        def run(channel: Channel) -> CollectiveSteps[BucketReport]:
+            steps = place.steps(channel, bucket, flat, plan, settle=not self._may_skip())
+            return place.side.drive(steps, ready)
 
         def done(report: BucketReport) -> None:
             try:
@@ -192,7 +202,9 @@ class SparseState:
             finally:
                 batch.finish(average)
 
-        here.engine.submit(label, run, done, failed, group=model.ranks, key=(id(self), index))
+        here.engine.submit(
+            label, run, place.in_order(done), place.in_order(failed), group=model.ranks, key=(id(self), index)
+        )
 
     def _note(self, report: BucketReport, candidate: Candidate) -> None:
         """Adds up what an exchange cost. Called on the engine's thread."""
@@ -264,8 +276,8 @@ class SparseState:
         config, numel = self.config, batch.numel
         bucket = self._memories.bucket(batch.index, batch.parameters, numel, model, where)
         k = config.compressor.k_for(numel, step)
-        how = self._choose(batch.index, k, numel, step)
-        self._memories.equip(bucket, config, how.kind, step)
+        how = self._choose(batch.index, k, numel, step, model.size)
+        self._memories.equip(bucket, config, how.kind, step, self._places.of(batch.device).home(how.kind))
         clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
         if clip_norm is not None:
             clip_norm *= math.sqrt(numel / max(model.numel, 1) / model.size)
@@ -287,14 +299,16 @@ class SparseState:
     def _grad_scale(self) -> float:
         return float(self._scaler.get_scale()) if self._scaler is not None and self._may_skip() else 1.0
 
-    def _choose(self, index: int, k: int, numel: int, step: int) -> Candidate:
+    def _choose(self, index: int, k: int, numel: int, step: int, size: int) -> Candidate:
         """Returns how to exchange a bucket."""
         config, dense = self.config, Candidate(CollectiveKind.DENSE, self.config.dense_values)
         if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
             return dense
         if self._chooser is not None:
             return self._chooser.choose(index, numel, k)
-        kind = config.collective_kind or CollectiveKind.ALLGATHER  # auto among one rank: nothing is sent
+        kind = config.collective_kind
+        if kind is None:  # auto on a GPU, by bytes; or among one rank: nothing is sent
+            kind = choose_collective(k, numel, size, config.values, config.indices, dense_codec=config.dense_values)
         return dense if kind == CollectiveKind.DENSE else Candidate(kind, config.values)
 
     # --- counters and checkpoints -------------------------------------------------------------------------------

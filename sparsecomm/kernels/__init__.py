@@ -1,1 +1,1 @@
-"""Leaf compute: CPU tensors in, CPU tensors out. Enter through `sparsecomm.kernels.dispatch`."""
+"""Leaf compute: tensors in, tensors out. Enter through `sparsecomm.kernels.dispatch`."""

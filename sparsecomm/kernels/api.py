@@ -18,7 +18,7 @@ __all__ = ["Kernels"]
 
 
 class Kernels(Protocol):
-    """The modules `reference` and `native` both have this shape."""
+    """The modules `reference`, `native` and `triton_path` all have this shape."""
 
     def accumulate_select(
         self,

@@ -42,7 +42,7 @@ def _bad(name: str, tensor: object, want: str) -> NoReturn:
         refuse(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     layout = "contiguous" if tensor.layout == torch.strided and tensor.is_contiguous() else "not contiguous"
     refuse(
-        f"{name} must be a contiguous 1-D CPU tensor of dtype {want}, got dtype {tensor.dtype}, "
+        f"{name} must be a contiguous 1-D CPU or CUDA tensor of dtype {want}, got dtype {tensor.dtype}, "
         f"shape {tuple(tensor.shape)}, device {tensor.device}, {layout}"
     )
 
@@ -50,7 +50,7 @@ def _bad(name: str, tensor: object, want: str) -> NoReturn:
 def value_vec(name: str, tensor: torch.Tensor) -> int:
     """Returns the length of a float32 vector, or raises KernelError."""
     try:
-        if tensor.dtype is _F32 and tensor.is_cpu and tensor.is_contiguous() and tensor.dim() == 1:
+        if tensor.dtype is _F32 and (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and tensor.dim() == 1:
             n = tensor.numel()
             if n <= MAX_NUMEL:
                 return n
@@ -64,7 +64,7 @@ def value_vec(name: str, tensor: torch.Tensor) -> int:
 def index_vec(name: str, tensor: torch.Tensor) -> int:
     """Returns the length of a uint32 vector, or raises KernelError."""
     try:
-        if tensor.dtype is _U32 and tensor.is_cpu and tensor.is_contiguous() and tensor.dim() == 1:
+        if tensor.dtype is _U32 and (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and tensor.dim() == 1:
             return tensor.numel()
     except (AttributeError, RuntimeError):
         pass
@@ -74,7 +74,7 @@ def index_vec(name: str, tensor: torch.Tensor) -> int:
 def byte_vec(name: str, tensor: torch.Tensor) -> int:
     """Returns the length of a uint8 vector in bytes, or raises KernelError."""
     try:
-        if tensor.dtype is _U8 and tensor.is_cpu and tensor.is_contiguous() and tensor.dim() == 1:
+        if tensor.dtype is _U8 and (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and tensor.dim() == 1:
             return tensor.numel()
     except (AttributeError, RuntimeError):
         pass
@@ -84,7 +84,8 @@ def byte_vec(name: str, tensor: torch.Tensor) -> int:
 def grad_like(name: str, tensor: torch.Tensor) -> int:
     """Returns the length of a float32, float16 or bfloat16 vector, or raises KernelError."""
     try:
-        if tensor.dtype in GRAD_DTYPES and tensor.is_cpu and tensor.is_contiguous() and tensor.dim() == 1:
+        here = tensor.is_cpu or tensor.is_cuda
+        if tensor.dtype in GRAD_DTYPES and here and tensor.is_contiguous() and tensor.dim() == 1:
             n = tensor.numel()
             if n <= MAX_NUMEL:
                 return n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsecomm.kernels import checks
-from sparsecomm.kernels.paths import kernels
+from sparsecomm.kernels.paths import kernels_for
 from sparsecomm.kernels.sizes import max_index_bytes, max_value_bytes
 from sparsecomm.types import IndexCodec, ValueCodec
 
@@ -43,7 +43,7 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
         checks.refuse(f"out has {out.numel()} bytes, {codec!r} may need {need}")
     if codec == IndexCodec.DENSE and nnz != numel:
         checks.refuse(f"the dense codec needs nnz == numel, got nnz = {nnz}, numel = {numel}")
-    return kernels().encode_indices(codec, indices, numel, out)
+    return kernels_for(indices, out).encode_indices(codec, indices, numel, out)
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, 
     checks.byte_vec("data", data)
     if checks.index_vec("out_indices", out_indices) < nnz:
         checks.refuse(f"out_indices has {out_indices.numel()} elements, need nnz = {nnz}")
-    kernels().decode_indices(codec, data, nnz, numel, out_indices)
+    kernels_for(data, out_indices).decode_indices(codec, data, nnz, numel, out_indices)
 
 
 def encode_values(
@@ -105,7 +105,8 @@ def encode_values(
         checks.refuse(f"out has {out.numel()} bytes, {codec!r} needs {need}")
     if error is not None and checks.value_vec("error", error) < nnz:
         checks.refuse(f"error has {error.numel()} elements, need nnz = {nnz}")
-    return kernels().encode_values(codec, values, out, error)
+    others = (out,) if error is None else (out, error)
+    return kernels_for(values, *others).encode_values(codec, values, out, error)
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
@@ -133,4 +134,4 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
     checks.byte_vec("data", data)
     if checks.value_vec("out_values", out_values) < nnz:
         checks.refuse(f"out_values has {out_values.numel()} elements, need nnz = {nnz}")
-    kernels().decode_values(codec, data, nnz, scale, out_values)
+    kernels_for(data, out_values).decode_values(codec, data, nnz, scale, out_values)

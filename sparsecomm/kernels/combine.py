@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sparsecomm.kernels import checks
-from sparsecomm.kernels.paths import kernels
+from sparsecomm.kernels.paths import kernels_for
 
 __all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "crc32c", "scatter_add", "scatter_reduce"]
 
@@ -32,7 +32,7 @@ def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) 
     checks.value_vec("out", out)
     if checks.index_vec("indices", indices) != checks.value_vec("values", values):
         checks.refuse(f"indices has {indices.numel()} elements, values {values.numel()}: must be equally long")
-    kernels().scatter_add(out, indices, values)
+    kernels_for(out, indices, values).scatter_add(out, indices, values)
 
 
 def scatter_reduce(
@@ -63,7 +63,7 @@ def scatter_reduce(
     for indices, values in parts:
         if checks.index_vec("indices", indices) != checks.value_vec("values", values):
             checks.refuse(f"a part has {indices.numel()} indices but {values.numel()} values")
-    kernels().scatter_reduce(out, parts, scale)
+    kernels_for(out, *(t for part in parts for t in part)).scatter_reduce(out, parts, scale)
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
@@ -88,7 +88,7 @@ def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
             checks.refuse(f"data has {data.numel()} bytes, need 4 * {n}")
     elif checks.value_vec("data", data) != n:
         checks.refuse(f"data has {data.numel()} elements, out {n}: they must be equally long")
-    kernels().add_dense(out, data)
+    kernels_for(out, data).add_dense(out, data)
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float = 1.0) -> int:
@@ -113,7 +113,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float
     n = checks.value_vec("residual", residual)
     if checks.grad_like("grad", grad) != n:
         checks.refuse(f"grad has {grad.numel()} elements, residual {n}: they must be equally long")
-    return kernels().accumulate_dense(grad, residual, scale)
+    return kernels_for(grad, residual).accumulate_dense(grad, residual, scale)
 
 
 def accumulate_norms(
@@ -146,7 +146,7 @@ def accumulate_norms(
         checks.refuse(f"chunk must be at least 1, got {chunk}")
     if checks.value_vec("norms", norms) != -(-n // chunk):
         checks.refuse(f"norms has {norms.numel()} elements, {n} elements in chunks of {chunk} need {-(-n // chunk)}")
-    return kernels().accumulate_norms(grad, residual, chunk, norms, scale)
+    return kernels_for(grad, residual, norms).accumulate_norms(grad, residual, chunk, norms, scale)
 
 
 def crc32c(data: torch.Tensor | bytes | bytearray | memoryview, seed: int = 0) -> int:
@@ -167,4 +167,4 @@ def crc32c(data: torch.Tensor | bytes | bytearray | memoryview, seed: int = 0) -
     if not isinstance(data, torch.Tensor):
         data = checks.borrowed_bytes(data)
     checks.byte_vec("data", data)
-    return kernels().crc32c(data, seed)
+    return kernels_for(data).crc32c(data, seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sparsecomm.kernels import checks
-from sparsecomm.kernels.paths import kernels
+from sparsecomm.kernels.paths import kernels_for
 from sparsecomm.types import ValueCodec
 
 __all__ = ["pack_dense", "packed_bytes", "unpack_dense"]
@@ -59,7 +59,8 @@ def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error
     _check_segment("out", codec, out, n)
     if error is not None and checks.value_vec("error", error) != n:
         checks.refuse(f"error has {error.numel()} elements, values {n}: they must be equally long")
-    kernels().pack_dense(codec, values, out, error)
+    others = (out,) if error is None else (out, error)
+    kernels_for(values, *others).pack_dense(codec, values, out, error)
 
 
 def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
@@ -82,7 +83,7 @@ def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, *, ad
     """
     n = checks.value_vec("out", out)
     _check_segment("data", codec, data, n)
-    kernels().unpack_dense(codec, data, out, add)
+    kernels_for(data, out).unpack_dense(codec, data, out, add)
 
 
 def _check_segment(name: str, codec: ValueCodec, data: torch.Tensor, n: int) -> None:

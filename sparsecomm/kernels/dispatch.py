@@ -1,13 +1,14 @@
 """The one entrance to compute kernels: picks the fastest implementation that this machine can run.
 
-All functions take and fill CPU tensors that the caller allocated, so that a training step allocates nothing.
-`reference` (plain numpy) is the truth; every other path equals it bit for bit.
+All functions take and fill tensors that the caller allocated, so that a training step allocates nothing. Tensors on a
+GPU are worked on there, by the Triton kernels (docs/gpu.md). `reference` (plain numpy) is the truth; every other path
+equals it bit for bit.
 
-The path is chosen once, at first use: avx512 > avx2 > portable > reference, or what the environment variable
-``SPARSECOMM_KERNELS`` names. A path that is asked for and cannot run is an error, never a silent fallback.
+For CPU tensors the path is chosen once, at first use: avx512 > avx2 > portable > reference, or what the environment
+variable ``SPARSECOMM_KERNELS`` names. A path that is asked for and cannot run is an error, never a silent fallback.
 
 Every function checks its tensors and raises KernelError, which names the argument and what it held. Tensors are
-contiguous, one-dimensional and on the CPU; indices are uint32 and strictly ascending; values are float32.
+contiguous, one-dimensional and all on one device; indices are uint32 and strictly ascending; values are float32.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sparsecomm.kernels.paths import (
 )
 from sparsecomm.kernels.select import accumulate_select, cut_topk, exact_topk
 from sparsecomm.kernels.sizes import entropy_bits, estimate_index_bytes, max_index_bytes, max_value_bytes
+from sparsecomm.kernels.triton_launch import triton_problem
 
 __all__ = [
     "PATHS",
@@ -61,5 +63,6 @@ __all__ = [
     "scatter_reduce",
     "scratch_bytes",
     "set_path",
+    "triton_problem",
     "unpack_dense",
 ]

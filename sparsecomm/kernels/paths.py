@@ -1,26 +1,32 @@
-"""Which implementation the kernels use: one of the C++ paths, or the reference."""
+"""Which implementation the kernels use: one of the C++ paths, the reference, or Triton for tensors on a GPU."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from functools import lru_cache
 
-from sparsecomm.errors import ConfigError
+import torch
+
+from sparsecomm.errors import ConfigError, KernelError
 from sparsecomm.kernels import native, reference
 from sparsecomm.kernels.api import Kernels
+from sparsecomm.kernels.triton_launch import interpreter_problem, triton_problem
 
 __all__ = [
     "PATHS",
     "available_paths",
     "current_path",
     "kernels",
+    "kernels_for",
     "native_problem",
     "release_scratch",
     "scratch_bytes",
     "set_path",
 ]
 
-PATHS = ("avx512", "avx2", "portable", "reference")
-"""All kernel paths, fastest first."""
+PATHS = ("avx512", "avx2", "portable", "reference", "triton")
+"""All kernel paths for CPU tensors, fastest first; triton, the only one for tensors on a GPU, is interpreted there."""
 
 _ENV = "SPARSECOMM_KERNELS"
 _path: str | None = None
@@ -28,8 +34,9 @@ _impl: Kernels | None = None
 
 
 def available_paths() -> tuple[str, ...]:
-    """The paths that this installation and this CPU can run, fastest first."""
-    return (*native.supported_paths(), "reference")
+    """The paths that can run CPU tensors here, fastest first; triton is among them under ``TRITON_INTERPRET=1``."""
+    interpreted = ("triton",) if interpreter_problem() is None else ()
+    return (*native.supported_paths(), "reference", *interpreted)
 
 
 def native_problem() -> str | None:
@@ -63,18 +70,49 @@ def set_path(name: str | None) -> None:
     if name is None:
         name, source = os.environ.get(_ENV) or available[0], _ENV
     if name not in available:
-        why = f" ({native.problem})" if name in PATHS and native.problem else ""
+        problem = interpreter_problem() if name == "triton" else native.problem if name in PATHS else None
+        why = f" ({problem})" if problem else ""
         raise ConfigError(f"{source} = {name!r} cannot be used here{why}; available: {', '.join(available)}")
     if name == "reference":
         _impl = reference
+    elif name == "triton":
+        _impl = _triton()
     else:
         native.set_path(name)
         _impl = native
     _path = name
 
 
+@lru_cache(maxsize=1)
+def _triton() -> Kernels:
+    module: Kernels = importlib.import_module("sparsecomm.kernels.triton_path")
+    return module
+
+
+def kernels_for(*tensors: torch.Tensor) -> Kernels:
+    """The implementation for these tensors: Triton's on a GPU, else the one in use.
+
+    Raises:
+        KernelError: if they are not all on one device, or on a GPU without Triton.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            return _on_gpu(tensors)
+    return kernels()
+
+
+def _on_gpu(tensors: tuple[torch.Tensor, ...]) -> Kernels:
+    devices = sorted({str(t.device) for t in tensors})
+    if len(devices) > 1:
+        raise KernelError(f"all tensors of a call must be on one device, got {', '.join(devices)}")
+    problem = triton_problem()
+    if problem is not None:
+        raise KernelError(f"tensors on {devices[0]} need Triton kernels, but {problem}: pip install 'sparsecomm[gpu]'")
+    return _triton()
+
+
 def kernels() -> Kernels:
-    """The implementation in use; chooses one if none was chosen yet."""
+    """The implementation in use for CPU tensors; chooses one if none was chosen yet."""
     if _impl is None:
         set_path(None)
         assert _impl is not None

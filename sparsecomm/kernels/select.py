@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsecomm.kernels import checks
-from sparsecomm.kernels.paths import kernels
+from sparsecomm.kernels.paths import kernels_for
 from sparsecomm.types import SelectResult, TopKResult
 
 __all__ = ["accumulate_select", "cut_topk", "exact_topk"]
@@ -55,7 +55,9 @@ def accumulate_select(
     if not threshold >= 0:
         checks.refuse(f"threshold must be at least 0, got {threshold}")
     checks.capacity(out_indices, out_values)
-    return kernels().accumulate_select(grad, residual, threshold, out_indices, out_values, scale)
+    return kernels_for(grad, residual, out_indices, out_values).accumulate_select(
+        grad, residual, threshold, out_indices, out_values, scale
+    )
 
 
 def exact_topk(
@@ -102,7 +104,10 @@ def exact_topk(
     room = checks.capacity(out_indices, out_values)
     if room < min(k, n):
         checks.refuse(f"out_indices and out_values have room for {room}, need min(k, n) = {min(k, n)}")
-    return kernels().exact_topk(grad, residual, k, out_indices, out_values, scale)
+    given = () if grad is None else (grad,)
+    return kernels_for(residual, out_indices, out_values, *given).exact_topk(
+        grad, residual, k, out_indices, out_values, scale
+    )
 
 
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
@@ -132,4 +137,4 @@ def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, re
     checks.count("count", count, checks.capacity(indices, values))
     checks.count("k", k)
     checks.value_vec("residual", residual)
-    return kernels().cut_topk(indices, values, count, k, residual)
+    return kernels_for(indices, values, residual).cut_topk(indices, values, count, k, residual)

@@ -30,6 +30,7 @@ class Allgather(Strategy):
     name = "allgather"
     kind = CollectiveKind.ALLGATHER
     gathers_headers = True
+    on_device = True
 
     _taken: Taken
     _most: int
@@ -66,10 +67,15 @@ class Allgather(Strategy):
         self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, size, numel) for size in sizes)
         self.payload = arena.get((bucket.index, "payload"), self._most, torch.uint8)
         # Free again at once: all buckets share it.
-        error = arena.get("rounding", nnz, torch.float32, reserve=taken.capacity)
-        encode_payload(header, taken.indices, taken.values, self.payload, error)
+        error = self.job.memory.get("rounding", nnz, torch.float32, reserve=taken.capacity)
+        packed = None if self.payload.device == taken.values.device else self._room(self._most)
+        encode_payload(header, taken.indices, taken.values, self.payload, error, packed)
         if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
             kernels.scatter_add(bucket.residual, taken.indices, error)
+
+    def _room(self, size: int) -> torch.Tensor:
+        """A payload's bytes on the gradient's device; free again as soon as they are on the host."""
+        return self.job.memory.get("packed", size, torch.uint8)
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         """See `Strategy.communicate`."""
@@ -89,20 +95,19 @@ class Allgather(Strategy):
         This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
         indices are at hand.
         """
-        arena, taken, headers = self.job.arena, self._taken, self._headers
+        memory, taken, headers = self.job.memory, self._taken, self._headers
         total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
         # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
-        indices = arena.get("decoded indices", total, torch.uint32, reserve=most)
-        values = arena.get("decoded values", total, torch.float32, reserve=most)
+        indices = memory.get("decoded indices", total, torch.uint32, reserve=most)
+        values = memory.get("decoded values", total, torch.float32, reserve=most)
         self._parts, offset = [], 0
         for rank, (header, body) in enumerate(zip(headers, self._bodies, strict=True)):
             end = offset + header.nnz
             part = (indices[offset:end], values[offset:end])
             if rank == self.job.channel.rank:
                 part = (taken.indices, part[1])
-                kernels.decode_values(
-                    header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, part[1]
-                )
+                own = body[header.index_bytes :].to(part[1].device, non_blocking=True)
+                kernels.decode_values(header.value_codec, own, header.nnz, header.value_scale, part[1])
             else:
                 decode_body(header, body, *part)
             self._parts.append(part)

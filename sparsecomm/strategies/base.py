@@ -93,6 +93,8 @@ class Job:
     report: BucketReport
     settle: bool
     exchange: Callable[[Channel, Bucket, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
+    memory: Arena
+    """Where work buffers on the gradient's device come from; those of messages, from `arena`, are on the host."""
 
     def keep(self, taken: Taken) -> None:
         """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
@@ -125,15 +127,15 @@ class Job:
     def take_some(self) -> Taken:
         """Selects about k elements: steps 1 and 2 of every sparse strategy whose ranks select by themselves."""
         plan = self.plan
-        return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.arena, **self._adding())
+        return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.memory, **self._adding())
 
     def take_all(self) -> Taken:
         """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
-        return take_all(self.bucket, self.grad, self.plan.feedback, self.arena, **self._adding())
+        return take_all(self.bucket, self.grad, self.plan.feedback, self.memory, **self._adding())
 
     def accumulate(self, norms: ChunkNorms | None = None) -> Taken:
         """Adds the gradient: step 1 of a strategy whose ranks find out together what to send. `norms` is written."""
-        return accumulate(self.bucket, self.grad, self.plan.feedback, self.arena, norms=norms, **self._adding())
+        return accumulate(self.bucket, self.grad, self.plan.feedback, self.memory, norms=norms, **self._adding())
 
     def _adding(self) -> dict[str, Any]:
         """How the gradient is added to the bucket's memory."""
@@ -155,6 +157,7 @@ class Strategy(abc.ABC):
         needs_residual: whether it leaves anything over.
         gathers_headers: whether it needs every rank's header.
         special: whether it exchanges only what compressors that name it (`Compressor.collectives`) make.
+        on_device: whether it works on a gradient where that is; else a gradient on a GPU is brought to the host whole.
         competes: whether `collective="auto"` considers it; else it is there for comparison.
         layered: whether it makes sense only where several nodes have several ranks.
         header: this rank's, once encoded.
@@ -166,6 +169,7 @@ class Strategy(abc.ABC):
     needs_residual: ClassVar[bool] = True
     gathers_headers: ClassVar[bool] = False
     special: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False
     competes: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     header: Header

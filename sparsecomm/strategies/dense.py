@@ -9,6 +9,7 @@ import torch
 from sparsecomm.collectives import Agreement, dense_allreduce, dense_ring_bytes, dense_seconds
 from sparsecomm.compress import Compressor, Taken
 from sparsecomm.compress import Dense as DenseCompressor
+from sparsecomm.device import side_of
 from sparsecomm.strategies.base import Strategy, dense_wire, register
 from sparsecomm.strategies.costs import Costs, Estimate
 from sparsecomm.transport import CollectiveSteps
@@ -25,6 +26,7 @@ class Dense(Strategy):
     name = "dense"
     kind = CollectiveKind.DENSE
     needs_residual = False
+    on_device = True
 
     _work: torch.Tensor | None = None
     _taken: Taken
@@ -65,10 +67,11 @@ class Dense(Strategy):
         """See `Strategy.communicate`."""
         job, grad, residual, key = self.job, self.job.grad, self.job.bucket.residual, self.job.bucket.index
         work, wire = grad, self.header.value_codec
-        if residual is not None or grad.dtype != torch.float32:
-            # The gradient itself stays intact until the sum has arrived, so that a failure can be undone.
+        if residual is not None or grad.dtype != torch.float32 or not grad.is_cpu:
+            # The gradient itself stays intact until the sum has arrived, so that a failure can be undone. All of it is
+            # sent, so that from a GPU all of it comes to the host.
             work = job.arena.get((key, "work"), grad.numel(), torch.float32)
-            work.copy_(grad if residual is None else residual)
+            side_of(grad.device).fetch(grad if residual is None else residual, work)
         if residual is not None and wire != ValueCodec.FP32:
             self._taken.left = job.arena.get((key, "left"), grad.numel(), torch.float32)
         self._work = work
@@ -80,7 +83,7 @@ class Dense(Strategy):
         """See `Strategy.write_average`. The owners have scaled already, before they rounded."""
         assert self._work is not None, "nothing was summed"
         if self._work is not out:
-            out.copy_(self._work)
+            out.copy_(self._work, non_blocking=True)
 
     def interrupted(self) -> None:
         """What is summed in place must not pass for a gradient when half of it is there."""

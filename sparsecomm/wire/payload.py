@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsecomm.device import side_of
 from sparsecomm.errors import WireError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -39,7 +40,12 @@ def max_payload_bytes(index_codec: IndexCodec, value_codec: ValueCodec, nnz: int
 
 
 def encode_payload(
-    header: Header, indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor
+    header: Header,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    error: torch.Tensor,
+    packed: torch.Tensor | None = None,
 ) -> None:
     """Writes a payload: the first HEADER_BYTES + header.body_bytes of `out`.
 
@@ -49,14 +55,18 @@ def encode_payload(
         values: float32, shape (nnz,), finite.
         out: uint8, at least `max_payload_bytes` long. Mutated.
         error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
+        packed: for pairs on a GPU, room there as long as `out`: only the bytes that it then holds go to the host.
     """
-    body = out[HEADER_BYTES:]
+    body = out[HEADER_BYTES:] if packed is None else packed
     index_bytes = kernels.encode_indices(header.index_codec, indices, header.numel, body)
     value_bytes, scale = kernels.encode_values(header.value_codec, values, body[index_bytes:], error)
     header.nnz = values.numel()
     header.index_bytes = index_bytes
     header.value_bytes = value_bytes
     header.value_scale = scale
+    if packed is not None:
+        body = out[HEADER_BYTES:]
+        side_of(packed.device).fetch(packed[: header.body_bytes], body[: header.body_bytes])
     header.body_crc = kernels.crc32c(body[: index_bytes + value_bytes])
     write_header(header, out)
 
@@ -101,13 +111,14 @@ def decode_body(header: Header, body: torch.Tensor, indices: torch.Tensor, value
     Args:
         header: from `read_header`.
         body: uint8, shape (header.body_bytes,).
-        indices: uint32, shape (nnz,). Mutated, on failure too.
-        values: float32, shape (nnz,). Mutated, on failure too.
+        indices: uint32, shape (nnz,), on the host or a GPU. Mutated, on failure too.
+        values: float32, shape (nnz,), beside them. Mutated, on failure too.
 
     Raises:
         WireError: names field, value, sender and bucket. Nothing but the two outputs was touched.
     """
     check_body(header, body)
+    body = body.to(indices.device, non_blocking=True)  # the body itself where that is the host
     try:
         kernels.decode_indices(header.index_codec, body[: header.index_bytes], header.nnz, header.numel, indices)
         kernels.decode_values(header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, values)

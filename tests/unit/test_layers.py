@@ -15,7 +15,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
 
 # From the bottom up; a layer may import itself and what stands before it.
 LAYERS = [
-    "errors types arena",
+    "errors types arena device",
     "_core kernels",
     "compress wire",
     "transport",

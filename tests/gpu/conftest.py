@@ -1,0 +1,28 @@
+"""Everything here needs a GPU that Triton compiles for; without one it is skipped, and says so."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecomm.kernels import dispatch as kernels
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "kernels"))  # the cases that the interpreter runs, too
+
+
+def missing() -> str | None:
+    """Why nothing here can run, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return kernels.triton_problem()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    problem = missing()
+    for item in items:
+        if problem is not None and HERE in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {problem}"))

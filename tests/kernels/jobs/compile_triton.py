@@ -1,0 +1,129 @@
+"""Compiles, without a GPU, each form in which the kernels are started; prints them as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from sparsecomm.errors import SparseCommError
+from sparsecomm.kernels import (
+    triton_combine,
+    triton_indices,
+    triton_path,
+    triton_select,
+    triton_topk,
+    triton_values,
+)
+from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+COMPILED: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def only_compile(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
+    """Takes the place of `launch`."""
+    if programs == 0:
+        return
+    signature, attributes = {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.dtype is torch.float32:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = ("i64" if value >= 2**31 else "i32") if isinstance(value, int) else "fp32"
+    key = (kernel.__name__, *signature.items(), *constants.items())
+    if key in COMPILED:
+        return
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    registers, spilled = resources(made.asm["ptx"]) if kernel.__name__ in ("_select", "_gather", "_collect") else (0, 0)
+    COMPILED[key] = {
+        "name": kernel.__name__,
+        "constants": constants,
+        "fused": "fma.rn" in made.asm["ptx"],
+        "registers": registers,
+        "spilled": spilled,
+    }
+
+
+def resources(ptx: str) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, as ptxas reports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        target = re.search(r"\.target (\w+)", ptx)
+        assert target is not None
+        command = [
+            get_ptxas(90).path,
+            "-v",
+            f"--gpu-name={target.group(1)}",
+            "-lineinfo",
+            "--fmad=false",
+            str(path),
+        ]
+        command += ["-o", str(path.with_suffix(".o"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told = done.stderr
+    registers = re.search(r"Used (\d+) registers", told)
+    spills = [int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", told)]
+    return int(registers.group(1)) if registers else -1, sum(spills)
+
+
+def main() -> None:
+    for module in (triton_select, triton_topk, triton_indices, triton_values, triton_combine):
+        module.launch = only_compile
+    # Nothing is computed, so what comes back means nothing, and decoders may refuse what they "read".
+    n, k, path = 70_000, 100, triton_path
+    residual, values, out = torch.zeros(n), torch.zeros(k), torch.zeros(8 * n, dtype=torch.uint8)
+    indices = torch.arange(k).to(torch.uint32)
+    for dtype in GRAD_DTYPES:
+        grad, scale = torch.zeros(n, dtype=dtype), 0.5 if dtype is torch.float16 else 1.0
+        path.accumulate_select(grad, residual, 1.0, indices, values, scale)
+        if dtype is torch.float32:  # what differs for others is `accumulated`, compiled for all just above
+            path.exact_topk(grad, residual, k, indices, values, scale)
+        path.accumulate_dense(grad, residual, scale)
+        path.scatter_reduce(grad, [(indices, values)], scale)
+    path.exact_topk(None, residual, k, indices, values)
+    path.accumulate_norms(grad, residual, 1000, torch.empty(70))
+    path.scatter_add(residual, indices, values)
+    path.cut_topk(indices, values, k, 50, residual)
+    for codec in IndexCodec:
+        with suppress(SparseCommError):
+            path.encode_indices(codec, torch.arange(k).to(torch.uint32), n, out)
+        with suppress(SparseCommError):
+            path.decode_indices(codec, torch.zeros(4 * k if codec == 1 else n // 8, dtype=torch.uint8), k, n, indices)
+    for value_codec in ValueCodec:
+        path.encode_values(value_codec, values, out, values)
+        with suppress(SparseCommError):
+            size = triton_values.max_value_bytes(value_codec, k)
+            path.decode_values(value_codec, out[:size], k, 1.0, values)
+        if value_codec != ValueCodec.INT8:
+            path.pack_dense(value_codec, values, out, None)
+            path.unpack_dense(value_codec, out, values, True)
+    print(json.dumps(list(COMPILED.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ No `from __future__ import annotations` here: DDP refuses hooks with string anno
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _WIDTH, _DEPTH = 2048, 6  # 25.2M parameters, about ResNet-50's
 
 @bench("gpu_hook", keys=("density", "batch", "numel"), measures=("share",))
 def run(
-    densities: tuple[float, ...] = (0.001, 0.01),
+    densities: Sequence[float] = (0.001, 0.01),
     batch: int = 4096,
     steps: int = 30,
     device: str = "cuda",

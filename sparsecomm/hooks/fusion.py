@@ -15,6 +15,8 @@ from sparsecomm.hooks.gradients import check_gradient, unused_spans
 
 __all__ = ["Batch", "Fusion", "Handed"]
 
+_SMALL = 1 << 14  # elements
+
 
 @dataclass(slots=True, eq=False)
 class Handed:
@@ -79,6 +81,11 @@ class Batch:
     def device(self) -> torch.device:
         """Where the gradients are."""
         return self.members[0].grad.device
+
+    @property
+    def is_small(self) -> bool:
+        """Whether exchanging it is more a matter of the interpreter than of kernels and bytes."""
+        return self.numel < _SMALL
 
     @property
     def index(self) -> int:

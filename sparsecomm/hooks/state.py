@@ -203,7 +203,13 @@ class SparseState:
                 batch.finish(average)
 
         here.engine.submit(
-            label, run, place.in_order(done), place.in_order(failed), group=model.ranks, key=(id(self), index)
+            label,
+            run,
+            place.in_order(done),
+            place.in_order(failed),
+            group=model.ranks,
+            key=(id(self), index),
+            patient=batch.is_small and not batch.last,
         )
 
     def _note(self, report: BucketReport, candidate: Candidate) -> None:

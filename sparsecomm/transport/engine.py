@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ import torch
 from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
 from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, GroupTransport, Request, Transport
+from sparsecomm.transport.inbox import HOLD, Inbox
 
 __all__ = ["IN_FLIGHT", "Engine"]
 
@@ -35,6 +36,9 @@ IN_FLIGHT = 32
 
 _TRIES = 20  # tests of one request in a row: a turn of the loop costs ten times as much as a test
 _STARTING = 300e-6  # seconds of starting others before those in flight get a turn again
+# Seconds that the result of a patient one is kept while others are being worked on: it wakes a thread that then asks
+# for the interpreter's lock again and again.
+_TOGETHER = 20e-3
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +51,7 @@ class _Task:
     on_error: Callable[[BaseException], None]
     group: tuple[int, ...] | None
     key: Hashable
+    patient: bool
     channel: Channel | None = None
     steps: CollectiveSteps[Any] | None = None
     deadline: float = math.inf
@@ -116,9 +121,12 @@ class Engine:
             raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self.transport = transport
         self.timeout = timeout
-        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._inbox: Inbox[_Task | None] = Inbox()
         self._active: dict[_Task, _Group] = {}  # in order of submission
         self._waiting = 0  # submitted, not yet started
+        self._urgent = 0  # of these, those that are not patient
+        self._ended: list[tuple[_Task, _Group, Callable[[Any], None], Any]] = []  # their callbacks are still due
+        self._ended_at = 0.0  # when the first of these has ended
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
@@ -136,6 +144,7 @@ class Engine:
         *,
         group: tuple[int, ...] | None = None,
         key: Hashable = None,
+        patient: bool = False,
     ) -> None:
         """Queues a collective; returns at once. Exactly one of the callbacks is called, on the engine's thread.
 
@@ -146,6 +155,7 @@ class Engine:
             on_error: called with what went wrong.
             group: world ranks that take part, in order; all if None.
             key: what the collective works in (its buffers); one with the same key starts when this one has ended.
+            patient: whether it may wait, for milliseconds, while more are being submitted.
 
         Raises:
             TransportError: if the engine is closed or this process is a fork of its owner.
@@ -157,7 +167,7 @@ class Engine:
             )
         if self._closing or not self._thread.is_alive():
             raise TransportError(f"{label}: submitted after the engine of rank {self.transport.rank} was closed")
-        self._queue.put(_Task(label, make, on_done, on_error, group, key))
+        self._inbox.put(_Task(label, make, on_done, on_error, group, key, patient), patient=patient)
 
     def call(
         self, label: str, make: Callable[[Channel], CollectiveSteps[Any]], *, group: tuple[int, ...] | None = None
@@ -172,7 +182,7 @@ class Engine:
         """
         if threading.current_thread() is self._thread:
             raise TransportError(f"{label}: the engine's own thread (a callback) cannot wait for a collective")
-        done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         self.submit(label, make, lambda r: done.put((r, None)), lambda e: done.put((None, e)), group=group)
         result, error = done.get()
         if error is not None:
@@ -189,7 +199,7 @@ class Engine:
             return True
         if not self._closing:
             self._closing = True
-            self._queue.put(None)
+            self._inbox.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive() and not self._died
 
@@ -199,6 +209,7 @@ class Engine:
                 self._loop()
         except BaseException as error:  # a bug of ours: nobody may be left waiting for this thread
             self._died = True
+            self._call_back()
             self._broken = error
             for task in [*self._active, *(t for g in self._groups.values() for t in g.backlog)]:
                 self._call(task.on_error, self._after_failure(task.label), task.label)
@@ -211,20 +222,22 @@ class Engine:
         stop = False
         while not (stop and not self._active and not self._waiting):
             idle = not self._active and not self._waiting and not stop
-            stop |= self._take_new(None if idle else backoff.pause())
+            holds = self._holds() and not self._active
+            stop |= self._take_new(None if idle else HOLD if holds else backoff.pause())
             moved = self._start_backlog()
             moved |= self._poll()
+            if self._ended and (not moved or self._must_call_back()):
+                self._call_back()
+                moved = True
             if moved or idle:
                 backoff.news()
 
     def _fail_late(self) -> None:
         """Fails what was submitted while the thread was ending."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                task = self._queue.get_nowait()
-                if task is not None:
-                    error = TransportError(f"{task.label}: submitted while the engine was closing")
-                    self._call(task.on_error, error, task.label)
+        for task in self._inbox.take(0.0):
+            if task is not None:
+                error = TransportError(f"{task.label}: submitted while the engine was closing")
+                self._call(task.on_error, error, task.label)
 
     def _take_new(self, wait: float | None) -> bool:
         """Takes over what was submitted; sleeps until there is something if `wait` is None, else for that time at most.
@@ -232,18 +245,21 @@ class Engine:
         Returns:
             Whether the engine was asked to stop.
         """
-        while True:
-            try:
-                task = self._queue.get(timeout=wait) if wait != 0.0 else self._queue.get_nowait()
-            except queue.Empty:
-                return False
+        stop = False
+        for task in self._inbox.take(wait):
             if task is None:
-                return True
+                stop = True
+                continue
             if task.group not in self._groups:
                 self._groups[task.group] = _Group(self.transport, task.group)
             self._groups[task.group].backlog.append(task)
             self._waiting += 1
-            wait = 0.0
+            self._urgent += not task.patient
+        return stop
+
+    def _holds(self) -> bool:
+        """Returns whether all that waits is patient, and whoever submits it is at it."""
+        return bool(self._waiting) and not self._urgent and self._inbox.busy()
 
     def _start_backlog(self) -> bool:
         """Starts what the groups' windows allow; returns whether any was started.
@@ -251,14 +267,16 @@ class Engine:
         Only for a short time, so that those in flight get a turn before another large bucket's selection keeps this
         thread for milliseconds, and one turn serves many small ones.
         """
-        if not self._waiting:
+        if not self._waiting or self._holds():
             return False
         started = False
         until = time.monotonic() + _STARTING
         while ready := [g for g in self._groups.values() if self._may_start(g)]:
             for group in ready:
+                task = group.backlog.popleft()
                 self._waiting -= 1
-                self._start(group.backlog.popleft(), group)
+                self._urgent -= not task.patient
+                self._start(task, group)
             started = True
             if time.monotonic() >= until:
                 break
@@ -285,10 +303,25 @@ class Engine:
             return
         self._advance(task)
 
-    def _leave(self, task: _Task) -> None:
+    def _leave(self, task: _Task, callback: Callable[[Any], None], argument: Any) -> None:
         group = self._active.pop(task)
         group.in_flight -= 1
-        group.keys.discard(task.key)
+        if not self._ended:
+            self._ended_at = time.monotonic()
+        self._ended.append((task, group, callback, argument))
+
+    def _must_call_back(self) -> bool:
+        """Returns whether any result should not be kept until there is nothing else to do."""
+        if not self._active and not self._waiting:
+            return True
+        return not self._ended[-1][0].patient or time.monotonic() - self._ended_at > _TOGETHER
+
+    def _call_back(self) -> None:
+        """Tells whoever submitted them how collectives have ended; only then others may work in what they worked in."""
+        ended, self._ended = self._ended, []
+        for task, group, callback, argument in ended:
+            group.keys.discard(task.key)
+            self._call(callback, argument, task.label)
 
     def _poll(self) -> bool:
         """Gives every task in flight a chance; returns whether any moved."""
@@ -316,11 +349,9 @@ class Engine:
         try:
             task.waiting.extend(next(task.steps))
         except StopIteration as stop:
-            self._leave(task)
-            self._call(task.on_done, stop.value, task.label)
+            self._leave(task, task.on_done, stop.value)
         except AgreedError as agreed:
-            self._leave(task)
-            self._call(task.on_error, agreed.cause, task.label)
+            self._leave(task, task.on_error, agreed.cause)
         except BaseException as error:
             self._fail(task, error)
             return False
@@ -328,9 +359,9 @@ class Engine:
 
     def _fail(self, task: _Task, error: BaseException) -> None:
         """Fails one task with its cause and all others in flight with a reference to it."""
+        self._call_back()
         self._broken = error
         for victim in list(self._active):
-            self._leave(victim)
             # Closing lets a collective undo what it did. An error in that must not leave others waiting.
             for request in victim.channel.pending if victim.channel is not None else ():
                 with contextlib.suppress(Exception):
@@ -339,7 +370,8 @@ class Engine:
                 with contextlib.suppress(Exception):
                     victim.steps.close()
             reason = error if victim is task else self._after_failure(victim.label)
-            self._call(victim.on_error, reason, victim.label)
+            self._leave(victim, victim.on_error, reason)
+        self._call_back()
 
     def _call(self, callback: Callable[[Any], None], argument: Any, label: str) -> None:
         """Calls back; an error in that breaks the engine, but does not stop it."""

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, PROGRAMS, bits_of, ceil_div, launch
+from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, PROGRAMS, bits_of, ceil_div, launch, read
 from sparsecomm.kernels.triton_select import INF_BITS, accumulate_select, accumulated, select
 from sparsecomm.types import TopKResult
 
@@ -221,11 +221,11 @@ def exact_topk(
     if k == 0:
         nothing = out_indices[:0], out_values[:0]
         if grad is None:
-            return TopKResult(0, 0.0, int((~torch.isfinite(residual)).sum()))
+            return TopKResult(0, 0.0, int(read((~torch.isfinite(residual)).sum(0, keepdim=True))[0]))
         return TopKResult(0, 0.0, accumulate_select(grad, residual, math.inf, *nothing, scale).nonfinite)
     state = _find_threshold(grad, residual, k, scale)
     counts = select(grad, residual, state, out_indices, out_values, scale)
-    total, ties, nonfinite, bits, need, *_ = torch.cat([counts, state]).tolist()
+    total, ties, nonfinite, bits, need, *_ = read(torch.cat([counts, state]))
     if bits >= INF_BITS:
         return TopKResult(0, 0.0, nonfinite)
     return TopKResult(total - ties + min(ties, need), float(np.uint32(bits).view(np.float32)), nonfinite)

@@ -21,6 +21,7 @@ from sparsecomm.kernels import (
     triton_combine,
     triton_indices,
     triton_path,
+    triton_positions,
     triton_select,
     triton_topk,
     triton_values,
@@ -92,7 +93,7 @@ def resources(ptx: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    for module in (triton_select, triton_topk, triton_indices, triton_values, triton_combine):
+    for module in (triton_select, triton_topk, triton_indices, triton_positions, triton_values, triton_combine):
         module.launch = only_compile
     # Nothing is computed, so what comes back means nothing, and decoders may refuse what they "read".
     n, k, path = 70_000, 100, triton_path

@@ -32,8 +32,8 @@ class Side(Protocol):
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Copies to the host and waits until it is there. Returns the target."""
 
-    def read(self, numbers: torch.Tensor) -> list[Any]:
-        """Returns a few numbers from the device. This and `fetch` are the only places where the host waits for it."""
+    def read(self, numbers: torch.Tensor) -> Any:
+        """Returns a few numbers as `tolist` does. An exchange waits for the device only here and in `fetch`."""
 
 
 class Inline:
@@ -54,7 +54,7 @@ class Inline:
         """See `Side.fetch`."""
         return target.copy_(source)
 
-    def read(self, numbers: torch.Tensor) -> list[Any]:
+    def read(self, numbers: torch.Tensor) -> Any:
         """See `Side.read`."""
         return numbers.tolist()
 
@@ -92,7 +92,7 @@ class CudaSide:
         event.synchronize()
         return target
 
-    def read(self, numbers: torch.Tensor) -> list[Any]:
+    def read(self, numbers: torch.Tensor) -> Any:
         """See `Side.read`. Through pinned memory: a copy to any other waits for all that the stream was given."""
         room = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         return self.fetch(numbers, room).tolist()

@@ -128,10 +128,10 @@ def decode_pairs(
         nnz, split = payload.nnz, payload.index_bytes
         values = out_values[start : start + nnz]
         indices = positions if i == own else out_indices[start : start + nnz]
+        if check is not None and i != own:
+            check(i)
         try:
             if i != own:
-                if check is not None:
-                    check(i)
                 decode_indices(payload.index_codec, body[:split], nnz, payload.numel, indices)
             decode_values(payload.value_codec, body[split:], nnz, payload.value_scale, values)
         except WireError as error:

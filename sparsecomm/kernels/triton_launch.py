@@ -88,8 +88,8 @@ def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     return host.to(device, non_blocking=True)
 
 
-def read(numbers: torch.Tensor) -> list[Any]:
-    """Returns a few numbers from a device: with `Side.fetch`, the one way in which kernels make the host wait."""
+def read(numbers: torch.Tensor) -> Any:
+    """Returns a few numbers from a device as `tolist` does; the host waits for them."""
     return side_of(numbers.device).read(numbers)
 
 

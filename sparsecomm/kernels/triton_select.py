@@ -252,7 +252,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
     counts = torch.empty(blocks, dtype=torch.int32, device=residual.device)
     how = {"KIND": KIND[grad.dtype], "SCALED": scale != 1.0, "BLOCK": ACCUMULATE_BLOCK}
     launch(_accumulate, blocks, bits_of(grad, residual), residual, n, scale, counts, warps=8, **how)
-    return int(read(counts.sum(0, keepdim=True))[0])
+    return int(read(counts.sum()))
 
 
 @triton.jit

@@ -156,6 +156,8 @@ def _radix(
 ) -> None:
     """Finds the rank-th largest of the vector, or of `found`, into the state."""
     grad, residual, n, scale = args
+    if mode != _WHOLE:
+        grad, kind = residual, {"KIND": 0, "SCALED": False}  # not looked at: one form for all
     counts = torch.zeros(len(_SHIFTS) * _BINS, dtype=torch.int64, device=state.device)
     many = n if mode == _WHOLE else found.numel()
     # The interpreter runs programs one after the other: two suffice to see that they add up.
@@ -221,7 +223,7 @@ def exact_topk(
     if k == 0:
         nothing = out_indices[:0], out_values[:0]
         if grad is None:
-            return TopKResult(0, 0.0, int(read((~torch.isfinite(residual)).sum(0, keepdim=True))[0]))
+            return TopKResult(0, 0.0, int(read((~torch.isfinite(residual)).sum())))
         return TopKResult(0, 0.0, accumulate_select(grad, residual, math.inf, *nothing, scale).nonfinite)
     state = _find_threshold(grad, residual, k, scale)
     counts = select(grad, residual, state, out_indices, out_values, scale)

@@ -99,6 +99,7 @@ class Client:
         self.rank = link.post.rank
         self.on_answer: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {}
         self._open: dict[tuple[int, Kind], tuple[int, torch.Tensor]] = {}  # with its clock
+        self._greetings: dict[int, torch.Tensor] = {}  # by shard, until its values have come
         self._lost: frozenset[int] = frozenset()
         self._owners = dict(enumerate(link.servers))
 
@@ -106,6 +107,8 @@ class Client:
         """Sends a request to whoever serves a shard; it stays open until it is answered."""
         message = ms.pack(Envelope(kind, shard, self.rank, **fields), body)
         self._open[shard, kind] = fields.get("clock", 0), message
+        if kind == Kind.HELLO:
+            self._greetings[shard] = message
         self.link.post.send(self._owners[shard], message)
 
     def forget(self, kind: Kind, shard: int) -> None:
@@ -157,6 +160,8 @@ class Client:
         if asked == Kind.PUSH:
             self._open.pop((envelope.shard, Kind.COMMIT), None)
         self._open.pop(key, None)
+        if asked == Kind.PULL:
+            self._greetings.pop(envelope.shard, None)
         handler = self.on_answer.get(envelope.kind)
         if handler is not None:
             handler(envelope, body)
@@ -165,7 +170,6 @@ class Client:
         lost = self.link.post.lost()
         if lost == self._lost:
             return
-        self._lost = lost
         for shard, owner in self._owners.items():
             if owner not in lost:
                 continue
@@ -176,9 +180,19 @@ class Client:
                     f"shard {shard} is lost: all servers are dead or have ended (rank {', '.join(map(str, servers))})"
                 )
             self._owners[shard] = living[0]
-            for (index, _), (_, message) in sorted(self._open.items(), key=lambda entry: entry[0]):
-                if index == shard:
-                    self.link.post.send(living[0], message)
+            for message in self._unanswered(shard):
+                self.link.post.send(living[0], message)
+        self._lost = lost  # not before: without any server every later wait must fail, too
+
+    def _unanswered(self, shard: int) -> list[torch.Tensor]:
+        """Returns what another server must be told, in order.
+
+        The HELLO too until values have come: only then is there a copy that knows of this worker for certain.
+        """
+        found = {kind: message for (index, kind), (_, message) in self._open.items() if index == shard}
+        if shard in self._greetings:
+            found[Kind.HELLO] = self._greetings[shard]
+        return [found[kind] for kind in sorted(found)]
 
 
 _ASKED = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS, Kind.PING: Kind.PING}

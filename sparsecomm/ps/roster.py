@@ -53,6 +53,15 @@ class Roster:
         before = before[: before.index(self.rank)]
         return self.owner(shard) == self.rank and bool(before) and not self.ended.intersection(before)
 
+    def has_lost(self, shard: int) -> bool:
+        """Returns whether updates of a shard that is nowhere may be lost: with its owner and any backup it had.
+
+        An owner acknowledges nothing that its backup does not have.
+        """
+        before = ring(self.servers, shard)
+        dead = self.lost.intersection(before[: before.index(self.rank)]) - self.ended
+        return len(dead) > self._replicate
+
     def joined(self, worker: int) -> None:
         """Notes a worker; does nothing for one that is known."""
         if worker not in self.workers:

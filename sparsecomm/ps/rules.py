@@ -83,3 +83,11 @@ class ServerOptions:
     restore: Callable[[Shard], None] | None = None
     saved: Callable[[Shard], None] | None = None
     now: Callable[[], float] = monotonic
+
+    def save(self, shard: Shard, events: list[str]) -> None:
+        """Lets a new version be saved. A full disk must not end training: it becomes an event."""
+        try:
+            if self.saved is not None:
+                self.saved(shard)
+        except OSError as error:
+            events.append(f"version {shard.version} of shard {shard.spec.index} was not saved: {error}")

@@ -113,6 +113,8 @@ class Server:
             raise WireError("kind", kind.name, "not for this sender to send", rank=source)
         if envelope.shard >= len(self.options.servers):
             raise WireError("shard", envelope.shard, f"there are {len(self.options.servers)}", rank=source)
+        if kind in (Kind.HELLO, Kind.JOIN) and source in self.roster.lost:
+            return  # its last words; it has been buried, and nobody would let it go again
         if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
             self._hold(source, message)
             return
@@ -162,7 +164,7 @@ class Server:
     def _serve(self, shard: Shard) -> None:
         index = shard.spec.index
         served = self._served[index] = Served(shard, Mirror(self.post, index))
-        shard.on_version = self._save
+        shard.on_version = lambda updated: self.options.save(updated, self.events)
         served.mirror.moved(self.roster.backup(index), shard)
         for worker in list(shard.clocks):
             self.roster.joined(worker)
@@ -215,6 +217,8 @@ class Server:
             self._hold(worker, ms.pack(envelope, body))  # there is nothing to join yet
             return
         first = self.admission.check(worker, body, joins=joins)
+        if served is None and self.roster.has_lost(envelope.shard):
+            self._of(envelope)  # raises
         self._begin(envelope.shard, first.layout)
         self.admission.first = first
         served = self._served[envelope.shard]
@@ -270,20 +274,14 @@ class Server:
         self._acknowledge(served, envelope)
         self._flow(served)
 
-    def _save(self, shard: Shard) -> None:
-        """Lets a new version be saved. A full disk must not end training."""
-        try:
-            if self.options.saved is not None:
-                self.options.saved(shard)
-        except OSError as error:
-            self.events.append(f"version {shard.version} of shard {shard.spec.index} was not saved: {error}")
-
     # --- serving ---
 
     def _of(self, envelope: Envelope) -> Served:
         served = self._served.get(envelope.shard)
         if served is None:
-            raise WireError("shard", envelope.shard, "nobody said HELLO for it here", rank=envelope.sender)
+            lost = "is lost: its server is dead, and so is its backup, or it had none"
+            why = lost if self.roster.has_lost(envelope.shard) else "nobody said HELLO for it here"
+            raise WireError("shard", envelope.shard, why, rank=envelope.sender)
         return served
 
     def _answer(self, served: Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:

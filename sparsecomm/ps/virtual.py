@@ -17,6 +17,7 @@ from sparsecomm.transport.window import VirtualWindow
 
 __all__ = ["VirtualJob"]
 
+_TURNS = 5  # a second
 _STUCK = 100  # turns in which nothing moved, long enough for messages that are held for a dead server's sake
 
 
@@ -35,7 +36,7 @@ class VirtualJob:
         office: their mailboxes; has `kill` and `tamper`.
         servers: by index.
         memories: of the windows, by rank.
-        turns: how many have passed; the servers' clock in seconds.
+        turns: how many have passed, five a second of the servers' clock.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class VirtualJob:
         own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
         self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
         backed = servers > 1 if replicate is None else replicate
-        chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: float(self.turns), **own)
+        chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: self.turns / _TURNS, **own)
         self.servers = [Server(self.office.posts[r], self.rules, chosen) for r in ranks[1]]
         later = range(self.rules.world, self.rules.world + joiners)
         self.links = [self._link(r, ranks[1]) for r in (*ranks[0], *later)]

@@ -5,6 +5,7 @@ A `Post` is one rank's mailbox. It never blocks. `VirtualOffice` gives many of t
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -70,7 +71,7 @@ class VirtualPost:
 
     def lost(self) -> frozenset[int]:
         """See `Post.lost`."""
-        return self._office.dead
+        return self._office.heard(self.rank)
 
     def flushed(self) -> bool:
         """Always True: a message is in its mailbox at once."""
@@ -84,6 +85,8 @@ class VirtualOffice:
         posts: by rank.
         dead: ranks that were killed.
         tamper: if set, called with (source, dest, message); may return another message, or None to lose it.
+        late: if set, drawn from for how late messages arrive and deaths become known, to each rank by itself; what one
+            rank sends to another keeps its order.
     """
 
     def __init__(self, size: int) -> None:
@@ -93,7 +96,9 @@ class VirtualOffice:
         self.posts = [VirtualPost(self, r) for r in range(size)]
         self.dead: frozenset[int] = frozenset()
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None
+        self.late: random.Random | None = None
         self._mail: list[deque[tuple[int, torch.Tensor]]] = [deque() for _ in range(size)]
+        self._heard = [self.dead] * size
 
     def deliver(self, source: int, dest: int, data: torch.Tensor) -> None:
         """Puts a copy of a message into the mailbox of `dest`; nothing goes to or comes from the dead."""
@@ -112,13 +117,23 @@ class VirtualOffice:
 
     def collect(self, rank: int) -> tuple[int, torch.Tensor] | None:
         """Takes the next message out of a mailbox."""
-        if not self._mail[rank]:
+        box = self._mail[rank]
+        if not box or (self.late is not None and self.late.random() < 0.5):
             return None
-        source, message = self._mail[rank].popleft()
+        source = box[0][0] if self.late is None else self.late.choice([s for s, _ in box])
+        at = next(i for i, (s, _) in enumerate(box) if s == source)
+        _, message = box[at]
+        del box[at]
         received = self.posts[rank].traffic
         received.messages_received += 1
         received.bytes_received += message.numel()
         return source, message
+
+    def heard(self, rank: int) -> frozenset[int]:
+        """Returns which deaths a rank knows of."""
+        if self.late is None or self.late.random() < 0.3:
+            self._heard[rank] = self.dead
+        return self._heard[rank]
 
     def kill(self, rank: int, *, lose: bool = False) -> None:
         """Makes a rank dead for all others.

@@ -45,9 +45,12 @@ def payloads(draw: st.DrawFn) -> Sent:
     return payload_of(index_codec, value_codec, numel, nnz, draw(st.integers(0, 2**31)))
 
 
+SLOW = ("reference", "triton")  # checksums in numpy, and kernels in Triton's interpreter
+
+
 def loops() -> int:
-    """Mutations of one drawn payload: few where checksums are computed in numpy."""
-    return 2 if kernels.current_path() == "reference" else 60
+    """Mutations of one drawn payload."""
+    return 2 if kernels.current_path() in SLOW else 60
 
 
 def interesting(rng: random.Random, limit: int, old: int) -> int:
@@ -235,8 +238,9 @@ def test_random_bytes_as_indices_and_values(count: Count, seed: int) -> None:
 @pytest.mark.parametrize("codec", [IndexCodec.BITPACK, IndexCodec.RICE])
 def test_gaps_that_would_wrap_around_are_refused(count: Count, codec: IndexCodec) -> None:
     """All ones: the widest gaps a block can hold, whose sums overflow 32 and 64 bits."""
-    for nnz in (1, 2, 127, 128, 129, 300):
-        for parameter in range(34):
+    slow = kernels.current_path() == "triton"
+    for nnz in (1, 129) if slow else (1, 2, 127, 128, 129, 300):
+        for parameter in (0, 1, 31, 32, 33) if slow else range(34):
             blocks = -(-nnz // 128)
             sizes = [-(-min(128, nnz - 128 * b) * min(parameter, 32) // 8) for b in range(blocks)]
             head = torch.full((blocks,), parameter, dtype=torch.uint8)
@@ -257,5 +261,5 @@ def test_at_least_ten_thousand_hostile_payloads_were_tried(
     ran = [item for item in request.session.items if f"[{path}" in item.nodeid and "test_fuzz_payloads" in item.nodeid]
     if len(ran) < 8:
         pytest.skip("only a part of the fuzz tests was selected")
-    if path != "reference":
+    if path not in SLOW:
         assert sum(n for (where, _), n in count.items() if where == path) >= WANTED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -85,13 +85,17 @@ def decode_pairs(
     return [(out_indices[a:b], out_values[a:b]) for a, b in pairwise(starts)]
 
 
+def _split(payload: Described, body: torch.Tensor) -> tuple[int, int]:
+    """Bytes of a body that are positions, and that are values, whatever its description promises."""
+    index_bytes = min(payload.index_bytes, body.numel())
+    return index_bytes, body.numel() - index_bytes
+
+
 def _plausible(payload: Described, body: torch.Tensor) -> bool:
     """Whether lengths and scale are such that kernels may look at the bytes."""
-    index_bytes, nnz = payload.index_bytes, payload.nnz
-    return (
-        0 <= index_bytes <= body.numel()
-        and plausible_indices(payload.index_codec, index_bytes, nnz, payload.numel)
-        and plausible_values(payload.value_codec, body.numel() - index_bytes, nnz, payload.value_scale)
+    (index_bytes, value_bytes), nnz = _split(payload, body), payload.nnz
+    return plausible_indices(payload.index_codec, index_bytes, nnz, payload.numel) and plausible_values(
+        payload.value_codec, value_bytes, nnz, payload.value_scale
     )
 
 
@@ -119,21 +123,21 @@ def _launch(
     """Decodes plausible payloads, those of the same codecs in the same launches; returns verdicts on the device."""
     data, bases = _gathered(bodies, out_values.device)
     starts = [0, *accumulate(p.nnz for p in payloads)]
-    by_index = _grouped([p.index_codec if p.nnz or p.index_bytes else None for p in payloads])
+    sizes = [_split(payload, body) for payload, body in zip(payloads, bodies, strict=True)]
+    by_index = _grouped([p.index_codec if p.nnz or size[0] else None for p, size in zip(payloads, sizes, strict=True)])
     by_value = _grouped([p.value_codec if p.nnz else None for p in payloads])
     rows: list[int] = []
-    for i in (i for members in by_index.values() for i in members):
-        p = payloads[i]
-        rows += bases[i], p.index_bytes, p.nnz, p.numel, starts[i], i
-    for i in (i for members in by_value.values() for i in members):
-        p, split = payloads[i], payloads[i].index_bytes
-        rows += bases[i] + split, bodies[i].numel() - split, p.nnz, scale_bits(p.value_scale), starts[i], i
+    for i in chain.from_iterable(by_index.values()):
+        rows += bases[i], sizes[i][0], payloads[i].nnz, payloads[i].numel, starts[i], i
+    for i in chain.from_iterable(by_value.values()):
+        scale = scale_bits(payloads[i].value_scale)
+        rows += bases[i] + sizes[i][0], sizes[i][1], payloads[i].nnz, scale, starts[i], i
     table = upload([*rows, *[0] * len(payloads)], data.device)
     verdicts, at = table[len(rows) :], 0
     out = out_indices.view(torch.int32)[: starts[-1]]
     for index_codec, members in by_index.items():
-        sizes = [(payloads[i].index_bytes, payloads[i].nnz) for i in members]
-        read_indices(index_codec, data, table[at:], sizes, out, verdicts)
+        shapes = [(sizes[i][0], payloads[i].nnz) for i in members]
+        read_indices(index_codec, data, table[at:], shapes, out, verdicts)
         at += COLUMNS * len(members)
     for value_codec, members in by_value.items():
         read_values(value_codec, data, table[at:], [payloads[i].nnz for i in members], out_values, verdicts)

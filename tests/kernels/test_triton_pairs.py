@@ -8,7 +8,7 @@ import pair_cases
 import pytest
 import torch
 from helpers import Cluster, assert_restored, gradient, plan, same_bits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +84,6 @@ sizes = st.integers(0, 700).flatmap(lambda n: st.tuples(st.integers(0, min(n, 20
 
 
 @interpreted
-@settings(max_examples=20)
 @given(
     st.lists(st.tuples(codecs, sizes), min_size=1, max_size=4),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=2),
@@ -112,6 +111,25 @@ def test_the_first_damaged_payload_is_named_and_checks_come_first() -> None:
             raise WireError("body_crc", "0x0", "another", rank=1)
 
     assert pair_cases.check_decode("cpu", said, bodies, check)[2] == "body_crc"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("codec", "octets", "nnz", "field"),
+    [
+        (IndexCodec.BITPACK, [33, 0, 0, 0, 0, 0], 1, "index_params"),
+        (IndexCodec.RICE, [32, 0, 0, 0, 0, 1], 1, "index_params"),
+        (IndexCodec.RICE, [0, 1, 0], 1, "indices"),  # a byte without ones
+        (IndexCodec.BITPACK, [1, 2], 1, "indices"),  # bits behind the last gap
+        (IndexCodec.BITMAP, [4, 32], 2, "indices"),  # bits behind numel
+        (IndexCodec.RAW, [3, 0, 0, 0, 3, 0, 0, 0], 2, "indices"),
+    ],
+)
+def test_what_one_check_alone_finds(codec: IndexCodec, octets: list[int], nnz: int, field: str) -> None:
+    good, body = pair_cases.payload(0, codec, ValueCodec.FP32, 2, 12)
+    said = pair_cases.Said(1, codec, ValueCodec.FP32, nnz, 12, len(octets))
+    bad = torch.tensor(octets + [0] * 4 * nnz, dtype=torch.uint8)
+    assert pair_cases.check_decode("cpu", [good, said], [body, bad])[:3] == (1, 7, field)
 
 
 @interpreted

@@ -22,6 +22,7 @@ import torch
 from sparsecomm.arena import Arena
 from sparsecomm.collectives import agree, dense_ring_bytes
 from sparsecomm.compress import Bucket, Taken
+from sparsecomm.device import side_of
 from sparsecomm.metrics import BucketReport
 from sparsecomm.strategies import Job, Plan, Strategy, blank_header, strategy_of
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
@@ -139,7 +140,7 @@ def _apply(job: Job, how: Strategy) -> bool:
         return True
     average = job.memory.get((job.bucket.index, "work"), grad.numel(), torch.float32)
     how.write_average(average, scale)
-    low, high = (float(x) for x in torch.aminmax(average)) if average.numel() else (0.0, 0.0)
+    low, high = side_of(grad.device).read(torch.stack(torch.aminmax(average))) if average.numel() else (0.0, 0.0)
     if not (low >= -_HALF_MAX and high <= _HALF_MAX):
         return False
     grad.copy_(average)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ _MOVED = 12  # bytes an element: read gradient and residual, write the residual
 _COPIED = 8  # bytes an element: read and write
 _DRAGONN = 2**27  # elements, 512 MB: 13.2 ms on a V100
 _PAYLOADS = 8
+_HEAD = 88  # bytes, a payload's header
+_INDEX, _VALUE = IndexCodec.RICE, ValueCodec.FP16
 
 
 def check_device(device: str) -> torch.device:
@@ -138,22 +141,47 @@ def _at(device: torch.device, n: int, density: float, repeats: int) -> list[dict
     return rows
 
 
+@dataclass(slots=True)
+class _Said:
+    """What a decoder is told of a payload."""
+
+    rank: int
+    nnz: int
+    numel: int
+    index_bytes: int
+    value_scale: float
+    bucket: int = 0
+    index_codec: IndexCodec = _INDEX
+    value_codec: ValueCodec = _VALUE
+
+
 def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
-    """Returns a call that encodes a selection, and decodes and adds as many payloads as that of 8 ranks."""
+    """Returns a call that encodes a selection, and decodes and adds as many payloads as that of 8 ranks.
+
+    Payloads go to pinned memory and come from there, as in an exchange; headers, checksums and messages are not in it,
+    and neither is the fill of `out`, which an exchange overwrites.
+    """
     n, k, device = grad.numel(), indices.numel(), grad.device
     kernels.exact_topk(None, grad.clone(), k, indices, values)
-    codec, width = IndexCodec.BITPACK, ValueCodec.FP16
-    data = torch.empty(kernels.max_index_bytes(codec, k, n), dtype=torch.uint8, device=device)
-    value_bytes = torch.empty(kernels.max_value_bytes(width, k), dtype=torch.uint8, device=device)
-    error, got_indices, got_values = torch.empty_like(values), torch.empty_like(indices), torch.empty_like(values)
+    room = _HEAD + kernels.max_index_bytes(_INDEX, k, n) + kernels.max_value_bytes(_VALUE, k)
+    payload = torch.empty(room, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    arrived = torch.empty(_PAYLOADS * room, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    error = torch.empty_like(values)
+    got_indices = torch.empty(_PAYLOADS * k, dtype=torch.uint32, device=device)
+    got_values = torch.empty(_PAYLOADS * k, device=device)
+
+    def encode() -> tuple[int, int, float]:
+        return kernels.encode_pairs(_INDEX, _VALUE, indices, values, n, payload, error, head=_HEAD)
+
+    index_bytes, value_bytes, scale = encode()
+    size = index_bytes + value_bytes
+    bodies = [arrived[r * size : (r + 1) * size].copy_(payload[_HEAD : _HEAD + size]) for r in range(_PAYLOADS)]
+    said = [_Said(r, k, n, index_bytes, scale) for r in range(_PAYLOADS)]
 
     def call() -> None:
-        size = kernels.encode_indices(codec, indices, n, data)
-        _, scale = kernels.encode_values(width, values, value_bytes, error)
-        for _ in range(_PAYLOADS):
-            kernels.decode_indices(codec, data[:size], k, n, got_indices)
-            kernels.decode_values(width, value_bytes, k, scale, got_values)
-            kernels.scatter_add(out, got_indices, got_values)
+        encode()
+        for part in kernels.decode_pairs(said, bodies, got_indices, got_values):
+            kernels.scatter_add(out, *part)
 
     return call
 
@@ -164,13 +192,12 @@ def _encoding(device: torch.device, n: int, density: float, repeats: int) -> dic
     grad, residual, indices, values = _pairs(device, n, k)
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
     room = indices.numel()
-    data = torch.empty(kernels.max_index_bytes(IndexCodec.BITPACK, room, n), dtype=torch.uint8, device=device)
-    value_bytes = torch.empty(kernels.max_value_bytes(ValueCodec.FP16, room), dtype=torch.uint8, device=device)
+    most = _HEAD + kernels.max_index_bytes(_INDEX, room, n) + kernels.max_value_bytes(_VALUE, room)
+    payload = torch.empty(most, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def encode() -> None:
-        stored = kernels.accumulate_select(grad, residual, threshold, indices, values).stored
-        kernels.encode_indices(IndexCodec.BITPACK, indices[:stored], n, data)
-        kernels.encode_values(ValueCodec.FP16, values[:stored], value_bytes, values[:stored])
+        k = kernels.accumulate_select(grad, residual, threshold, indices, values).stored
+        kernels.encode_pairs(_INDEX, _VALUE, indices[:k], values[:k], n, payload, values[:k], head=_HEAD)
 
     took = _times(device, {"encode": encode}, repeats, residual.zero_)["encode"]
     return _row("select + encode", took, "ms", took.seconds * 1e3, 1.0 if n == _DRAGONN else None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
+from sparsecomm.device import side_of
 from sparsecomm.errors import ConfigError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import SelectResult
@@ -64,7 +65,7 @@ class ThresholdTopK(SparsifyingCompressor):
             nnz = self._reselect(residual, k, memory, out, result)
         elif nnz > 4 * k / 3 + _SLACK / 2:
             nnz = kernels.cut_topk(out.indices, out.values, nnz, k, residual)
-            memory.threshold = float(out.values[:nnz].abs().min())
+            memory.threshold = side_of(residual.device).read(out.values[:nnz].abs().min())
         elif nnz > 5 * k / 4:
             memory.threshold *= 1 + _NUDGE
         elif nnz < 2 * k / 3:

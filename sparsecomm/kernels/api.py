@@ -7,14 +7,17 @@ not trust the *content* of encoded bytes: that is for the decoders to check.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
 
-__all__ = ["Kernels"]
+__all__ = ["BatchKernels", "Described", "Kernels", "Parts"]
+
+Parts = list[tuple[torch.Tensor, torch.Tensor]]
+"""Positions and values of sparse vectors."""
 
 
 class Kernels(Protocol):
@@ -114,4 +117,57 @@ class Kernels(Protocol):
 
     def release_scratch(self) -> None:
         """See `dispatch.release_scratch`."""
+        ...
+
+
+class Described(Protocol):
+    """What a decoder is told of a payload; the headers of `sparsecomm.wire` are such.
+
+    Attributes:
+        rank: the sender, for errors.
+        bucket: which it belongs to, for errors.
+        index_codec: how the positions were written.
+        value_codec: how the values were written.
+        nnz: number of pairs.
+        numel: length of the dense vector.
+        index_bytes: length of the positions in bytes; the values follow.
+        value_scale: what `encode_values` returned.
+    """
+
+    rank: int
+    bucket: int
+    index_codec: IndexCodec
+    value_codec: ValueCodec
+    nnz: int
+    numel: int
+    index_bytes: int
+    value_scale: float
+
+
+class BatchKernels(Kernels, Protocol):
+    """What a path has beside `Kernels` where every call costs a launch and every answer a wait."""
+
+    def encode_pairs(
+        self,
+        index_codec: IndexCodec,
+        value_codec: ValueCodec,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        numel: int,
+        out: torch.Tensor,
+        error: torch.Tensor | None,
+        head: int,
+    ) -> tuple[int, int, float]:
+        """See `dispatch.encode_pairs`."""
+        ...
+
+    def decode_pairs(
+        self,
+        payloads: Sequence[Described],
+        bodies: Sequence[torch.Tensor],
+        out_indices: torch.Tensor,
+        out_values: torch.Tensor,
+        check: Callable[[int], None],
+    ) -> Parts:
+        """See `dispatch.decode_pairs`."""
         ...

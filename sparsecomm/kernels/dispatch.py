@@ -23,6 +23,7 @@ from sparsecomm.kernels.combine import (
     scatter_reduce,
 )
 from sparsecomm.kernels.dense import pack_dense, packed_bytes, unpack_dense
+from sparsecomm.kernels.pairs import decode_pairs, encode_pairs
 from sparsecomm.kernels.paths import (
     PATHS,
     available_paths,
@@ -47,8 +48,10 @@ __all__ = [
     "current_path",
     "cut_topk",
     "decode_indices",
+    "decode_pairs",
     "decode_values",
     "encode_indices",
+    "encode_pairs",
     "encode_values",
     "entropy_bits",
     "estimate_index_bytes",

@@ -10,12 +10,13 @@ import torch
 
 from sparsecomm.errors import ConfigError, KernelError
 from sparsecomm.kernels import native, reference
-from sparsecomm.kernels.api import Kernels
+from sparsecomm.kernels.api import BatchKernels, Kernels
 from sparsecomm.kernels.triton_launch import interpreter_problem, triton_problem
 
 __all__ = [
     "PATHS",
     "available_paths",
+    "batch_kernels_for",
     "current_path",
     "kernels",
     "kernels_for",
@@ -84,8 +85,8 @@ def set_path(name: str | None) -> None:
 
 
 @lru_cache(maxsize=1)
-def _triton() -> Kernels:
-    module: Kernels = importlib.import_module("sparsecomm.kernels.triton_path")
+def _triton() -> BatchKernels:
+    module: BatchKernels = importlib.import_module("sparsecomm.kernels.triton_path")
     return module
 
 
@@ -101,7 +102,20 @@ def kernels_for(*tensors: torch.Tensor) -> Kernels:
     return kernels()
 
 
-def _on_gpu(tensors: tuple[torch.Tensor, ...]) -> Kernels:
+def batch_kernels_for(*tensors: torch.Tensor) -> BatchKernels | None:
+    """The implementation for these tensors if it works on many payloads at a time, as Triton's does; else None.
+
+    Raises:
+        KernelError: as `kernels_for`.
+    """
+    for tensor in tensors:
+        if tensor.is_cuda:
+            return _on_gpu(tensors)
+    kernels()
+    return _triton() if _path == "triton" else None
+
+
+def _on_gpu(tensors: tuple[torch.Tensor, ...]) -> BatchKernels:
     devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
         raise KernelError(f"all tensors of a call must be on one device, got {', '.join(devices)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 
-from sparsecomm.kernels.triton_launch import ceil_div, launch
+from sparsecomm.kernels.triton_launch import ceil_div, joined, launch, upload
 from sparsecomm.kernels.triton_values import _bf16_bits
 
 __all__ = ["add_dense", "scatter_add", "scatter_reduce"]
@@ -86,18 +87,9 @@ def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.
     """See `dispatch.scatter_reduce`. Never waits for the device."""
     n, device = out.numel(), out.device
     regions = ceil_div(n, _REGION)
-    ends = [0]
-    for _, values in parts:
-        ends.append(ends[-1] + values.numel())
-    indices = (
-        torch.cat([i.view(torch.int32) for i, _ in parts])
-        if parts
-        else torch.empty(0, dtype=torch.int32, device=device)
-    )
-    values = torch.cat([v for _, v in parts]) if parts else torch.empty(0, device=device)
-    starts = torch.empty(len(ends), dtype=torch.int64, device=device)
-    for i, end in enumerate(ends):
-        starts[i].fill_(end)
+    indices = joined([i.view(torch.int32) for i, _ in parts], torch.empty(0, dtype=torch.int32, device=device))
+    values = joined([v for _, v in parts], torch.empty(0, device=device))
+    starts = upload([0, *accumulate(v.numel() for _, v in parts)], device)
     bounds = torch.empty(max(1, len(parts) * (regions + 1)), dtype=torch.int64, device=device)
     tiles = ceil_div(len(parts) * (regions + 1), 256)
     launch(_bounds, tiles, indices, starts, bounds, regions, len(parts), REGION=_REGION, TILE=256)

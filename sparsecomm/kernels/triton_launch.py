@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+
+from sparsecomm.device import side_of
 
 __all__ = [
     "ACCUMULATE_BLOCK",
@@ -17,8 +20,12 @@ __all__ = [
     "bits_of",
     "ceil_div",
     "interpreter_problem",
+    "joined",
     "launch",
+    "read",
+    "runs",
     "triton_problem",
+    "upload",
 ]
 
 ACCUMULATE_BLOCK = 4096
@@ -73,3 +80,38 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: 
         return
     with np.errstate(all="ignore"):
         kernel[(programs,)](*args, **constants)
+
+
+def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Returns int64 numbers on a device. From pinned memory: a copy from any other would wait for the device."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def read(numbers: torch.Tensor) -> Any:
+    """Returns a few numbers from a device as `tolist` does; the host waits for them."""
+    return side_of(numbers.device).read(numbers)
+
+
+def runs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns tensors over the memory of 1-D ones, in order; those that follow each other in a storage become one."""
+    found: list[tuple[torch.Tensor, int]] = []
+    end = base = 0
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        start, storage = tensor.data_ptr(), tensor.untyped_storage().data_ptr()
+        if found and start == end and storage == base:
+            found[-1] = found[-1][0], found[-1][1] + tensor.numel()
+        else:
+            found.append((tensor, tensor.numel()))
+        end, base = start + tensor.nbytes, storage
+    return [first.as_strided((numel,), (1,)) for first, numel in found]
+
+
+def joined(tensors: Sequence[torch.Tensor], otherwise: torch.Tensor) -> torch.Tensor:
+    """Returns 1-D tensors as one, copied only if they do not lie one after the other; `otherwise` for no elements."""
+    whole = runs(tensors)
+    if not whole:
+        return otherwise
+    return whole[0] if len(whole) == 1 else torch.cat(whole)

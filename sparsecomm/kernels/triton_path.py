@@ -6,7 +6,9 @@ import torch
 
 from sparsecomm.kernels import native, reference
 from sparsecomm.kernels.triton_combine import add_dense, scatter_add, scatter_reduce
-from sparsecomm.kernels.triton_indices import decode_indices, encode_indices
+from sparsecomm.kernels.triton_indices import encode_indices
+from sparsecomm.kernels.triton_pairs import decode_pairs, encode_pairs
+from sparsecomm.kernels.triton_positions import decode_indices
 from sparsecomm.kernels.triton_select import accumulate_dense, accumulate_norms, accumulate_select
 from sparsecomm.kernels.triton_topk import cut_topk, exact_topk
 from sparsecomm.kernels.triton_values import decode_values, encode_values, pack_dense, unpack_dense
@@ -19,8 +21,10 @@ __all__ = [
     "crc32c",
     "cut_topk",
     "decode_indices",
+    "decode_pairs",
     "decode_values",
     "encode_indices",
+    "encode_pairs",
     "encode_values",
     "exact_topk",
     "pack_dense",

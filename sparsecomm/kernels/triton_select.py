@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, bits_of, ceil_div, launch
+from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, bits_of, ceil_div, launch, read, upload
 from sparsecomm.types import SelectResult
 
 __all__ = ["accumulate_dense", "accumulate_norms", "accumulate_select", "accumulated", "select", "threshold_bits"]
@@ -229,10 +229,8 @@ def accumulate_select(
     """See `dispatch.accumulate_select`. Waits for the device once, for the counts."""
     if not residual.numel():
         return SelectResult(0, 0, 0)
-    # Filled on the device: a copy from pageable memory would wait for it.
-    rule = torch.full((2,), EVERY_TIE, dtype=torch.int64, device=residual.device)
-    rule[0].fill_(threshold_bits(threshold))
-    total, _, nonfinite = select(grad, residual, rule, out_indices, out_values, scale).tolist()
+    rule = upload([threshold_bits(threshold), EVERY_TIE], residual.device)
+    total, _, nonfinite = read(select(grad, residual, rule, out_indices, out_values, scale))
     return SelectResult(min(total, out_indices.numel()), total, nonfinite)
 
 
@@ -254,7 +252,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
     counts = torch.empty(blocks, dtype=torch.int32, device=residual.device)
     how = {"KIND": KIND[grad.dtype], "SCALED": scale != 1.0, "BLOCK": ACCUMULATE_BLOCK}
     launch(_accumulate, blocks, bits_of(grad, residual), residual, n, scale, counts, warps=8, **how)
-    return int(counts.sum())
+    return int(read(counts.sum()))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, PROGRAMS, bits_of, ceil_div, launch
+from sparsecomm.kernels.triton_launch import ACCUMULATE_BLOCK, KIND, PROGRAMS, bits_of, ceil_div, launch, read
 from sparsecomm.kernels.triton_select import INF_BITS, accumulate_select, accumulated, select
 from sparsecomm.types import TopKResult
 
@@ -156,6 +156,8 @@ def _radix(
 ) -> None:
     """Finds the rank-th largest of the vector, or of `found`, into the state."""
     grad, residual, n, scale = args
+    if mode != _WHOLE:
+        grad, kind = residual, {"KIND": 0, "SCALED": False}  # not looked at: one form for all
     counts = torch.zeros(len(_SHIFTS) * _BINS, dtype=torch.int64, device=state.device)
     many = n if mode == _WHOLE else found.numel()
     # The interpreter runs programs one after the other: two suffice to see that they add up.
@@ -221,11 +223,11 @@ def exact_topk(
     if k == 0:
         nothing = out_indices[:0], out_values[:0]
         if grad is None:
-            return TopKResult(0, 0.0, int((~torch.isfinite(residual)).sum()))
+            return TopKResult(0, 0.0, int(read((~torch.isfinite(residual)).sum())))
         return TopKResult(0, 0.0, accumulate_select(grad, residual, math.inf, *nothing, scale).nonfinite)
     state = _find_threshold(grad, residual, k, scale)
     counts = select(grad, residual, state, out_indices, out_values, scale)
-    total, ties, nonfinite, bits, need, *_ = torch.cat([counts, state]).tolist()
+    total, ties, nonfinite, bits, need, *_ = read(torch.cat([counts, state]))
     if bits >= INF_BITS:
         return TopKResult(0, 0.0, nonfinite)
     return TopKResult(total - ties + min(ties, need), float(np.uint32(bits).view(np.float32)), nonfinite)

@@ -15,7 +15,7 @@ from sparsecomm.wire import (
     CollectiveKind,
     Header,
     choose_index_codec,
-    decode_body,
+    decode_bodies,
     encode_payload,
     max_payload_bytes,
 )
@@ -68,14 +68,9 @@ class Allgather(Strategy):
         self.payload = arena.get((bucket.index, "payload"), self._most, torch.uint8)
         # Free again at once: all buckets share it.
         error = self.job.memory.get("rounding", nnz, torch.float32, reserve=taken.capacity)
-        packed = None if self.payload.device == taken.values.device else self._room(self._most)
-        encode_payload(header, taken.indices, taken.values, self.payload, error, packed)
+        encode_payload(header, taken.indices, taken.values, self.payload, error)
         if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
             kernels.scatter_add(bucket.residual, taken.indices, error)
-
-    def _room(self, size: int) -> torch.Tensor:
-        """A payload's bytes on the gradient's device; free again as soon as they are on the host."""
-        return self.job.memory.get("packed", size, torch.uint8)
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         """See `Strategy.communicate`."""
@@ -100,18 +95,7 @@ class Allgather(Strategy):
         # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
         indices = memory.get("decoded indices", total, torch.uint32, reserve=most)
         values = memory.get("decoded values", total, torch.float32, reserve=most)
-        self._parts, offset = [], 0
-        for rank, (header, body) in enumerate(zip(headers, self._bodies, strict=True)):
-            end = offset + header.nnz
-            part = (indices[offset:end], values[offset:end])
-            if rank == self.job.channel.rank:
-                part = (taken.indices, part[1])
-                own = body[header.index_bytes :].to(part[1].device, non_blocking=True)
-                kernels.decode_values(header.value_codec, own, header.nnz, header.value_scale, part[1])
-            else:
-                decode_body(header, body, *part)
-            self._parts.append(part)
-            offset = end
+        self._parts = decode_bodies(headers, self._bodies, indices, values, (self.job.channel.rank, taken.indices))
 
     def write_average(self, out: torch.Tensor, scale: float) -> None:
         """See `Strategy.write_average`."""

@@ -24,6 +24,7 @@ from sparsecomm.wire.part import (
 from sparsecomm.wire.payload import (
     check_body,
     choose_index_codec,
+    decode_bodies,
     decode_body,
     encode_error,
     encode_payload,
@@ -56,6 +57,7 @@ __all__ = [
     "add_signs",
     "check_body",
     "choose_index_codec",
+    "decode_bodies",
     "decode_body",
     "decode_part",
     "decode_positions",

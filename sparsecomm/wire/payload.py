@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from sparsecomm.device import side_of
 from sparsecomm.errors import WireError
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -13,6 +14,7 @@ from sparsecomm.wire.header import FLAG_ERROR, HEADER_BYTES, MAX_ERROR_BYTES, He
 __all__ = [
     "check_body",
     "choose_index_codec",
+    "decode_bodies",
     "decode_body",
     "encode_error",
     "encode_payload",
@@ -40,34 +42,22 @@ def max_payload_bytes(index_codec: IndexCodec, value_codec: ValueCodec, nnz: int
 
 
 def encode_payload(
-    header: Header,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    error: torch.Tensor,
-    packed: torch.Tensor | None = None,
+    header: Header, indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor
 ) -> None:
     """Writes a payload: the first HEADER_BYTES + header.body_bytes of `out`.
 
     Args:
         header: flags, codecs, ids and numel. Mutated: lengths, nnz, scale and checksum are filled in.
-        indices: uint32, shape (nnz,), strictly ascending, all below header.numel.
-        values: float32, shape (nnz,), finite.
-        out: uint8, at least `max_payload_bytes` long. Mutated.
-        error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
-        packed: for pairs on a GPU, room there as long as `out`: only the bytes that it then holds go to the host.
+        indices: uint32, shape (nnz,), strictly ascending, all below header.numel; on the host or a GPU.
+        values: float32, shape (nnz,), finite; beside them.
+        out: uint8, at least `max_payload_bytes` long, on the host; for a GPU's pairs pinned. Mutated.
+        error: float32, shape (nnz,), beside the values. Receives value minus decoded value: what rounding drops.
     """
-    body = out[HEADER_BYTES:] if packed is None else packed
-    index_bytes = kernels.encode_indices(header.index_codec, indices, header.numel, body)
-    value_bytes, scale = kernels.encode_values(header.value_codec, values, body[index_bytes:], error)
     header.nnz = values.numel()
-    header.index_bytes = index_bytes
-    header.value_bytes = value_bytes
-    header.value_scale = scale
-    if packed is not None:
-        body = out[HEADER_BYTES:]
-        side_of(packed.device).fetch(packed[: header.body_bytes], body[: header.body_bytes])
-    header.body_crc = kernels.crc32c(body[: index_bytes + value_bytes])
+    header.index_bytes, header.value_bytes, header.value_scale = kernels.encode_pairs(
+        header.index_codec, header.value_codec, indices, values, header.numel, out, error, head=HEADER_BYTES
+    )
+    header.body_crc = kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + header.body_bytes])
     write_header(header, out)
 
 
@@ -106,21 +96,48 @@ def check_body(header: Header, body: torch.Tensor) -> None:
 
 
 def decode_body(header: Header, body: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Decodes a body whose header has been read, checking everything in it.
+    """Decodes a body whose header has been read, checking everything in it. All tensors are on the host.
 
     Args:
         header: from `read_header`.
         body: uint8, shape (header.body_bytes,).
-        indices: uint32, shape (nnz,), on the host or a GPU. Mutated, on failure too.
-        values: float32, shape (nnz,), beside them. Mutated, on failure too.
+        indices: uint32, shape (nnz,). Mutated, on failure too.
+        values: float32, shape (nnz,). Mutated, on failure too.
 
     Raises:
         WireError: names field, value, sender and bucket. Nothing but the two outputs was touched.
     """
     check_body(header, body)
-    body = body.to(indices.device, non_blocking=True)  # the body itself where that is the host
     try:
         kernels.decode_indices(header.index_codec, body[: header.index_bytes], header.nnz, header.numel, indices)
         kernels.decode_values(header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, values)
     except WireError as error:
         raise error.at(rank=header.rank, bucket=header.bucket) from None
+
+
+def decode_bodies(
+    headers: Sequence[Header],
+    bodies: Sequence[torch.Tensor],
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    own: tuple[int, torch.Tensor],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Decodes the bodies of all ranks, checking everything in them, with as few launches as if it were one.
+
+    Args:
+        headers: from `read_header`.
+        bodies: uint8, on the host; for outputs on a GPU pinned.
+        indices: uint32, on the host or a GPU, as long as all nnz together. Mutated, on failure too.
+        values: float32, beside them, equally long. Mutated, on failure too.
+        own: which of them this rank has written, and the positions in it.
+
+    Returns:
+        Every rank's positions and values.
+
+    Raises:
+        WireError: names field, value, sender and bucket of the first that is damaged. Nothing but the two outputs was
+            touched.
+    """
+    return kernels.decode_pairs(
+        headers, bodies, indices, values, check=lambda i: check_body(headers[i], bodies[i]), known=own
+    )

@@ -33,6 +33,8 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = json.loads(done.stdout)
     names = {form["name"] for form in compiled}
-    assert {"_select", "_gather", "_count_digits", "_pack", "_unpack", "_reduce", "_write"} <= names
+    assert {"_select", "_gather", "_count_digits", "_pack", "_close", "_reduce", "_write"} <= names
+    assert {"_sizes", "_unpack", "_count_ones", "_find_ones", "_sum_gaps", "_place", "_plain"} <= names
+    assert {"_read", "_read_int8", "_largest", "_bitmap"} <= names
     assert not [form for form in compiled if form["fused"]]
     assert not [form for form in compiled if form["name"] in ("_select", "_collect") and form["spilled"]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -21,6 +23,7 @@ from sparsecomm.kernels import (
     triton_combine,
     triton_indices,
     triton_path,
+    triton_positions,
     triton_select,
     triton_topk,
     triton_values,
@@ -35,11 +38,11 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-COMPILED: dict[tuple[Any, ...], dict[str, Any]] = {}
+FORMS: dict[tuple[Any, ...], tuple[ASTSource, dict[str, Any]]] = {}
 
 
-def only_compile(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Takes the place of `launch`."""
+def only_note(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
+    """Takes the place of `launch`: notes in which form a kernel would be started."""
     if programs == 0:
         return
     signature, attributes = {}, {}
@@ -51,20 +54,19 @@ def only_compile(kernel: Any, programs: int, *args: Any, warps: int = 4, **const
         else:
             signature[name] = ("i64" if value >= 2**31 else "i32") if isinstance(value, int) else "fp32"
     key = (kernel.__name__, *signature.items(), *constants.items())
-    if key in COMPILED:
+    if key in FORMS:
         return
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    registers, spilled = resources(made.asm["ptx"]) if kernel.__name__ in ("_select", "_gather", "_collect") else (0, 0)
-    COMPILED[key] = {
-        "name": kernel.__name__,
-        "constants": constants,
-        "fused": "fma.rn" in made.asm["ptx"],
-        "registers": registers,
-        "spilled": spilled,
-    }
+    FORMS[key] = source, {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def compiled(number: int) -> dict[str, Any]:
+    """Compiles a form."""
+    source, options = list(FORMS.values())[number]
+    made, name = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), source.fn.__name__
+    registers, spilled = resources(made.asm["ptx"]) if name in ("_select", "_gather", "_collect") else (0, 0)
+    return {"name": name, "fused": "fma.rn" in made.asm["ptx"], "registers": registers, "spilled": spilled}
 
 
 def resources(ptx: str) -> tuple[int, int]:
@@ -92,8 +94,8 @@ def resources(ptx: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    for module in (triton_select, triton_topk, triton_indices, triton_values, triton_combine):
-        module.launch = only_compile
+    for module in (triton_select, triton_topk, triton_indices, triton_positions, triton_values, triton_combine):
+        module.launch = only_note
     # Nothing is computed, so what comes back means nothing, and decoders may refuse what they "read".
     n, k, path = 70_000, 100, triton_path
     residual, values, out = torch.zeros(n), torch.zeros(k), torch.zeros(8 * n, dtype=torch.uint8)
@@ -122,7 +124,9 @@ def main() -> None:
         if value_codec != ValueCodec.INT8:
             path.pack_dense(value_codec, values, out, None)
             path.unpack_dense(value_codec, out, values, True)
-    print(json.dumps(list(COMPILED.values())))
+    # Processes that are forks of this one have the forms, too.
+    with multiprocessing.get_context("fork").Pool(min(4, os.cpu_count() or 1)) as pool:
+        print(json.dumps(pool.map(compiled, range(len(FORMS)), chunksize=1)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""Whole payloads on a device and on the reference, whose bytes, pairs and errors must be the same.
+
+Used for Triton in its interpreter (tests/kernels/test_triton_pairs.py) and on a GPU (tests/gpu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from cases import Put, agree, octets, positions
+from vectors import vector
+
+from sparsecomm.errors import WireError
+from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.types import IndexCodec, ValueCodec
+
+HEAD = 88
+
+
+@dataclass
+class Said:
+    """What a decoder is told of a payload."""
+
+    rank: int
+    index_codec: IndexCodec
+    value_codec: ValueCodec
+    nnz: int
+    numel: int
+    index_bytes: int = 0
+    value_scale: float = 1.0
+    bucket: int = 7
+
+
+Made = tuple[Said, torch.Tensor]
+
+
+def pairs(nnz: int, numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions, about nnz of them, and finite values, of a kind from the seed."""
+    everything = torch.arange(numel).to(torch.uint32)
+    indices = everything if nnz == numel else positions(numel, nnz, seed, clustered=seed % 3 == 0)
+    kind = ("normal", "wide", "zeros", "denormal")[seed % 4]
+    return indices, torch.nan_to_num(vector(kind, indices.numel(), seed))
+
+
+def payload(rank: int, index_codec: IndexCodec, value_codec: ValueCodec, nnz: int, numel: int) -> Made:
+    """A payload as a rank would send it; all positions if the codec can only do that."""
+    indices, values = pairs(numel if index_codec == IndexCodec.DENSE else nnz, numel, 10 * rank + int(index_codec))
+    said = Said(rank, index_codec, value_codec, values.numel(), numel)
+    most = kernels.max_index_bytes(index_codec, said.nnz, numel) + kernels.max_value_bytes(value_codec, said.nnz)
+    out = torch.zeros(HEAD + most, dtype=torch.uint8)
+    said.index_bytes, value_bytes, said.value_scale = kernels.encode_pairs(
+        index_codec, value_codec, indices, values, numel, out, head=HEAD
+    )
+    return said, out[HEAD : HEAD + said.index_bytes + value_bytes].clone()
+
+
+def together(made: Sequence[Made]) -> list[torch.Tensor]:
+    """Bodies as they arrive: the others' one after the other in one buffer, this rank's, the second, in its own."""
+    own = min(1, len(made) - 1)
+    others = torch.cat([torch.empty(0, dtype=torch.uint8), *(body for i, (_, body) in enumerate(made) if i != own)])
+    bodies, at = [], 0
+    for i, (_, body) in enumerate(made):
+        bodies.append(body if i == own else others[at : at + body.numel()])
+        at += 0 if i == own else body.numel()
+    return bodies
+
+
+def check_encode(device: str, codecs: tuple[IndexCodec, ValueCodec], nnz: int, numel: int, seed: int) -> None:
+    """Bytes on the host, and rounding errors where the values are, in place for every second seed."""
+    index_codec, value_codec = codecs
+    indices, values = pairs(numel if index_codec == IndexCodec.DENSE else nnz, numel, seed)
+    most = kernels.max_index_bytes(index_codec, values.numel(), numel) + kernels.max_value_bytes(
+        value_codec, values.numel()
+    )
+
+    def call(put: Put) -> tuple[Any, ...]:
+        out = torch.zeros(HEAD + most, dtype=torch.uint8, pin_memory=device == "cuda")
+        mine = put(values)
+        error = mine if seed % 2 else put(torch.zeros(values.numel()))
+        sizes = kernels.encode_pairs(index_codec, value_codec, put(indices), mine, numel, out, error, head=HEAD)
+        return *sizes, out[HEAD : HEAD + sizes[0] + sizes[1]], error
+
+    agree(device, call, offset=seed % 4)
+
+
+def check_decode(
+    device: str, said: Sequence[Said], bodies: Sequence[torch.Tensor], check: Callable[[int], None] | None = None
+) -> tuple[Any, ...]:
+    """Pairs one after the other, or the error and who is to blame; nothing is written beside the outputs."""
+    total, edge = sum(s.nnz for s in said), 16
+
+    def call(put: Put) -> tuple[Any, ...]:
+        indices = put(torch.full((total + 2 * edge,), 7, dtype=torch.int64).to(torch.uint32))
+        values = put(torch.full((total + 2 * edge,), 7.0))
+        room = indices[edge : total + edge], values[edge : total + edge]
+        failed: tuple[Any, ...] = ()
+        parts = []
+        try:
+            parts = kernels.decode_pairs(said, bodies, *room, check=check)
+        except WireError as error:
+            failed = error.rank, error.bucket, error.field, str(error.value), error.reason
+        outside = [octets(t[cut]) for t in (indices, values) for cut in (slice(edge), slice(total + edge, None))]
+        return *(failed or room), *(t for part in parts for t in part), *outside
+
+    return agree(device, call)
+
+
+def check_decoded(device: str, made: Sequence[Made]) -> None:
+    """Good payloads."""
+    truth = check_decode(device, [said for said, _ in made], together(made))
+    assert isinstance(truth[0], torch.Tensor), truth[:5]
+
+
+def damaged(made: Made, way: int, seed: int) -> Made:
+    """A payload of which something is wrong, or at least changed."""
+    said, body = made[0], made[1].clone()
+    rng = np.random.default_rng(seed)
+    if way == 0 and body.numel():
+        body[rng.integers(0, body.numel())] ^= 1 << int(rng.integers(0, 8))
+    elif way == 1:
+        body = body[: int(rng.integers(0, body.numel() + 1))]
+    elif way == 2:
+        body = torch.from_numpy(rng.integers(0, 256, body.numel(), dtype=np.uint8))
+    elif way == 3:
+        said.index_bytes = int(rng.integers(0, body.numel() + 5))
+    elif way == 4:
+        said.value_scale = float(rng.choice([0.0, -1.0, np.inf, 1e300, 2.0]))
+    else:
+        said.numel = int(rng.integers(said.nnz, said.numel + 1))
+    return said, body

@@ -5,14 +5,12 @@ But for Triton's interpreter, which takes milliseconds a block: test_triton.py h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 
 from sparsecomm.kernels import dispatch as kernels
 
-T = TypeVar("T")
 FAST = tuple(p for p in kernels.available_paths() if p not in ("reference", "triton"))
 
 
@@ -21,12 +19,3 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.set_path(request.param)
     yield request.param
     kernels.set_path(None)
-
-
-def by_reference(path: str, call: Callable[[], T]) -> T:
-    """Runs a call on the reference, then goes back to the path under test."""
-    kernels.set_path("reference")
-    try:
-        return call()
-    finally:
-        kernels.set_path(path)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import by_reference
+from by_path import by_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import same_bits, seeds, vector

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import by_reference
+from by_path import by_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import same_bits, seeds, vector

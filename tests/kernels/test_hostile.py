@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import by_reference
+from by_path import by_reference
 
 from sparsecomm.errors import KernelError, WireError
 from sparsecomm.kernels import dispatch as kernels

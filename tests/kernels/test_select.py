@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import by_reference
+from by_path import by_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import DTYPES, kinds, same_bits, seeds, sizes, vector

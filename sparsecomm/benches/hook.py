@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sparsecomm as sc
 from sparsecomm.benches import bench, meta, table, verdict
 from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.transport import IN_FLIGHT, Channel, CollectiveSteps
+from sparsecomm.transport import IN_FLIGHT, Channel, CollectiveSteps, Request
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES
 
@@ -30,10 +30,11 @@ def run(
     density: float = 0.01,
     repeats: int = 9,
 ) -> dict[str, Any]:
-    """Times whole exchanges by a SparseState against their kernels and messages alone. Also under mpirun.
+    """Times exchanges by a SparseState against bare ones: the same kernels and messages by hand. Also under mpirun.
 
-    Overhead = seconds a bucket - kernel seconds - message seconds, the best of rounds taken in turn (a difference of
-    medians would mostly show what else the machine was doing).
+    Overhead = seconds a bucket - bare seconds, the best of rounds taken in turn (a difference of medians would mostly
+    show what else the machine was doing). Bare is more than kernels and messages timed apart: ranks also wait for each
+    other's kernels, which never take equally long.
 
     Args:
         shapes: buckets and elements of each, as "1000x1024".
@@ -41,8 +42,8 @@ def run(
         repeats: timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``, a row a shape: buckets, numel, world, seconds, kernel_seconds,
-        message_seconds, overhead_seconds (all a bucket), goal, ok.
+        ``{"meta": {...}, "rows": [...]}``, a row a shape: buckets, numel, world, seconds, bare_seconds, and of that
+        kernel_seconds and message_seconds by themselves, overhead_seconds (all a bucket), goal, ok.
     """
     world = sc.init()
     threads = torch.get_num_threads()
@@ -71,19 +72,18 @@ def _row(world: sc.World, buckets: int, numel: int, density: float, repeats: int
         for future in futures:
             future.wait()
 
-    k = max(1, round(density * numel))
-    alone = _kernels_alone(grads, k, world.size)
-    body = kernels.estimate_index_bytes(IndexCodec.RICE, k, numel) + kernels.max_value_bytes(ValueCodec.FP16, k)
-    samples: dict[str, list[float]] = {"whole": [], "kernels": [], "messages": []}
+    bare = _ByHand(world, grads, max(1, round(density * numel)))
+    tasks = {"whole": whole, "kernels": bare.kernels, "messages": bare.messages, "bare": bare.exchanges}
+    samples: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(-2, repeats):
-        for name, task in (("whole", whole), ("kernels", alone), ("messages", lambda: _messages(world, buckets, body))):
+        for name, task in tasks.items():
             for g in grads:
                 g.normal_(generator=generator)
             seconds = _timed(task, world)
             if round_ >= 0:
                 samples[name].append(seconds / buckets if name != "messages" or world.size > 1 else 0.0)
-    whole_s, kernel_s, message_s = (min(samples[n]) for n in ("whole", "kernels", "messages"))
-    overhead = whole_s - kernel_s - message_s
+    whole_s, kernel_s, message_s, bare_s = (min(samples[n]) for n in tasks)
+    overhead = whole_s - bare_s
     return {
         "buckets": buckets,
         "numel": numel,
@@ -91,6 +91,7 @@ def _row(world: sc.World, buckets: int, numel: int, density: float, repeats: int
         "seconds": whole_s,
         "kernel_seconds": kernel_s,
         "message_seconds": message_s,
+        "bare_seconds": bare_s,
         "overhead_seconds": overhead,
         "goal": _GOAL,
         "ok": verdict(overhead, _GOAL),
@@ -119,70 +120,98 @@ class _InFlight:
     scale: float = 1.0
 
 
-def _kernels_alone(grads: Sequence[torch.Tensor], k: int, size: int) -> Callable[[], None]:
-    """Returns a call of just the kernels that the exchanges of these buckets need on one rank of `size`.
+class _ByHand:
+    """The kernels that the exchanges of these buckets need on one rank, and with them the messages; nothing else.
 
     In their order and on memory of their own, as in exchanges of which as many are in flight as the engine allows:
-    what a kernel finds in the cache is part of its cost.
+    what a kernel finds in the cache is part of its cost, and so is waiting for the other ranks' kernels.
     """
-    numel = grads[0].numel()
-    room = kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k
-    memory = [
-        _InFlight(torch.zeros(numel), torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(room).byte())
-        for _ in grads
-    ]
-    error = torch.empty(k)
-    decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(size)]
-    header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
 
-    def send(grad: torch.Tensor, m: _InFlight) -> None:
-        n = m.nnz = kernels.exact_topk(grad, m.residual, k, m.indices, m.values).stored
-        m.index_bytes = kernels.encode_indices(IndexCodec.RICE, m.indices[:n], numel, m.data)
+    def __init__(self, world: sc.World, grads: Sequence[torch.Tensor], k: int) -> None:
+        self._world = world
+        numel = self._numel = grads[0].numel()
+        room = kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k
+        memory = [
+            _InFlight(torch.zeros(numel), torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(room).byte())
+            for _ in grads
+        ]
+        buckets = list(zip(grads, memory, strict=True))
+        self._groups = [buckets[first : first + IN_FLIGHT] for first in range(0, len(buckets), IN_FLIGHT)]
+        self._error = torch.empty(k)
+        self._decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(world.size)]
+        self._header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        body = kernels.estimate_index_bytes(IndexCodec.RICE, k, numel) + kernels.max_value_bytes(ValueCodec.FP16, k)
+        self._body = torch.zeros(body, dtype=torch.uint8)
+        others = range(1, world.size)
+        self._into = {d: (torch.empty_like(self._header), torch.empty_like(self._body)) for d in others}
+
+    def _send(self, grad: torch.Tensor, m: _InFlight) -> None:
+        n = m.nnz = kernels.exact_topk(grad, m.residual, m.values.numel(), m.indices, m.values).stored
+        m.index_bytes = kernels.encode_indices(IndexCodec.RICE, m.indices[:n], self._numel, m.data)
         m.value_bytes, m.scale = kernels.encode_values(
-            ValueCodec.FP16, m.values[:n], m.data[m.index_bytes :], error[:n]
+            ValueCodec.FP16, m.values[:n], m.data[m.index_bytes :], self._error[:n]
         )
         kernels.crc32c(m.data[: m.index_bytes + m.value_bytes])
-        kernels.crc32c(header)
-        kernels.scatter_add(m.residual, m.indices[:n], error[:n])
+        kernels.crc32c(self._header)
+        kernels.scatter_add(m.residual, m.indices[:n], self._error[:n])
 
-    def receive(grad: torch.Tensor, m: _InFlight) -> None:
+    def _receive(self, grad: torch.Tensor, m: _InFlight) -> None:
         n, body = m.nnz, m.data[: m.index_bytes + m.value_bytes]
-        for rank, (indices, values) in enumerate(decoded):
+        for rank, (indices, values) in enumerate(self._decoded):
             if rank:
-                kernels.crc32c(header)
+                kernels.crc32c(self._header)
                 kernels.crc32c(body)
-                kernels.decode_indices(IndexCodec.RICE, body[: m.index_bytes], n, numel, indices[:n])
+                kernels.decode_indices(IndexCodec.RICE, body[: m.index_bytes], n, self._numel, indices[:n])
             kernels.decode_values(ValueCodec.FP16, body[m.index_bytes :], n, m.scale, values[:n])
-        own = (m.indices[:n], decoded[0][1][:n])
-        kernels.scatter_reduce(grad, [own, *((i[:n], v[:n]) for i, v in decoded[1:])], scale=1.0 / size)
+        own = (m.indices[:n], self._decoded[0][1][:n])
+        others = ((i[:n], v[:n]) for i, v in self._decoded[1:])
+        kernels.scatter_reduce(grad, [own, *others], scale=1.0 / self._world.size)
 
-    def call() -> None:
-        for first in range(0, len(grads), IN_FLIGHT):
-            together = list(zip(grads, memory, strict=True))[first : first + IN_FLIGHT]
-            for grad, m in together:
-                send(grad, m)
-            for grad, m in together:
-                receive(grad, m)
+    def _post(self, channel: Channel, which: int) -> list[Request]:
+        data = self._body if which else self._header
+        requests = [channel.irecv(i[which], (channel.rank - d) % channel.size) for d, i in self._into.items()]
+        return requests + [channel.isend(data, (channel.rank + d) % channel.size) for d in self._into]
 
-    return call
+    def kernels(self) -> None:
+        """Runs the kernels alone."""
+        for group in self._groups:
+            for bucket in group:
+                self._send(*bucket)
+            for bucket in group:
+                self._receive(*bucket)
 
+    def messages(self) -> None:
+        """Sends the messages alone, one exchange after the other. Collective."""
 
-def _messages(world: sc.World, buckets: int, body: int) -> None:
-    """Sends what `buckets` exchanges send, without anything else."""
-
-    def steps(channel: Channel) -> CollectiveSteps[None]:
-        header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        out = torch.zeros(body, dtype=torch.uint8)
-        others = range(1, channel.size)
-        into = {d: (torch.empty_like(header), torch.empty_like(out)) for d in others}
-        for _ in range(buckets):
-            for i, data in enumerate((header, out)):
-                requests = [channel.irecv(into[d][i], (channel.rank - d) % channel.size) for d in others]
-                requests += [channel.isend(data, (channel.rank + d) % channel.size) for d in others]
-                yield requests
+        def steps(channel: Channel) -> CollectiveSteps[None]:
+            for _ in (bucket for group in self._groups for bucket in group):
+                yield self._post(channel, 0)
+                yield self._post(channel, 1)
                 channel.pending.clear()
 
-    world.engine.call("bench messages", steps)
+        self._world.engine.call("bench messages", steps)
+
+    def exchanges(self) -> None:
+        """Both together: headers leave as soon as a bucket is selected, bodies when the others' headers are there.
+
+        Collective.
+        """
+
+        def steps(channel: Channel) -> CollectiveSteps[None]:
+            for group in self._groups:
+                headers, bodies = [], []
+                for bucket in group:
+                    self._send(*bucket)
+                    headers.append(self._post(channel, 0))
+                for requests in headers:
+                    yield requests
+                    bodies.append(self._post(channel, 1))
+                for requests, bucket in zip(bodies, group, strict=True):
+                    yield requests
+                    self._receive(*bucket)
+                channel.pending.clear()
+
+        self._world.engine.call("bench exchanges", steps)
 
 
 @bench(
@@ -292,6 +321,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "us": ("seconds", ".0f"),
             "kernels": ("kernel_seconds", ".0f"),
             "msgs": ("message_seconds", ".0f"),
+            "bare": ("bare_seconds", ".0f"),
             "over": ("overhead_seconds", ".0f"),
             "goal": ("goal", ".0f"),
             "": ("ok", ""),

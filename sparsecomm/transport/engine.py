@@ -126,7 +126,7 @@ class Engine:
         self._waiting = 0  # submitted, not yet started
         self._urgent = 0  # of these, those that are not patient
         self._ended: list[tuple[_Task, _Group, Callable[[Any], None], Any]] = []  # their callbacks are still due
-        self._ended_at = 0.0  # when the first of these has ended
+        self._due = math.inf  # when the first of these must be made
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, _Group] = {}
         self._closing = False
@@ -226,7 +226,8 @@ class Engine:
             stop |= self._take_new(None if idle else HOLD if holds else backoff.pause())
             moved = self._start_backlog()
             moved |= self._poll()
-            if self._ended and (not moved or self._must_call_back()):
+            alone = not self._active and not self._waiting
+            if self._ended and (alone or not moved or time.monotonic() >= self._due):
                 self._call_back()
                 moved = True
             if moved or idle:
@@ -306,19 +307,12 @@ class Engine:
     def _leave(self, task: _Task, callback: Callable[[Any], None], argument: Any) -> None:
         group = self._active.pop(task)
         group.in_flight -= 1
-        if not self._ended:
-            self._ended_at = time.monotonic()
+        self._due = min(self._due, time.monotonic() + _TOGETHER if task.patient else 0.0)
         self._ended.append((task, group, callback, argument))
-
-    def _must_call_back(self) -> bool:
-        """Returns whether any result should not be kept until there is nothing else to do."""
-        if not self._active and not self._waiting:
-            return True
-        return not self._ended[-1][0].patient or time.monotonic() - self._ended_at > _TOGETHER
 
     def _call_back(self) -> None:
         """Tells whoever submitted them how collectives have ended; only then others may work in what they worked in."""
-        ended, self._ended = self._ended, []
+        ended, self._ended, self._due = self._ended, [], math.inf
         for task, group, callback, argument in ended:
             group.keys.discard(task.key)
             self._call(callback, argument, task.label)

@@ -118,3 +118,40 @@ def test_the_engine_starts_in_order_and_reports_all(patient: list[bool]) -> None
                 assert [n for n in reported if n % 7 == key] == list(range(key, len(patient), 7))
     finally:
         assert engine.close()
+
+
+def test_an_urgent_result_is_not_kept_for_a_patient_one_behind_it() -> None:
+    """While another collective moves in every turn, so that there is always something else to do."""
+    engine = Engine(SoloTransport())
+    turns, ended, reported = 0, -1, -1
+    told = threading.Event()
+
+    def spin(channel: Channel) -> CollectiveSteps[None]:
+        nonlocal turns
+        while not told.is_set() and turns < 10**6:
+            turns += 1
+            yield []
+
+    def urgent(channel: Channel) -> CollectiveSteps[None]:
+        nonlocal ended
+        yield []
+        ended = turns
+
+    def patient(channel: Channel) -> CollectiveSteps[None]:
+        yield []
+
+    def report(_: None) -> None:
+        nonlocal reported
+        reported = turns
+        told.set()
+
+    try:
+        engine.submit("spin", spin, lambda _: None, lambda e: None)
+        engine.submit("patient", patient, lambda _: None, lambda e: None, patient=True)
+        engine.submit("urgent", urgent, report, lambda e: None)
+        engine.submit("patient behind", patient, lambda _: None, lambda e: None, patient=True)
+        assert told.wait(LONG)
+        assert reported - ended <= 1
+    finally:
+        told.set()
+        assert engine.close()

@@ -49,8 +49,7 @@ class Roster:
 
     def inherits(self, shard: int) -> bool:
         """Returns whether this server answers for a shard because the one before it died at work."""
-        before = ring(self.servers, shard)
-        before = before[: before.index(self.rank)]
+        before = self._before(shard)
         return self.owner(shard) == self.rank and bool(before) and not self.ended.intersection(before)
 
     def has_lost(self, shard: int) -> bool:
@@ -58,9 +57,12 @@ class Roster:
 
         An owner acknowledges nothing that its backup does not have.
         """
-        before = ring(self.servers, shard)
-        dead = self.lost.intersection(before[: before.index(self.rank)]) - self.ended
-        return len(dead) > self._replicate
+        return len(self.lost.intersection(self._before(shard)) - self.ended) > self._replicate
+
+    def _before(self, shard: int) -> tuple[int, ...]:
+        """Returns the servers that answer for a shard before this one does."""
+        order = ring(self.servers, shard)
+        return order[: order.index(self.rank)]
 
     def joined(self, worker: int) -> None:
         """Notes a worker; does nothing for one that is known."""

@@ -217,8 +217,8 @@ class Server:
             self._hold(worker, ms.pack(envelope, body))  # there is nothing to join yet
             return
         first = self.admission.check(worker, body, joins=joins)
-        if served is None and self.roster.has_lost(envelope.shard):
-            self._of(envelope)  # raises
+        if self.roster.has_lost(envelope.shard):
+            self._of(envelope)  # it must be here: it cannot begin anew
         self._begin(envelope.shard, first.layout)
         self.admission.first = first
         served = self._served[envelope.shard]

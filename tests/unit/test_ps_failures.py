@@ -55,6 +55,15 @@ def training(link: Link, acknowledged: dict[int, int] | None = None, model: Any 
     return torch.cat([p.detach().clone() for p in model.parameters()])
 
 
+def train_all(job: VirtualJob, kill: Callable[[int], None]) -> dict[int, int]:
+    """Trains on all workers and raises what any of them raised; returns pushes acknowledged, by worker."""
+    acknowledged: dict[int, int] = {}
+    for result in job.run([training(link, acknowledged) for link in job.links], between=kill):
+        if isinstance(result, BaseException):
+            raise result
+    return acknowledged
+
+
 def finish(job: VirtualJob) -> None:
     for _ in range(10):
         job.serve()
@@ -96,16 +105,12 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
     """Ranks 0 and 1 work, 2 to 4 serve; one dies at each turn of the job."""
     for turn in range(1 + lose, 40, 2):
         job = VirtualJob(2, 3, optimizer=sgd, mode=mode)
-        acknowledged: dict[int, int] = {}
 
         def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
             if now == turn:
                 job.office.kill(victim, lose=lose)
 
-        out = job.run([training(link, acknowledged) for link in job.links], between=kill)
-        for result in out:
-            if isinstance(result, BaseException):
-                raise result
+        acknowledged = train_all(job, kill)
         finish(job)
         check(job, victim if victim < 2 else None, acknowledged)
         if job.turns < turn:
@@ -129,16 +134,12 @@ def test_one_death_while_messages_and_news_are_late(
     victim = data.draw(st.integers(0 if workers > 1 else 1, workers + servers - 1), "victim")
     job = VirtualJob(workers, servers, optimizer=sgd, mode=mode)
     job.office.late = random.Random(seed)
-    acknowledged: dict[int, int] = {}
 
     def kill(now: int) -> None:
         if now == turn:
             job.office.kill(victim, lose=lose)
 
-    out = job.run([training(link, acknowledged) for link in job.links], between=kill)
-    for result in out:
-        if isinstance(result, BaseException):
-            raise result
+    acknowledged = train_all(job, kill)
     job.office.late = None
     finish(job)
     check(job, victim if victim < workers else None, acknowledged)
@@ -173,11 +174,7 @@ def test_two_servers_die_one_after_the_other() -> None:
                 if now in deaths:
                     job.office.kill(deaths[now])
 
-            acknowledged: dict[int, int] = {}
-            out = job.run([training(link, acknowledged) for link in job.links], between=kill)
-            for result in out:
-                if isinstance(result, BaseException):
-                    raise result
+            acknowledged = train_all(job, kill)
             check(job, None, acknowledged)
 
 

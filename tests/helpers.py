@@ -87,20 +87,24 @@ class Cluster:
         """Every rank's live residual."""
         return [b.residual for b in self.buckets if b.residual is not None]
 
-    def exchange(self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan]) -> list[Any]:
+    def exchange(
+        self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, settle: bool = True
+    ) -> list[Any]:
         """Exchanges one step; returns every rank's report, or the error that its user would see."""
         each = [plans] * self.size if isinstance(plans, Plan) else plans
 
         def make(channel: Any) -> Any:
             r = channel.rank
-            return exchange(channel, self.buckets[r], grads[r], each[r], self.arenas[r])
+            return exchange(channel, self.buckets[r], grads[r], each[r], self.arenas[r], settle=settle)
 
         outcomes = self.world.run(make, return_exceptions=True)
         return [o.cause if isinstance(o, AgreedError) else o for o in outcomes]
 
-    def step(self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan]) -> list[BucketReport]:
+    def step(
+        self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, settle: bool = True
+    ) -> list[BucketReport]:
         """Like `exchange`, for steps that must not fail."""
-        outcomes = self.exchange(grads, plans)
+        outcomes = self.exchange(grads, plans, settle=settle)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -32,6 +32,7 @@ from sparsecomm.collectives import choose_collective
 from sparsecomm.config import SparseConfig
 from sparsecomm.strategies import Costs, Estimate
 from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Chooser", "Option"]
@@ -46,6 +47,9 @@ ROUNDS = 4
 """Rounds at most: medians of 32 steps tell apart what differs by a few percent on a machine that others use too."""
 REACH = 1.6
 """What is predicted to take this many times the best's time at most is tried: predictions are not better than that."""
+PLAIN_REACH = 4.0
+"""The same for no compression, which nobody's choice should be slower than: what it costs a step that computes as well
+is the worst predicted, since it takes the least of its time."""
 MOST_OPTIONS = 4
 _MARGIN = 0.98  # another option than the predicted best must be this much faster
 _CLEARLY = (1.25, 1.12, 1.06)  # times the fastest: what is slower after round 1, 2, 3 is not tried again
@@ -216,8 +220,12 @@ class Chooser:
             largest = max(self._last_sizes, key=lambda i: self._last_sizes[i][0])
             options.append(Option("the best of each bucket", each, each[largest], self._total(each)))
         options.sort(key=lambda o: o.predicted)
-        within = [o for o in options if o.predicted <= REACH * options[0].predicted]
-        return within[:MOST_OPTIONS]
+        most = REACH * options[0].predicted
+        tried = [o for o in options if o.predicted <= most][:MOST_OPTIONS]
+        plain = next((o for o in options if _is_plain(o)), None)
+        if plain is not None and plain not in tried and plain.predicted <= PLAIN_REACH * options[0].predicted:
+            return [*tried[: MOST_OPTIONS - 1], plain]
+        return tried
 
     def _total(self, by_bucket: Mapping[int, Candidate]) -> float:
         return sum(self.table[index][candidate].seconds for index, candidate in by_bucket.items())
@@ -244,3 +252,7 @@ class Chooser:
         first = options[0]
         keep = first in tried and fastest.measured >= _MARGIN * first.measured
         self.chosen, self.decided_at, self._schedule = first if keep else fastest, step, []
+
+
+def _is_plain(option: Option) -> bool:
+    return all(c.kind == CollectiveKind.DENSE and c.values == ValueCodec.FP32 for c in option.by_bucket.values())

@@ -46,6 +46,7 @@ class Bucket:
         age: steps the moments have seen when the next exchange is done.
         shared: what the collective remembers of this bucket, the same on all ranks; lost with the bucket.
         unsettled: an exchanged step that may still have to be taken back, because the optimizer may skip it.
+        empty: whether the residual is known to be zero everywhere.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Bucket:
     age: int = 1
     shared: object = None
     unsettled: Taken | None = None
+    empty: bool = False
 
     def settle(self, *, skipped: bool = False) -> None:
         """Makes the last exchanged step final, or takes it back if the optimizer skips it."""
@@ -83,6 +85,7 @@ class Taken:
         capacity: how many pairs the compressor may take from this bucket in a step.
         accumulated: whether `source` has been added to the residual.
         whole: whether all of the residual is sent, not only what `indices` names.
+        direct: whether the gradient itself is sent whole, since the residual is zero, and stays so.
         places: what is sent of the residual, and leaves it only when the step is final.
         left: of what is sent whole or at `places`, float32: what this rank's rounding dropped; None for nothing.
         before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
@@ -101,6 +104,7 @@ class Taken:
     capacity: int = 0
     accumulated: bool = False
     whole: bool = False
+    direct: bool = False
     places: Places | None = None
     left: torch.Tensor | None = None
     before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -113,8 +117,9 @@ class Taken:
         have left there in the meantime.
         """
         residual, velocity = self.bucket.residual, self.bucket.velocity
-        if self.whole and residual is not None:
+        if self.whole and residual is not None and not self.direct:
             residual.zero_() if self.left is None else residual.copy_(self.left)
+            self.bucket.empty = self.left is None and not any(bool(content.any()) for _, content in self.held)
         if self.places is not None and residual is not None:
             self.places.fill(residual, 0.0) if self.left is None else self.places.put(self.left, residual)
         if self.momentum is not None and self.momentum.masking and velocity is not None:
@@ -224,12 +229,16 @@ def take_all(
     held: Sequence[Span] = (),
     clip_norm: float | None = None,
     lasting: bool = True,
+    exact: bool = False,
 ) -> Taken:
     """Adds a gradient to a bucket's memory, to be sent whole: the residual then is what to send.
 
-    Where nothing was ever left over (no residual) the gradient itself is what to send. Arguments as in `take_some`.
-    The caller then calls `Taken.commit` or `Taken.undo`, exactly once.
+    Where nothing was ever left over (no residual) the gradient itself is what to send. Arguments as in `take_some`, and
+    `exact`: nothing of it will be rounded off, so that a residual which is zero may be passed over. The caller then
+    calls `Taken.commit` or `Taken.undo`, exactly once.
     """
+    if exact and bucket.empty and (feedback is None or isinstance(feedback, ErrorFeedback)):
+        return Taken(bucket, grad, scale, 0, *_nothing(grad.device), source=grad, whole=True, direct=True)
     taken = accumulate(bucket, grad, feedback, arena, scale=scale, held=held, clip_norm=clip_norm, lasting=lasting)
     taken.whole = True
     return taken
@@ -276,6 +285,7 @@ def _begin(
     """Puts held memory aside and, with momentum or Adam correction, turns the gradient into what is to be added."""
     if feedback is None and bucket.residual is not None:
         bucket.residual.zero_()
+    bucket.empty = False
     taken = Taken(bucket, grad, scale, 0, *_nothing(grad.device), source=grad)
     for name in ("residual", "velocity", "second_moment"):
         memory: torch.Tensor | None = getattr(bucket, name)

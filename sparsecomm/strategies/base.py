@@ -129,9 +129,9 @@ class Job:
         plan = self.plan
         return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.memory, **self._adding())
 
-    def take_all(self) -> Taken:
+    def take_all(self, *, exact: bool = False) -> Taken:
         """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
-        return take_all(self.bucket, self.grad, self.plan.feedback, self.memory, **self._adding())
+        return take_all(self.bucket, self.grad, self.plan.feedback, self.memory, exact=exact, **self._adding())
 
     def accumulate(self, norms: ChunkNorms | None = None) -> Taken:
         """Adds the gradient: step 1 of a strategy whose ranks find out together what to send. `norms` is written."""

@@ -47,14 +47,16 @@ class Dense(Strategy):
     def estimate(
         cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
     ) -> Estimate:
-        """See `Strategy.estimate`: copied once before the sum and once after."""
-        link = dense_seconds(numel, size, dense_wire(value_codec), alpha=costs.alpha, beta=costs.beta, add=costs.add)
+        """See `Strategy.estimate`. In float32 the gradient is summed in place; else there is a residual to keep."""
+        wire = dense_wire(value_codec)
+        link = dense_seconds(numel, size, wire, alpha=costs.alpha, beta=costs.beta, add=costs.add)
         agreement = costs.alpha * (size - 1).bit_length()
-        return Estimate(link + agreement, costs.exchange + (costs.add + 2 * costs.fill) * numel)
+        around = 0.0 if wire == ValueCodec.FP32 else costs.add + 2 * costs.fill
+        return Estimate(link + agreement, costs.exchange + around * numel)
 
     def take(self) -> Taken:
         """See `Strategy.take`."""
-        return self.job.take_all()
+        return self.job.take_all(exact=dense_wire(self.job.plan.value_codec) == ValueCodec.FP32)
 
     def encode(self, taken: Taken) -> None:
         """Makes the header, which is all that goes ahead."""
@@ -65,7 +67,8 @@ class Dense(Strategy):
 
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         """See `Strategy.communicate`."""
-        job, grad, residual, key = self.job, self.job.grad, self.job.bucket.residual, self.job.bucket.index
+        job, grad, key = self.job, self.job.grad, self.job.bucket.index
+        residual = None if self._taken.direct else job.bucket.residual
         work, wire = grad, self.header.value_codec
         if residual is not None or grad.dtype != torch.float32 or not grad.is_cpu:
             # The gradient itself stays intact until the sum has arrived, so that a failure can be undone. All of it is
@@ -77,7 +80,9 @@ class Dense(Strategy):
         self._work = work
         scale = (job.plan.grad_scale if residual is not None else 1.0) / job.channel.size
         yield from dense_allreduce(job.channel, work, job.arena, key, wire=wire, scale=scale, error=self._taken.left)
-        return True
+        # With a residual NaN and infinity were found when the gradient was added. Without, they matter only where other
+        # buckets would have to be taken back with this one.
+        return job.settle or residual is not None or _is_finite(work)
 
     def write_average(self, out: torch.Tensor, scale: float) -> None:
         """See `Strategy.write_average`. The owners have scaled already, before they rounded."""
@@ -89,3 +94,7 @@ class Dense(Strategy):
         """What is summed in place must not pass for a gradient when half of it is there."""
         if self._work is self.job.grad:
             self.job.grad.fill_(math.nan)
+
+
+def _is_finite(vector: torch.Tensor) -> bool:
+    return not vector.numel() or bool(torch.stack(torch.aminmax(vector)).isfinite().all())

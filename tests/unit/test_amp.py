@@ -64,6 +64,10 @@ def test_overflows_and_scales_in_any_order_lose_nothing(
             came_in += total(grads) / turn.scale
         reports = cluster.step(grads, plan(N, step=step, dense=dense, grad_scale=turn.scale, value_codec=codec))
         assert all(same_bits(g, grads[0]) for g in grads), "all ranks skip, or none"
+        if skipped and dense and codec == ValueCodec.FP32 and step:
+            # The residual is empty, nothing has to be undone: NaN may travel as in plain DDP.
+            assert not bool(grads[0][step].isfinite())
+            continue
         assert [r.skipped for r in reports] == [int(skipped)] * size
         if skipped:
             assert bool(grads[0].isnan().all())

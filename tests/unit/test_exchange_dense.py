@@ -134,3 +134,71 @@ def test_options_say_how_dense_values_travel() -> None:
         assert sc.SparseState(sc.Dense(), value_codec=name).config.dense_values.name == codec
     assert sc.SparseState(sc.Dense()).config.dense_values == ValueCodec.FP32
     assert sc.SparseState(sc.TopK(0.1)).config.values == ValueCodec.FP16
+
+
+@given(
+    ranks=st.integers(1, 5),
+    numel=st.integers(1, 300),
+    kinds=st.lists(st.sampled_from(["sparse", "dense", "dense16"]), min_size=2, max_size=8),
+    held=st.booleans(),
+    final=st.booleans(),
+)
+def test_sparse_and_dense_steps_in_any_order_lose_nothing(
+    ranks: int, numel: int, kinds: list[str], held: bool, final: bool
+) -> None:
+    """A residual that a dense step has emptied is passed over until something is left in it again."""
+    cluster = Cluster(ranks, numel)
+    aside = numel // 3 if held else 0
+    for step, kind in enumerate(kinds):
+        before = [r.clone() for r in cluster.residuals]
+        grads = [gradient("normal", numel, torch.float32, 100 * step + r) for r in range(ranks)]
+        for grad in grads:
+            grad[:aside] = 0.0
+        arrived = [g.clone() for g in grads]
+        codec = ValueCodec.FP16 if kind == "dense16" else ValueCodec.FP32
+        how = plan(numel, dense=kind != "sparse", step=step, value_codec=codec, held=((0, aside),) if held else ())
+        cluster.step(grads, how, settle=final)
+        for bucket in cluster.buckets:
+            bucket.settle()
+        assert all(same_bits(g, grads[0]) for g in grads)
+        if kind == "dense" and not held:
+            assert all(b.empty and not b.residual.any() for b in cluster.buckets if b.residual is not None)
+        assert_conserved(arrived, before, grads[0], cluster.residuals)
+
+
+def test_an_empty_residual_is_not_touched_and_the_sum_is_made_in_place() -> None:
+    cluster = Cluster(2, 50)
+    for step in range(3):
+        grads = [gradient("normal", 50, torch.float32, 10 * step + r) for r in range(2)]
+        exact = (grads[0] + grads[1]) / 2
+        versions = [r._version for r in cluster.residuals]
+        cluster.step(grads, plan(50, dense=True, step=step, value_codec=ValueCodec.FP32))
+        assert same_bits(grads[0], exact)
+        if step:
+            assert [r._version for r in cluster.residuals] == versions
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_step_that_the_optimizer_skips_leaves_an_empty_residual_empty(emptied: bool) -> None:
+    cluster = Cluster(2, 30, residual=emptied)
+    if emptied:
+        cluster.step([torch.ones(30), torch.ones(30)], plan(30, dense=True, value_codec=ValueCodec.FP32))
+    grads = [gradient("normal", 30, torch.float32, r) for r in range(2)]
+    cluster.step(grads, plan(30, dense=True, step=1, value_codec=ValueCodec.FP32), settle=False)
+    for bucket in cluster.buckets:
+        bucket.settle(skipped=True)
+    assert not emptied or not any(bool(r.any()) for r in cluster.residuals)
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_nan_is_reported_where_other_buckets_depend_on_it(emptied: bool) -> None:
+    """A GradScaler skips the whole step for it: what other buckets have sent must come back."""
+    cluster = Cluster(3, 40, residual=emptied)
+    if emptied:
+        cluster.step([torch.ones(40) for _ in range(3)], plan(40, dense=True, value_codec=ValueCodec.FP32))
+    grads = [gradient("normal", 40, torch.float32, r) for r in range(3)]
+    grads[1][7] = float("inf")
+    reports = cluster.step(grads, plan(40, dense=True, step=1, value_codec=ValueCodec.FP32), settle=False)
+    assert [r.skipped for r in reports] == [1, 1, 1]
+    assert all(bool(g.isnan().all()) for g in grads)
+    assert not emptied or not any(bool(r.any()) for r in cluster.residuals)

@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 import sparsecomm as sc
 from sparsecomm.arena import Arena
-from sparsecomm.collectives import dense_ring_bytes
+from sparsecomm.collectives import dense_allreduce, dense_ring_bytes
 from sparsecomm.compress import Bucket, BucketLayout, ErrorFeedback, take_some
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.metrics import BucketReport
 from sparsecomm.strategies import strategies, strategy_of
+from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
@@ -119,12 +120,13 @@ def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Pr
 
 
 def exchanging(case: Case, kind: CollectiveKind) -> Ready:
-    """Prepares whole exchanges, as training does them, by one of our collectives."""
+    """Prepares whole exchanges, as training does them, by one of our collectives; a dense one in float32."""
     strategy = strategy_of(kind)
     bucket, arena = case.bucket(residual=strategy.needs_residual), Arena()
     compressor = strategy.compressor_at(case.density)
+    values = ValueCodec.FP32 if kind == CollectiveKind.DENSE else _VALUES
     k = compressor.k_for(case.work.numel(), 0)
-    plan = Plan(step=0, collective=kind, compressor=compressor, k=k, value_codec=_VALUES)
+    plan = Plan(step=0, collective=kind, compressor=compressor, k=k, value_codec=values)
     last = BucketReport(bucket=0, step=0, numel=case.work.numel())
 
     def call() -> None:
@@ -137,6 +139,22 @@ def exchanging(case: Case, kind: CollectiveKind) -> Ready:
 
 for _strategy in strategies().values():  # all that a SparseState can be asked for
     algorithm(_strategy.name, role="ours", sparse=_strategy.needs_residual)(partial(exchanging, kind=_strategy.kind))
+
+
+@algorithm("dense sum", role="ours", sparse=False)
+def _dense_sum(case: Case) -> Ready:
+    """What peers do: the sum alone, without finding out whether all ranks agree about what is summed."""
+    arena, sent = Arena(), 0
+
+    def steps(channel: Channel) -> CollectiveSteps[int]:
+        yield from dense_allreduce(channel, case.work, arena, "bench", scale=1.0 / case.world.size)
+        return channel.traffic.bytes_sent
+
+    def call() -> None:
+        nonlocal sent
+        sent = case.world.engine.call("bench", steps)
+
+    return Ready(call, lambda: sent, counted=True)
 
 
 @algorithm("mpi allreduce", role="peer", sparse=False)

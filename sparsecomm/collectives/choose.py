@@ -52,18 +52,20 @@ class _Link:
         beta: seconds a byte, sent and received at the same time.
         gamma: seconds a byte that is added while nothing moves.
         segment: elements of a ring's segments.
+        hides: whether adding can hide behind moving; not where moving is the processor's work, too.
     """
 
     alpha: float
     beta: float
     gamma: float
     segment: int
+    hides: bool = True
 
 
 # One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
 # choosing matters most; on a faster one the same rule loses at most the difference of a few rounds. Its gamma stands
 # for more than the adder: at the end of every long message the link runs dry until both sides have turned round.
-_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT)
+_SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT, hides=False)
 _NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4)
 
 
@@ -119,7 +121,7 @@ def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[D
         DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
         DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving + adding,
         # With several blocks adding hides behind moving, and each block costs its messages again.
-        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / blocks,
+        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / (blocks if link.hides else 1),
     }
 
 

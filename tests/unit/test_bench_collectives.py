@@ -48,12 +48,12 @@ def test_all_algorithms_average_the_same_gradients(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["meta"]["command"].startswith("mpirun -n 2 sparsecomm bench collectives --numels 1001,20000")
     rows = [row for row in result["rows"] if row["numel"]]
-    names = {"mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half", *strategies()}
+    names = {"dense sum", "mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half", *strategies()}
     assert {(row["algorithm"], row["numel"]) for row in rows} == {(a, n) for a in names for n in (1001, 20000)}
     assert not any(row.get("error") for row in rows)
     for numel in (1001, 20000):
         mine = {row["algorithm"]: row for row in rows if row["numel"] == numel}
-        for exact in ("dense", "mpi allreduce", "gloo allreduce"):
+        for exact in ("dense", "dense sum", "mpi allreduce", "gloo allreduce"):
             assert mine[exact]["relative_error"] < 1e-6
         # Our payloads by Gloo carry the same selection; half an average is half wrong.
         ours, gloo = mine["allgather"]["relative_error"], mine["gloo allgather"]["relative_error"]

@@ -226,5 +226,6 @@ def test_the_rule_picks_each_algorithm_where_it_was_measured_to_win() -> None:
 
     assert pick(64 << 10, 2) == DenseAlgorithm.DOUBLING
     assert pick(4 << 20, 2) == DenseAlgorithm.HALVING
-    assert pick(256 << 20, 2) == DenseAlgorithm.RING
+    assert pick(256 << 20, 4) == DenseAlgorithm.HALVING
+    assert pick(256 << 20, 3) == DenseAlgorithm.RING
     assert pick(256 << 20, 4, one_host=False) == DenseAlgorithm.RING

@@ -36,6 +36,22 @@ def encode_indices(codec: int, indices: int, nnz: int, numel: int, out: int, /) 
 def decode_indices(
     codec: int, data: int, nbytes: int, nnz: int, numel: int, out_indices: int, /
 ) -> tuple[int, float, int]: ...
+def encode_body(
+    index_codec: int, value_codec: int, indices: int, values: int, nnz: int, numel: int, out: int, error: int, /
+) -> tuple[int, int, float, int]: ...
+def decode_body(
+    index_codec: int,
+    value_codec: int,
+    data: int,
+    nbytes: int,
+    index_bytes: int,
+    nnz: int,
+    numel: int,
+    scale: float,
+    out_indices: int,
+    out_values: int,
+    /,
+) -> tuple[int, float, int]: ...
 def encode_values(codec: int, values: int, nnz: int, out: int, error: int, /) -> tuple[int, float]: ...
 def decode_values(
     codec: int, data: int, nbytes: int, nnz: int, scale: float, out_values: int, /

@@ -113,6 +113,38 @@ std::tuple<int, double, uint64_t> decode_values(int codec, Address data, size_t 
   return {r.status, r.got, r.want};
 }
 
+// Positions, values behind them, and the checksum of both: one call for what a bucket sends.
+std::tuple<int64_t, size_t, double, uint32_t> encode_body(int index_codec, int value_codec, Address indices,
+                                                          Address values, size_t nnz, uint64_t numel, Address out,
+                                                          Address error) {
+  const FreeGil free(nnz * 8 + (index_codec == sc::kBitmap ? numel / 8 : 0));
+  const sc::Kernels& k = kernels();
+  uint8_t* const body = at<uint8_t>(out);
+  const int64_t index_bytes = k.encode_indices(index_codec, at<const uint32_t>(indices), nnz, numel, body);
+  if (index_bytes < 0) return {index_bytes, 0, 1.0, 0};
+  float scale = 1.0f;
+  const size_t value_bytes = k.encode_values(value_codec, at<const float>(values), nnz, body + index_bytes,
+                                             at<float>(error), &scale);
+  return {index_bytes, value_bytes, static_cast<double>(scale), k.crc32c(body, size_t(index_bytes) + value_bytes, 0)};
+}
+
+// What `encode_body` wrote; positions that are known (no address) are passed over.
+std::tuple<int, double, uint64_t> decode_body(int index_codec, int value_codec, Address data, size_t nbytes,
+                                              size_t index_bytes, size_t nnz, uint64_t numel, double scale,
+                                              Address out_indices, Address out_values) {
+  const FreeGil free(nbytes);
+  const sc::Kernels& k = kernels();
+  const uint8_t* const body = at<const uint8_t>(data);
+  if (out_indices) {
+    const sc::DecodeOut r =
+        k.decode_indices(index_codec, body, index_bytes, nnz, numel, at<uint32_t>(out_indices));
+    if (r.status) return {r.status, r.got, r.want};
+  }
+  const sc::DecodeOut r = k.decode_values(value_codec, body + index_bytes, nbytes - index_bytes, nnz,
+                                          static_cast<float>(scale), at<float>(out_values));
+  return {r.status, r.got, r.want};
+}
+
 void scatter_add(Address out, Address indices, Address values, size_t nnz) {
   const FreeGil free(nnz * 8);
   kernels().scatter_add(at<float>(out), at<const uint32_t>(indices), at<const float>(values), nnz);
@@ -187,6 +219,8 @@ NB_MODULE(_core, m) {
   m.def("decode_indices", decode_indices);
   m.def("encode_values", encode_values);
   m.def("decode_values", decode_values);
+  m.def("encode_body", encode_body);
+  m.def("decode_body", decode_body);
   m.def("scatter_add", scatter_add);
   m.def("scatter_reduce", scatter_reduce);
   m.def("add_dense", add_dense);

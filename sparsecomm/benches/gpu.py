@@ -170,10 +170,10 @@ def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: 
     got_indices = torch.empty(_PAYLOADS * k, dtype=torch.uint32, device=device)
     got_values = torch.empty(_PAYLOADS * k, device=device)
 
-    def encode() -> tuple[int, int, float]:
+    def encode() -> tuple[int, int, float, int]:
         return kernels.encode_pairs(_INDEX, _VALUE, indices, values, n, payload, error, head=_HEAD)
 
-    index_bytes, value_bytes, scale = encode()
+    index_bytes, value_bytes, scale, _ = encode()
     size = index_bytes + value_bytes
     bodies = [arrived[r * size : (r + 1) * size].copy_(payload[_HEAD : _HEAD + size]) for r in range(_PAYLOADS)]
     said = [_Said(r, k, n, index_bytes, scale) for r in range(_PAYLOADS)]

@@ -196,7 +196,9 @@ def _gather(
 
 def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
-    if all(_all_of(h) == _all_of(headers[0]) for h in headers):
+    first = headers[0]
+    same, more = _matched(first), [attrgetter(field) for field in _MORE.get(first.collective, {})]
+    if all(_matched(h) == same and all(get(h) == get(first) for get in more) for h in headers[1:]):
         return
     names = {field: field for field in _MUST_MATCH}
     differ = _differing(headers, names)
@@ -207,7 +209,7 @@ def _check_match(headers: list[Header]) -> None:
     for h in headers:
         values = ", ".join(f"{names[f]} = {_show(names[f], getattr(h, f))}" for f in differ)
         lines.append(f"rank {h.rank}: {values}")
-    what, first = ", ".join(names[f] for f in differ), headers[0]
+    what = ", ".join(names[f] for f in differ)
     raise AgreedError(
         CollectiveMismatch(
             f"ranks disagree on {what} in bucket {first.bucket} of step {first.step}: "

@@ -144,6 +144,29 @@ class Described(Protocol):
     value_scale: float
 
 
+class HostKernels(Kernels, Protocol):
+    """What a path on the host has beside `Kernels`: a payload in one call, since calls cost more than bytes."""
+
+    def encode_body(
+        self,
+        index_codec: IndexCodec,
+        value_codec: ValueCodec,
+        indices: torch.Tensor,
+        values: torch.Tensor,
+        numel: int,
+        out: torch.Tensor,
+        error: torch.Tensor | None,
+    ) -> tuple[int, int, float, int]:
+        """Writes positions and values behind them; arguments as in `dispatch.encode_pairs`, the head left out."""
+        ...
+
+    def decode_body(
+        self, payload: Described, body: torch.Tensor, out_indices: torch.Tensor | None, out_values: torch.Tensor
+    ) -> None:
+        """Reads one of the payloads of `dispatch.decode_pairs`; positions that are known are passed over."""
+        ...
+
+
 class BatchKernels(Kernels, Protocol):
     """What a path has beside `Kernels` where every call costs a launch and every answer a wait."""
 

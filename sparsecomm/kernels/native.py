@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 
 from sparsecomm.errors import KernelError, WireError
+from sparsecomm.kernels.api import Described
 from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
 
 problem: str | None = None
@@ -28,8 +29,10 @@ __all__ = [
     "add_dense",
     "crc32c",
     "cut_topk",
+    "decode_body",
     "decode_indices",
     "decode_values",
+    "encode_body",
     "encode_indices",
     "encode_values",
     "exact_topk",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 _RICE_BYTES = 9
+_VALUES = 20  # statuses from here on are those of values
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -117,9 +121,13 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
     """See `dispatch.encode_indices`."""
     written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr())
     if written < 0:
-        at = -1 - written
-        raise KernelError(f"indices[{at}] = {int(indices[at])} is not above its predecessor and below numel = {numel}")
+        _refuse_unsorted(written, indices, numel)
     return written
+
+
+def _refuse_unsorted(written: int, indices: torch.Tensor, numel: int) -> NoReturn:
+    at = -1 - written
+    raise KernelError(f"indices[{at}] = {int(indices[at])} is not above its predecessor and below numel = {numel}")
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
@@ -127,14 +135,16 @@ def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, 
     status, got, want = _core.decode_indices(
         int(codec), data.data_ptr(), data.numel(), nnz, numel, out_indices.data_ptr()
     )
+    if status:
+        _raise_wire(status, got, want, nnz, numel)
+
+
+def _raise_wire(status: int, got: float, want: int, nnz: int = 0, numel: int = 0) -> NoReturn:
     if status == _RICE_BYTES:
         most = want - -(-nnz // 8) + -(-numel // 8)
         raise WireError("index_bytes", int(got), f"must be between {want} and {most} with these parameters")
-    if status:
-        _raise_wire(status, int(got), want)
-
-
-def _raise_wire(status: int, got: float, want: int) -> NoReturn:
+    if status < _VALUES or status in (20, 23):
+        got = int(got)
     field, reason = {
         1: ("index_bytes", f"must be {want}"),
         2: ("nnz", f"must be numel = {want} for the dense codec"),
@@ -169,7 +179,53 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
         int(codec), data.data_ptr(), data.numel(), nnz, scale, out_values.data_ptr()
     )
     if status:
-        _raise_wire(status, int(got) if status in (20, 23) else got, want)
+        _raise_wire(status, got, want)
+
+
+def encode_body(
+    index_codec: IndexCodec,
+    value_codec: ValueCodec,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    numel: int,
+    out: torch.Tensor,
+    error: torch.Tensor | None,
+) -> tuple[int, int, float, int]:
+    """See `HostKernels.encode_body`."""
+    index_bytes, value_bytes, scale, crc = _core.encode_body(
+        int(index_codec),
+        int(value_codec),
+        indices.data_ptr(),
+        values.data_ptr(),
+        values.numel(),
+        numel,
+        out.data_ptr(),
+        0 if error is None else error.data_ptr(),
+    )
+    if index_bytes < 0:
+        _refuse_unsorted(index_bytes, indices, numel)
+    return index_bytes, value_bytes, scale, crc
+
+
+def decode_body(
+    payload: Described, body: torch.Tensor, out_indices: torch.Tensor | None, out_values: torch.Tensor
+) -> None:
+    """See `HostKernels.decode_body`."""
+    nbytes, nnz, numel = body.numel(), payload.nnz, payload.numel
+    status, got, want = _core.decode_body(
+        int(payload.index_codec),
+        int(payload.value_codec),
+        body.data_ptr(),
+        nbytes,
+        min(payload.index_bytes, nbytes),
+        nnz,
+        numel,
+        payload.value_scale,
+        0 if out_indices is None else out_indices.data_ptr(),
+        out_values.data_ptr(),
+    )
+    if status:
+        _raise_wire(status, got, want, nnz, numel)
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from sparsecomm.errors import WireError
 from sparsecomm.kernels import checks
 from sparsecomm.kernels.api import Described, Parts
-from sparsecomm.kernels.codecs import decode_indices, decode_values
-from sparsecomm.kernels.paths import batch_kernels_for, kernels
+from sparsecomm.kernels.combine import crc32c
+from sparsecomm.kernels.paths import batch_kernels_for, host_kernels
 from sparsecomm.kernels.sizes import max_index_bytes, max_value_bytes
 from sparsecomm.types import IndexCodec, ValueCodec
 
@@ -29,7 +29,7 @@ def encode_pairs(
     error: torch.Tensor | None = None,
     *,
     head: int,
-) -> tuple[int, int, float]:
+) -> tuple[int, int, float, int]:
     """Writes positions, and values behind them, as `encode_indices` and `encode_values` do, to the host.
 
     Args:
@@ -44,7 +44,7 @@ def encode_pairs(
         head: bytes to leave free; at least 32, a multiple of 8.
 
     Returns:
-        Bytes of the positions, bytes of the values, and the scale that `decode_values` needs.
+        Bytes of the positions, bytes of the values, the scale that `decode_values` needs, and the CRC32C of all bytes.
 
     Raises:
         KernelError: for unfit tensors, too small an output, or indices that are not ascending and below numel.
@@ -52,7 +52,7 @@ def encode_pairs(
     Example:
         >>> out, pairs = torch.zeros(88 + 8, dtype=torch.uint8), (torch.tensor([2], dtype=torch.uint32), torch.ones(1))
         >>> encode_pairs(IndexCodec.RAW, ValueCodec.FP32, *pairs, 10, out, head=88)
-        (4, 4, 1.0)
+        (4, 4, 1.0, 2338572200)
         >>> out[88:].tolist()
         [2, 0, 0, 0, 0, 0, 128, 63]
     """
@@ -67,12 +67,12 @@ def encode_pairs(
     if index_codec == IndexCodec.DENSE and nnz != numel:
         checks.refuse(f"the dense codec needs nnz == numel, got nnz = {nnz}, numel = {numel}")
     batch = batch_kernels_for(indices, values, values if error is None else error)
-    if batch is not None:
-        return batch.encode_pairs(index_codec, value_codec, indices, values, numel, out, error, head)
-    each, body = kernels(), out[head:]
-    index_bytes = each.encode_indices(index_codec, indices, numel, body)
-    value_bytes, scale = each.encode_values(value_codec, values, body[index_bytes:], error)
-    return index_bytes, value_bytes, scale
+    if batch is None:
+        return host_kernels().encode_body(index_codec, value_codec, indices, values, numel, out[head:], error)
+    index_bytes, value_bytes, scale = batch.encode_pairs(
+        index_codec, value_codec, indices, values, numel, out, error, head
+    )
+    return index_bytes, value_bytes, scale, crc32c(out[head : head + index_bytes + value_bytes])
 
 
 def decode_pairs(
@@ -117,27 +117,23 @@ def decode_pairs(
     checks.index_vec("out_indices", out_indices)
     checks.value_vec("out_values", out_values)
     own, positions = known or (-1, out_indices)
+    _check_fit(payloads, bodies, out_indices, out_values)
     batch = batch_kernels_for(out_indices, out_values)
     if batch is not None:
-        _check_fit(payloads, bodies, out_indices, out_values)
         checked = check or (lambda _: None)
         return batch.decode_pairs(payloads, bodies, out_indices, out_values, lambda i: None if i == own else checked(i))
-    parts: Parts = []
-    start = 0
+    host, parts, start = host_kernels(), [], 0
     for i, (payload, body) in enumerate(zip(payloads, bodies, strict=True)):
-        nnz, split = payload.nnz, payload.index_bytes
-        values = out_values[start : start + nnz]
-        indices = positions if i == own else out_indices[start : start + nnz]
+        end = start + payload.nnz
+        values, indices = out_values[start:end], positions if i == own else out_indices[start:end]
         if check is not None and i != own:
             check(i)
         try:
-            if i != own:
-                decode_indices(payload.index_codec, body[:split], nnz, payload.numel, indices)
-            decode_values(payload.value_codec, body[split:], nnz, payload.value_scale, values)
+            host.decode_body(payload, body, None if i == own else indices, values)
         except WireError as error:
             raise error.at(rank=payload.rank, bucket=payload.bucket) from None
         parts.append((indices, values))
-        start += nnz
+        start = end
     return parts
 
 

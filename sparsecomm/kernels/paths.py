@@ -10,7 +10,7 @@ import torch
 
 from sparsecomm.errors import ConfigError, KernelError
 from sparsecomm.kernels import native, reference
-from sparsecomm.kernels.api import BatchKernels, Kernels
+from sparsecomm.kernels.api import BatchKernels, HostKernels, Kernels
 from sparsecomm.kernels.triton_launch import interpreter_problem, triton_problem
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "available_paths",
     "batch_kernels_for",
     "current_path",
+    "host_kernels",
     "kernels",
     "kernels_for",
     "native_problem",
@@ -131,6 +132,11 @@ def kernels() -> Kernels:
         set_path(None)
         assert _impl is not None
     return _impl
+
+
+def host_kernels() -> HostKernels:
+    """The implementation in use for CPU tensors where `batch_kernels_for` has none."""
+    return reference if kernels() is reference else native
 
 
 def scratch_bytes() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparsecomm.kernels.reference_bodies import decode_body, encode_body
 from sparsecomm.kernels.reference_crc import crc32c
 from sparsecomm.kernels.reference_dense import pack_dense, unpack_dense
 from sparsecomm.kernels.reference_indices import decode_indices, encode_indices
@@ -26,8 +27,10 @@ __all__ = [
     "add_dense",
     "crc32c",
     "cut_topk",
+    "decode_body",
     "decode_indices",
     "decode_values",
+    "encode_body",
     "encode_indices",
     "encode_values",
     "exact_topk",

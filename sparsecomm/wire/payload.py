@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 
+@lru_cache(maxsize=4096)
 def choose_index_codec(nnz: int, numel: int, given: IndexCodec | None = None) -> IndexCodec:
     """Returns the index codec expected to be smallest for nnz of numel positions, or the given one.
 
@@ -54,10 +56,9 @@ def encode_payload(
         error: float32, shape (nnz,), beside the values. Receives value minus decoded value: what rounding drops.
     """
     header.nnz = values.numel()
-    header.index_bytes, header.value_bytes, header.value_scale = kernels.encode_pairs(
+    header.index_bytes, header.value_bytes, header.value_scale, header.body_crc = kernels.encode_pairs(
         header.index_codec, header.value_codec, indices, values, header.numel, out, error, head=HEADER_BYTES
     )
-    header.body_crc = kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + header.body_bytes])
     write_header(header, out)
 
 
@@ -108,11 +109,7 @@ def decode_body(header: Header, body: torch.Tensor, indices: torch.Tensor, value
         WireError: names field, value, sender and bucket. Nothing but the two outputs was touched.
     """
     check_body(header, body)
-    try:
-        kernels.decode_indices(header.index_codec, body[: header.index_bytes], header.nnz, header.numel, indices)
-        kernels.decode_values(header.value_codec, body[header.index_bytes :], header.nnz, header.value_scale, values)
-    except WireError as error:
-        raise error.at(rank=header.rank, bucket=header.bucket) from None
+    kernels.decode_pairs([header], [body], indices, values)
 
 
 def decode_bodies(

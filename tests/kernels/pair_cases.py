@@ -52,7 +52,7 @@ def payload(rank: int, index_codec: IndexCodec, value_codec: ValueCodec, nnz: in
     said = Said(rank, index_codec, value_codec, values.numel(), numel)
     most = kernels.max_index_bytes(index_codec, said.nnz, numel) + kernels.max_value_bytes(value_codec, said.nnz)
     out = torch.zeros(HEAD + most, dtype=torch.uint8)
-    said.index_bytes, value_bytes, said.value_scale = kernels.encode_pairs(
+    said.index_bytes, value_bytes, said.value_scale, _ = kernels.encode_pairs(
         index_codec, value_codec, indices, values, numel, out, head=HEAD
     )
     return said, out[HEAD : HEAD + said.index_bytes + value_bytes].clone()

@@ -30,7 +30,8 @@ inline void convert_region(const float* from, size_t n, Bf16* to) {
 
 // Adds to `region`, which stands for elements [first, first + n), what the parts have there, in order. A part is
 // consumed as it goes.
-inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size_t nparts) {
+template <class Note>
+inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size_t nparts, Note note) {
   for (size_t p = 0; p < nparts; ++p) {
     Part& part = parts[p];
     const uint32_t* const idx = part.indices;
@@ -39,6 +40,7 @@ inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size
     // Ascending, distinct indices: if the n-th next one is at most n further on, the loop ends by the bound anyway.
     while (i < part.nnz && idx[i] < first + n) {
       region[idx[i] - first] += val[i];
+      note(idx[i] - first);
       ++i;
     }
     part.indices += i;
@@ -47,10 +49,52 @@ inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size
   }
 }
 
+// Which elements of a region were added to: where they are few only they are scaled.
+struct Touched {
+  uint64_t* seen;
+  uint32_t* where;
+  size_t count = 0;
+
+  void note(uint64_t i) {
+    const uint64_t bit = uint64_t(1) << (i % 64);
+    where[count] = uint32_t(i);
+    count += (seen[i / 64] & bit) == 0;
+    seen[i / 64] |= bit;
+  }
+  void scale(float* region, float factor) {
+    for (size_t j = 0; j < count; ++j) {
+      region[where[j]] *= factor;
+      seen[where[j] / 64] = 0;
+    }
+    count = 0;
+  }
+};
+
+// As below, for few pairs: a pass over all elements to scale them would take longer than adding.
+inline void scatter_reduce_few(float* out, size_t n, Part* parts, size_t nparts, float scale) {
+  constexpr size_t kRegionSize = 65536, kWords = kRegionSize / 64;
+  Touched touched{static_cast<uint64_t*>(scratch(kRegion, kWords * 8 + (kRegionSize + 1) * 4)), nullptr};
+  touched.where = reinterpret_cast<uint32_t*>(touched.seen + kWords);
+  std::memset(touched.seen, 0, kWords * 8);
+  for (size_t first = 0; first < n; first += kRegionSize) {
+    const size_t count = min_of(kRegionSize, n - first);
+    float* const region = out + first;
+    std::memset(region, 0, count * sizeof(float));
+    add_parts(region, first, count, parts, nparts, [&](uint64_t i) { touched.note(i); });
+    touched.scale(region, scale);
+  }
+}
+
 // Region by region, so that zeroing, adding, scaling and rounding happen in the cache and memory sees one write.
 template <class T>
 void scatter_reduce_typed(T* out, size_t n, Part* parts, size_t nparts, float scale) {
   constexpr bool kInPlace = sizeof(T) == 4;
+  if constexpr (kInPlace) {
+    size_t pairs = 0;
+    for (size_t p = 0; p < nparts; ++p) pairs += parts[p].nnz;
+    const bool keeps_zero = scale > 0.0f && bits_of(scale) < kInfBits;
+    if (scale != 1.0f && keeps_zero && pairs < n / 16) return scatter_reduce_few(out, n, parts, nparts, scale);
+  }
   constexpr size_t kRegionSize = kInPlace ? 65536 : 32768;
   float* region = nullptr;
   if constexpr (!kInPlace) region = static_cast<float*>(scratch(kRegion, kRegionSize * sizeof(float)));
@@ -58,7 +102,7 @@ void scatter_reduce_typed(T* out, size_t n, Part* parts, size_t nparts, float sc
     const size_t count = min_of(kRegionSize, n - first);
     if constexpr (kInPlace) region = out + first;
     std::memset(region, 0, count * sizeof(float));
-    add_parts(region, first, count, parts, nparts);
+    add_parts(region, first, count, parts, nparts, [](uint64_t) {});
     if (scale != 1.0f)
       for (size_t i = 0; i < count; ++i) region[i] *= scale;
     if constexpr (!kInPlace) convert_region(region, count, out + first);

@@ -51,7 +51,7 @@ PLAIN_REACH = 4.0
 """The same for no compression, which nobody's choice should be slower than: what it costs a step that computes as well
 is the worst predicted, since it takes the least of its time."""
 MOST_OPTIONS = 4
-_MARGIN = 0.98  # another option than the predicted best must be this much faster
+_MARGIN = 0.98  # of two options one must be this much faster to count as that
 _CLEARLY = (1.25, 1.12, 1.06)  # times the fastest: what is slower after round 1, 2, 3 is not tried again
 
 Call = Callable[[str, Callable[[Channel], CollectiveSteps[Any]]], Any]
@@ -249,9 +249,10 @@ class Chooser:
             if len(near) > 1:
                 self._open_round(near)
                 return
-        first = options[0]
-        keep = first in tried and fastest.measured >= _MARGIN * first.measured
-        self.chosen, self.decided_at, self._schedule = first if keep else fastest, step, []
+        # What is as fast as the fastest: no compression, for nothing waits in a residual then; else the prediction.
+        level = [o for o in tried if fastest.measured >= _MARGIN * o.measured]
+        plain = [o for o in level if _is_plain(o)]
+        self.chosen, self.decided_at, self._schedule = (*plain, *level)[0], step, []
 
 
 def _is_plain(option: Option) -> bool:

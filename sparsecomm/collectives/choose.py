@@ -53,6 +53,8 @@ class _Link:
         gamma: seconds a byte that is added while nothing moves.
         segment: elements of a ring's segments.
         hides: whether adding can hide behind moving; not where moving is the processor's work, too.
+        turning: times longer that bytes take where the same two ranks send to each other, as in halving.
+        crossing: times alpha that a round of a ring takes, in which a rank sends to one and waits for another.
     """
 
     alpha: float
@@ -60,13 +62,15 @@ class _Link:
     gamma: float
     segment: int
     hides: bool = True
+    turning: float = 1.0
+    crossing: float = 1.0
 
 
 # One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
 # choosing matters most; on a faster one the same rule loses at most the difference of a few rounds. Its gamma stands
 # for more than the adder: at the end of every long message the link runs dry until both sides have turned round.
 _SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT, hides=False)
-_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4)
+_NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4, turning=1.15, crossing=2.5)
 
 
 def _link(one_host: bool) -> _Link:
@@ -119,9 +123,11 @@ def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[D
     moving = 2 * share * moved * link.beta
     return {
         DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
-        DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving + adding,
+        DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving * link.turning + adding,
         # With several blocks adding hides behind moving, and each block costs its messages again.
-        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * blocks + moving + adding / (blocks if link.hides else 1),
+        DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * link.crossing * blocks
+        + moving
+        + adding / (blocks if link.hides else 1),
     }
 
 

@@ -135,6 +135,19 @@ def test_real_steps_overrule_the_prediction_and_everybody_knows_when(clock: Cloc
     assert chooser.chosen.measured == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(("sparse", "wanted"), [(1.0, "dense fp32"), (0.985, "dense fp32"), (0.97, "allgather")])
+def test_what_is_not_clearly_faster_than_no_compression_is_not_worth_a_residual(
+    clock: Clock, sparse: float, wanted: str
+) -> None:
+    chooser = made(replace(MEMORY, alpha=1e-6, beta=0.2e-9))
+    run(chooser, clock, range(LONG), lambda name: {"dense fp32": 1.0, "allgather": sparse}.get(name, 1.1))
+    assert chooser.options[0].name == "allgather", "the prediction"
+    assert chooser.chosen is not None
+    assert chooser.chosen.name == wanted
+    reason = "nothing was 2% faster" if wanted == "dense fp32" and sparse < 1.0 else ""
+    assert reason in chooser.explain()
+
+
 def test_a_tie_stays_with_the_prediction(clock: Clock) -> None:
     chooser = made(GIGABIT)
     best = run(chooser, clock, range(WATCHED + 1), lambda name: 1.0)[-1].name

@@ -31,8 +31,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# kernels and fuzzing on two cores; what starts jobs of its own, or measures, needs them to itself
+ALONE := tests/kernels tests/fuzz
+
 unit: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE)
+	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
 
 test-lab: install
 	$(BIN)/python -m pytest tests/lab

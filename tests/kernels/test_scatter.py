@@ -27,10 +27,10 @@ def parts_of(n: int, count: int, share: float, seed: int) -> list[tuple[torch.Te
 @given(
     n=st.sampled_from([0, 1, 17, 1000, 65_536, 65_537, 140_000]),
     count=st.integers(0, 5),
-    share=st.sampled_from([0.0, 0.001, 0.3, 1.0]),
+    share=st.sampled_from([0.0, 0.001, 0.012, 0.3, 1.0]),
     seed=seeds,
     dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([1.0, 0.5, 1 / 3]),
+    scale=st.sampled_from([1.0, 0.5, 1 / 3, -0.5]),
 )
 def test_scatter_reduce_adds_in_order(
     path: str, n: int, count: int, share: float, seed: int, dtype: torch.dtype, scale: float

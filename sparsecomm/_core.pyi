@@ -48,6 +48,7 @@ def decode_body(
     nnz: int,
     numel: int,
     scale: float,
+    known: bool,
     out_indices: int,
     out_values: int,
     /,

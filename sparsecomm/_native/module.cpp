@@ -128,14 +128,14 @@ std::tuple<int64_t, size_t, double, uint32_t> encode_body(int index_codec, int v
   return {index_bytes, value_bytes, static_cast<double>(scale), k.crc32c(body, size_t(index_bytes) + value_bytes, 0)};
 }
 
-// What `encode_body` wrote; positions that are known (no address) are passed over.
+// What `encode_body` wrote; positions that are known are passed over.
 std::tuple<int, double, uint64_t> decode_body(int index_codec, int value_codec, Address data, size_t nbytes,
                                               size_t index_bytes, size_t nnz, uint64_t numel, double scale,
-                                              Address out_indices, Address out_values) {
+                                              bool known, Address out_indices, Address out_values) {
   const FreeGil free(nbytes);
   const sc::Kernels& k = kernels();
   const uint8_t* const body = at<const uint8_t>(data);
-  if (out_indices) {
+  if (!known) {
     const sc::DecodeOut r =
         k.decode_indices(index_codec, body, index_bytes, nnz, numel, at<uint32_t>(out_indices));
     if (r.status) return {r.status, r.got, r.want};

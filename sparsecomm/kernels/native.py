@@ -221,6 +221,7 @@ def decode_body(
         nnz,
         numel,
         payload.value_scale,
+        out_indices is None,
         0 if out_indices is None else out_indices.data_ptr(),
         out_values.data_ptr(),
     )

@@ -31,12 +31,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# kernels and fuzzing on two cores; what starts jobs of its own, or measures, needs them to itself
-ALONE := tests/kernels tests/fuzz
+# these on two cores; what starts jobs of its own, or measures, needs them to itself
+PARALLEL := tests/kernels tests/fuzz
 
 unit: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE)
-	$(BIN)/python -m pytest $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL:%=--ignore=%)
 
 test-lab: install
 	$(BIN)/python -m pytest tests/lab
@@ -75,7 +75,7 @@ readme: install
 	$(BIN)/python bench/readme.py $(lastword $(sort $(wildcard bench/results/*_peers.json)))
 
 fuzz: install
-	$(BIN)/python -m pytest tests/fuzz tests/kernels
+	$(BIN)/python -m pytest $(PARALLEL)
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

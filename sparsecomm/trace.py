@@ -113,9 +113,6 @@ def close_timeline() -> None:
         _timeline = None
 
 
-_FIELDS = {name: f"{name}_seconds" for name in ("select", "encode", "wait", "apply")}
-
-
 class Stage:
     """One stage of an exchange: a context manager that adds its seconds to the report's ``<name>_seconds``.
 
@@ -144,7 +141,7 @@ class Stage:
         end = perf_counter()
         if self._range is not None:
             self._range.__exit__(kind, error, trace)
-        report, field = self._report, _FIELDS[self._name]
+        report, field = self._report, f"{self._name}_seconds"
         setattr(report, field, getattr(report, field) + end - self._start)
         if _timeline is not None:
             _timeline.add(self._name, self._start, end, bucket=report.bucket, step=report.step, nnz=report.nnz)

@@ -1,6 +1,8 @@
 // Adding sparse and dense vectors into dense ones.
 #pragma once
 
+#include <optional>
+
 #include "scalar.h"
 
 namespace sc {
@@ -49,12 +51,18 @@ inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size
   }
 }
 
-// Which elements of a region were added to: where they are few only they are scaled.
+// Which elements of a region were added to.
 struct Touched {
-  uint64_t* seen;
-  uint32_t* where;
+  uint64_t* seen = nullptr;
+  uint32_t* where = nullptr;
   size_t count = 0;
 
+  explicit Touched(size_t region) {
+    const size_t words = region / 64;
+    seen = static_cast<uint64_t*>(scratch(kRegion, words * 8 + (region + 1) * 4));
+    where = reinterpret_cast<uint32_t*>(seen + words);
+    std::memset(seen, 0, words * 8);
+  }
   void note(uint64_t i) {
     const uint64_t bit = uint64_t(1) << (i % 64);
     where[count] = uint32_t(i);
@@ -70,41 +78,38 @@ struct Touched {
   }
 };
 
-// As below, for few pairs: a pass over all elements to scale them would take longer than adding.
-inline void scatter_reduce_few(float* out, size_t n, Part* parts, size_t nparts, float scale) {
-  constexpr size_t kRegionSize = 65536, kWords = kRegionSize / 64;
-  Touched touched{static_cast<uint64_t*>(scratch(kRegion, kWords * 8 + (kRegionSize + 1) * 4)), nullptr};
-  touched.where = reinterpret_cast<uint32_t*>(touched.seen + kWords);
-  std::memset(touched.seen, 0, kWords * 8);
-  for (size_t first = 0; first < n; first += kRegionSize) {
-    const size_t count = min_of(kRegionSize, n - first);
-    float* const region = out + first;
-    std::memset(region, 0, count * sizeof(float));
-    add_parts(region, first, count, parts, nparts, [&](uint64_t i) { touched.note(i); });
-    touched.scale(region, scale);
-  }
+// Whether a pass over all elements to scale them would take longer than to scale those that are added to.
+inline bool is_sparse(size_t n, const Part* parts, size_t nparts, float scale) {
+  size_t pairs = 0;
+  for (size_t p = 0; p < nparts; ++p) pairs += parts[p].nnz;
+  const bool keeps_zero = scale > 0.0f && bits_of(scale) < kInfBits;
+  return scale != 1.0f && keeps_zero && pairs < n / 16;
 }
 
 // Region by region, so that zeroing, adding, scaling and rounding happen in the cache and memory sees one write.
 template <class T>
 void scatter_reduce_typed(T* out, size_t n, Part* parts, size_t nparts, float scale) {
   constexpr bool kInPlace = sizeof(T) == 4;
-  if constexpr (kInPlace) {
-    size_t pairs = 0;
-    for (size_t p = 0; p < nparts; ++p) pairs += parts[p].nnz;
-    const bool keeps_zero = scale > 0.0f && bits_of(scale) < kInfBits;
-    if (scale != 1.0f && keeps_zero && pairs < n / 16) return scatter_reduce_few(out, n, parts, nparts, scale);
-  }
   constexpr size_t kRegionSize = kInPlace ? 65536 : 32768;
   float* region = nullptr;
-  if constexpr (!kInPlace) region = static_cast<float*>(scratch(kRegion, kRegionSize * sizeof(float)));
+  std::optional<Touched> touched;
+  if constexpr (kInPlace) {
+    if (is_sparse(n, parts, nparts, scale)) touched.emplace(kRegionSize);
+  } else {
+    region = static_cast<float*>(scratch(kRegion, kRegionSize * sizeof(float)));
+  }
   for (size_t first = 0; first < n; first += kRegionSize) {
     const size_t count = min_of(kRegionSize, n - first);
     if constexpr (kInPlace) region = out + first;
     std::memset(region, 0, count * sizeof(float));
-    add_parts(region, first, count, parts, nparts, [](uint64_t) {});
-    if (scale != 1.0f)
-      for (size_t i = 0; i < count; ++i) region[i] *= scale;
+    if (touched) {
+      add_parts(region, first, count, parts, nparts, [&](uint64_t i) { touched->note(i); });
+      touched->scale(region, scale);
+    } else {
+      add_parts(region, first, count, parts, nparts, [](uint64_t) {});
+      if (scale != 1.0f)
+        for (size_t i = 0; i < count; ++i) region[i] *= scale;
+    }
     if constexpr (!kInPlace) convert_region(region, count, out + first);
   }
 }

@@ -1,7 +1,6 @@
-"""What the hook adds to a training step on a GPU, in a world of one: everything but the network.
+"""What the hook adds to a training step on a GPU, in a world of one: everything but the network."""
 
-No `from __future__ import annotations` here: DDP refuses hooks with string annotations.
-"""
+from __future__ import annotations
 
 import statistics
 import time
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm as sc
 from sparsecomm.benches import bench, gpu, meta, table, verdict
+from sparsecomm.benches.methods import silent_hook
 
 __all__ = ["print_table", "run"]
 
@@ -55,7 +55,7 @@ def run(
     for density in densities:
         state = sc.SparseState(sc.ThresholdTopK(density), collective="allgather")
         ours, backward = _seconds(where, width, batch, steps, state, sc.sparse_hook)
-        floor, _ = _seconds(where, width, batch, steps, None, _nothing)
+        floor, _ = _seconds(where, width, batch, steps, None, silent_hook)
         share = (ours - floor) / backward
         rows.append(
             {
@@ -73,14 +73,6 @@ def run(
         )
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
     return {"meta": meta() | {"gpu": name}, "rows": rows}
-
-
-def _nothing(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    tensor = bucket.buffer()
-    devices = [tensor.device] if tensor.is_cuda else None
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
-    done.set_result(tensor)
-    return done
 
 
 def _seconds(

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm as sc
 from sparsecomm.benches import bench, meta, table, verdict
+from sparsecomm.benches.methods import silent_hook
 from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.transport import IN_FLIGHT, Channel, CollectiveSteps, Request
 from sparsecomm.types import IndexCodec, ValueCodec
@@ -262,7 +263,7 @@ def _overlap(
         return DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
 
     plain, sparse = model(), model()
-    plain.register_comm_hook(None, _nothing)
+    plain.register_comm_hook(None, silent_hook)
     state = sc.SparseState(sc.TopK(density=density), collective="allgather")
     sparse.register_comm_hook(state, sc.sparse_hook)
     x = torch.randn(batch, width)
@@ -289,12 +290,6 @@ def _overlap(
         "hidden": 1.0 - m["exposed"] / m["communication"],
         "ok": verdict(m["exposed"], m["communication"]),
     }
-
-
-def _nothing(state: object, bucket):  # type: ignore[no-untyped-def]
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:

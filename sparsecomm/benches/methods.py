@@ -22,7 +22,7 @@ import sparsecomm as sc
 from sparsecomm.errors import ConfigError
 from sparsecomm.strategies import strategies
 
-__all__ = ["METHODS", "Attached", "Method", "Run", "load_plugins", "method", "runs_of"]
+__all__ = ["METHODS", "Attached", "Method", "Run", "load_plugins", "method", "runs_of", "silent_hook"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +181,19 @@ def _plain(model: nn.Module, density: float) -> Attached:
     return Attached(_ddp(model), lambda step: sent)
 
 
-def _return_at_once(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-# DDP refuses a hook whose annotations are strings.
-_return_at_once.__annotations__ = {}
+def silent_hook(state: object, bucket):  # type: ignore[no-untyped-def]
+    """A DDP hook that sends nothing."""
+    tensor = bucket.buffer()
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[tensor.device] if tensor.is_cuda else None)
+    done.set_result(tensor)
+    return done
 
 
 @method("ddp-silent", default=False)
 def _silent(model: nn.Module, density: float) -> Attached:
     """DDP with a hook that sends nothing: what filling buckets costs; no hook can expose less."""
     ddp = _ddp(model)
-    ddp.register_comm_hook(None, _return_at_once)
+    ddp.register_comm_hook(None, silent_hook)
     return Attached(ddp, lambda step: 0)
 
 

@@ -78,6 +78,11 @@ class Option:
     samples: list[float] = field(default_factory=list)
     measured: float = math.inf
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is compressed and nothing waits in a residual: float32, all of it."""
+        return all(c.kind == CollectiveKind.DENSE and c.values == ValueCodec.FP32 for c in self.by_bucket.values())
+
     def of(self, index: int) -> Candidate:
         """Returns the candidate for a bucket."""
         return self.by_bucket.get(index, self.default)
@@ -222,7 +227,7 @@ class Chooser:
         options.sort(key=lambda o: o.predicted)
         most = REACH * options[0].predicted
         tried = [o for o in options if o.predicted <= most][:MOST_OPTIONS]
-        plain = next((o for o in options if _is_plain(o)), None)
+        plain = next((o for o in options if o.is_plain), None)
         if plain is not None and plain not in tried and plain.predicted <= PLAIN_REACH * options[0].predicted:
             return [*tried[: MOST_OPTIONS - 1], plain]
         return tried
@@ -251,9 +256,5 @@ class Chooser:
                 return
         # What is as fast as the fastest: no compression, for nothing waits in a residual then; else the prediction.
         level = [o for o in tried if fastest.measured >= _MARGIN * o.measured]
-        plain = [o for o in level if _is_plain(o)]
+        plain = [o for o in level if o.is_plain]
         self.chosen, self.decided_at, self._schedule = (*plain, *level)[0], step, []
-
-
-def _is_plain(option: Option) -> bool:
-    return all(c.kind == CollectiveKind.DENSE and c.values == ValueCodec.FP32 for c in option.by_bucket.values())

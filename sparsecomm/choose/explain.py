@@ -64,7 +64,7 @@ def _options(chooser: Chooser) -> list[str]:
         why = "nothing else is predicted to come near it"
     elif chosen is chooser.options[0]:
         why = "predicted to be the fastest, and no other was 2% faster on real steps"
-    elif chosen.name == "dense fp32" and chosen.measured > min(o.measured for o in chooser.options):
+    elif chosen.is_plain and chosen.measured > min(o.measured for o in chooser.options):
         why = "no compression, since nothing was 2% faster on real steps"
     else:
         why = "the fastest on real steps"

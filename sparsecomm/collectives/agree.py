@@ -197,8 +197,8 @@ def _gather(
 def _check_match(headers: list[Header]) -> None:
     """Raises the same error on all ranks, since all hold the same headers."""
     first = headers[0]
-    same, more = _matched(first), [attrgetter(field) for field in _MORE.get(first.collective, {})]
-    if all(_matched(h) == same and all(get(h) == get(first) for get in more) for h in headers[1:]):
+    same = _all_of(first)
+    if all(_all_of(h) == same for h in headers[1:]):
         return
     names = {field: field for field in _MUST_MATCH}
     differ = _differing(headers, names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
@@ -23,7 +22,6 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=4096)
 def choose_index_codec(nnz: int, numel: int, given: IndexCodec | None = None) -> IndexCodec:
     """Returns the index codec expected to be smallest for nnz of numel positions, or the given one.
 

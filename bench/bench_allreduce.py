@@ -26,9 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsecomm.arena import Arena
-from sparsecomm.collectives import choose_dense, dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
-from sparsecomm.collectives.choose import ring_segment
+from sparsecomm.collectives import (
+    choose_dense,
+    dense_allreduce,
+    doubling_allreduce,
+    halving_allreduce,
+    ring_allreduce,
+)
+from sparsecomm.collectives.allreduce_costs import ring_segment
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Engine
 from sparsecomm.transport.mpi import MPITransport, import_mpi
 from sparsecomm.types import ValueCodec

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsecomm.benches import results
-from sparsecomm.benches.plots_train import plots
 from sparsecomm.errors import ConfigError
+from sparsecomm.tools.benches import results
+from sparsecomm.tools.benches.plots_train import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- peers: written by bench/readme.py -->", "<!-- /peers -->"

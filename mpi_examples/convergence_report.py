@@ -14,7 +14,7 @@ from convergence_study import Cell
 from options import TRAJECTORY
 from run_log import RunLog, replace_file
 
-from sparsecomm.benches import meta
+from sparsecomm.tools.benches import meta
 
 
 @dataclass(frozen=True, kw_only=True)

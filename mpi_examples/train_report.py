@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from run_log import Row
 
-from sparsecomm.cli.output import on_terminal
+from sparsecomm.tools.cli.output import on_terminal
 
 SMOOTHED = 20  # steps the shown loss, speed and ratio are averaged over
 

@@ -14,15 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sparsecomm import ps
 from sparsecomm.compress import (
-    AdamCorrection,
     ChunkTopK,
     Compressor,
     Constant,
     CyclicTopK,
     Dense,
-    ErrorFeedback,
     Geometric,
-    MomentumCorrection,
     PowerSGD,
     RandomK,
     Selection,
@@ -33,7 +30,7 @@ from sparsecomm.compress import (
     TopK,
     Warmup,
 )
-from sparsecomm.config import SparseConfig
+from sparsecomm.ddp import SparseState, allreduce_gradients, reshard, sparse_hook
 from sparsecomm.errors import (
     CollectiveMismatch,
     CommTimeout,
@@ -45,10 +42,11 @@ from sparsecomm.errors import (
     TransportError,
     WireError,
 )
-from sparsecomm.hooks import SparseState, allreduce_gradients, reshard, sparse_hook
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrection
 from sparsecomm.launch import World, init, is_initialized, shutdown, world
-from sparsecomm.metrics import BucketReport, Metrics
 from sparsecomm.presets import preset
+from sparsecomm.runtime.metrics import BucketReport, Metrics
 
 try:
     __version__ = version("sparsecomm")

@@ -1,6 +1,6 @@
 """`python -m sparsecomm` is the `sparsecomm` command."""
 
-from sparsecomm.cli import main
+from sparsecomm.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsecomm.compress import (
-    AdamCorrection,
-    ChunkTopK,
-    CyclicTopK,
-    Dense,
-    ErrorFeedback,
-    Geometric,
-    MomentumCorrection,
-    ThresholdTopK,
-    TopK,
-    Warmup,
-)
-from sparsecomm.config import SparseConfig
+from sparsecomm.compress import ChunkTopK, CyclicTopK, Dense, Geometric, ThresholdTopK, TopK, Warmup
 from sparsecomm.errors import ConfigError
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrection
 
 __all__ = ["PRESETS", "preset"]
 

@@ -10,7 +10,9 @@ import torch
 __all__ = [
     "GRAD_DTYPES",
     "MAX_NUMEL",
+    "Codecs",
     "IndexCodec",
+    "Pairs",
     "SelectResult",
     "Sparse",
     "TopKResult",
@@ -100,3 +102,20 @@ class Sparse:
     def nnz(self) -> int:
         """Number of stored entries."""
         return self.values.numel()
+
+
+Pairs = tuple[torch.Tensor, torch.Tensor]
+"""Indices (uint32, ascending) and values (float32), equally long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """How parts are written.
+
+    Attributes:
+        values: value codec.
+        indices: index codec; None for the smallest.
+    """
+
+    values: ValueCodec
+    indices: IndexCodec | None

@@ -20,14 +20,15 @@ from typing import IO, Any
 import pytest
 import torch
 
-from sparsecomm.arena import Arena
-from sparsecomm.cli.doctor.probe import identify
-from sparsecomm.compress import BucketLayout, Compressor, Selection, SelectionBuffers, TopK
+from sparsecomm import kernels
+from sparsecomm.compress import Compressor, Selection, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
-from sparsecomm.exchange import Bucket, Plan, blank_header, exchange
-from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.metrics import BucketReport
-from sparsecomm.strategies import strategy_named
+from sparsecomm.exchange import Plan, blank_header, exchange
+from sparsecomm.exchange.method import strategy_named
+from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.metrics import BucketReport
+from sparsecomm.tools.cli.doctor.probe import identify
 from sparsecomm.transport import AgreedError, VirtualWorld
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, encode_payload, max_payload_bytes, read_header

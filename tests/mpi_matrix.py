@@ -78,7 +78,8 @@ def library(python: Path) -> str:
         Unavailable: if it loads none, or another than its own environment's.
     """
     ask = (
-        "from sparsecomm.cli.doctor.probe import identify; from sparsecomm.cli.doctor.ucx import loaded_library; "
+        "from sparsecomm.tools.cli.doctor.probe import identify; "
+        "from sparsecomm.tools.cli.doctor.ucx import loaded_library; "
         "from sparsecomm.transport.mpi import import_mpi; said = import_mpi().Get_library_version(); "
         "print(loaded_library('libmpi.so'), *identify(said))"
     )

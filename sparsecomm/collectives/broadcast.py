@@ -9,7 +9,7 @@ import torch
 
 from sparsecomm.transport import Channel, CollectiveSteps
 
-__all__ = ["broadcast"]
+__all__ = ["broadcast", "broadcast_bytes"]
 
 
 def broadcast(channel: Channel, data: torch.Tensor, root: int) -> CollectiveSteps[None]:
@@ -36,3 +36,8 @@ def broadcast(channel: Channel, data: torch.Tensor, root: int) -> CollectiveStep
             sends.append(channel.isend(data, (root + number + bit) % size))
     if sends:
         yield sends
+
+
+def broadcast_bytes(nbytes: int, size: int) -> int:
+    """Returns the bytes that the root of a broadcast sends."""
+    return nbytes * (size - 1).bit_length()

@@ -9,9 +9,9 @@ from collections.abc import Hashable
 
 import torch
 
-from sparsecomm.arena import Arena
-from sparsecomm.collectives.dense_sum import DenseSum
 from sparsecomm.collectives.fold import Core
+from sparsecomm.collectives.partial_sums import DenseSum
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import ValueCodec
 

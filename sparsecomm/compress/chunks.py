@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor, take_out
 from sparsecomm.compress.places import Places
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["ChunkTopK", "largest_chunks"]
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor, take_out
 from sparsecomm.compress.sample import sample
 from sparsecomm.compress.topk import TopK
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["CyclicTopK", "RandomK", "SharedPositions"]
 

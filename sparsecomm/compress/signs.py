@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
-from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["Sign", "WholeBucket"]
 

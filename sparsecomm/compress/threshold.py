@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
-from sparsecomm.device import side_of
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.runtime.device import side_of
 from sparsecomm.types import SelectResult
 
 __all__ = ["ThresholdTopK"]

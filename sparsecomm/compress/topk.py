@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
-from sparsecomm.kernels import dispatch as kernels
 
 __all__ = ["TopK"]
 

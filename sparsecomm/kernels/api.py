@@ -1,6 +1,6 @@
 """What a kernel path has to provide.
 
-The public contract, with shapes, errors and worked examples, is the docstrings of `sparsecomm.kernels.dispatch`.
+The public contract, with shapes, errors and worked examples, is the docstrings of `sparsecomm.kernels`.
 Arguments reach an implementation already checked, so these functions trust sizes, dtypes and layouts. They do
 not trust the *content* of encoded bytes: that is for the decoders to check.
 """
@@ -32,7 +32,7 @@ class Kernels(Protocol):
         out_values: torch.Tensor,
         scale: float,
     ) -> SelectResult:
-        """See `dispatch.accumulate_select`."""
+        """See `kernels.accumulate_select`."""
         ...
 
     def exact_topk(
@@ -44,79 +44,79 @@ class Kernels(Protocol):
         out_values: torch.Tensor,
         scale: float,
     ) -> TopKResult:
-        """See `dispatch.exact_topk`."""
+        """See `kernels.exact_topk`."""
         ...
 
     def cut_topk(self, indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
-        """See `dispatch.cut_topk`."""
+        """See `kernels.cut_topk`."""
         ...
 
     def encode_indices(self, codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
-        """See `dispatch.encode_indices`."""
+        """See `kernels.encode_indices`."""
         ...
 
     def decode_indices(
         self, codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor
     ) -> None:
-        """See `dispatch.decode_indices`."""
+        """See `kernels.decode_indices`."""
         ...
 
     def encode_values(
         self, codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
     ) -> tuple[int, float]:
-        """See `dispatch.encode_values`."""
+        """See `kernels.encode_values`."""
         ...
 
     def decode_values(
         self, codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor
     ) -> None:
-        """See `dispatch.decode_values`."""
+        """See `kernels.decode_values`."""
         ...
 
     def scatter_add(self, out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-        """See `dispatch.scatter_add`."""
+        """See `kernels.scatter_add`."""
         ...
 
     def scatter_reduce(
         self, out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float
     ) -> None:
-        """See `dispatch.scatter_reduce`."""
+        """See `kernels.scatter_reduce`."""
         ...
 
     def add_dense(self, out: torch.Tensor, data: torch.Tensor) -> None:
-        """See `dispatch.add_dense`."""
+        """See `kernels.add_dense`."""
         ...
 
     def pack_dense(
         self, codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
     ) -> None:
-        """See `dispatch.pack_dense`."""
+        """See `kernels.pack_dense`."""
         ...
 
     def unpack_dense(self, codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-        """See `dispatch.unpack_dense`."""
+        """See `kernels.unpack_dense`."""
         ...
 
     def accumulate_dense(self, grad: torch.Tensor, residual: torch.Tensor, scale: float) -> int:
-        """See `dispatch.accumulate_dense`."""
+        """See `kernels.accumulate_dense`."""
         ...
 
     def accumulate_norms(
         self, grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float
     ) -> int:
-        """See `dispatch.accumulate_norms`."""
+        """See `kernels.accumulate_norms`."""
         ...
 
     def crc32c(self, data: torch.Tensor, seed: int) -> int:
-        """See `dispatch.crc32c`."""
+        """See `kernels.crc32c`."""
         ...
 
     def scratch_bytes(self) -> int:
-        """See `dispatch.scratch_bytes`."""
+        """See `kernels.scratch_bytes`."""
         ...
 
     def release_scratch(self) -> None:
-        """See `dispatch.release_scratch`."""
+        """See `kernels.release_scratch`."""
         ...
 
 
@@ -157,13 +157,13 @@ class HostKernels(Kernels, Protocol):
         out: torch.Tensor,
         error: torch.Tensor | None,
     ) -> tuple[int, int, float, int]:
-        """Writes positions and values behind them; arguments as in `dispatch.encode_pairs`, the head left out."""
+        """Writes positions and values behind them; arguments as in `kernels.encode_pairs`, the head left out."""
         ...
 
     def decode_body(
         self, payload: Described, body: torch.Tensor, out_indices: torch.Tensor | None, out_values: torch.Tensor
     ) -> None:
-        """Reads one of the payloads of `dispatch.decode_pairs`; positions that are known are passed over."""
+        """Reads one of the payloads of `kernels.decode_pairs`; positions that are known are passed over."""
         ...
 
 
@@ -181,7 +181,7 @@ class BatchKernels(Kernels, Protocol):
         error: torch.Tensor | None,
         head: int,
     ) -> tuple[int, int, float]:
-        """See `dispatch.encode_pairs`."""
+        """See `kernels.encode_pairs`."""
         ...
 
     def decode_pairs(
@@ -192,5 +192,5 @@ class BatchKernels(Kernels, Protocol):
         out_values: torch.Tensor,
         check: Callable[[int], None],
     ) -> Parts:
-        """See `dispatch.decode_pairs`."""
+        """See `kernels.decode_pairs`."""
         ...

@@ -70,7 +70,7 @@ def accumulate_select(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> SelectResult:
-    """See `dispatch.accumulate_select`."""
+    """See `kernels.accumulate_select`."""
     return SelectResult(
         *_core.accumulate_select(
             grad.data_ptr(),
@@ -94,7 +94,7 @@ def exact_topk(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> TopKResult:
-    """See `dispatch.exact_topk`."""
+    """See `kernels.exact_topk`."""
     return TopKResult(
         *_core.exact_topk(
             0 if grad is None else grad.data_ptr(),
@@ -111,14 +111,14 @@ def exact_topk(
 
 
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
-    """See `dispatch.cut_topk`."""
+    """See `kernels.cut_topk`."""
     if k >= count:
         return count
     return _core.cut_topk(indices.data_ptr(), values.data_ptr(), count, k, residual.data_ptr())
 
 
 def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
-    """See `dispatch.encode_indices`."""
+    """See `kernels.encode_indices`."""
     written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr())
     if written < 0:
         _refuse_unsorted(written, indices, numel)
@@ -131,7 +131,7 @@ def _refuse_unsorted(written: int, indices: torch.Tensor, numel: int) -> NoRetur
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
-    """See `dispatch.decode_indices`."""
+    """See `kernels.decode_indices`."""
     status, got, want = _core.decode_indices(
         int(codec), data.data_ptr(), data.numel(), nnz, numel, out_indices.data_ptr()
     )
@@ -167,14 +167,14 @@ def _raise_wire(status: int, got: float, want: int, nnz: int = 0, numel: int = 0
 def encode_values(
     codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
 ) -> tuple[int, float]:
-    """See `dispatch.encode_values`."""
+    """See `kernels.encode_values`."""
     return _core.encode_values(
         int(codec), values.data_ptr(), values.numel(), out.data_ptr(), 0 if error is None else error.data_ptr()
     )
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
-    """See `dispatch.decode_values`."""
+    """See `kernels.decode_values`."""
     status, got, want = _core.decode_values(
         int(codec), data.data_ptr(), data.numel(), nnz, scale, out_values.data_ptr()
     )
@@ -230,34 +230,34 @@ def decode_body(
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """See `dispatch.scatter_add`."""
+    """See `kernels.scatter_add`."""
     _core.scatter_add(out.data_ptr(), indices.data_ptr(), values.data_ptr(), indices.numel())
 
 
 def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float = 1.0) -> None:
-    """See `dispatch.scatter_reduce`."""
+    """See `kernels.scatter_reduce`."""
     addresses = [(idx.data_ptr(), val.data_ptr(), val.numel()) for idx, val in parts]
     _core.scatter_reduce(out.data_ptr(), _DTYPE_CODE[out.dtype], out.numel(), addresses, scale)
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
-    """See `dispatch.add_dense`."""
+    """See `kernels.add_dense`."""
     _core.add_dense(out.data_ptr(), data.data_ptr(), out.numel())
 
 
 def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None) -> None:
-    """See `dispatch.pack_dense`."""
+    """See `kernels.pack_dense`."""
     to = 0 if error is None else error.data_ptr()
     _core.pack_dense(int(codec), values.data_ptr(), values.numel(), out.data_ptr(), to)
 
 
 def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """See `dispatch.unpack_dense`."""
+    """See `kernels.unpack_dense`."""
     _core.unpack_dense(int(codec), data.data_ptr(), out.numel(), out.data_ptr(), add)
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:
-    """See `dispatch.accumulate_dense`."""
+    """See `kernels.accumulate_dense`."""
     code = _DTYPE_CODE[grad.dtype]
     return _core.accumulate_dense(grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale)
 
@@ -265,7 +265,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
 def accumulate_norms(
     grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
 ) -> int:
-    """See `dispatch.accumulate_norms`."""
+    """See `kernels.accumulate_norms`."""
     code = _DTYPE_CODE[grad.dtype]
     return _core.accumulate_norms(
         grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale, chunk, norms.data_ptr()
@@ -273,16 +273,16 @@ def accumulate_norms(
 
 
 def crc32c(data: torch.Tensor, seed: int = 0) -> int:
-    """See `dispatch.crc32c`."""
+    """See `kernels.crc32c`."""
     return _core.crc32c(data.data_ptr(), data.numel(), seed)
 
 
 def scratch_bytes() -> int:
-    """See `dispatch.scratch_bytes`."""
+    """See `kernels.scratch_bytes`."""
     return 0 if problem else _core.scratch_bytes()
 
 
 def release_scratch() -> None:
-    """See `dispatch.release_scratch`."""
+    """See `kernels.release_scratch`."""
     if not problem:
         _core.release_scratch()

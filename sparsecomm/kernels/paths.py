@@ -11,7 +11,7 @@ import torch
 from sparsecomm.errors import ConfigError, KernelError
 from sparsecomm.kernels import native, reference
 from sparsecomm.kernels.api import BatchKernels, HostKernels, Kernels
-from sparsecomm.kernels.triton_launch import interpreter_problem, triton_problem
+from sparsecomm.kernels.triton.launch import interpreter_problem, triton_problem
 
 __all__ = [
     "PATHS",
@@ -87,7 +87,7 @@ def set_path(name: str | None) -> None:
 
 @lru_cache(maxsize=1)
 def _triton() -> BatchKernels:
-    module: BatchKernels = importlib.import_module("sparsecomm.kernels.triton_path")
+    module: BatchKernels = importlib.import_module("sparsecomm.kernels.triton.path")
     return module
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from sparsecomm.errors import ConfigError, LaunchError
 from sparsecomm.launch import torch_dist
 from sparsecomm.launch.detect import Launch, detect
-from sparsecomm.trace import close_timeline, open_timeline
+from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, SoloTransport, Transport
 
 __all__ = ["World", "default_timeout", "init", "is_initialized", "shutdown", "world"]

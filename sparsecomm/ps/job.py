@@ -16,16 +16,17 @@ from typing import Any, TypeVar
 from sparsecomm.compress import Compressor
 from sparsecomm.errors import CommTimeout, ConfigError, LaunchError, SparseCommError
 from sparsecomm.launch import default_timeout, detect, is_initialized
-from sparsecomm.ps.checkpoint import Checkpoints
-from sparsecomm.ps.client import Link, Steps
 from sparsecomm.ps.joining import Door, Rendezvous, enter
 from sparsecomm.ps.modes import Asynchronous, Mode, StaleSynchronous, Synchronous
 from sparsecomm.ps.report import deserted, waits_for
-from sparsecomm.ps.rules import OptimizerFactory, Rules, ServerOptions
-from sparsecomm.ps.server import Server
-from sparsecomm.ps.worker import Worker, set_current_link
-from sparsecomm.transport import Backoff, Post
-from sparsecomm.transport.window import Window
+from sparsecomm.ps.server.checkpoint import Checkpoints
+from sparsecomm.ps.server.rules import OptimizerFactory, Rules, ServerOptions
+from sparsecomm.ps.server.server import Server
+from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.worker import Worker, set_current_link
+from sparsecomm.transport import Backoff
+from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox.window import Window
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Outcome", "join", "run"]
@@ -210,8 +211,8 @@ def _limit(timeout: float | None) -> float:
 
 def _launched(fault_tolerant: bool | None) -> Post:
     """Brings up MPI and a mailbox. Collective."""
+    from sparsecomm.transport.mailbox.mpi import MPIPost, ulfm_problem
     from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
-    from sparsecomm.transport.mpi_post import MPIPost, ulfm_problem
 
     problem = ulfm_problem()
     if fault_tolerant and problem is not None:
@@ -233,7 +234,7 @@ def _launched(fault_tolerant: bool | None) -> Post:
 
 def _open_window(nbytes: int) -> Window:
     """Makes a window that lasts until MPI ends. Collective."""
-    from sparsecomm.transport.mpi_window import MPIWindow
+    from sparsecomm.transport.mailbox.mpi_window import MPIWindow
 
     window = MPIWindow(nbytes)
     atexit.register(window.close)  # before MPI_Finalize, which was registered before

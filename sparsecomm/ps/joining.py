@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomm.errors import ConfigError, LaunchError, TransportError
-from sparsecomm.transport import Post
-from sparsecomm.transport.socket_post import TOKEN_BYTES, OpenPost, SocketPost
+from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, OpenPost, SocketPost
 
 __all__ = ["Door", "Entrance", "Rendezvous", "enter"]
 

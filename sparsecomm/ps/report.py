@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsecomm.ps.server import Server
+from sparsecomm.ps.server.server import Server
 
 __all__ = ["deserted", "waits_for"]
 

@@ -11,8 +11,8 @@ import torch
 
 from sparsecomm.compress import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
-from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError
+from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.testing.errors import ContractError, refuse, told
 from sparsecomm.testing.gradients import FINITE, NONFINITE, gradient
 from sparsecomm.testing.virtual import check_exchange

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsecomm.arena import Arena
-from sparsecomm.compress import Bucket, BucketLayout, Compressor
+from sparsecomm.compress import Compressor
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.metrics import BucketReport
-from sparsecomm.strategies import strategy_named
+from sparsecomm.exchange.method import strategy_named
+from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.testing.errors import refuse, told
 from sparsecomm.testing.gradients import gradient
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, VirtualWorld

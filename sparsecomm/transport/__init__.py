@@ -12,8 +12,8 @@ from sparsecomm.transport.base import (
 )
 from sparsecomm.transport.engine import IN_FLIGHT, Engine
 from sparsecomm.transport.group import GroupSum
-from sparsecomm.transport.post import Post, VirtualOffice
-from sparsecomm.transport.virtual import VirtualWorld
+from sparsecomm.transport.mailbox.base import Post
+from sparsecomm.transport.simulated import VirtualWorld
 
 __all__ = [
     "IN_FLIGHT",
@@ -28,6 +28,5 @@ __all__ = [
     "SoloTransport",
     "Traffic",
     "Transport",
-    "VirtualOffice",
     "VirtualWorld",
 ]

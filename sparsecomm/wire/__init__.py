@@ -13,15 +13,7 @@ from sparsecomm.wire.header import (
     read_header,
     write_header,
 )
-from sparsecomm.wire.part import (
-    PART_HEADER_BYTES,
-    PartHeader,
-    decode_part,
-    encode_part,
-    max_part_bytes,
-    read_part_header,
-)
-from sparsecomm.wire.payload import (
+from sparsecomm.wire.pairs import (
     check_body,
     choose_index_codec,
     decode_bodies,
@@ -30,15 +22,25 @@ from sparsecomm.wire.payload import (
     encode_payload,
     max_payload_bytes,
 )
+from sparsecomm.wire.part import (
+    PART_HEADER_BYTES,
+    PartHeader,
+    decode_part,
+    encode_part,
+    max_part_bytes,
+    read_part_header,
+)
 from sparsecomm.wire.positions import (
     POSITIONS_HEADER_BYTES,
     PositionsHeader,
     decode_positions,
     encode_positions,
     max_positions_bytes,
+    positions_bytes,
     read_positions_header,
 )
 from sparsecomm.wire.signs import add_signs, encode_signs, max_signs_bytes, read_spans
+from sparsecomm.wire.vector import read_vector, vector_header, write_vector
 
 __all__ = [
     "FLAG_ERROR",
@@ -70,9 +72,13 @@ __all__ = [
     "max_payload_bytes",
     "max_positions_bytes",
     "max_signs_bytes",
+    "positions_bytes",
     "read_header",
     "read_part_header",
     "read_positions_header",
     "read_spans",
+    "read_vector",
+    "vector_header",
     "write_header",
+    "write_vector",
 ]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import MAX_NUMEL, IndexCodec, ValueCodec
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.errors import ConfigError, WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 __all__ = ["PART_HEADER_BYTES", "PartHeader", "decode_part", "encode_part", "max_part_bytes", "read_part_header"]

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec
-from sparsecomm.wire.payload import choose_index_codec
+from sparsecomm.wire.pairs import choose_index_codec
 
 __all__ = [
     "POSITIONS_HEADER_BYTES",
@@ -22,6 +22,7 @@ __all__ = [
     "decode_positions",
     "encode_positions",
     "max_positions_bytes",
+    "positions_bytes",
     "read_positions_header",
 ]
 
@@ -125,3 +126,9 @@ def decode_positions(header: PositionsHeader, body: torch.Tensor, numel: int, in
     if crc != header.body_crc:
         raise WireError("body_crc", hex(header.body_crc), f"the body's checksum is {crc:#x}")
     kernels.decode_indices(header.index_codec, body, header.nnz, numel, indices)
+
+
+def positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
+    """Returns the expected bytes of nnz uniform positions in one message, header included."""
+    codec = choose_index_codec(nnz, numel, index_codec)
+    return POSITIONS_HEADER_BYTES + kernels.estimate_index_bytes(codec, nnz, numel)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.wire.header import HEADER_BYTES, SPAN_BYTES, Header, write_header
-from sparsecomm.wire.payload import check_body
+from sparsecomm.wire.pairs import check_body
 
 __all__ = ["add_signs", "encode_signs", "max_signs_bytes", "read_spans"]
 

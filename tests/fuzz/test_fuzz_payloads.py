@@ -18,8 +18,8 @@ from helpers import Sent, payload_of, sealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, Header, decode_body, read_header
 

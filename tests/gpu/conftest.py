@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "kernels"))  # the cases that the interpreter runs, too

@@ -7,8 +7,8 @@ import pytest
 import torch
 from vectors import DTYPES, KINDS, vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import KernelError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 SIZES = (0, 1, 129, 4097, 40_000, 1_500_007)

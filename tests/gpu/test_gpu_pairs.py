@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import Cluster, gradient, plan, same_bits
 
-from sparsecomm.arena import Arena
+from sparsecomm import kernels
 from sparsecomm.compress import ThresholdTopK
-from sparsecomm.device import CudaSide
 from sparsecomm.exchange import exchange
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.device import CudaSide
 from sparsecomm.types import IndexCodec, ValueCodec
 
 SIZES = ((0, 0), (0, 9), (1, 1), (1, 900), (129, 4000), (300, 1300), (40_000, 1_000_003))

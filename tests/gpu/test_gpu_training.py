@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import ROOT, job_environment, mpirun_command, run_job
 
+from sparsecomm.ddp.gradients import check_gradient
 from sparsecomm.errors import ConfigError
-from sparsecomm.hooks.gradients import check_gradient
 
 JOB = ROOT / "tests" / "gpu" / "jobs" / "averages.py"
 

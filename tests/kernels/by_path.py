@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 T = TypeVar("T")
 

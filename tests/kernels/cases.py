@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from vectors import DTYPES, vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import KernelError, WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 Put = Callable[[torch.Tensor], torch.Tensor]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 FAST = tuple(p for p in kernels.available_paths() if p not in ("reference", "triton"))
 

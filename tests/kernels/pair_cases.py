@@ -14,8 +14,8 @@ import torch
 from cases import Put, agree, octets, positions
 from vectors import vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 HEAD = 88

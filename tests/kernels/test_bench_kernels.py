@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import job_environment
 
-from sparsecomm.benches import gpu
-from sparsecomm.benches import kernels as kernel_bench
-from sparsecomm.benches import wire as wire_bench
+from sparsecomm import kernels
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.tools.benches import gpu
+from sparsecomm.tools.benches import kernels as kernel_bench
+from sparsecomm.tools.benches import wire as wire_bench
 
 
 def test_kernel_rows() -> None:
@@ -67,7 +67,8 @@ def test_the_rows_of_a_gpu_as_the_interpreter_makes_them() -> None:
 def test_what_the_hook_adds() -> None:
     """In a process of its own, since it starts a world."""
     code = (
-        "from sparsecomm.benches import gpu_hook as g; r = g.run((0.1,), 8, 2, 'cpu', 16); g.print_table(r); print(r)"
+        "from sparsecomm.tools.benches import gpu_hook as g; "
+        "r = g.run((0.1,), 8, 2, 'cpu', 16); g.print_table(r); print(r)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=job_environment(), timeout=120

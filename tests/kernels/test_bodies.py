@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pair_cases import Said, payload
 from vectors import same_bits, seeds
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

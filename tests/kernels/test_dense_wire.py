@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import same_bits, seeds, vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import KernelError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import ValueCodec
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

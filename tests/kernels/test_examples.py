@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from sparsecomm.kernels import dispatch
+from sparsecomm import kernels
 
 
 @pytest.mark.parametrize("module", ["select", "codecs", "combine", "dense", "sizes"])
@@ -27,7 +27,7 @@ def test_every_kernel_has_an_example() -> None:
         "set_path",
         "triton_problem",
     }
-    for name in set(dispatch.__all__) - plumbing:
-        function = getattr(dispatch, name)
+    for name in set(kernels.__all__) - plumbing:
+        function = getattr(kernels, name)
         if callable(function):
             assert ">>>" in (function.__doc__ or ""), name

@@ -7,8 +7,8 @@ import pytest
 import torch
 from by_path import by_reference
 
+from sparsecomm import kernels
 from sparsecomm.errors import KernelError, WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 GUARD = 0xDEADBEEF

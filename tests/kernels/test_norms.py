@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import DTYPES, kinds, same_bits, seeds, sizes, vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import KernelError
-from sparsecomm.kernels import dispatch as kernels
 
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

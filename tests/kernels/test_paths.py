@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from sparsecomm import kernels
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
 
 
 def test_every_available_path_can_be_set() -> None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vectors import DTYPES, same_bits, seeds, vector
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -15,8 +15,8 @@ import torch
 from helpers import ROOT, job_environment
 from vectors import DTYPES, KINDS, vector
 
+from sparsecomm import kernels
 from sparsecomm.errors import ConfigError, KernelError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 
 runs = "triton" in kernels.available_paths()

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecomm import device
+from sparsecomm import kernels
 from sparsecomm.compress import ThresholdTopK
 from sparsecomm.errors import KernelError, WireError
 from sparsecomm.exchange import Plan
-from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.kernels.triton_launch import joined, runs
+from sparsecomm.kernels.triton.launch import joined, runs
+from sparsecomm.runtime import device
 from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import payload as wire_payload
+from sparsecomm.wire import pairs as wire_payload
 
 interpreted = pytest.mark.skipif(
     "triton" not in kernels.available_paths(),
@@ -134,7 +134,7 @@ def test_what_one_check_alone_finds(codec: IndexCodec, octets: list[int], nnz: i
 
 @interpreted
 def test_a_long_code_takes_a_second_copy(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsecomm.kernels import triton_pairs
+    from sparsecomm.kernels.triton import pairs as triton_pairs
 
     pair_cases.check_encode("cpu", (IndexCodec.RICE, ValueCodec.FP16), 300, 9000, 1)
     assert waits.count == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import ROOT, job_environment, mpirun_command, run_job
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 JOB = ROOT / "tests" / "gpu" / "jobs" / "averages.py"
 

@@ -9,8 +9,8 @@ import pytest
 from helpers import job_environment
 from labs import Forks, gone
 
-from sparsecomm.lab import missing, survey
-from sparsecomm.lab.survey import remove
+from sparsecomm.tools.lab import missing, survey
+from sparsecomm.tools.lab.survey import remove
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from helpers import job_environment
 
-from sparsecomm.lab.teardown import ROOT
+from sparsecomm.tools.lab.teardown import ROOT
 
 JOBS = Path(__file__).parent / "jobs"
 

@@ -11,8 +11,8 @@ import pytest
 from labs import Forks, gone, until
 from typer.testing import CliRunner, Result
 
-from sparsecomm.cli.app import app
-from sparsecomm.lab import requirements, teardown
+from sparsecomm.tools.cli.app import app
+from sparsecomm.tools.lab import requirements, teardown
 
 
 def call(*args: str) -> Result:

@@ -17,8 +17,8 @@ from helpers import job_environment
 from labs import JOBS, Forks, gone, machine
 
 from sparsecomm.errors import SparseCommError
-from sparsecomm.lab import Lab, LabError, network, survey, teardown
-from sparsecomm.lab.survey import remove
+from sparsecomm.tools.lab import Lab, LabError, network, survey, teardown
+from sparsecomm.tools.lab.survey import remove
 
 
 def entered(lab: Lab, host: int, *command: str) -> str:

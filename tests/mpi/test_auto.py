@@ -22,7 +22,7 @@ from training import (
 )
 
 import sparsecomm as sc
-from sparsecomm.choose.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
+from sparsecomm.exchange.auto.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
 
 LONG_ENOUGH = WATCHED + MOST_OPTIONS * TURN * TURNS * ROUNDS + 3
 EVERYTHING = 10**6

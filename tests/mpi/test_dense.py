@@ -11,8 +11,8 @@ import torch.distributed as dist
 from training import loss_of, mlp, wrap
 
 import sparsecomm as sc
-from sparsecomm.arena import Arena
 from sparsecomm.collectives import dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import ValueCodec
 
 

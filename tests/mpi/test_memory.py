@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import sparsecomm as sc
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 from sparsecomm.transport import Channel, CollectiveSteps
 
 N = 100_000

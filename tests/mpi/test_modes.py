@@ -254,7 +254,7 @@ def test_options_changed_mid_run_keep_what_is_left_over(world: sc.World) -> None
 def test_the_timeline_shows_every_stage_of_every_bucket(
     world: sc.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsecomm.trace import close_timeline, open_timeline
+    from sparsecomm.runtime.trace import close_timeline, open_timeline
 
     monkeypatch.setenv("SPARSECOMM_TIMELINE", str(tmp_path / "trace.json"))
     open_timeline(world.rank)

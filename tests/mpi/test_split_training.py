@@ -11,7 +11,7 @@ from torch import nn
 from training import TINY_BUCKETS, assert_replicas_equal, flat, loss_of, mlp, residual_of, train, wrap
 
 import sparsecomm as sc
-from sparsecomm.collectives import Regions
+from sparsecomm.exchange.methods.split_reduce.regions import Regions
 
 SPLITS = ("split_reduce", "ssar")
 

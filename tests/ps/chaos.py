@@ -38,10 +38,10 @@ from helpers import job_environment, mpirun_command  # noqa: E402
 from small import NUMEL, Model, gradient, killed_at, progress_of  # noqa: E402
 
 from sparsecomm import TopK  # noqa: E402
-from sparsecomm.arena import Arena  # noqa: E402
-from sparsecomm.config import SparseConfig  # noqa: E402
-from sparsecomm.ps.part import Part  # noqa: E402
-from sparsecomm.ps.sharding import ModelLayout  # noqa: E402
+from sparsecomm.exchange.config import SparseConfig  # noqa: E402
+from sparsecomm.ps.protocol.sharding import ModelLayout  # noqa: E402
+from sparsecomm.ps.worker.part import Part  # noqa: E402
+from sparsecomm.runtime.arena import Arena  # noqa: E402
 
 ULFM = ["--with-ft", "ulfm", "--mca", "pml", "ob1"]
 STEPS = 30

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sparsecomm as sc
-from sparsecomm.arena import Arena
-from sparsecomm.compress import Bucket, BucketLayout, take_some
+from sparsecomm.feedback import Bucket, BucketLayout, take_some
+from sparsecomm.runtime.arena import Arena
 
 
 def losses(model: torch.nn.Module, steps: range) -> list[torch.Tensor]:

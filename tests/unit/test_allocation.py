@@ -9,9 +9,9 @@ import torch
 from helpers import Cluster, gradient, plan
 from torch.profiler import ProfilerActivity, profile
 
-from sparsecomm.arena import Arena
+from sparsecomm import kernels
 from sparsecomm.compress import ChunkTopK, Compressor, CyclicTopK, Dense, RandomK, ThresholdTopK, TopK
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import ValueCodec
 
 N = 20_000

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.compress import MomentumCorrection
 from sparsecomm.exchange import exchange
+from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.types import ValueCodec
 
 N = 64

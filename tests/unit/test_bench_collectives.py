@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from helpers import mpirun_command, run_job
 
-from sparsecomm.benches import collectives
 from sparsecomm.errors import ConfigError
-from sparsecomm.strategies import strategies
+from sparsecomm.exchange.method import strategies
+from sparsecomm.tools.benches import collectives
 
 EXTRA = """
 import sys

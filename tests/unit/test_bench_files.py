@@ -13,10 +13,10 @@ import pytest
 from helpers import ROOT
 from typer.testing import CliRunner, Result
 
-from sparsecomm.benches import BENCHES, registry, report, results
-from sparsecomm.cli.app import app
-from sparsecomm.cli.bench_files import COMMANDS
 from sparsecomm.errors import ConfigError
+from sparsecomm.tools.benches import BENCHES, registry, report, results
+from sparsecomm.tools.cli.app import app
+from sparsecomm.tools.cli.bench_files import COMMANDS
 
 KEPT = sorted((ROOT / "bench" / "results").glob("*_2026-11-24_*.json"))
 HOOK = next(path for path in KEPT if "hook" in path.name)

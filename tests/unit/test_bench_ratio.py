@@ -12,10 +12,10 @@ from helpers import KINDS, gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecomm.benches import ratio
-from sparsecomm.benches.recordings import SOURCES, missing, record
+from sparsecomm import kernels
 from sparsecomm.errors import ConfigError
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.tools.benches import ratio
+from sparsecomm.tools.benches.recordings import SOURCES, missing, record
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, decode_body, read_header
 

@@ -316,7 +316,7 @@ def test_what_is_broken_is_named(compressor: Any, message: str) -> None:
 
 def test_what_only_shows_between_ranks_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that loses something: the compressor is right by itself."""
-    from sparsecomm.strategies.allgather import Allgather
+    from sparsecomm.exchange.methods.allgather import Allgather
 
     def lossy(self: Allgather, out: torch.Tensor, scale: float) -> None:
         average(self, out, scale)

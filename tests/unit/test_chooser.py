@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import sparsecomm as sc
-from sparsecomm.choose import Candidate, Chooser, candidates, chooser
-from sparsecomm.choose.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
-from sparsecomm.choose.measure import _rings
-from sparsecomm.choose.predict import predict
-from sparsecomm.strategies import Costs
+from sparsecomm.exchange.auto import Candidate, Chooser, candidates, chooser
+from sparsecomm.exchange.auto.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
+from sparsecomm.exchange.auto.measure import _rings
+from sparsecomm.exchange.auto.predict import predict
+from sparsecomm.exchange.costs import Costs
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind

@@ -16,10 +16,10 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import sparsecomm
-from sparsecomm.cli.app import app
-from sparsecomm.cli.bench import options_of
-from sparsecomm.cli.output import write_json
 from sparsecomm.errors import ConfigError
+from sparsecomm.tools.cli.app import app
+from sparsecomm.tools.cli.bench import options_of
+from sparsecomm.tools.cli.output import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 seen: dict[str, Any] = {}
@@ -53,10 +53,10 @@ def sample(
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[..., Mapping[str, Any]]]]:
     """A registry with one bench in place of the real one."""
-    module = types.ModuleType("sparsecomm.benches")
+    module = types.ModuleType("sparsecomm.tools.benches")
     module.BENCHES = {"sample": sample}  # type: ignore[attr-defined]
     module.registry = lambda: module.BENCHES  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sparsecomm.benches", module)
+    monkeypatch.setitem(sys.modules, "sparsecomm.tools.benches", module)
     monkeypatch.setattr(sparsecomm, "benches", module, raising=False)
     seen.clear()
     return module.BENCHES
@@ -69,11 +69,11 @@ def call(*args: str) -> Result:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_load_no_mpi(option: str) -> None:
     code = (
-        "import sys, sparsecomm.cli\n"
-        "try: sparsecomm.cli.main()\n"
+        "import sys, sparsecomm.tools.cli\n"
+        "try: sparsecomm.tools.cli.main()\n"
         "except SystemExit as e: assert not e.code\n"
         "assert 'mpi4py' not in sys.modules\n"
-        "assert not any(m.startswith('sparsecomm.cli.doctor') for m in sys.modules)"
+        "assert not any(m.startswith('sparsecomm.tools.cli.doctor') for m in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, option],

@@ -8,16 +8,16 @@ from helpers import Cluster, gradient, plan, same_bits, total
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.arena import Arena
+from sparsecomm import kernels
 from sparsecomm.collectives import (
     allgather_bodies,
     allgather_fixed,
-    choose_collective,
     dense_allreduce,
     dense_ring_bytes,
     ring_allreduce,
 )
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.exchange.auto.rule import choose_collective
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind

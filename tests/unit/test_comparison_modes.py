@@ -27,11 +27,13 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecomm.compress import BucketLayout, MomentumCorrection, PowerSGD, Sign, ThresholdTopK, TopK, orthonormal
-from sparsecomm.config import SparseConfig
+from sparsecomm.compress import PowerSGD, Sign, ThresholdTopK, TopK
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, ConfigError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import exchange
-from sparsecomm.strategies.powersgd import Factors
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.exchange.methods.powersgd.factors import orthonormal
+from sparsecomm.exchange.methods.powersgd.method import Factors
+from sparsecomm.feedback import BucketLayout, MomentumCorrection
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 from sparsecomm.wire import CollectiveKind
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import sparsecomm as sc
-from sparsecomm.compress import MomentumCorrection
-from sparsecomm.config import SparseConfig
 from sparsecomm.errors import ConfigError
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.presets import PRESETS, preset
 
 

@@ -12,7 +12,6 @@ from helpers import EPS32, KINDS, gradient, magnitude, same_bits, total
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.arena import Arena
 from sparsecomm.collectives import (
     DenseAlgorithm,
     choose_dense,
@@ -22,6 +21,7 @@ from sparsecomm.collectives import (
     ring_allreduce,
 )
 from sparsecomm.errors import CommTimeout, ConfigError, KernelError, TransportError
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import VirtualWorld
 from sparsecomm.types import ValueCodec
 

@@ -11,13 +11,13 @@ import torch
 from helpers import Cluster, plan
 
 import sparsecomm as sc
-from sparsecomm.arena import Arena
-from sparsecomm.device import Inline, device_problem, interleaved, side_of
+from sparsecomm import kernels
+from sparsecomm.ddp.gradients import check_gradient
+from sparsecomm.ddp.lanes import Place
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import exchange
-from sparsecomm.hooks.gradients import check_gradient
-from sparsecomm.hooks.staging import Place
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.device import Inline, device_problem, interleaved, side_of
 from sparsecomm.types import ValueCodec
 
 CPU = torch.device("cpu")

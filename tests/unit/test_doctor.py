@@ -17,11 +17,11 @@ import pytest
 from helpers import ROOT, job_environment, mpirun_command
 from rich.console import Console
 
-from sparsecomm.cli.doctor import ucx
-from sparsecomm.cli.doctor.checks import judged
-from sparsecomm.cli.doctor.probe import identify
-from sparsecomm.cli.doctor.render import render
-from sparsecomm.cli.doctor.report import (
+from sparsecomm.tools.cli.doctor import ucx
+from sparsecomm.tools.cli.doctor.checks import judged
+from sparsecomm.tools.cli.doctor.probe import identify
+from sparsecomm.tools.cli.doctor.render import render
+from sparsecomm.tools.cli.doctor.report import (
     Cpu,
     Kernels,
     LaunchFacts,

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import JOBS, mpirun_command, run_job
 
-from sparsecomm.strategies import strategies
+from sparsecomm.exchange.method import strategies
 
 
 @pytest.mark.slow

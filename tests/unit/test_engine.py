@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers import Cluster, gradient, plan, same_bits
 
-from sparsecomm.arena import Arena
 from sparsecomm.collectives import allgather_fixed
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.exchange import exchange
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, Engine, Request, SoloTransport, VirtualWorld
 
 BROKEN = "communication failed before"

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.collectives import DenseAlgorithm, dense
+from sparsecomm.collectives import DenseAlgorithm
+from sparsecomm.collectives import allreduce as dense
 from sparsecomm.errors import CollectiveMismatch
 from sparsecomm.types import GRAD_DTYPES, ValueCodec
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import Cluster, Raising, assert_conserved, assert_restored, gradient, layout, plan, same_bits
 
-from sparsecomm.arena import Arena
-from sparsecomm.collectives import agree
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, KernelError, RemoteError, TransportError, WireError
-from sparsecomm.exchange import Bucket, Plan, blank_header, exchange, report_failure
+from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
+from sparsecomm.exchange.agree import agree
+from sparsecomm.feedback import Bucket
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, read_header, write_header

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.arena import Arena
-from sparsecomm.compress import BucketLayout
+from sparsecomm.ddp.fusion import Batch, Fusion, Handed
 from sparsecomm.errors import TransportError
-from sparsecomm.hooks.fusion import Batch, Fusion, Handed
+from sparsecomm.feedback import BucketLayout
+from sparsecomm.runtime.arena import Arena
 
 
 def handed(index: int, numel: int, dtype: torch.dtype = torch.float32) -> Handed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm import kernels
 
 
 def test_the_default_kernels_are_in_use() -> None:

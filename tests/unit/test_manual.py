@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.hooks import manual
+from sparsecomm.ddp import by_hand as manual
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from sparsecomm.errors import StateError, WireError
-from sparsecomm.metrics import BucketReport, Metrics, Recorder
+from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
 
 
 def report(step: int, bucket: int, **values: float) -> BucketReport:

@@ -10,8 +10,8 @@ from helpers import Cluster, gradient, plan, same_bits, total
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.compress import MomentumCorrection
 from sparsecomm.errors import CollectiveMismatch
+from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.types import ValueCodec
 
 N = 80

@@ -27,10 +27,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.collectives import DenseAlgorithm, broadcast, dense
-from sparsecomm.compress import Compressor, MomentumCorrection, Places, largest_chunks
+from sparsecomm.collectives import DenseAlgorithm, broadcast
+from sparsecomm.collectives import allreduce as dense
+from sparsecomm.compress import Compressor, Places, largest_chunks
 from sparsecomm.compress.sample import sample
-from sparsecomm.exchange import Bucket
+from sparsecomm.feedback import Bucket, MomentumCorrection
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 

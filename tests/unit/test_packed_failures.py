@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomm as sc
+from sparsecomm import kernels
 from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import Selection, SelectorMemory
-from sparsecomm.config import SparseConfig
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, ConfigError, RemoteError, TransportError, WireError
-from sparsecomm.kernels import dispatch as kernels
+from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 from sparsecomm.wire import (
     POSITIONS_HEADER_BYTES,

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from helpers import job_environment, mpirun_command, run_job
 
-from sparsecomm.benches import methods as registry
-from sparsecomm.benches.methods import METHODS, Run, load_plugins, runs_of
-from sparsecomm.benches.peers import Jobs, steps_for
-from sparsecomm.benches.plots_train import plots
-from sparsecomm.benches.tasks import TASKS
-from sparsecomm.benches.train import time_to
-from sparsecomm.benches.training import Schedule
-from sparsecomm.cli.bench import run as bench
 from sparsecomm.errors import ConfigError
-from sparsecomm.lab import missing
+from sparsecomm.tools.benches import methods as registry
+from sparsecomm.tools.benches.methods import METHODS, Run, load_plugins, runs_of
+from sparsecomm.tools.benches.peers import Jobs, steps_for
+from sparsecomm.tools.benches.plots_train import plots
+from sparsecomm.tools.benches.tasks import TASKS
+from sparsecomm.tools.benches.train import time_to
+from sparsecomm.tools.benches.training import Schedule
+from sparsecomm.tools.cli.bench import run as bench
+from sparsecomm.tools.lab import missing
 
 PLUGINS = Path(__file__).with_name("plugins")
 FIGURES = {

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_job import VirtualJob
 
 import sparsecomm as sc
-from sparsecomm.ps.checkpoint import newest_complete
-from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.virtual import VirtualJob
+from sparsecomm.ps.server.checkpoint import newest_complete
+from sparsecomm.ps.worker.client import Link, Steps
 
 
 def network(hidden: int = 5) -> torch.nn.Module:

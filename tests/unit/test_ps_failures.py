@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_job import VirtualJob
 
 import sparsecomm as sc
-from sparsecomm.ps import messages as ms
-from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.messages import Envelope, Kind
-from sparsecomm.ps.virtual import VirtualJob
+from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.messages import Envelope, Kind
+from sparsecomm.ps.worker.client import Link, Steps
 
 STEPS, NUMEL = 6, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_job import VirtualJob
+from simulated_mailbox import VirtualOffice
 
 import sparsecomm as sc
-from sparsecomm.ps.client import Link, Steps
 from sparsecomm.ps.joining import Door, enter
-from sparsecomm.ps.virtual import VirtualJob
-from sparsecomm.transport import VirtualOffice
-from sparsecomm.transport.socket_post import SocketPost
+from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.transport.mailbox.tcp import SocketPost
 
 STEPS, NUMEL = 12, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_job import VirtualJob
 
 import sparsecomm as sc
-from sparsecomm.ps import messages as ms
-from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.messages import Envelope, Kind
-from sparsecomm.ps.virtual import VirtualJob
+from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.messages import Envelope, Kind
+from sparsecomm.ps.worker.client import Link, Steps
 
 STEPS = 5
 

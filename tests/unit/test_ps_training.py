@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_job import VirtualJob
 
 import sparsecomm as sc
-from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.virtual import VirtualJob
+from sparsecomm.ps.worker.client import Link, Steps
 
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(2), sc.ps.Asynchronous()]
 

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_job import VirtualJob
+from simulated_mailbox import VirtualWindow
 
 import sparsecomm as sc
-from sparsecomm.ps.board import Board, board_bytes, read_board
-from sparsecomm.ps.client import Link, Steps
-from sparsecomm.ps.puller import Puller
-from sparsecomm.ps.rules import Rules
-from sparsecomm.ps.shard import Shard
-from sparsecomm.ps.sharding import ModelLayout
-from sparsecomm.ps.virtual import VirtualJob
-from sparsecomm.transport.window import VirtualWindow
+from sparsecomm.ps.protocol.board import board_bytes
+from sparsecomm.ps.protocol.sharding import ModelLayout
+from sparsecomm.ps.server.board import Board
+from sparsecomm.ps.server.rules import Rules
+from sparsecomm.ps.server.shard import Shard
+from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.puller import Puller
+from sparsecomm.ps.worker.window import read_board
 
 NUMEL, STEPS = 300, 6
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.hooks.checkpoint import Checkpoint
+from sparsecomm.ddp.checkpoint import Checkpoint
 
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "scale": (), "b.weight": (2, 3, 2)}
 Saved = dict[str, torch.Tensor]

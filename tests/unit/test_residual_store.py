@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.compress import BucketLayout, ResidualStore
 from sparsecomm.errors import StateError
+from sparsecomm.feedback import BucketLayout, ResidualStore
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": (), "d": (1, 4), "e": (0,), "f": (5,)}
 

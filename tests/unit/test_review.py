@@ -11,10 +11,10 @@ import torch
 from helpers import Raising
 
 import sparsecomm as sc
-from sparsecomm.arena import Arena
-from sparsecomm.compress import Bucket, BucketLayout, MomentumCorrection
-from sparsecomm.compress.accumulate import take_some
 from sparsecomm.errors import TransportError
+from sparsecomm.feedback import Bucket, BucketLayout, MomentumCorrection
+from sparsecomm.feedback.accumulate import take_some
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Engine, SoloTransport, VirtualWorld
 
 

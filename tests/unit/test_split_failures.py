@@ -11,12 +11,11 @@ from helpers import Cluster, Raising, assert_conserved, assert_restored, gradien
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecomm.arena import Arena
-from sparsecomm.collectives import Agreement, agree
-from sparsecomm.collectives.agree import DIGEST_ABOVE, DIGEST_BYTES
-from sparsecomm.compress import MomentumCorrection
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, RemoteError, TransportError, WireError
 from sparsecomm.exchange import blank_header, exchange
+from sparsecomm.exchange.agree import DIGEST_ABOVE, DIGEST_BYTES, Agreement, agree
+from sparsecomm.feedback import MomentumCorrection
+from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, write_header

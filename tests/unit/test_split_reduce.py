@@ -22,11 +22,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecomm.collectives import Regions
-from sparsecomm.collectives.regions import LIFETIME
-from sparsecomm.collectives.segments import segments_of
-from sparsecomm.compress import Compressor, MomentumCorrection, ThresholdTopK, TopK
+from sparsecomm.compress import Compressor, ThresholdTopK, TopK
 from sparsecomm.errors import CollectiveMismatch
+from sparsecomm.exchange.methods.split_reduce.regions import LIFETIME, Regions
+from sparsecomm.exchange.methods.split_reduce.segments import segments_of
+from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 
 INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, IndexCodec.RAW)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import sparsecomm as sc
-from sparsecomm import trace
-from sparsecomm.metrics import BucketReport
-from sparsecomm.trace import Stage, Timeline, close_timeline, open_timeline
+from sparsecomm.runtime import trace
+from sparsecomm.runtime.metrics import BucketReport
+from sparsecomm.runtime.trace import Stage, Timeline, close_timeline, open_timeline
 
 
 @pytest.fixture(autouse=True)

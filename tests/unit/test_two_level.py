@@ -29,11 +29,12 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecomm.collectives import choose_leaders_collective, two_level_bytes
-from sparsecomm.compress import MomentumCorrection, ThresholdTopK, TopK
-from sparsecomm.config import SparseConfig
+from sparsecomm.compress import ThresholdTopK, TopK
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, ConfigError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import exchange
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.exchange.methods.two_level.method import choose_leaders_collective, two_level_bytes
+from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.launch.world import _given_nodes as given_nodes
 from sparsecomm.transport import VirtualWorld
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sparsecomm.benches import registry
 from sparsecomm.errors import ConfigError
-from sparsecomm.strategies import strategies
+from sparsecomm.exchange.method import strategies
+from sparsecomm.tools.benches import registry
 
 
 def test_every_registered_collective_has_a_volume_and_only_split_reduce_is_the_same_for_more_ranks() -> None:

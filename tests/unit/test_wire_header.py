@@ -13,8 +13,8 @@ from helpers import sealed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import MAX_NUMEL, IndexCodec, ValueCodec
 from sparsecomm.wire import (
     FLAG_ERROR,

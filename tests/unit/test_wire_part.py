@@ -10,12 +10,12 @@ import torch
 from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from worked_example import worked_part
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import PART_HEADER_BYTES, decode_part, encode_part, max_part_bytes, read_part_header
-from sparsecomm.wire.example import worked_part
 
 INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, IndexCodec.RAW)
 

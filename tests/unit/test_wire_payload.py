@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, payload_of
 from hypothesis import given
 from hypothesis import strategies as st
+from worked_example import worked_example, worked_part
 
 from sparsecomm.errors import WireError
 from sparsecomm.exchange import blank_header
@@ -27,7 +28,6 @@ from sparsecomm.wire import (
     max_payload_bytes,
     read_header,
 )
-from sparsecomm.wire.example import worked_example, worked_part
 
 codecs = st.tuples(st.sampled_from(IndexCodec), st.sampled_from(ValueCodec))
 
@@ -124,7 +124,7 @@ def test_the_worked_payload_is_the_documents() -> None:
 
 
 def test_the_documents_command_prints_the_worked_payload() -> None:
-    command = [sys.executable, "-W", "error", "-m", "sparsecomm.wire.example"]
+    command = [sys.executable, "-W", "error", str(ROOT / "docs" / "worked_example.py")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
     assert done.stdout.rstrip("\n") == f"{worked_example()}\n\n{worked_part()}"
 

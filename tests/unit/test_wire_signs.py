@@ -11,9 +11,9 @@ from helpers import sealed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.kernels import dispatch as kernels
-from sparsecomm.strategies import blank_header
+from sparsecomm.exchange.method import blank_header
 from sparsecomm.wire import (
     HEADER_BYTES,
     CollectiveKind,

@@ -19,14 +19,26 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from sparsecomm.errors import SparseCommError
-from sparsecomm.kernels import (
-    triton_combine,
-    triton_indices,
-    triton_path,
-    triton_positions,
-    triton_select,
-    triton_topk,
-    triton_values,
+from sparsecomm.kernels.triton import (
+    combine as triton_combine,
+)
+from sparsecomm.kernels.triton import (
+    indices as triton_indices,
+)
+from sparsecomm.kernels.triton import (
+    path as triton_path,
+)
+from sparsecomm.kernels.triton import (
+    positions as triton_positions,
+)
+from sparsecomm.kernels.triton import (
+    select as triton_select,
+)
+from sparsecomm.kernels.triton import (
+    topk as triton_topk,
+)
+from sparsecomm.kernels.triton import (
+    values as triton_values,
 )
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 

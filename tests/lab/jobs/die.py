@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sparsecomm.lab import Lab, network, state, teardown
-from sparsecomm.lab import lab as lab_module
+from sparsecomm.tools.lab import Lab, network, state, teardown
+from sparsecomm.tools.lab import lab as lab_module
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.dirname(os.path.dirname(HERE))]

@@ -12,8 +12,8 @@ import signal
 import sys
 import traceback
 
-from sparsecomm.cli.app import app
-from sparsecomm.lab import Lab
+from sparsecomm.tools.cli.app import app
+from sparsecomm.tools.lab import Lab
 
 NAMES = {"app": app, "Lab": Lab, "os": os}
 

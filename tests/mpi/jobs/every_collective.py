@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import sparsecomm as sc
-from sparsecomm.strategies import strategies
+from sparsecomm.exchange.method import strategies
 
 STEPS = 3
 ROWS, COLUMNS = 48, 65

@@ -7,7 +7,7 @@ import time
 import torch.distributed as dist
 from torch import nn
 
-from sparsecomm.benches.methods import METHODS, Attached, method
+from sparsecomm.tools.benches.methods import METHODS, Attached, method
 
 
 @method("fails-on-rank-1", default=False)

@@ -1,0 +1,8 @@
+"""Where training frameworks hand their gradients over."""
+
+from sparsecomm.ddp.by_hand import allreduce_gradients
+from sparsecomm.ddp.checkpoint import reshard
+from sparsecomm.ddp.hook import sparse_hook
+from sparsecomm.ddp.state import SparseState
+
+__all__ = ["SparseState", "allreduce_gradients", "reshard", "sparse_hook"]

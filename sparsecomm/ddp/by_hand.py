@@ -1,0 +1,105 @@
+"""Averaging gradients by hand, for scripts that do not wrap their model in DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsecomm.ddp.state import SparseState
+from sparsecomm.errors import ConfigError
+
+__all__ = ["allreduce_gradients"]
+
+_BUCKET_BYTES = 25 * 2**20  # DDP's default
+
+
+def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_bytes: int = _BUCKET_BYTES) -> None:
+    """Averages the gradients of a model over all ranks, in place. Collective; call it between backward and step.
+
+    All ranks must hold the same parameters with the same `requires_grad`. A parameter without a gradient on this rank
+    takes part with zeros and has the average afterwards.
+
+    Args:
+        model: a plain module (not DDP), whose parameters' `.grad` are replaced by the averages.
+        state: made with ``SparseState(..., model=model)``.
+        bucket_bytes: gradients are exchanged in flat buckets of about this size, last parameters first.
+
+    Raises:
+        ConfigError: for a DDP model, which averages by itself, or bucket_bytes < 1.
+        SparseCommError: what made the exchange fail, on every rank.
+    """
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ConfigError("allreduce_gradients is for models without DDP; register sparse_hook with this one instead")
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ConfigError(f"bucket_bytes must be a whole number >= 1, got {bucket_bytes!r}")
+    buckets = _buckets([p for p in model.parameters() if p.requires_grad], bucket_bytes)
+    flats, futures = [], []
+    for i, bucket in enumerate(buckets):
+        flat, error = _flatten(bucket)
+        flats.append(flat)
+        futures.append(state.start(i, bucket, flat, last=i == len(buckets) - 1, error=error))
+    failed: BaseException | None = None
+    for future in futures:  # all of them: nothing may still be in flight when this returns or raises
+        try:
+            future.wait()
+        except RuntimeError as error:
+            failed = failed or state.last_error or error
+    if failed is not None:
+        raise failed
+    for bucket, flat in zip(buckets, flats, strict=True):
+        _give_back(bucket, flat)
+
+
+def _buckets(parameters: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
+    """Cuts parameters, last first, into buckets of one dtype and about `limit` bytes."""
+    buckets: list[list[torch.Tensor]] = []
+    size = 0
+    for p in reversed(parameters):
+        nbytes = p.numel() * p.element_size()
+        if not buckets or size + nbytes > limit or buckets[-1][0].dtype != p.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += nbytes
+    return buckets
+
+
+def _memory_order(p: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor's elements in the memory order of a dense parameter, flat."""
+    if torch.ops.aten.is_non_overlapping_and_dense(like):
+        order = sorted(range(like.dim()), key=like.stride, reverse=True)
+        return p.permute(order).reshape(-1)
+    return p.reshape(-1)
+
+
+def _flatten(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Exception | None]:
+    """Returns the gradients as one flat tensor, or what is wrong with them: the other ranks must be told, too."""
+    try:
+        return torch.cat([_flat_grad(p) for p in bucket]), None
+    except Exception as error:
+        return torch.zeros(sum(p.numel() for p in bucket)), error
+
+
+def _flat_grad(p: torch.Tensor) -> torch.Tensor:
+    grad = p.grad
+    if grad is None:
+        return torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+    if grad.layout != torch.strided:
+        raise ConfigError(f"a gradient of shape {tuple(p.shape)} is in {grad.layout} layout; use sparse=False")
+    return _memory_order(grad, p)
+
+
+def _give_back(bucket: Sequence[torch.Tensor], flat: torch.Tensor) -> None:
+    start = 0
+    for p in bucket:
+        part = flat[start : start + p.numel()]
+        start += p.numel()
+        if torch.ops.aten.is_non_overlapping_and_dense(p):
+            average = part.as_strided(p.shape, p.stride())
+        else:
+            average = part.view(p.shape)
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+        with torch.no_grad():
+            p.grad.copy_(average)

@@ -1,0 +1,221 @@
+"""Checkpoints of a state: a flat dict of tensors per rank, checked whole before anything is applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.errors import StateError
+from sparsecomm.feedback import check_residuals
+
+__all__ = ["Checkpoint", "fill_names", "reshard"]
+
+_MEMORIES = ("residual", "velocity", "second_moment")
+_SELECTOR = "selector."
+_MOMENT_STEPS = "moment_steps"
+_NUMBERS = ("step", "rank", "world_size")
+
+
+@dataclass
+class Checkpoint:
+    """What a rank's checkpoint holds.
+
+    Attributes:
+        step: training step.
+        rank: rank that saved it.
+        world_size: ranks of the group that saved it.
+        memories: by kind ("residual", "velocity", "second_moment") and parameter name; float32, in its shape.
+        moment_steps: steps that Adam correction's moments have seen.
+        selectors: the compressor's memory by layout hash.
+    """
+
+    step: int
+    rank: int
+    world_size: int
+    memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in _MEMORIES})
+    moment_steps: int = 0
+    selectors: dict[int, SelectorMemory] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, torch.Tensor]:
+        """Returns the flat dict of tensors."""
+        out = {name: torch.tensor(getattr(self, name)) for name in _NUMBERS}
+        if self.memories["second_moment"]:
+            out[_MOMENT_STEPS] = torch.tensor(self.moment_steps)
+        for kind, named in self.memories.items():
+            out.update({f"{kind}.{name}": t for name, t in sorted(named.items())})
+        for layout, m in sorted(self.selectors.items()):
+            numbers = torch.tensor([m.threshold, m.age, m.k], dtype=torch.float64)
+            out[f"{_SELECTOR}{layout:016x}"] = numbers
+        return out
+
+    @classmethod
+    def from_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
+        """Reads a flat dict.
+
+        Raises:
+            StateError: if it is not a checkpoint of a `SparseState`; names what is unknown or missing.
+        """
+        missing = [name for name in _NUMBERS if name not in state_dict]
+        if missing:
+            raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
+        step, rank, world_size = (_count(name, state_dict[name]) for name in _NUMBERS)
+        made = cls(step, rank, world_size)
+        unknown = []
+        for key, value in state_dict.items():
+            kind, _, name = key.partition(".")
+            if name and kind in made.memories:
+                made.memories[kind][name] = value
+            elif key.startswith(_SELECTOR):
+                made.selectors[_layout_hash(key)] = _selector(key, value)
+            elif key == _MOMENT_STEPS:
+                made.moment_steps = _count(key, value)
+            elif key not in _NUMBERS:
+                unknown.append(key)
+        if unknown:
+            raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
+        return made
+
+    def check(self) -> None:
+        """Checks what can be known without a model.
+
+        Raises:
+            StateError: for what is no residual, or if none is named though steps were taken.
+        """
+        for kind, named in self.memories.items():
+            check_residuals(kind, named)
+        for name, t in self.memories["second_moment"].items():
+            if bool((t < 0).any()):
+                raise StateError(f"second_moment of {name!r} holds negative values")
+        if self.step > 0 and not self.memories["residual"]:
+            raise StateError(
+                f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only what "
+                "it is handed, so register the hook (or pass model=) before loading into a new state"
+            )
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks that the residuals are those of a model.
+
+        Args:
+            shapes: shapes of its parameters by name.
+
+        Raises:
+            StateError: names the parameters that only one of the two has, or has in another shape.
+        """
+        model = set(shapes)
+        for what, loaded in self.memories.items():
+            extra, missing = sorted(set(loaded) - model), sorted(model - set(loaded))
+            if extra:
+                raise StateError(f"the checkpoint is of another model: it has the {what} of {extra}, unknown here")
+            if loaded and missing:
+                raise StateError(f"the checkpoint is of another model: it lacks the {what} of {missing}")
+            for name, t in loaded.items():
+                if t.shape != (0,) and tuple(t.shape) != shapes[name]:
+                    raise StateError(
+                        f"{what} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
+                        f"the parameter has {shapes[name]}"
+                    )
+
+
+def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], kept: set[str]) -> None:
+    """Names the parameters that have no residual yet: zeros for those that may get one, empty for the others.
+
+    Args:
+        residuals: by name. Mutated.
+        shapes: shapes of the model's parameters by name.
+        kept: names of parameters that may get a residual.
+    """
+    for name, shape in shapes.items():
+        if name not in residuals:
+            residuals[name] = torch.zeros(shape if name in kept else 0)
+
+
+def _count(key: str, value: object) -> int:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_floating_point() or int(value) < 0:
+        raise StateError(f"the checkpoint's {key!r} must be one whole number >= 0, got {value!r}")
+    return int(value)
+
+
+def _layout_hash(key: str) -> int:
+    try:
+        return int(key.removeprefix(_SELECTOR), 16)
+    except ValueError:
+        raise StateError(f"the checkpoint's {key!r} does not name a layout by 16 hexadecimal digits") from None
+
+
+def _selector(key: str, value: object) -> SelectorMemory:
+    if isinstance(value, torch.Tensor) and value.shape == (3,) and value.dtype == torch.float64:
+        threshold, age, k = (float(x) for x in value)
+        known = math.isnan(threshold) or 0 <= threshold < math.inf
+        if known and all(x >= 0 and x == int(x) for x in (age, k) if math.isfinite(x)) and math.isfinite(age + k):
+            return SelectorMemory(threshold, int(age), int(k))
+    raise StateError(f"the checkpoint's {key!r} must hold a threshold, its age and its k, got {value!r}")
+
+
+def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Turns the checkpoints of all ranks of one world into those of a world of another size, losing nothing.
+
+    An update is the sum over ranks divided by P, so what must survive is (sum of residuals) / P: with P ranks before
+    and P' after, the residuals are multiplied by P' / P. When ranks go, rank j takes over those of ranks j, j + P',
+    ...; when ranks come, ranks j, j + P, ... share rank j's equally. Velocities, which every rank holds of its own
+    gradients, are shared out in the same way; second moments, which are no sums, are averaged or copied.
+
+    Args:
+        state_dicts: what each rank's `state_dict` returned, in rank order.
+        world_size: the new number of ranks.
+
+    Returns:
+        One state dict a rank, for `load_state_dict`.
+
+    Raises:
+        StateError: if they are not all ranks of one world at one step.
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
+    old = [Checkpoint.from_dict(d) for d in state_dicts]
+    if not old or [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
+        saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
+        raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
+    if len({c.step for c in old}) > 1:
+        raise StateError(f"the checkpoints are of different steps: {[c.step for c in old]}")
+    for c in old:
+        c.check()
+        _check_alike(old[0], c)
+    return [_new_rank(old, j, world_size).to_dict() for j in range(world_size)]
+
+
+def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+    for what, a in first.memories.items():
+        b = other.memories[what]
+        unlike = sorted(set(a) ^ set(b))
+        if unlike:
+            raise StateError(
+                f"the checkpoints are of different models: only one of ranks 0 and {other.rank} "
+                f"has the {what} of {unlike}"
+            )
+        for name in a:
+            shapes = {tuple(t.shape) for t in (a[name], b[name])} - {(0,)}
+            if len(shapes) > 1:
+                raise StateError(
+                    f"{what} of {name!r} has shape {tuple(a[name].shape)} on rank 0, "
+                    f"{tuple(b[name].shape)} on rank {other.rank}"
+                )
+
+
+def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
+    sources = range(rank, len(old), size) if size < len(old) else [rank % len(old)]
+    shared_by = len(range(rank % len(old), size, len(old))) if size >= len(old) else 1
+    factor = size / len(old) / shared_by
+    made = Checkpoint(old[0].step, rank, size, moment_steps=old[0].moment_steps)
+    for kind, into in made.memories.items():
+        weight = 1.0 / len(sources) if kind == "second_moment" else factor
+        for source in sources:
+            for name, t in old[source].memories[kind].items():
+                if t.numel() or name not in into:
+                    into[name] = t * weight + into[name] if name in into and into[name].numel() else t * weight
+    if size == len(old):
+        made.selectors = dict(old[rank].selectors)
+    return made

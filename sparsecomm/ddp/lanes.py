@@ -1,0 +1,94 @@
+"""Where buckets are exchanged: on the host, or beside their GPU with pinned buffers for what travels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsecomm.exchange import Plan, exchange
+from sparsecomm.exchange.method import strategy_of
+from sparsecomm.feedback import Bucket
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.device import Side, side_of
+from sparsecomm.runtime.metrics import BucketReport
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["Place", "Places"]
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the buckets of one device are exchanged.
+
+    Attributes:
+        device: theirs.
+        side: in which order work is done there.
+        arena: gives buffers for messages, on the host; pinned for a GPU.
+        memory: gives work buffers on the device; on the host the same arena.
+    """
+
+    device: torch.device
+    side: Side
+    arena: Arena
+    memory: Arena
+
+    def home(self, collective: CollectiveKind) -> torch.device:
+        """Returns where a bucket's residual lives: with the gradient if the collective works there, else the host."""
+        return self.device if strategy_of(collective).on_device else _HOST
+
+    def steps(
+        self, channel: Channel, bucket: Bucket, flat: Callable[[Arena], torch.Tensor], plan: Plan, *, settle: bool
+    ) -> CollectiveSteps[BucketReport]:
+        """Exchanges a bucket. Collective. To be driven by `side`.
+
+        Args:
+            channel: the ranks.
+            bucket: Mutated; its memories are where `home` says.
+            flat: returns the gradient, which is overwritten with the average, given an arena on its device.
+            plan: what to do.
+            settle: as in `exchange`.
+        """
+        grad = flat(self.memory)
+        if self.home(plan.collective) == grad.device:
+            return (yield from exchange(channel, bucket, grad, plan, self.arena, settle=settle, memory=self.memory))
+        whole = self.arena.get((bucket.index, "whole"), grad.numel(), grad.dtype)
+        self.side.fetch(grad, whole)
+        report = yield from exchange(channel, bucket, whole, plan, self.arena, settle=settle)
+        grad.copy_(whole, non_blocking=True)
+        return report
+
+    def in_order(self, call: Callable[..., None]) -> Callable[..., None]:
+        """Returns a function that does the same, what it gives the device behind what was given `side` before."""
+
+        def run(*args: Any) -> None:
+            with self.side.active():
+                call(*args)
+
+        return run
+
+
+class Places:
+    """The places of one state, made when they are first needed.
+
+    Args:
+        arena: of the host.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._host = Place(_HOST, side_of(_HOST), arena, arena)
+        self._of: dict[torch.device, Place] = {_HOST: self._host}
+
+    def of(self, device: torch.device) -> Place:
+        """Returns the place of a device; the host's for a device whose gradients are going to be refused."""
+        if device.type != "cuda":
+            return self._host
+        place = self._of.get(device)
+        if place is None:
+            place = self._of[device] = Place(device, side_of(device), Arena(pinned=True), Arena(device))
+        return place

@@ -1,0 +1,252 @@
+"""The first round of every exchange, in which all ranks see the same disagreement, failure or non-finite gradient.
+
+In a small world all headers go to all ranks: ceil(log2 P) messages, 88 (P - 1) bytes. In a large one a digest of 24
+bytes spreads in as many messages, and the headers follow only if someone needs them: the sparse allgather, which finds
+the lengths of the bodies in them, or everybody if there is trouble to report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from sparsecomm import kernels
+from sparsecomm.collectives.gather import allgather_bodies, allgather_fixed
+from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
+from sparsecomm.wire import (
+    FLAG_ERROR,
+    FLAG_NONFINITE,
+    HEADER_BYTES,
+    CollectiveKind,
+    Header,
+    check_body,
+    read_header,
+)
+
+__all__ = ["DIGEST_ABOVE", "DIGEST_BYTES", "Agreement", "agree", "agreement_bytes"]
+
+DIGEST_ABOVE = 16
+"""Ranks up to which headers go to all at once: there 88 (P - 1) bytes cost less than another round of messages."""
+
+_MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
+_matched = attrgetter(*_MUST_MATCH)
+_MORE: dict[CollectiveKind, dict[str, str]] = {
+    CollectiveKind.DENSE: {"value_codec": "value_codec"},
+    CollectiveKind.SPLIT_REDUCE: {"nnz": "k"},
+    CollectiveKind.SSAR: {"nnz": "k"},
+    CollectiveKind.CHUNKED: {"nnz": "k", "value_codec": "value_codec", "plan": "chunk"},
+    CollectiveKind.SHARED_INDEX: {"nnz": "k", "value_codec": "value_codec", "plan": "seed"},
+    CollectiveKind.TREE: {"nnz": "k"},
+    CollectiveKind.POWERSGD: {"nnz": "rank of the matrices", "value_codec": "value_codec"},
+    CollectiveKind.TWO_LEVEL: {"nnz": "k", "value_codec": "value_codec", "plan": "nodes"},
+}
+"""Further fields that must match, with what users call them. What is summed on its way must travel alike, and all
+ranks decide by k; a sparse payload says itself what is in it."""
+
+_DIGEST = struct.Struct("<4sBBHQII")
+DIGEST_BYTES = _DIGEST.size
+_MAGIC = b"SPCD"
+_VERSION = 1
+_MISMATCH = 4
+_OTHER_PLAN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all ranks have found out together.
+
+    Attributes:
+        nonfinite: whether some rank saw NaN or infinity.
+        same_plan: whether all ranks have the same plan (see `Header.plan`), and one at all.
+        headers: all headers by rank; empty if they were not gathered.
+    """
+
+    nonfinite: bool
+    same_plan: bool
+    headers: list[Header]
+
+
+def agree(
+    channel: Channel, mine: Header, payload: torch.Tensor, arena: Arena, key: Hashable, *, gather: bool = True
+) -> CollectiveSteps[Agreement]:
+    """Finds out whether all ranks are in the same exchange and able to take part. Collective.
+
+    Args:
+        channel: the ranks.
+        mine: this rank's header.
+        payload: uint8, this rank's whole payload, that header first.
+        arena: gives the receive buffers.
+        key: names them.
+        gather: whether this collective needs all headers.
+
+    Returns:
+        The same on all ranks (headers in a small world are gathered in any case). No rank has reported an error.
+
+    Raises:
+        WireError: if a message is damaged; names the sender.
+        AgreedError: raised on every rank alike: its cause is a CollectiveMismatch that lists what each rank is in,
+            or a RemoteError that names the ranks that failed and why.
+    """
+    if channel.size > DIGEST_ABOVE:
+        flags = yield from _spread(channel, mine, arena, key)
+        if not gather and not flags & (FLAG_ERROR | _MISMATCH):
+            same_plan = mine.plan != 0 and not flags & _OTHER_PLAN
+            return Agreement(bool(flags & FLAG_NONFINITE), same_plan, [])
+    headers = yield from _gather(channel, mine, payload, arena, key)
+    if any(h.flags & FLAG_ERROR for h in headers):
+        yield from _raise_remote(channel, payload, headers, arena, key)
+    _check_match(headers)
+    same_plan = mine.plan != 0 and all(h.plan == mine.plan for h in headers)
+    return Agreement(any(h.flags & FLAG_NONFINITE for h in headers), same_plan, headers)
+
+
+def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> CollectiveSteps[int]:
+    """Tells all ranks whether all digests are equal and which flags are set anywhere, for any P.
+
+    1. A rank knows a set of ranks: at first itself.
+    2. In round j, send what is known of the ranks r - 2^j + 1 .. r to rank r + 2^j, receive from rank r - 2^j.
+    3. Sets overlap in the last round, which does no harm: "any" and "all equal" may count a rank twice.
+
+    Returns:
+        The flags of all ranks together.
+    """
+    size, rank = channel.size, channel.rank
+    rounds = (size - 1).bit_length()
+    work = arena.get((key, "digests"), 2 * rounds * DIGEST_BYTES, torch.uint8)
+    digest = _digest(mine)
+    flags, distance = mine.flags, 1
+    for j in range(rounds):
+        out = work[2 * j * DIGEST_BYTES : (2 * j + 1) * DIGEST_BYTES]
+        into = work[(2 * j + 1) * DIGEST_BYTES : (2 * j + 2) * DIGEST_BYTES]
+        _write_digest(out, flags, digest, mine.plan)
+        source = (rank - distance) % size
+        yield [channel.irecv(into, source), channel.isend(out, (rank + distance) % size)]
+        try:
+            their_flags, their_digest, their_plan = _read_digest(into)
+        except WireError as error:
+            raise error.at(rank=source, bucket=mine.bucket) from None
+        flags |= their_flags
+        flags |= _MISMATCH if their_digest != digest else 0
+        flags |= _OTHER_PLAN if their_plan != mine.plan else 0
+        distance *= 2
+    return flags
+
+
+def _all_of(header: Header) -> tuple[int, ...]:
+    """Returns all that must be the same on every rank."""
+    more = _MORE.get(header.collective, {})
+    return (*(int(x) for x in _matched(header)), *(int(getattr(header, field)) for field in more))
+
+
+def _digest(header: Header) -> int:
+    text = repr(_all_of(header)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _write_digest(out: torch.Tensor, flags: int, digest: int, plan: int) -> None:
+    view: Any = out.numpy()
+    _DIGEST.pack_into(view, 0, _MAGIC, _VERSION, flags, 0, digest, plan, 0)
+    struct.pack_into("<I", view, DIGEST_BYTES - 4, kernels.crc32c(out[:-4]))
+
+
+def _read_digest(data: torch.Tensor) -> tuple[int, int, int]:
+    view: Any = data.numpy()
+    magic, version, flags, reserved, digest, plan, crc = _DIGEST.unpack_from(view, 0)
+    if magic != _MAGIC:
+        raise WireError("magic", magic, f"expected {_MAGIC!r}")
+    if version != _VERSION:
+        raise WireError("version", version, f"this build reads version {_VERSION}")
+    if crc != kernels.crc32c(data[:-4]):
+        raise WireError("digest_crc", hex(crc), "not the digest's checksum")
+    if reserved or flags & ~(FLAG_NONFINITE | FLAG_ERROR | _MISMATCH | _OTHER_PLAN):
+        raise WireError("flags", flags, "unknown bits")
+    return flags, digest, plan
+
+
+def _gather(
+    channel: Channel, mine: Header, payload: torch.Tensor, arena: Arena, key: Hashable
+) -> CollectiveSteps[list[Header]]:
+    """Returns all headers by rank, each checked by itself."""
+    block = payload[:HEADER_BYTES]
+    blocks = [block]
+    if channel.size > 1:
+        blocks = yield from allgather_fixed(channel, block, arena, (key, "headers"))
+    headers = []
+    for rank, block in enumerate(blocks):
+        if rank == channel.rank:
+            headers.append(mine)
+            continue
+        try:
+            header = read_header(block)
+        except WireError as error:
+            raise error.at(rank=rank, bucket=mine.bucket) from None
+        if header.rank != rank:
+            raise WireError("rank", header.rank, "not the sender's", rank=rank, bucket=mine.bucket)
+        headers.append(header)
+    return headers
+
+
+def _check_match(headers: list[Header]) -> None:
+    """Raises the same error on all ranks, since all hold the same headers."""
+    first = headers[0]
+    same = _all_of(first)
+    if all(_all_of(h) == same for h in headers[1:]):
+        return
+    names = {field: field for field in _MUST_MATCH}
+    differ = _differing(headers, names)
+    if not differ:
+        names = _MORE[headers[0].collective]
+        differ = _differing(headers, names)
+    lines = []
+    for h in headers:
+        values = ", ".join(f"{names[f]} = {_show(names[f], getattr(h, f))}" for f in differ)
+        lines.append(f"rank {h.rank}: {values}")
+    what = ", ".join(names[f] for f in differ)
+    raise AgreedError(
+        CollectiveMismatch(
+            f"ranks disagree on {what} in bucket {first.bucket} of step {first.step}: "
+            + "; ".join(lines)
+            + ". Do all ranks build the same model, with the same options, and run the same steps?"
+        )
+    )
+
+
+def _differing(headers: list[Header], fields: Iterable[str]) -> list[str]:
+    return [f for f in fields if len({getattr(h, f) for h in headers}) > 1]
+
+
+def _show(name: str, value: Any) -> str:
+    if name == "layout_hash":
+        return f"{value:#018x}"
+    if name == "seed":
+        return str(value - 1) if value else "none (a rank leads)"
+    return str(getattr(value, "name", value))
+
+
+def _raise_remote(
+    channel: Channel, payload: torch.Tensor, headers: list[Header], arena: Arena, key: Hashable
+) -> CollectiveSteps[None]:
+    """Fetches the messages of the ranks that failed and raises them."""
+    lengths = [h.body_bytes if h.flags & FLAG_ERROR else 0 for h in headers]
+    mine = payload[HEADER_BYTES : HEADER_BYTES + lengths[channel.rank]]
+    bodies = yield from allgather_bodies(channel, mine, lengths, arena, (key, "errors"))
+    parts = []
+    for header, body in zip(headers, bodies, strict=True):
+        if header.flags & FLAG_ERROR:
+            check_body(header, body)
+            text = bytes(body.numpy()).decode("utf-8", "replace")
+            parts.append(f"rank {header.rank} failed in bucket {header.bucket} of step {header.step}: {text}")
+    raise AgreedError(RemoteError("; ".join(parts)))
+
+
+def agreement_bytes(size: int) -> int:
+    """Returns the bytes that a rank sends to agree, where headers need not be gathered."""
+    return HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()

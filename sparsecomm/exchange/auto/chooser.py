@@ -1,0 +1,260 @@
+"""The judgement of `collective="auto"`: predict, try the best few on real steps, decide once for all ranks.
+
+    1 watch    the first two steps go by a rule of thumb (fewest bytes); they show the buckets
+    2 measure  all ranks measure messages and kernels together, and keep the slowest rank's figures
+    3 predict  seconds of every candidate for every bucket, from the same figures on all ranks
+    4 try      what is predicted within reach of the best takes turns of a few steps each; whole steps are timed,
+               since what counts is not an exchange but what it adds to a step whose backward hides part of it
+    5 decide   by the slowest rank's medians, the same on all ranks: what is clearly slower is dropped, and what is
+               left is tried again, until one is left or the difference is not worth more steps
+    6 again    from 3 when the number of nonzeros has halved or doubled, as a warm-up makes it
+
+Every rank runs the same schedule by counting steps; ranks exchange figures in 2 and 5 only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from sparsecomm.exchange.auto.explain import explain
+from sparsecomm.exchange.auto.measure import agree_to_choose, agreed_maximum, measure
+from sparsecomm.exchange.auto.predict import Candidate, Sizes, best_of_each, candidates, predict
+from sparsecomm.exchange.auto.rule import choose_collective
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.exchange.costs import Costs, Estimate
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["Chooser", "Option"]
+
+WATCHED = 2
+"""Steps before anything is measured: DDP rebuilds its buckets after the first."""
+TURN = 5
+"""Steps of a turn; the first is not timed, since buffers grow and regions are made in it."""
+TURNS = 2
+"""Turns of each option in a round, so that a machine that slows down does not decide."""
+ROUNDS = 4
+"""Rounds at most: medians of 32 steps tell apart what differs by a few percent on a machine that others use too."""
+REACH = 1.6
+"""What is predicted to take this many times the best's time at most is tried: predictions are not better than that."""
+PLAIN_REACH = 4.0
+"""The same for no compression, which nobody's choice should be slower than: what it costs a step that computes as well
+is the worst predicted, since it takes the least of its time."""
+MOST_OPTIONS = 4
+_MARGIN = 0.98  # of two options one must be this much faster to count as that
+_CLEARLY = (1.25, 1.12, 1.06)  # times the fastest: what is slower after round 1, 2, 3 is not tried again
+
+Call = Callable[[str, Callable[[Channel], CollectiveSteps[Any]]], Any]
+"""Runs a collective of the state's ranks and waits for it: a label, and what makes its generator."""
+
+
+@dataclass(slots=True)
+class Option:
+    """One answer for all buckets.
+
+    Attributes:
+        name: a candidate's, or "the best of each bucket".
+        by_bucket: candidates by bucket number.
+        default: for a bucket of another number.
+        predicted: seconds of all exchanges of a step, one after the other.
+        samples: seconds of whole steps.
+        measured: median of a step on the slowest rank so far; infinite before it was tried.
+    """
+
+    name: str
+    by_bucket: Mapping[int, Candidate]
+    default: Candidate
+    predicted: float
+    samples: list[float] = field(default_factory=list)
+    measured: float = math.inf
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is compressed and nothing waits in a residual: float32, all of it."""
+        return all(c.kind == CollectiveKind.DENSE and c.values == ValueCodec.FP32 for c in self.by_bucket.values())
+
+    def of(self, index: int) -> Candidate:
+        """Returns the candidate for a bucket."""
+        return self.by_bucket.get(index, self.default)
+
+
+class Chooser:
+    """Chooses the collective of every bucket for one state.
+
+    Args:
+        config: of the state.
+        size: number of ranks.
+    """
+
+    def __init__(self, config: SparseConfig, size: int) -> None:
+        self.config = config
+        self.size = size
+        self.costs: Costs | None = None
+        self.table: dict[int, dict[Candidate, Estimate]] = {}
+        self.options: list[Option] = []
+        self.chosen: Option | None = None
+        self.decided_at: int | None = None
+        self.measured: defaultdict[tuple[int, Candidate], deque[float]] = defaultdict(lambda: deque(maxlen=16))
+        self._arena = Arena()
+        self._step = -1
+        self._watched = 0
+        self._round = 0  # of the trial
+        self._position = 0  # steps of the round so far
+        self._schedule: list[Option] = []
+        self._current: Option | None = None
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._last_sizes: Sizes = {}
+        self._predicted_sizes: Sizes = {}
+        self._handed_over: tuple[Option, float] | None = None
+
+    def begin(self, step: int, call: Call) -> None:
+        """Starts a step; does nothing if it has begun. Collective in the steps in which figures are exchanged.
+
+        Args:
+            step: training step.
+            call: runs a collective among the state's ranks.
+
+        Raises:
+            SparseCommError: what made an exchange of figures fail, on every rank.
+        """
+        if step == self._step:
+            return
+        self._step = step
+        if self._sizes:
+            self._last_sizes, self._sizes = self._sizes, {}
+            self._watched += 1
+        if self._schedule:
+            self._position += 1
+            if self._position >= len(self._schedule):
+                self._decide(step, call)
+        elif self._watched >= WATCHED and (self.chosen is None or self._k_moved()):
+            self._open_trial(step, call)
+        self._current = self._schedule[self._position] if self._schedule else self.chosen
+
+    def choose(self, index: int, numel: int, k: int) -> Candidate:
+        """Returns how to exchange a bucket in this step."""
+        self._sizes[index] = (numel, k)
+        if self._current is not None:
+            return self._current.of(index)
+        return self._rule_of_thumb(numel, k)
+
+    def handed_over(self) -> None:
+        """Notes that the step's last bucket was handed over: the time between two of these is a whole step's."""
+        now, current = perf_counter(), self._current
+        before, self._handed_over = self._handed_over, None
+        if current is None:
+            return
+        self._handed_over = (current, now)
+        if self._schedule and self._position % TURN and before is not None and before[0] is current:
+            current.samples.append(now - before[1])
+
+    def finished(self, index: int, candidate: Candidate, seconds: float) -> None:
+        """Notes what the exchange of a bucket took on this rank. Called on the engine's thread."""
+        self.measured[index, candidate].append(seconds)
+
+    def numel_of(self, index: int) -> int:
+        """Returns the elements of a bucket that predictions were made for."""
+        return self._predicted_sizes[index][0]
+
+    def explain(self) -> str:
+        """Returns a table: predicted and measured per bucket and candidate, the options tried, and why."""
+        return explain(self)
+
+    def _rule_of_thumb(self, numel: int, k: int) -> Candidate:
+        config = self.config
+        kind = choose_collective(k, numel, self.size, config.values, config.indices, dense_codec=config.dense_values)
+        return Candidate(kind, config.dense_values if kind == CollectiveKind.DENSE else config.values)
+
+    def _k_moved(self) -> bool:
+        then, now = (sum(k for _, k in sizes.values()) for sizes in (self._predicted_sizes, self._last_sizes))
+        return not then / 2 < now < then * 2
+
+    def _open_trial(self, step: int, call: Call) -> None:
+        config, sizes = self.config, self._last_sizes
+        numel, k = (sum(pair[i] for pair in sizes.values()) for i in (0, 1))
+        if self.costs is None:
+            self.costs = call(
+                f"the measurements of step {step}",
+                lambda channel: measure(channel, step, config.compressor, k / max(numel, 1), self._arena),
+            )
+        costs = self.costs
+        assert costs is not None, "measured above"
+        self.table = {
+            index: {c: predict(c, config, costs, n, k, self.size) for c in self._candidates()}
+            for index, (n, k) in sizes.items()
+        }
+        self._predicted_sizes = sizes
+        self.measured.clear()
+        self.options = self._make_options()
+        self.decided_at = None
+        self._round = 0
+        self._handed_over = None
+        if len(self.options) == 1:
+            self.chosen, self.decided_at = self.options[0], step
+        else:
+            self._open_round(self.options)
+
+    def _open_round(self, options: Sequence[Option]) -> None:
+        self._position = 0
+        self._schedule = [option for _ in range(TURNS) for option in options for _ in range(TURN)]
+
+    def _candidates(self) -> list[Candidate]:
+        return candidates(self.config, layered=self.costs is not None and self.costs.layered)
+
+    def _make_options(self) -> list[Option]:
+        """Returns what is worth a trial, the best prediction first."""
+        table = self.table
+        each = best_of_each(table)
+        options: list[Option] = []
+        for candidate in self._candidates():
+            same = dict.fromkeys(table, candidate)
+            total = self._total(same)
+            if all(o.predicted != total for o in options):  # of two that differ in nothing one is enough to try
+                options.append(Option(candidate.name, same, candidate, total))
+        if len(set(each.values())) > 1:
+            largest = max(self._last_sizes, key=lambda i: self._last_sizes[i][0])
+            options.append(Option("the best of each bucket", each, each[largest], self._total(each)))
+        options.sort(key=lambda o: o.predicted)
+        most = REACH * options[0].predicted
+        tried = [o for o in options if o.predicted <= most][:MOST_OPTIONS]
+        plain = next((o for o in options if o.is_plain), None)
+        if plain is not None and plain not in tried and plain.predicted <= PLAIN_REACH * options[0].predicted:
+            return [*tried[: MOST_OPTIONS - 1], plain]
+        return tried
+
+    def _total(self, by_bucket: Mapping[int, Candidate]) -> float:
+        return sum(self.table[index][candidate].seconds for index, candidate in by_bucket.items())
+
+    def _decide(self, step: int, call: Call) -> None:
+        options, arena = self.options, self._arena
+        mine = torch.tensor([median(o.samples) if o.samples else 0.0 for o in options], dtype=torch.float64)
+
+        def gather(channel: Channel) -> CollectiveSteps[list[float]]:
+            yield from agree_to_choose(channel, step, arena)
+            return (yield from agreed_maximum(channel, mine, arena))
+
+        figures: list[float] = call(f"round {self._round} of the decision of step {step}", gather)
+        for option, seconds in zip(options, figures, strict=True):
+            option.measured = seconds
+        self._round += 1
+        tried = [o for o in options if o in self._schedule]  # only these saw the machine as it was in this round
+        fastest = min(tried, key=lambda o: o.measured)
+        if self._round < ROUNDS:
+            near = [o for o in tried if o.measured <= _CLEARLY[self._round - 1] * fastest.measured]
+            if len(near) > 1:
+                self._open_round(near)
+                return
+        # What is as fast as the fastest: no compression, for nothing waits in a residual then; else the prediction.
+        level = [o for o in tried if fastest.measured >= _MARGIN * o.measured]
+        plain = [o for o in level if o.is_plain]
+        self.chosen, self.decided_at, self._schedule = (*plain, *level)[0], step, []

@@ -1,0 +1,86 @@
+"""Momentum before compression: from a gradient to what is added to the residual, and back if the step is undone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sparsecomm.feedback.options import AdamCorrection, MomentumCorrection
+from sparsecomm.runtime.arena import Arena
+
+__all__ = ["Correction", "advance", "rewind", "work_space"]
+
+Correction = MomentumCorrection | AdamCorrection
+"""A kind of feedback that keeps moments of this rank's gradients."""
+
+
+def advance(
+    options: Correction,
+    velocity: torch.Tensor,
+    second_moment: torch.Tensor | None,
+    grad: torch.Tensor,
+    factor: float,
+    age: int,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Updates the moments by one step.
+
+    Args:
+        options: which kind.
+        velocity: float32, shape (n,). Mutated.
+        second_moment: likewise, for Adam. Mutated.
+        grad: float32, float16 or bfloat16, shape (n,), finite.
+        factor: what the gradient is multiplied by (unscaling, clipping).
+        age: steps the moments have seen, this one included (Adam's bias correction).
+        out: float32, shape (n,), work space. Mutated.
+
+    Returns:
+        What this step adds to the residual, float32, shape (n,): `out` or `velocity`.
+    """
+    if isinstance(options, AdamCorrection):
+        assert second_moment is not None, "Adam needs a second moment"
+        torch.mul(grad, factor, out=out)
+        velocity.lerp_(out, 1.0 - options.beta1)
+        second_moment.mul_(options.beta2).addcmul_(out, out, value=1.0 - options.beta2)
+        torch.sqrt(second_moment, out=out)
+        out.div_(math.sqrt(1.0 - options.beta2**age)).add_(options.eps)
+        return torch.div(velocity, out, out=out).div_(1.0 - options.beta1**age)
+    if options.nesterov:
+        velocity.add_(grad, alpha=factor).mul_(options.momentum)
+        return torch.add(velocity, grad, alpha=factor, out=out)
+    return velocity.mul_(options.momentum).add_(grad, alpha=factor)
+
+
+def work_space(options: Correction, arena: Arena, bucket: int, numel: int) -> torch.Tensor:
+    """Returns what `advance` works in; empty where it needs nothing."""
+    needed = isinstance(options, AdamCorrection) or options.nesterov
+    return arena.get((bucket, "look-ahead"), numel if needed else 0, torch.float32)
+
+
+def rewind(
+    options: Correction, velocity: torch.Tensor, second_moment: torch.Tensor | None, grad: torch.Tensor, factor: float
+) -> None:
+    """Undoes one `advance`, to rounding. Arguments as there."""
+    step = grad.to(torch.float32) * factor
+    if isinstance(options, AdamCorrection):
+        assert second_moment is not None, "Adam needs a second moment"
+        velocity.sub_(step, alpha=1.0 - options.beta1)
+        _divide(velocity, options.beta1)
+        second_moment.addcmul_(step, step, value=options.beta2 - 1.0)
+        _divide(second_moment, options.beta2)
+        second_moment.clamp_(min=0.0)
+    elif options.nesterov:
+        _divide(velocity, options.momentum)
+        velocity.sub_(step)
+    else:
+        velocity.sub_(step)
+        _divide(velocity, options.momentum)
+
+
+def _divide(moment: torch.Tensor, decay: float) -> None:
+    """Undoes a decay; one of 0 has left nothing to come back."""
+    if decay == 0.0:
+        moment.zero_()
+    else:
+        moment.div_(decay)

@@ -1,0 +1,1 @@
+"""Messages, shards and ranks: what workers and servers have in common."""

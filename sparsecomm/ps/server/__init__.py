@@ -1,0 +1,1 @@
+"""A server: holds shards and runs their optimizers."""

@@ -1,0 +1,63 @@
+"""What a worker must say to take part: the same model, initial values and mode as the first one that said HELLO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsecomm.errors import WireError
+from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.sharding import ModelLayout
+from sparsecomm.ps.server.rules import Rules
+
+__all__ = ["Admission", "Hello"]
+
+HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a worker has said."""
+
+    worker: int
+    layout: ModelLayout
+    values: str
+
+
+class Admission:
+    """Compares what workers say with what the first one said.
+
+    Args:
+        rules: of the job.
+        shards: how many there are.
+
+    Attributes:
+        first: what the first worker said; None before that.
+    """
+
+    def __init__(self, rules: Rules, shards: int) -> None:
+        self.first: Hello | None = None
+        self._rules = rules
+        self._shards = shards
+
+    def check(self, worker: int, body: torch.Tensor, *, joins: bool) -> Hello:
+        """Reads a HELLO. Whoever joins later gets the values of the job, so its own may be any.
+
+        Raises:
+            WireError: names what differs, and from whom.
+        """
+        said = ms.unpack_json(body, HELLO_FIELDS, worker)
+        hello = Hello(worker, ModelLayout.from_json(said["model"], worker), said["values"])
+        text = f"{said['mode']}, {said['shards']} servers"
+        expected = f"{self._rules.mode}, {self._shards} servers"
+        if text != expected:
+            raise WireError("job", text, f"this server runs {expected}", rank=worker)
+        first = self.first or hello
+        if hello.layout != first.layout:
+            reason = f"as worker rank {first.worker} has it"
+            raise WireError("model", first.layout.difference(hello.layout), reason, rank=worker)
+        if hello.values != first.values and not joins:
+            reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
+            raise WireError("initial values", hello.values, reason, rank=worker)
+        return first

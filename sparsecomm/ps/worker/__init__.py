@@ -1,0 +1,1 @@
+"""A worker: pushes gradients, pulls parameters."""

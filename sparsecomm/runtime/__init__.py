@@ -1,0 +1,1 @@
+"""Buffers, order of work on a device, counters, timelines."""

@@ -1,0 +1,1 @@
+"""Commands, benches, and the lab of several hosts on one machine."""

@@ -1,0 +1,325 @@
+"""What the hook costs beyond kernels and messages, and how much of an exchange hides under backward."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsecomm as sc
+from sparsecomm import kernels
+from sparsecomm.tools.benches import bench, meta, table, verdict
+from sparsecomm.tools.benches.methods import silent_hook
+from sparsecomm.transport import IN_FLIGHT, Channel, CollectiveSteps, Request
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import HEADER_BYTES
+
+__all__ = ["print_table", "run", "run_overlap"]
+
+_GOAL = 150e-6  # seconds a bucket
+
+
+@bench("hook", keys=("buckets", "numel", "world"), measures=("seconds", "overhead_seconds"))
+def run(
+    shapes: Sequence[str] = ("1000x1024", "10x2500000"),
+    density: float = 0.01,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """Times exchanges by a SparseState against bare ones: the same kernels and messages by hand. Also under mpirun.
+
+    Overhead = seconds a bucket - bare seconds, the best of rounds taken in turn (a difference of medians would mostly
+    show what else the machine was doing). Bare is more than kernels and messages timed apart: ranks also wait for each
+    other's kernels, which never take equally long.
+
+    Args:
+        shapes: buckets and elements of each, as "1000x1024".
+        density: fraction selected.
+        repeats: timed rounds.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``, a row a shape: buckets, numel, world, seconds, bare_seconds, and of that
+        kernel_seconds and message_seconds by themselves, overhead_seconds (all a bucket), goal, ok.
+    """
+    world = sc.init()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = []
+        for shape in shapes:
+            buckets, numel = (int(x) for x in shape.split("x"))
+            rows.append(_row(world, buckets, numel, density, repeats))
+    finally:
+        torch.set_num_threads(threads)
+    return {"meta": meta() | {"world": world.size}, "rows": rows}
+
+
+def _row(world: sc.World, buckets: int, numel: int, density: float, repeats: int) -> dict[str, Any]:
+    parameters = [torch.nn.Parameter(torch.zeros(numel)) for _ in range(buckets)]
+    model = torch.nn.ParameterList(parameters)
+    state = sc.SparseState(sc.TopK(density=density), model=model, collective="allgather", index_codec="rice")
+    generator = torch.Generator().manual_seed(world.rank)
+    grads = [torch.randn(numel, generator=generator) for _ in range(buckets)]
+
+    last = buckets - 1
+
+    def whole() -> None:
+        futures = [state.start(i, [parameters[i]], grads[i], last=i == last) for i in range(buckets)]
+        for future in futures:
+            future.wait()
+
+    bare = _ByHand(world, grads, max(1, round(density * numel)))
+    tasks = {"whole": whole, "kernels": bare.kernels, "messages": bare.messages, "bare": bare.exchanges}
+    samples: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_ in range(-2, repeats):
+        for name, task in tasks.items():
+            for g in grads:
+                g.normal_(generator=generator)
+            seconds = _timed(task, world)
+            if round_ >= 0:
+                samples[name].append(seconds / buckets if name != "messages" or world.size > 1 else 0.0)
+    whole_s, kernel_s, message_s, bare_s = (min(samples[n]) for n in tasks)
+    overhead = whole_s - bare_s
+    return {
+        "buckets": buckets,
+        "numel": numel,
+        "world": world.size,
+        "seconds": whole_s,
+        "kernel_seconds": kernel_s,
+        "message_seconds": message_s,
+        "bare_seconds": bare_s,
+        "overhead_seconds": overhead,
+        "goal": _GOAL,
+        "ok": verdict(overhead, _GOAL),
+    }
+
+
+def _timed(task: Callable[[], object], world: sc.World) -> float:
+    if world.size > 1:
+        world.barrier()
+    start = perf_counter()
+    task()
+    return perf_counter() - start
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What one exchange keeps in memory from selecting until it is applied: as much as in a real one."""
+
+    residual: torch.Tensor
+    indices: torch.Tensor
+    values: torch.Tensor
+    data: torch.Tensor
+    nnz: int = 0
+    index_bytes: int = 0
+    value_bytes: int = 0
+    scale: float = 1.0
+
+
+class _ByHand:
+    """The kernels that the exchanges of these buckets need on one rank, and with them the messages; nothing else.
+
+    In their order and on memory of their own, as in exchanges of which as many are in flight as the engine allows:
+    what a kernel finds in the cache is part of its cost, and so is waiting for the other ranks' kernels.
+    """
+
+    def __init__(self, world: sc.World, grads: Sequence[torch.Tensor], k: int) -> None:
+        self._world = world
+        numel = self._numel = grads[0].numel()
+        room = kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k
+        memory = [
+            _InFlight(torch.zeros(numel), torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(room).byte())
+            for _ in grads
+        ]
+        buckets = list(zip(grads, memory, strict=True))
+        self._groups = [buckets[first : first + IN_FLIGHT] for first in range(0, len(buckets), IN_FLIGHT)]
+        self._error = torch.empty(k)
+        self._decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(world.size)]
+        self._header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+        body = kernels.estimate_index_bytes(IndexCodec.RICE, k, numel) + kernels.max_value_bytes(ValueCodec.FP16, k)
+        self._body = torch.zeros(body, dtype=torch.uint8)
+        others = range(1, world.size)
+        self._into = {d: (torch.empty_like(self._header), torch.empty_like(self._body)) for d in others}
+
+    def _send(self, grad: torch.Tensor, m: _InFlight) -> None:
+        n = m.nnz = kernels.exact_topk(grad, m.residual, m.values.numel(), m.indices, m.values).stored
+        m.index_bytes = kernels.encode_indices(IndexCodec.RICE, m.indices[:n], self._numel, m.data)
+        m.value_bytes, m.scale = kernels.encode_values(
+            ValueCodec.FP16, m.values[:n], m.data[m.index_bytes :], self._error[:n]
+        )
+        kernels.crc32c(m.data[: m.index_bytes + m.value_bytes])
+        kernels.crc32c(self._header)
+        kernels.scatter_add(m.residual, m.indices[:n], self._error[:n])
+
+    def _receive(self, grad: torch.Tensor, m: _InFlight) -> None:
+        n, body = m.nnz, m.data[: m.index_bytes + m.value_bytes]
+        for rank, (indices, values) in enumerate(self._decoded):
+            if rank:
+                kernels.crc32c(self._header)
+                kernels.crc32c(body)
+                kernels.decode_indices(IndexCodec.RICE, body[: m.index_bytes], n, self._numel, indices[:n])
+            kernels.decode_values(ValueCodec.FP16, body[m.index_bytes :], n, m.scale, values[:n])
+        own = (m.indices[:n], self._decoded[0][1][:n])
+        others = ((i[:n], v[:n]) for i, v in self._decoded[1:])
+        kernels.scatter_reduce(grad, [own, *others], scale=1.0 / self._world.size)
+
+    def _post(self, channel: Channel, which: int) -> list[Request]:
+        data = self._body if which else self._header
+        requests = [channel.irecv(i[which], (channel.rank - d) % channel.size) for d, i in self._into.items()]
+        return requests + [channel.isend(data, (channel.rank + d) % channel.size) for d in self._into]
+
+    def kernels(self) -> None:
+        """Runs the kernels alone."""
+        for group in self._groups:
+            for bucket in group:
+                self._send(*bucket)
+            for bucket in group:
+                self._receive(*bucket)
+
+    def messages(self) -> None:
+        """Sends the messages alone, one exchange after the other. Collective."""
+
+        def steps(channel: Channel) -> CollectiveSteps[None]:
+            for _ in (bucket for group in self._groups for bucket in group):
+                yield self._post(channel, 0)
+                yield self._post(channel, 1)
+                channel.pending.clear()
+
+        self._world.engine.call("bench messages", steps)
+
+    def exchanges(self) -> None:
+        """Both together: headers leave as soon as a bucket is selected, bodies when the others' headers are there.
+
+        Collective.
+        """
+
+        def steps(channel: Channel) -> CollectiveSteps[None]:
+            for group in self._groups:
+                headers, bodies = [], []
+                for bucket in group:
+                    self._send(*bucket)
+                    headers.append(self._post(channel, 0))
+                for requests in headers:
+                    yield requests
+                    bodies.append(self._post(channel, 1))
+                for requests, bucket in zip(bodies, group, strict=True):
+                    yield requests
+                    self._receive(*bucket)
+                channel.pending.clear()
+
+        self._world.engine.call("bench exchanges", steps)
+
+
+@bench(
+    "overlap",
+    keys=("world", "numel", "buckets"),
+    measures=("sparse_backward_seconds", "communication_seconds", "exposed_seconds", "hidden"),
+)
+def run_overlap(
+    width: int = 1024,
+    layers: int = 12,
+    batch: int = 64,
+    density: float = 0.01,
+    bucket_mb: int = 4,
+    repeats: int = 9,
+) -> dict[str, Any]:
+    """Times backward of a DDP model with sparse_hook against one with a hook that does nothing. Run it under mpirun.
+
+    Args:
+        width: of the square layers.
+        layers: how many.
+        batch: examples a rank.
+        density: fraction selected.
+        bucket_mb: DDP's bucket_cap_mb.
+        repeats: timed rounds.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``, one row: world, numel, buckets, backward_seconds (with a hook that does
+        nothing), sparse_backward_seconds, added_seconds (their difference), communication_seconds (hand-over of the
+        first bucket to the end of the last exchange), exposed_seconds (hand-over of the last bucket to that end),
+        hidden (fraction of communication_seconds that was under backward), ok (exposed < communication).
+    """
+    world = sc.init()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        row = _overlap(world, width, layers, batch, density, bucket_mb, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    return {"meta": meta() | {"world": world.size}, "rows": [row]}
+
+
+def _overlap(
+    world: sc.World, width: int, layers: int, batch: int, density: float, bucket_mb: int, repeats: int
+) -> dict[str, Any]:
+    def model() -> DistributedDataParallel:
+        torch.manual_seed(0)
+        inner = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+        return DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
+
+    plain, sparse = model(), model()
+    plain.register_comm_hook(None, silent_hook)
+    state = sc.SparseState(sc.TopK(density=density), collective="allgather")
+    sparse.register_comm_hook(state, sc.sparse_hook)
+    x = torch.randn(batch, width)
+    samples: dict[str, list[float]] = {"plain": [], "sparse": [], "communication": [], "exposed": []}
+    for round_ in range(-2, repeats):
+        for name, ddp in (("plain", plain), ("sparse", sparse)):
+            loss = ddp(x).square().mean()
+            seconds = _timed(loss.backward, world)
+            if round_ >= 0:
+                samples[name].append(seconds)
+        if round_ >= 0:
+            samples["communication"].append(state.last_step().communication_seconds)
+            samples["exposed"].append(state.last_step().exposed_seconds)
+    m = {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        "world": world.size,
+        "numel": sum(p.numel() for p in plain.parameters()),
+        "buckets": len(state.buckets()),
+        "backward_seconds": m["plain"],
+        "sparse_backward_seconds": m["sparse"],
+        "added_seconds": m["sparse"] - m["plain"],
+        "communication_seconds": m["communication"],
+        "exposed_seconds": m["exposed"],
+        "hidden": 1.0 - m["exposed"] / m["communication"],
+        "ok": verdict(m["exposed"], m["communication"]),
+    }
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the rows of either bench."""
+    rows = result["rows"]
+    if "hidden" in rows[0]:
+        columns = {
+            "ranks": ("world", "d"),
+            "buckets": ("buckets", "d"),
+            "bwd s": ("backward_seconds", ".4f"),
+            "hook s": ("sparse_backward_seconds", ".4f"),
+            "comm s": ("communication_seconds", ".4f"),
+            "exposed s": ("exposed_seconds", ".4f"),
+            "hidden": ("hidden", ".0%"),
+            "": ("ok", ""),
+        }
+        title = "overlap: how much of the communication hides under backward"
+    else:
+        rows = [{k: v * 1e6 if k.endswith("seconds") or k == "goal" else v for k, v in row.items()} for row in rows]
+        columns = {
+            "ranks": ("world", "d"),
+            "buckets": ("buckets", "d"),
+            "n": ("numel", "d"),
+            "us": ("seconds", ".0f"),
+            "kernels": ("kernel_seconds", ".0f"),
+            "msgs": ("message_seconds", ".0f"),
+            "bare": ("bare_seconds", ".0f"),
+            "over": ("overhead_seconds", ".0f"),
+            "goal": ("goal", ".0f"),
+            "": ("ok", ""),
+        }
+        title = "hook: microseconds a bucket beyond kernels and messages"
+    (console or Console()).print(table(title, rows, columns))

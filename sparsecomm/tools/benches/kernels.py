@@ -1,0 +1,278 @@
+"""Speed of the compute kernels, against the memory floor and against what torch offers for the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsecomm import kernels
+from sparsecomm.tools.benches import Timing, alternate, bench, figures, gpu, meta, table, verdict
+from sparsecomm.types import IndexCodec, ValueCodec
+
+__all__ = ["plots", "print_table", "run"]
+
+RESNET50 = 25_557_032
+"""Parameters of ResNet-50: the vector that facts.md measured."""
+
+
+@bench("kernels", keys=("op", "codec", "path", "density", "numel", "metric"), measures=("seconds", "measured"))
+def run(
+    numel: int | None = None,
+    densities: Sequence[float] = (0.001, 0.01, 0.1),
+    paths: Sequence[str] | None = None,
+    repeats: int = 15,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measures accumulate_select, exact_topk, index encoding, and decode + add, on one thread or a GPU.
+
+    Goals (ratios): accumulate_select at most 1.25x `residual.add_(grad)` up to 1% density and 1.6x at 10%; exact_topk
+    at most 3.5x that floor and 1/20 of the torch way; BITPACK encoding at most 2 ns an index; decode + add no slower
+    than `torch.index_add_` with int64 indices that are decoded already. On a GPU: accumulate_select at 80% of the copy
+    bandwidth of the same run; exact_topk 3.5x that and a tenth of torch.topk; encode, decode and apply for 8 ranks at
+    0.1% a quarter of it; select and encode of 512 MB at 0.1% in 1 ms.
+
+    Args:
+        numel: elements of the dense vector; 25,557,032 (ResNet-50's) on the CPU and 2**28 on a GPU by default.
+        densities: nonzeros over elements.
+        paths: kernel paths, by default all that compute on the CPU. Goals are for the SIMD paths only.
+        repeats: timed rounds.
+        device: cpu or cuda.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``; each row has op, path, density, numel, seconds, spread and what applies of
+        codec, floor_seconds, floor_ratio, torch_seconds, torch_ratio (ours over torch's), ns_per_index, goal, measured,
+        ok.
+
+    Raises:
+        ConfigError: for a device that cannot be measured here.
+    """
+    if device != "cpu":
+        where = gpu.check_device(device)
+        info = meta() | {"gpu": torch.cuda.get_device_name(where), "kernel_path": "triton"}
+        return {"meta": info, "rows": gpu.measure(where, numel or gpu.GPU_NUMEL, densities, repeats)}
+    numel = numel or RESNET50
+    before, threads = kernels.current_path(), torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
+    try:
+        info = meta()
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+        for density in densities:
+            k = max(1, round(numel * density))
+            for path in paths or [p for p in kernels.available_paths() if p != "triton"]:  # it would be interpreted
+                kernels.set_path(path)
+                rounds = max(3, repeats // 5) if path == "reference" else repeats
+                for row in (*_selecting(grad, k, rounds), *_decoding(grad, k, rounds)):
+                    simd = path.startswith("avx")
+                    goal = row.pop("goal", None) if simd else row.pop("goal", None) and None
+                    rows.append(
+                        {"op": row.pop("op"), "path": path, "density": density, "numel": numel, "nnz": k}
+                        | row
+                        | {"goal": goal, "ok": verdict(row["measured"], goal)}
+                    )
+    finally:
+        kernels.set_path(before)
+        torch.set_num_threads(threads)
+    return {"meta": info, "rows": rows}
+
+
+def _torch_topk(grad: torch.Tensor, residual: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one writes without kernels."""
+    residual.add_(grad)
+    indices = residual.abs().topk(k, sorted=False).indices
+    values = residual[indices]
+    residual[indices] = 0.0
+    return indices, values
+
+
+def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
+    n = grad.numel()
+    density = k / n
+    residual = torch.zeros(n)
+    room = k + k // 4 + 64
+    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
+    threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
+
+    def rest() -> None:
+        # Every round selects from the same vector, as if training stood still; also walks all of the residual, so
+        # that each task finds the caches in the same state.
+        residual.zero_()
+
+    timings = alternate(
+        {
+            "floor": lambda: residual.add_(grad),
+            "select": lambda: kernels.accumulate_select(grad, residual, threshold, indices, values),
+            "topk": lambda: kernels.exact_topk(grad, residual, k, indices, values),
+            "torch": lambda: _torch_topk(grad, residual, k),
+        },
+        repeats=repeats,
+        before=rest,
+        slow=["torch"],
+    )
+    base, torch_way = timings["floor"], timings["torch"]
+
+    def against_floor(op: str, timing: Timing, goal: float) -> dict[str, Any]:
+        ratio = timing.over(base)
+        return {
+            "op": op,
+            "seconds": timing.seconds,
+            "spread": timing.spread,
+            "floor_seconds": base.seconds,
+            "floor_ratio": ratio,
+            "torch_seconds": torch_way.seconds,
+            "torch_ratio": timing.over(torch_way),
+            "metric": "x floor",
+            "measured": ratio,
+            "goal": goal,
+        }
+
+    topk = against_floor("exact_topk", timings["topk"], 3.5)
+    faster = topk | {"metric": "x torch", "measured": topk["torch_ratio"], "goal": 0.05}
+    return [
+        against_floor("accumulate_select", timings["select"], 1.25 if density < 0.05 else 1.6),
+        topk,
+        faster,
+    ]
+
+
+def _decoding(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
+    n = grad.numel()
+    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+    kernels.exact_topk(None, grad.clone(), k, indices, values)
+    wide = indices.to(torch.int64)
+    value_bytes = torch.empty(kernels.max_value_bytes(ValueCodec.FP32, k), dtype=torch.uint8)
+    kernels.encode_values(ValueCodec.FP32, values, value_bytes)
+    out = torch.zeros(n)
+    got_indices, got_values = torch.empty_like(indices), torch.empty_like(values)
+    rows: list[dict[str, Any]] = []
+    for codec in (IndexCodec.BITPACK, IndexCodec.RICE):
+        buffer = torch.empty(kernels.max_index_bytes(codec, k, n), dtype=torch.uint8)
+        encoded = buffer[: kernels.encode_indices(codec, indices, n, buffer)]
+
+        def encode(codec: IndexCodec = codec, buffer: torch.Tensor = buffer) -> None:
+            kernels.encode_indices(codec, indices, n, buffer)
+
+        def decode_add(codec: IndexCodec = codec, encoded: torch.Tensor = encoded) -> None:
+            kernels.decode_indices(codec, encoded, k, n, got_indices)
+            kernels.decode_values(ValueCodec.FP32, value_bytes, k, 1.0, got_values)
+            kernels.scatter_add(out, got_indices, got_values)
+
+        timings = alternate(
+            {"encode": encode, "decode_add": decode_add, "torch": lambda: out.index_add_(0, wide, values)},
+            repeats=repeats,
+        )
+        coding, adding, torch_way = timings["encode"], timings["decode_add"], timings["torch"]
+        common = {"codec": codec.name, "bits_per_index": 8 * encoded.numel() / k}
+        rows.append(
+            {
+                "op": "encode",
+                "seconds": coding.seconds,
+                "spread": coding.spread,
+                "ns_per_index": coding.seconds / k * 1e9,
+                "metric": "ns/index",
+                "measured": coding.seconds / k * 1e9,
+                "goal": 2.0 if codec == IndexCodec.BITPACK else None,
+            }
+            | common
+        )
+        ratio = adding.over(torch_way)
+        rows.append(
+            {
+                "op": "decode_add",
+                "seconds": adding.seconds,
+                "spread": adding.spread,
+                "torch_seconds": torch_way.seconds,
+                "torch_ratio": ratio,
+                "ns_per_index": adding.seconds / k * 1e9,
+                "metric": "x torch",
+                "measured": ratio,
+                "goal": 1.0 if codec == IndexCodec.BITPACK else None,
+            }
+            | common
+        )
+    return rows
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints a result of `run` with its goals."""
+    columns = {
+        "op": ("op", ""),
+        "codec": ("codec", ""),
+        "path": ("path", ""),
+        "density": ("density", "g"),
+        "ms": ("ms", ".3f"),
+        "spread": ("spread", ".0%"),
+        "measured": ("measured", ".3f"),
+        "unit": ("metric", ""),
+        "goal": ("goal", "g"),
+        "verdict": ("ok", ""),
+    }
+    rows = [row | {"ms": row["seconds"] * 1e3} for row in result["rows"]]
+    numel = rows[0]["numel"] if rows else 0
+    where = result["meta"].get("gpu") or f"one thread, {result['meta']['cpu']}"
+    title = f"kernels, n = {numel:,}, {where}"
+    (console or Console()).print(table(title, rows, columns))
+
+
+_FLOOR_BYTES = 12.0  # an element: read the residual and the gradient, write the residual
+
+
+def _bytes_an_element(row: dict[str, Any]) -> float:
+    """The least memory traffic of an operation, over the elements of the dense vector.
+
+    Caches hold lines, not elements: scattered reads and writes really move up to 16 times what is counted here.
+    """
+    pair, coded = 8.0, float(row.get("bits_per_index", 0.0)) / 8
+    an_index = {"encode": 4.0 + coded, "decode_add": coded + 4.0 + pair}  # indices and codes; codes, values, sums
+    density = float(row["nnz"]) / float(row["numel"])
+    if row["op"] in an_index:
+        return an_index[row["op"]] * density
+    return _FLOOR_BYTES + pair * density
+
+
+def plots(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws a roofline for each kernel path: least bytes moved an element against bandwidth; returns the files."""
+    if "gpu" in result["meta"]:
+        return []  # its rows are ratios already
+    rows = [row for row in result["rows"] if row.get("metric") != "x torch" or row["op"] == "decode_add"]
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    series = list(dict.fromkeys((row["op"], row.get("codec")) for row in rows))
+    densities = sorted({row["density"] for row in rows})
+    columns = min(2, len(paths))
+    figure, axes = figures.new_figure(-(-len(paths) // columns), columns, sharex=True, sharey=True)
+    for unused in axes.flat[len(paths) :]:
+        unused.set_visible(False)
+    for axis, path in zip(axes.flat, paths, strict=False):
+        mine = [row for row in rows if row["path"] == path]
+        floor = min(row["floor_seconds"] for row in mine if "floor_seconds" in row)
+        bandwidth = _FLOOR_BYTES * mine[0]["numel"] / floor
+        axis.axhline(bandwidth, color="black", linewidth=1)
+        axis.plot(
+            [_FLOOR_BYTES], [bandwidth], "*", color="black", markersize=13, label="residual.add_(grad), the floor"
+        )
+        for (op, codec), colour in zip(series, figures.COLOURS, strict=False):
+            dots = [row for row in mine if (row["op"], row.get("codec")) == (op, codec)]
+            x = [_bytes_an_element(row) for row in dots]
+            y = [_bytes_an_element(row) * row["numel"] / row["seconds"] for row in dots]
+            axis.plot(x, y, "-", color=colour, linewidth=0.8, alpha=0.6)
+            axis.plot([], [], "o-", color=colour, label=op.replace("_", " ") + (f", {codec.lower()}" if codec else ""))
+            for row, *dot in zip(dots, x, y, strict=True):
+                marker = figures.MARKERS[densities.index(row["density"]) % len(figures.MARKERS)]
+                axis.plot(*([v] for v in dot), marker, color=colour, markersize=6)
+        axis.set(xscale="log", yscale="log", title=path)
+        figures.unit_axis(axis.yaxis, "B/s")
+        figures.ratio_axis(axis.xaxis, subs=(1.0,))
+    for marker, density in zip(figures.MARKERS, densities, strict=False):
+        axes[0, 0].plot([], [], marker, color="grey", label=f"density {density:g}")
+    for axis in axes[-1]:
+        axis.set_xlabel("least bytes moved per element of the dense vector")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("bandwidth, of those bytes")
+    figures.legend_below(figure, axes)
+    numel = rows[0]["numel"] if rows else 0
+    figures.headline(figure, result["meta"], f"kernels, one thread, n = {numel:,}")
+    return figures.save(figure, folder, "kernels_roofline")

@@ -1,0 +1,282 @@
+"""What an exchange sends, in a virtual world of up to 1,024 ranks: every message is really made, sent and decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from sparsecomm.collectives import dense_ring_bytes
+from sparsecomm.compress import Compressor, Selection, SelectionBuffers
+from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.errors import ConfigError
+from sparsecomm.exchange import Plan, exchange
+from sparsecomm.exchange.method import strategy_named
+from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.tools.benches import bench, meta, table, verdict
+from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.types import ValueCodec
+from sparsecomm.wire import CollectiveKind
+
+__all__ = ["KINDS", "print_table", "run"]
+
+_LIFETIME = 64  # steps that one partition serves: what the step that makes it costs more is spread over these
+
+
+@bench("volume", keys=("collective", "ranks", "density", "kind"), measures=("words", "balance"))
+def run(
+    ranks: Sequence[int] = (2, 3, 4, 6, 8, 12, 16, 64),
+    densities: Sequence[float] = (0.001, 0.01),
+    kinds: Sequence[str] = ("random", "clustered", "adversarial"),
+    collectives: Sequence[str] = ("split_reduce",),
+    steps: int = 4,
+    k: int = 4096,
+    value_codec: str = "fp16",
+) -> dict[str, Any]:
+    """Counts the bytes of exchanges among virtual ranks, headers included.
+
+    The unit is k (P - 1) / P words of 4 bytes, the least that any sparse allreduce sends before coding. Goals: at most
+    3 of these; the busiest rank sends and receives at most 1.2 times the mean.
+
+    Args:
+        ranks: numbers of ranks.
+        densities: k over the elements of the bucket.
+        kinds: where the gradients are large: random; clustered (each rank elsewhere); adversarial (all in one place).
+        collectives: which to measure.
+        steps: steps after the first, in which the index space is cut.
+        k: nonzeros a rank sends; raised to 16 P in larger worlds, where headers would be all there is to see. Those
+            whose ranks choose together send what their compressor makes of the density, out of gradients of their own.
+        value_codec: how values are written.
+
+    Returns:
+        ``{"meta": {...}, "rows": [...]}``. A row: collective, ranks, density, numel, k, kind; bytes (of the rank that
+        sends or receives most, worst step after the first), words (these in the unit), words_first (step 0),
+        words_mean (a first step and 63 others), balance (busiest rank over mean), kept (nonzeros of the result),
+        overlap (fraction of the exact top k of the sum that is in the result), dense_ratio (bytes over those of a
+        dense float32 ring), estimate_ratio (what the strategy predicts over bytes), goal, ok.
+
+    Raises:
+        ConfigError: for an unknown kind, collective or codec, or numbers that are too small.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"kind = {kind!r} does not exist; known are {', '.join(KINDS)}")
+    codecs = {c.name.lower(): c for c in ValueCodec}
+    if value_codec not in codecs:
+        raise ConfigError(f"value_codec = {value_codec!r} does not exist; known are {', '.join(codecs)}")
+    if steps < 1 or k < 1 or any(p < 2 for p in ranks) or any(not 0 < d <= 1 for d in densities):
+        given = f"steps = {steps}, k = {k}, ranks = {tuple(ranks)}, densities = {tuple(densities)}"
+        raise ConfigError(f"need steps and k >= 1, ranks >= 2, densities in (0, 1], got {given}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    try:
+        info = meta()
+        for name in collectives:
+            for size in ranks:
+                for density in densities:
+                    for kind in kinds:
+                        many = max(k, 16 * size)
+                        numel = round(many / density)
+                        cell = _Cell(name, size, numel, density, many, kind, codecs[value_codec])
+                        rows.append(cell.measure(steps))
+    finally:
+        torch.set_num_threads(threads)
+    return {"meta": info, "rows": rows}
+
+
+def _random(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> torch.Tensor:
+    return _some(0, numel, k, g)
+
+
+def _clustered(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> torch.Tensor:
+    width = min(numel, max(2 * k, numel // size))
+    place = (rank * 7919) % size  # neighbours are not those of the next rank
+    return _some(place * (numel - width) // max(1, size - 1), width, k, g)
+
+
+def _adversarial(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> torch.Tensor:
+    width = min(numel, 2 * k)
+    return _some((numel - width) // 3, width, k, g)
+
+
+KINDS: dict[str, Callable[[int, int, int, int, torch.Generator], torch.Tensor]] = {
+    "random": _random,
+    "clustered": _clustered,
+    "adversarial": _adversarial,
+}
+"""Where a rank's k largest elements are, by name."""
+
+
+def _some(start: int, width: int, k: int, g: torch.Generator) -> torch.Tensor:
+    """Returns k different positions of a stretch, ascending, int64."""
+    if 4 * k > width:
+        return start + torch.randperm(width, generator=g)[:k].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while found.numel() < k:
+        more = torch.randint(width, (k + k // 8 + 16,), generator=g)
+        found = torch.from_numpy(np.union1d(found.numpy(), more.numpy()))
+    drop = torch.randperm(found.numel(), generator=g)[:k].sort().values
+    return start + found[drop]
+
+
+class _Given(Compressor):
+    """Selects what it is told: the volume depends on nothing else, so that ranks need no gradients of their own."""
+
+    def __init__(self, indices: torch.Tensor, values: torch.Tensor) -> None:
+        self._indices, self._values = indices, values
+
+    def density_at(self, step: int) -> float:
+        """Not asked for: the plan has k."""
+        return 1.0
+
+    def select(
+        self,
+        grad: torch.Tensor,
+        residual: torch.Tensor,
+        k: int,
+        memory: SelectorMemory,
+        out: SelectionBuffers,
+        *,
+        scale: float = 1.0,
+    ) -> Selection:
+        """See `Compressor.select`; leaves gradient and residual alone."""
+        nnz = self._values.numel()
+        out.indices[:nnz] = self._indices
+        out.values[:nnz] = self._values
+        return Selection(nnz, 0)
+
+
+@dataclass
+class _Cell:
+    """One collective, world, size and kind of gradient."""
+
+    name: str
+    size: int
+    numel: int
+    density: float
+    wanted: int
+    kind: str
+    codec: ValueCodec
+
+    def __post_init__(self) -> None:
+        strategy = strategy_named(self.name)
+        self.compressor = strategy.compressor_at(self.density) if strategy.special else None
+        # What is sent is then made of all of a gradient, and that must be what the selection leaves of it.
+        self.made_of_all = strategy.special or strategy.kind == CollectiveKind.TWO_LEVEL
+        self.k = self.wanted if self.compressor is None else self.compressor.k_for(self.numel, 0)
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Exchanges a first step and `steps` others and returns the row."""
+        # Each rank on a machine of its own, as the estimates have it.
+        world = VirtualWorld(self.size, range(self.size))
+        rows = max(r for r in range(1, math.isqrt(self.numel) + 1) if self.numel % r == 0)
+        layout = BucketLayout(("weight",), ((rows, self.numel // rows),), ((self.numel // rows, 1),))
+        # All ranks write the same average, and where the selection is given none reads gradient or residual, so that
+        # one of each serves all.
+        alone = self.size if self.made_of_all else 1
+        grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
+        residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
+        buckets = [Bucket(0, layout, residual) for residual in residuals]
+        arenas = [Arena() for _ in range(self.size)]
+        worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
+        for step in range(steps + 1):
+            selections = [self._selection(rank, step) for rank in range(self.size)]
+            plans = [self._plan(step, *own) for own in zip(grads, residuals, selections, strict=True)]
+            before = [(t.bytes_sent, t.bytes_received) for t in world.traffic]
+
+            def make(channel: Channel, plans: list[Plan] = plans) -> CollectiveSteps[object]:
+                r = channel.rank
+                return exchange(channel, buckets[r], grads[r], plans[r], arenas[r])
+
+            world.run(make)
+            moved = [
+                (t.bytes_sent - sent, t.bytes_received - received)
+                for t, (sent, received) in zip(world.traffic, before, strict=True)
+            ]
+            most = max(max(m) for m in moved)
+            if step == 0:
+                first = most
+                continue
+            worst = max(worst, most)
+            balance = max(balance, max(map(sum, moved)) * self.size / sum(map(sum, moved)))
+            kept += int(torch.count_nonzero(grads[0])) / steps
+            overlap += self._overlap(grads[0], selections) / steps
+        unit = 4 * self.k * (self.size - 1) / self.size
+        words = worst / unit
+        estimate = strategy_named(self.name).estimate_bytes(self.k, self.numel, self.size, self.codec, None)
+        return {
+            "collective": self.name,
+            "ranks": self.size,
+            "density": self.density,
+            "numel": self.numel,
+            "k": self.k,
+            "kind": self.kind,
+            "bytes": worst,
+            "words": words,
+            "words_first": first / unit,
+            "words_mean": (first / unit + (_LIFETIME - 1) * words) / _LIFETIME,
+            "balance": balance,
+            "kept": kept,
+            "overlap": overlap,
+            "dense_ratio": worst / dense_ring_bytes(self.numel, self.size),
+            "estimate_ratio": estimate / max(worst, 1),
+            "goal": 3.0,
+            "ok": "MISS" if balance > 1.2 else verdict(words, 3.0),
+        }
+
+    def _plan(
+        self, step: int, grad: torch.Tensor, residual: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor]
+    ) -> Plan:
+        """How a rank exchanges its selection; ranks that choose together find it in its gradient, which is written."""
+        if self.made_of_all:
+            residual.zero_()
+            grad.zero_()[selection[0].to(torch.int64)] = selection[1]
+        compressor = _Given(*selection) if self.compressor is None else self.compressor
+        return Plan(step, strategy_named(self.name).kind, compressor, self.k, value_codec=self.codec)
+
+    def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a rank selects: k positions of its kind, magnitudes with the tail of a Laplacian above a threshold."""
+        g = torch.Generator().manual_seed(100_003 * step + rank)
+        indices = KINDS[self.kind](rank, self.size, self.numel, self.wanted, g)
+        magnitudes = 1.0 + torch.empty(self.wanted).exponential_(4.0, generator=g)
+        signs = torch.randint(2, (self.wanted,), generator=g) * 2.0 - 1.0
+        return indices.to(torch.uint32), magnitudes * signs
+
+    def _overlap(self, result: torch.Tensor, selections: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Returns how much of the exact top k of the sum of all selections is in the result."""
+        total = torch.zeros(self.numel, dtype=torch.float64)
+        for indices, values in selections:
+            total.index_add_(0, indices.to(torch.int64), values.double())
+        best = total.abs().topk(self.wanted).indices
+        return int(torch.count_nonzero(result[best])) / self.wanted
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Prints a result of `run` with its goals."""
+    columns = {
+        "collective": ("collective", ""),
+        "P": ("ranks", "d"),
+        "density": ("density", "g"),
+        "k": ("k", ",d"),
+        "gradients": ("kind", ""),
+        "bytes": ("bytes", ",d"),
+        "words": ("words", ".3f"),
+        "first step": ("words_first", ".3f"),
+        "mean": ("words_mean", ".3f"),
+        "balance": ("balance", ".3f"),
+        "kept": ("kept", ".0f"),
+        "overlap": ("overlap", ".3f"),
+        "/ dense": ("dense_ratio", ".4f"),
+        "estimated": ("estimate_ratio", ".2f"),
+        "goal": ("goal", "g"),
+        "verdict": ("ok", ""),
+    }
+    title = "bytes a rank, in k (P - 1) / P words of 4 bytes, headers included (balance: goal 1.2)"
+    (console or Console()).print(table(title, result["rows"], columns))

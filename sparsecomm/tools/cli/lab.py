@@ -1,0 +1,151 @@
+"""`sparsecomm lab`: makes, uses, shows and removes hosts of network namespaces on this machine."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sparsecomm.errors import LabError
+from sparsecomm.tools.lab import Lab, LabStatus, missing, survey
+from sparsecomm.tools.lab.survey import remove
+
+__all__ = ["lab_app"]
+
+HOSTS, RATE = 4, "1gbit"
+
+lab_app = typer.Typer(
+    help="Several hosts on this machine, joined by links of a given rate (Linux, root).", no_args_is_help=True
+)
+Name = Annotated[str, typer.Option("--name", help="Which lab; several can be up at once.")]
+_RATE_HELP = "Of every link, each way: 1gbit, 100mbit, ...; none for no limit."
+
+
+@lab_app.command()
+def up(
+    hosts: Annotated[int, typer.Option(help="How many hosts.")] = HOSTS,
+    rate: Annotated[str, typer.Option(help=_RATE_HELP)] = RATE,
+    name: Name = "lab",
+) -> None:
+    """Make hosts that stay until `lab down`."""
+    with _clear_errors(), _signals_raise():
+        lab = Lab(hosts=hosts, rate=_rate(rate), name=name).up(persistent=True)
+        _say(f"lab {name!r} is up: {', '.join(lab.hosts)} at {lab.rate or 'no limit'}")
+
+
+@lab_app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What every rank runs.")],
+    ranks: Annotated[int | None, typer.Option("-n", help="Number of ranks; one a host by default.")] = None,
+    hosts: Annotated[int | None, typer.Option(help="Make a lab of so many hosts for this run alone.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Make a lab of this rate for this run alone.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For all ranks; may be repeated.")] = None,
+    name: Name = "lab",
+) -> None:
+    """Run a command under mpirun across the hosts of the lab that is up, or of one made for this run."""
+    with _clear_errors(), _signals_raise():
+        variables = dict(map(_variable, env or ()))
+        if hosts is None and rate is None:
+            code = Lab.find(name).mpirun(command, ranks=ranks, env=variables, capture=False).returncode
+        else:
+            with Lab(hosts=HOSTS if hosts is None else hosts, rate=_rate(rate or RATE), name=name) as lab:
+                code = lab.mpirun(command, ranks=ranks, env=variables, capture=False).returncode
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+@lab_app.command()
+def rate(
+    value: Annotated[str, typer.Argument(metavar="RATE", help=_RATE_HELP)],
+    name: Name = "lab",
+) -> None:
+    """Change the rate of all links of a lab that is up."""
+    with _clear_errors():
+        lab = Lab.find(name)
+        lab.set_rate(_rate(value))
+        _say(f"lab {name!r}: {lab.rate or 'no limit'}")
+
+
+@lab_app.command()
+def status() -> None:
+    """Show all labs, and what dead processes left of some."""
+    with _clear_errors():
+        labs = survey()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if not labs:
+        console.print("no lab is up")
+        problem = missing()
+        if problem:
+            console.print(f"and none can be made here: {escape(problem)}", soft_wrap=True, highlight=False)
+    for lab in labs:
+        _print_status(lab, console)
+
+
+@lab_app.command()
+def down(name: Name = "lab") -> None:
+    """Kill what runs in a lab and remove it, also what a dead process left of one."""
+    with _clear_errors():
+        killed = remove(name)
+        _say(f"lab {name!r} is removed" + (f"; {killed} processes inside were killed" if killed else ""))
+
+
+def _print_status(lab: LabStatus, console: Console) -> None:
+    title = Text.assemble((lab.name, "bold"), f", {lab.rate or 'no limit'} each way")
+    if lab.owner is not None:
+        title.append(f", goes with process {lab.owner}")
+    console.print(title)
+    if lab.problem:
+        console.print(Text.assemble(("  not usable: ", "red"), lab.problem), soft_wrap=True)
+        console.print(f"  remove it with: {lab.fix}", soft_wrap=True, markup=False, highlight=False)
+    table = Table("host", "address", "processes", box=None, padding=(0, 2))
+    for host, address, count in zip(lab.hosts, lab.addresses, lab.processes, strict=True):
+        table.add_row(host, address, str(count))
+    if lab.hosts:
+        console.print(table)
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _rate(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def _variable(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise LabError(f"--env {text!r} is not KEY=VALUE")
+    return key, value
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except LabError as error:
+        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turns the signals that end a process into an exception, so that what was made is removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    old = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,8 @@
+"""Several hosts on one Linux machine: network namespaces joined by links of a given rate, and mpirun across them."""
+
+from sparsecomm.errors import LabError
+from sparsecomm.tools.lab.lab import Lab
+from sparsecomm.tools.lab.requirements import missing
+from sparsecomm.tools.lab.survey import LabStatus, survey
+
+__all__ = ["Lab", "LabError", "LabStatus", "missing", "survey"]

@@ -1,0 +1,306 @@
+"""`Lab`: several hosts on this machine, from their making to their removal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from sparsecomm.errors import LabError
+from sparsecomm.tools.lab import teardown
+from sparsecomm.tools.lab.inhabit import on_host, write_scripts
+from sparsecomm.tools.lab.mpi import find_mpirun, job_environment, launch_line
+from sparsecomm.tools.lab.network import SWITCH, bits_per_second, build, shape
+from sparsecomm.tools.lab.requirements import missing
+from sparsecomm.tools.lab.state import (
+    INTERFACE,
+    State,
+    boot_id,
+    check_hosts,
+    check_name,
+    lab_names,
+    load,
+    remedy,
+    start_time,
+)
+
+__all__ = ["Lab"]
+
+_SUBNETS = 256
+
+
+class Lab:
+    """Hosts made of network namespaces, joined by links of a given rate; a context manager that makes and removes them.
+
+    Needs Linux and root. While it is up, a watchdog process removes it if this process dies, by SIGKILL too.
+
+    Args:
+        hosts: number of hosts, 1 to 64.
+        rate: of every link in each direction, in tc's units ("1gbit", "100mbit"); None for no limit.
+        name: tells labs apart; host names begin with it.
+
+    Raises:
+        LabError: if an argument is not acceptable.
+    """
+
+    def __init__(self, *, hosts: int = 4, rate: str | None = "1gbit", name: str = "lab") -> None:
+        bits_per_second(rate)
+        self._state = State(
+            name=check_name(name),
+            token=secrets.token_hex(8),
+            count=check_hosts(hosts),
+            rate=rate,
+            subnet=0,
+            owner=None,
+            owner_start=None,
+            boot=boot_id() if sys.platform == "linux" else "",
+        )
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._pid = 0
+
+    @classmethod
+    def find(cls, name: str = "lab") -> Lab:
+        """Returns the lab of that name that is up.
+
+        Raises:
+            LabError: if there is none, or only what a dead process left of it.
+        """
+        state = load(check_name(name))
+        if state is None:
+            raise LabError(f"no lab {name!r} is up: sparsecomm lab up --name {name}")
+        if state.orphaned or set(teardown.pins(name).values()) != {SWITCH, *state.hosts}:
+            raise LabError(f"lab {name!r} is what a dead process left behind: remove it with `{remedy(name)}`")
+        lab = cls(hosts=state.count, rate=state.rate, name=state.name)
+        lab._state = state
+        return lab
+
+    @property
+    def name(self) -> str:
+        """The lab's name."""
+        return self._state.name
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names, as the hosts themselves and mpirun know them."""
+        return self._state.hosts
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The hosts' IPv4 addresses, known once the lab is up."""
+        return self._state.addresses
+
+    @property
+    def interface(self) -> str:
+        """The network interface that every host has."""
+        return INTERFACE
+
+    @property
+    def rate(self) -> str | None:
+        """The rate of every link in each direction; None if there is no limit."""
+        return self._state.rate
+
+    def up(self, *, persistent: bool = False) -> Lab:
+        """Makes the hosts; whatever fails or interrupts it, nothing is left.
+
+        Args:
+            persistent: whether the lab outlives this process; else it goes with it.
+
+        Returns:
+            This lab.
+
+        Raises:
+            LabError: if the machine cannot, or a lab of that name is there already.
+        """
+        problem = missing()
+        if problem:
+            raise LabError(f"no lab can be made here: {problem}")
+        with _as_lab_errors(self.name), teardown.locked():
+            self._refuse_taken_name()
+            self._pid = os.getpid()
+            self._state = replace(
+                self._state, subnet=_free_subnet(), owner=self._pid, owner_start=start_time(self._pid)
+            )
+            try:
+                self._watchdog = _start_watchdog(self._state)
+                self._make(persistent)
+            except BaseException:
+                self._remove()
+                raise
+        if persistent:
+            self._dismiss_watchdog()
+        return self
+
+    def _make(self, persistent: bool) -> None:
+        self._state.create()
+        write_scripts(self._state)
+        build(self._state)
+        if persistent:
+            self._state = replace(self._state, owner=None, owner_start=None)
+            self._state.save()
+
+    def down(self) -> int:
+        """Kills what runs inside and removes the hosts; without effect if they are gone.
+
+        Returns:
+            How many processes were killed.
+
+        Raises:
+            LabError: if something cannot be killed or removed.
+        """
+        with _as_lab_errors(self.name), teardown.locked():
+            return self._remove()
+
+    def _remove(self) -> int:
+        killed = teardown.take_down(self.name) if self._is_there() else 0
+        self._dismiss_watchdog()
+        return killed
+
+    def set_rate(self, rate: str | None) -> None:
+        """Changes the rate of all links.
+
+        Args:
+            rate: as for the class; None for no limit.
+
+        Raises:
+            LabError: if it is not acceptable, or the lab is not up.
+        """
+        bits_per_second(rate)
+        with _as_lab_errors(self.name), teardown.locked():
+            self._refuse_if_gone()
+            before, self._state = self._state.rate, replace(self._state, rate=rate)
+            self._state.save()
+            shape(self._state, before)
+
+    def mpirun(
+        self,
+        command: Sequence[str],
+        *,
+        ranks: int | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        capture: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command on every rank, rank i on host i modulo the number of hosts.
+
+        Only the lab's links carry messages between hosts. Everything inside the lab is killed on a timeout, an
+        interrupt or any other exception, so run one job at a time.
+
+        Args:
+            command: program and arguments.
+            ranks: number of ranks; one a host if None.
+            env: variables for all ranks, beside this process's own.
+            timeout: seconds; None to wait for ever.
+            capture: whether to collect the output; else it goes where this process's goes.
+
+        Returns:
+            Exit code, standard output and standard error of mpirun.
+
+        Raises:
+            LabError: if the lab is not up, there is no mpirun, or an argument is not acceptable.
+            subprocess.TimeoutExpired: after the timeout, with the output so far.
+        """
+        count = len(self.hosts) if ranks is None else ranks
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise LabError(f"ranks = {ranks!r}: at least 1 is needed")
+        if isinstance(command, str) or not command:
+            raise LabError(f"command = {command!r}: give a list of a program and its arguments")
+        self._refuse_if_gone()
+        launcher = find_mpirun()
+        environment, names = job_environment(self._state, launcher, count, env or {})
+        line = on_host(self._state, self.hosts[0], launch_line(self._state, launcher, command, count, names))
+        return self._supervise(list(command), line, environment, timeout, capture)
+
+    def _supervise(
+        self, command: list[str], line: list[str], environment: dict[str, str], timeout: float | None, capture: bool
+    ) -> subprocess.CompletedProcess[str]:
+        pipe = subprocess.PIPE if capture else None
+        process = subprocess.Popen(
+            line,
+            env=environment,
+            stdin=subprocess.DEVNULL if capture else None,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            teardown.kill_inside(self.name)
+            process.kill()  # if it had not entered yet
+            out, err = process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise subprocess.TimeoutExpired(command, error.timeout, out, err) from None
+            raise
+        return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+    def __enter__(self) -> Lab:
+        return self.up()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() == self._pid:  # a forked child is not the owner
+            self.down()
+
+    def __repr__(self) -> str:
+        return f"Lab(hosts={self._state.count}, rate={self.rate!r}, name={self.name!r})"
+
+    def _is_there(self) -> bool:
+        found = teardown.read_state(self.name)
+        return found is not None and found.get("token") == self._state.token
+
+    def _refuse_if_gone(self) -> None:
+        if not self._is_there():
+            raise LabError(f"lab {self.name!r} is not up")
+
+    def _refuse_taken_name(self) -> None:
+        there = load(self.name)
+        if there is not None and there.orphaned:
+            raise LabError(f"a dead process left lab {self.name!r} behind: remove it with `{remedy(self.name)}`")
+        if there is not None:
+            raise LabError(
+                f"lab {self.name!r} is up already: use it, give another --name, or remove it with `{remedy(self.name)}`"
+            )
+
+    def _dismiss_watchdog(self) -> None:
+        if self._watchdog is None or os.getpid() != self._pid:
+            return
+        watchdog, self._watchdog = self._watchdog, None
+        assert watchdog.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody ended it
+            watchdog.stdin.write(teardown.KEEP)
+        with contextlib.suppress(BrokenPipeError):
+            watchdog.stdin.close()
+        watchdog.wait()
+
+
+@contextlib.contextmanager
+def _as_lab_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LabError(f"lab {name!r}: {error}") from error
+
+
+def _start_watchdog(state: State) -> subprocess.Popen[bytes]:
+    """Starts the process that takes the lab down when this one dies."""
+    command = [sys.executable, "-I", "-S", teardown.__file__, state.name, state.token, str(os.getpid())]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True, bufsize=0, cwd="/"
+    )
+
+
+def _free_subnet() -> int:
+    """The first third byte of an address that no lab has; damaged labs count for nothing."""
+    taken = {(teardown.read_state(name) or {}).get("subnet") for name in lab_names()}
+    for subnet in range(_SUBNETS):
+        if subnet not in taken:
+            return subnet
+    raise LabError(f"there are {_SUBNETS} labs already: `sparsecomm lab status` lists them")

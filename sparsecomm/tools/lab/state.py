@@ -1,0 +1,169 @@
+"""What a lab is made of, and the file that says so before anything of it is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from sparsecomm.errors import LabError
+from sparsecomm.tools.lab.teardown import ROOT, STATE_FILE, read_state
+
+__all__ = [
+    "INTERFACE",
+    "MOST_HOSTS",
+    "State",
+    "boot_id",
+    "check_hosts",
+    "check_name",
+    "lab_names",
+    "load",
+    "remedy",
+    "start_time",
+]
+
+INTERFACE = "eth0"
+MOST_HOSTS = 64
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class State:
+    """A lab, as its state file describes it.
+
+    Attributes:
+        name: the lab's name.
+        token: tells this lab from an earlier one of the same name.
+        count: number of hosts.
+        rate: of each link and direction, as given; None if unshaped.
+        subnet: the third byte of its addresses, 10.88.subnet.0/24.
+        owner: the process that takes it down when it ends; None if the lab outlives its maker.
+        owner_start: that process's start in clock ticks since boot, since process ids are used again.
+        boot: which boot of the machine it was made in.
+    """
+
+    name: str
+    token: str
+    count: int
+    rate: str | None
+    subnet: int
+    owner: int | None
+    owner_start: int | None
+    boot: str
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Host names, which also name the files that pin the namespaces."""
+        return tuple(f"{self.name}-h{i}" for i in range(self.count))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """IPv4 addresses of the hosts."""
+        return tuple(f"10.88.{self.subnet}.{i + 1}" for i in range(self.count))
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this lab is."""
+        return ROOT / self.name
+
+    @property
+    def scratch(self) -> Path:
+        """Where mpirun keeps its session files."""
+        return self.folder / "tmp"
+
+    def pin(self, host: str) -> Path:
+        """The file that a host's namespace is mounted on."""
+        return self.folder / "ns" / host
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the process or the boot of the machine that it belongs to is gone."""
+        return self.boot != boot_id() or (self.owner is not None and start_time(self.owner) != self.owner_start)
+
+    def create(self) -> None:
+        """Makes the lab's folder, its state file in it from the first moment on; to be called under the lock."""
+        draft = ROOT / f".{self.name}.{os.getpid()}"
+        for part in ("ns", self.scratch.name):
+            (draft / part).mkdir(parents=True)
+        self._write(draft)
+        draft.rename(self.folder)
+
+    def save(self) -> None:
+        """Replaces the state file; at any time there is either the old or the whole new one."""
+        self._write(self.folder)
+
+    def _write(self, folder: Path) -> None:
+        draft = folder / f"{STATE_FILE}.new"
+        draft.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        draft.replace(folder / STATE_FILE)
+
+
+def load(name: str) -> State | None:
+    """Reads a lab's state file.
+
+    Returns:
+        None if there is no lab of that name.
+
+    Raises:
+        LabError: if the file is damaged, or the place is taken by something that is not a lab.
+    """
+    values = read_state(name)
+    folder = ROOT / name
+    if values is None:
+        if folder.exists() or folder.is_symlink():
+            raise LabError(f"{folder} is there and is not a lab that sparsecomm made: use another name, or remove it")
+        return None
+    if set(values) != {field.name for field in fields(State)}:
+        raise LabError(f"{folder / STATE_FILE} is damaged: remove the lab with `{remedy(name)}`")
+    return State(**values)
+
+
+def remedy(name: str) -> str:
+    """The command that removes a lab."""
+    return f"sparsecomm lab down --name {name}"
+
+
+def lab_names() -> Iterator[str]:
+    """Names of all labs, dead ones included."""
+    if ROOT.is_dir():
+        yield from sorted(path.name for path in ROOT.iterdir() if _NAME.fullmatch(path.name))
+
+
+def check_name(name: str) -> str:
+    """Returns a lab's name if it can be one.
+
+    Raises:
+        LabError: if not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise LabError(f"name = {name!r}: a lab's name is 1 to 20 of a-z, 0-9 and inner hyphens, since hosts carry it")
+    return name
+
+
+def check_hosts(hosts: int) -> int:
+    """Returns a number of hosts if a lab can have so many.
+
+    Raises:
+        LabError: if not.
+    """
+    if isinstance(hosts, bool) or not isinstance(hosts, int) or not 1 <= hosts <= MOST_HOSTS:
+        raise LabError(f"hosts = {hosts!r}: a lab has 1 to {MOST_HOSTS} hosts")
+    return hosts
+
+
+def boot_id() -> str:
+    """Which boot of the machine this is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if it has ended."""
+    try:
+        # The second field is the program's name in parentheses, and may itself hold spaces and parentheses.
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(rest[18])

@@ -1,0 +1,80 @@
+"""All labs of this machine, and what dead processes left of some."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sparsecomm.errors import LabError
+from sparsecomm.tools.lab import teardown
+from sparsecomm.tools.lab.network import SWITCH
+from sparsecomm.tools.lab.state import check_name, lab_names, load, remedy
+
+__all__ = ["LabStatus", "remove", "survey"]
+
+
+@dataclass(frozen=True)
+class LabStatus:
+    """What is known of one lab.
+
+    Attributes:
+        name: its name.
+        hosts: host names.
+        addresses: their IPv4 addresses.
+        rate: of every link in each direction; None if unshaped.
+        processes: how many run on each host.
+        owner: the process that it goes with; None if it stays until it is taken down.
+        problem: why it is not usable, None if it is.
+        fix: the command that removes it.
+    """
+
+    name: str
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...]
+    rate: str | None
+    processes: tuple[int, ...]
+    owner: int | None
+    problem: str | None
+    fix: str
+
+
+def survey() -> list[LabStatus]:
+    """Returns all labs, those that are up and what is left of dead ones, by name."""
+    return [_status(name) for name in lab_names()]
+
+
+def _status(name: str) -> LabStatus:
+    try:
+        state = load(name)
+    except LabError as error:
+        fix = f"rm -r {teardown.ROOT / name}" if teardown.read_state(name) is None else remedy(name)
+        return LabStatus(name, (), (), None, (), None, str(error), fix)
+    if state is None:  # removed since it was listed
+        return LabStatus(name, (), (), None, (), None, "it is being removed", remedy(name))
+    running = Counter(teardown.inside(name).values())
+    problem = None
+    if state.orphaned:
+        problem = f"the process that owned it ({state.owner}) is dead" if state.owner else "the machine was restarted"
+    elif set(teardown.pins(name).values()) != {SWITCH, *state.hosts}:
+        problem = "it is being made or removed" if state.owner else "some of its namespaces are gone"
+    processes = tuple(running[host] for host in state.hosts)
+    return LabStatus(name, state.hosts, state.addresses, state.rate, processes, state.owner, problem, remedy(name))
+
+
+def remove(name: str) -> int:
+    """Takes down the lab of that name, also one that a dead process left or whose state file is damaged.
+
+    Returns:
+        How many processes inside were killed.
+
+    Raises:
+        LabError: if there is none, what is there is not a lab, or something cannot be killed or removed.
+    """
+    try:
+        with teardown.locked():
+            if teardown.read_state(check_name(name)) is None:
+                load(name)  # says what is there instead
+                raise LabError(f"there is no lab {name!r}; `sparsecomm lab status` lists those that there are")
+            return teardown.take_down(name)
+    except OSError as error:
+        raise LabError(f"lab {name!r} cannot be removed: {error}") from error

@@ -1,0 +1,5 @@
+"""Messages of unknown length from anyone, and memory that others read: for the parameter server."""
+
+from sparsecomm.transport.mailbox.base import Post
+
+__all__ = ["Post"]

@@ -1,4 +1,4 @@
-"""The C++ kernels. Addresses and element counts are plain integers; nothing is checked here: use `kernels.dispatch`.
+"""The C++ kernels. Addresses and element counts are plain integers; nothing is checked here: use `kernels`.
 
 Dtype codes: 0 float32, 1 float16, 2 bfloat16. Status codes: see `kernels.native`.
 """

@@ -1,4 +1,4 @@
-"""Virtual ranks with a bucket each, gradients of every awkward kind, and subprocesses under mpirun."""
+"""Simulated ranks with a bucket each, gradients of every awkward kind, and subprocesses under mpirun."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sparsecomm.compress import Compressor, Selection, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.method import strategy_named
-from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.tools.cli.doctor.probe import identify
-from sparsecomm.transport import AgreedError, VirtualWorld
+from sparsecomm.transport import AgreedError, SimulatedWorld
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, encode_payload, max_payload_bytes, read_header
 
@@ -40,7 +40,7 @@ TINY32 = 2.0**-149
 """Smallest float32 denormal: the unit of rounding where relative error means nothing."""
 
 
-# --- virtual ranks ------------------------------------------------------------------------------------------------
+# --- simulated ranks ------------------------------------------------------------------------------------------------
 
 
 def layout(numel: int, name: str = "weight") -> BucketLayout:
@@ -65,7 +65,7 @@ def plan(
 
 
 class Cluster:
-    """P virtual ranks, each with one bucket, its residual, and an arena."""
+    """P simulated ranks, each with one bucket, its residual, and an arena."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class Cluster:
         shapes: BucketLayout | None = None,
     ) -> None:
         self.size, self.numel = size, numel
-        self.world = VirtualWorld(size, nodes)
+        self.world = SimulatedWorld(size, nodes)
         shape = layout(numel) if shapes is None else shapes
-        self.buckets = [Bucket(bucket, shape, torch.zeros(numel) if residual else None) for _ in range(size)]
+        self.buckets = [BucketMemory(bucket, shape, torch.zeros(numel) if residual else None) for _ in range(size)]
         self.arenas = [Arena() for _ in range(size)]
 
     @property

@@ -7,20 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from simulated_mailbox import VirtualOffice, VirtualWindow
+from simulated_mailbox import SimulatedMailboxes, SimulatedWindow
 
 from sparsecomm.errors import CommTimeout
 from sparsecomm.ps.server.rules import Rules, ServerOptions
 from sparsecomm.ps.server.server import Server
 from sparsecomm.ps.worker.client import Link, Steps
 
-__all__ = ["VirtualJob"]
+__all__ = ["SimulatedJob"]
 
 _TURNS = 5  # a second
 _STUCK = 100  # turns in which nothing moved, long enough for messages that are held for a dead server's sake
 
 
-class VirtualJob:
+class SimulatedJob:
     """Workers at ranks 0 .. W-1 and servers behind them.
 
     Args:
@@ -48,7 +48,7 @@ class VirtualJob:
         replicate: bool | None = None,
         **options: Any,
     ) -> None:
-        self.office = VirtualOffice(workers + servers + joiners)
+        self.office = SimulatedMailboxes(workers + servers + joiners)
         self.turns = 0
         self.memories: dict[int, torch.Tensor] = {}
         self._windows = windows
@@ -57,21 +57,21 @@ class VirtualJob:
         self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
         backed = servers > 1 if replicate is None else replicate
         chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: self.turns / _TURNS, **own)
-        self.servers = [Server(self.office.posts[r], self.rules, chosen) for r in ranks[1]]
+        self.servers = [Server(self.office.mailboxes[r], self.rules, chosen) for r in ranks[1]]
         later = range(self.rules.world, self.rules.world + joiners)
         self.links = [self._link(r, ranks[1]) for r in (*ranks[0], *later)]
 
     def _link(self, rank: int, servers: tuple[int, ...]) -> Link:
         workers = tuple(dict.fromkeys((*self.rules.workers, rank)))
-        link = Link(self.office.posts[rank], servers, workers, self.rules.world, self.rules.mode)
+        link = Link(self.office.mailboxes[rank], servers, workers, self.rules.world, self.rules.mode)
         if not self._windows:
             return link
         return replace(link, pull_by="one_sided", open_window=lambda nbytes: self.window(rank, nbytes))
 
-    def window(self, rank: int, nbytes: int) -> VirtualWindow:
+    def window(self, rank: int, nbytes: int) -> SimulatedWindow:
         """Makes a window of a rank."""
         self.memories[rank] = torch.zeros(nbytes, dtype=torch.uint8)
-        return VirtualWindow(self.memories, rank)
+        return SimulatedWindow(self.memories, rank)
 
     def run(self, tasks: Sequence[Steps[Any]], *, between: Callable[[int], None] | None = None) -> list[Any]:
         """Gives workers and servers turns until all workers have ended.
@@ -91,12 +91,15 @@ class VirtualJob:
             self.turns += 1
             if between is not None:
                 between(self.turns)
-            before = [post.traffic.messages_received for post in self.office.posts]
+            before = [mailbox.traffic.messages_received for mailbox in self.office.mailboxes]
             left = len(waiting)
             for number in list(waiting):
                 self._turn(number, tasks[number], waiting, results)
             self.serve()
-            moved = before != [post.traffic.messages_received for post in self.office.posts] or len(waiting) < left
+            moved = (
+                before != [mailbox.traffic.messages_received for mailbox in self.office.mailboxes]
+                or len(waiting) < left
+            )
             still = 0 if moved else still + 1
             if still > _STUCK:
                 raise CommTimeout("; ".join(f"worker {r} waits for {what}" for r, what in waiting.items()))
@@ -105,14 +108,14 @@ class VirtualJob:
     def serve(self) -> None:
         """Gives every living server a turn."""
         for server in self.servers:
-            if server.post.rank not in self.office.dead:
+            if server.mailbox.rank not in self.office.dead:
                 server.turn()
-                if self._windows and server.opens() and server.post.rank not in self.memories:
-                    rank = server.post.rank
+                if self._windows and server.opens() and server.mailbox.rank not in self.memories:
+                    rank = server.mailbox.rank
                     server.open(lambda nbytes, rank=rank: self.window(rank, nbytes))  # type: ignore[misc]
 
     def _turn(self, number: int, task: Steps[Any], waiting: dict[int, str], results: list[Any]) -> None:
-        if self.links[number].post.rank in self.office.dead:
+        if self.links[number].mailbox.rank in self.office.dead:
             del waiting[number]
             return
         try:

@@ -12,30 +12,30 @@ from sparsecomm.errors import ConfigError, TransportError
 from sparsecomm.transport.base import Traffic
 from sparsecomm.transport.mailbox.window import Get
 
-__all__ = ["VirtualOffice", "VirtualPost", "VirtualWindow"]
+__all__ = ["SimulatedMailbox", "SimulatedMailboxes", "SimulatedWindow"]
 
 
-class VirtualPost:
-    """One rank of a `VirtualOffice`."""
+class SimulatedMailbox:
+    """One rank of a `SimulatedMailboxes`."""
 
     fault_tolerant = True
 
-    def __init__(self, office: VirtualOffice, rank: int) -> None:
+    def __init__(self, office: SimulatedMailboxes, rank: int) -> None:
         self._office = office
         self.rank = rank
         self.size = office.size
         self.traffic = Traffic()
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Post.send`."""
+        """See `Mailbox.send`."""
         self._office.deliver(self.rank, dest, message)
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Post.receive`."""
+        """See `Mailbox.receive`."""
         return self._office.collect(self.rank)
 
     def lost(self) -> frozenset[int]:
-        """See `Post.lost`."""
+        """See `Mailbox.lost`."""
         return self._office.heard(self.rank)
 
     def flushed(self) -> bool:
@@ -43,11 +43,11 @@ class VirtualPost:
         return True
 
 
-class VirtualOffice:
+class SimulatedMailboxes:
     """The mailboxes of `size` ranks in this process.
 
     Attributes:
-        posts: by rank.
+        mailboxes: by rank.
         dead: ranks that were killed.
         tamper: if set, called with (source, dest, message); may return another message, or None to lose it.
         late: if set, drawn from for how late messages arrive and deaths become known, to each rank by itself; what one
@@ -58,7 +58,7 @@ class VirtualOffice:
         if size < 1:
             raise ConfigError(f"a world needs at least 1 rank, got {size}")
         self.size = size
-        self.posts = [VirtualPost(self, r) for r in range(size)]
+        self.mailboxes = [SimulatedMailbox(self, r) for r in range(size)]
         self.dead: frozenset[int] = frozenset()
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None
         self.late: random.Random | None = None
@@ -74,7 +74,7 @@ class VirtualOffice:
         message: torch.Tensor | None = data.clone()
         if self.tamper is not None:
             message = self.tamper(source, dest, data.clone())
-        sent = self.posts[source].traffic
+        sent = self.mailboxes[source].traffic
         sent.messages_sent += 1
         sent.bytes_sent += data.numel()
         if message is not None:
@@ -89,7 +89,7 @@ class VirtualOffice:
         at = next(i for i, (s, _) in enumerate(box) if s == source)
         _, message = box[at]
         del box[at]
-        received = self.posts[rank].traffic
+        received = self.mailboxes[rank].traffic
         received.messages_received += 1
         received.bytes_received += message.numel()
         return source, message
@@ -113,7 +113,7 @@ class VirtualOffice:
             self._mail = [deque(m for m in box if m[0] != rank) for box in self._mail]
 
 
-class VirtualWindow:
+class SimulatedWindow:
     """Windows of ranks in one process.
 
     Args:
@@ -131,15 +131,15 @@ class VirtualWindow:
 
     def get(self, rank: int, offset: int, out: torch.Tensor) -> Get:
         """See `Window.get`: reads one half, then the other."""
-        return _VirtualGet(self, self._memories, rank, offset, out)
+        return _SimulatedGet(self, self._memories, rank, offset, out)
 
     def sync(self) -> None:
         """Does nothing: there is one thread."""
 
 
-class _VirtualGet:
+class _SimulatedGet:
     def __init__(
-        self, window: VirtualWindow, memories: dict[int, torch.Tensor], rank: int, offset: int, out: torch.Tensor
+        self, window: SimulatedWindow, memories: dict[int, torch.Tensor], rank: int, offset: int, out: torch.Tensor
     ) -> None:
         self._window = window
         self._memories = memories

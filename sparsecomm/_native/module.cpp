@@ -198,7 +198,7 @@ uint32_t crc32c(Address data, size_t nbytes, uint32_t seed) {
 }  // namespace
 
 NB_MODULE(_core, m) {
-  m.doc() = "C++ kernels of sparsecomm. Unchecked: use sparsecomm.kernels.dispatch.";
+  m.doc() = "C++ kernels of sparsecomm. Unchecked: use sparsecomm.kernels.";
   m.def("paths", [] {
     std::vector<std::string> names;
     for (const sc::Kernels* k : supported()) names.emplace_back(k->name);

@@ -69,17 +69,17 @@ def ring_allreduce(
     def moving(slot: int) -> list[tuple[int, int]]:
         return [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < lanes.blocks]
 
-    def post(slot: int) -> list[Request]:
+    def mailbox(slot: int) -> list[Request]:
         return [r for b, s in moving(slot) for r in lanes.receive(b, s)] + [
             r for b, s in moving(slot) for r in lanes.send(b, s)
         ]
 
-    posted = post(0)
+    posted = mailbox(0)
     for slot in range(slots + 1):
         for block, step in moving(slot - 1):
             lanes.take(block, step)
         # The next slot is posted on both sides before this one is complete: the link never runs dry.
-        waiting, posted = posted, post(slot + 1)
+        waiting, posted = posted, mailbox(slot + 1)
         if waiting:
             yield waiting
 

@@ -10,20 +10,20 @@ import torch
 
 from sparsecomm.exchange import Plan, exchange
 from sparsecomm.exchange.method import strategy_of
-from sparsecomm.feedback import Bucket
+from sparsecomm.feedback import BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import Side, side_of
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.wire import CollectiveKind
 
-__all__ = ["Place", "Places"]
+__all__ = ["Lane", "Lanes"]
 
 _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Lane:
     """Where the buckets of one device are exchanged.
 
     Attributes:
@@ -43,7 +43,7 @@ class Place:
         return self.device if strategy_of(collective).on_device else _HOST
 
     def steps(
-        self, channel: Channel, bucket: Bucket, flat: Callable[[Arena], torch.Tensor], plan: Plan, *, settle: bool
+        self, channel: Channel, bucket: BucketMemory, flat: Callable[[Arena], torch.Tensor], plan: Plan, *, settle: bool
     ) -> CollectiveSteps[BucketReport]:
         """Exchanges a bucket. Collective. To be driven by `side`.
 
@@ -73,7 +73,7 @@ class Place:
         return run
 
 
-class Places:
+class Lanes:
     """The places of one state, made when they are first needed.
 
     Args:
@@ -81,14 +81,14 @@ class Places:
     """
 
     def __init__(self, arena: Arena) -> None:
-        self._host = Place(_HOST, side_of(_HOST), arena, arena)
-        self._of: dict[torch.device, Place] = {_HOST: self._host}
+        self._host = Lane(_HOST, side_of(_HOST), arena, arena)
+        self._of: dict[torch.device, Lane] = {_HOST: self._host}
 
-    def of(self, device: torch.device) -> Place:
+    def of(self, device: torch.device) -> Lane:
         """Returns the place of a device; the host's for a device whose gradients are going to be refused."""
         if device.type != "cuda":
             return self._host
         place = self._of.get(device)
         if place is None:
-            place = self._of[device] = Place(device, side_of(device), Arena(pinned=True), Arena(device))
+            place = self._of[device] = Lane(device, side_of(device), Arena(pinned=True), Arena(device))
         return place

@@ -10,11 +10,11 @@ import torch
 
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
-from sparsecomm.ddp.model import ServedModel
+from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import strategy_of
-from sparsecomm.feedback import AdamCorrection, Bucket, BucketLayout, Feedback, ResidualStore
+from sparsecomm.feedback import AdamCorrection, BucketLayout, BucketMemory, Feedback, ResidualStore
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
@@ -26,7 +26,7 @@ class _Known:
     """A bucket as DDP last presented it."""
 
     parameters: tuple[int, ...]
-    bucket: Bucket
+    bucket: BucketMemory
 
 
 class Memories:
@@ -48,8 +48,8 @@ class Memories:
         return known is not None and known.parameters != ids
 
     def bucket(
-        self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: ServedModel, where: str
-    ) -> Bucket:
+        self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: WrappedModel, where: str
+    ) -> BucketMemory:
         """Returns what is known of a bucket; if DDP has rebuilt its buckets, residuals move by name.
 
         Raises:
@@ -62,12 +62,12 @@ class Memories:
         layout = BucketLayout.of([(model.name_of(p, where), p) for p in parameters])
         if layout.numel != numel:
             raise ConfigError(f"{where}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
-        bucket = Bucket(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
+        bucket = BucketMemory(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
         self.known[index] = _Known(ids, bucket)
         return bucket
 
     def equip(
-        self, bucket: Bucket, config: SparseConfig, collective: CollectiveKind, step: int, home: torch.device
+        self, bucket: BucketMemory, config: SparseConfig, collective: CollectiveKind, step: int, home: torch.device
     ) -> None:
         """Gives a bucket the memory that an exchange needs, on the device where it works. Mutates it."""
         moments, residuals = _moments(config.feedback), self._stores["residual"]
@@ -98,7 +98,7 @@ class Memories:
         """Returns the 2-norm of all residuals. Reads all of them."""
         return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))
 
-    def save(self, step: int, model: ServedModel, config: SparseConfig) -> Checkpoint:
+    def save(self, step: int, model: WrappedModel, config: SparseConfig) -> Checkpoint:
         """Returns what a checkpoint of this rank holds."""
         made = Checkpoint(step, model.rank, model.size)
         feedback = config.feedback

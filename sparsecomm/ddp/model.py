@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
 
-__all__ = ["ServedModel", "Wrappers", "find_wrappers"]
+__all__ = ["WrappedModel", "Wrappers", "find_wrappers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Wrappers:
 
 
 @dataclass(slots=True)
-class ServedModel:
+class WrappedModel:
     """The model a state serves.
 
     Attributes:
@@ -60,7 +60,7 @@ class ServedModel:
     ddps: tuple[Callable[[], DistributedDataParallel | None], ...]
 
     @classmethod
-    def of(cls, wrappers: Wrappers, model: torch.nn.Module | None, rank: int) -> ServedModel:
+    def of(cls, wrappers: Wrappers, model: torch.nn.Module | None, rank: int) -> WrappedModel:
         """Joins what is known.
 
         Args:

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from sparsecomm.compress import Compressor
 from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.fusion import Batch, Fusion, Handed
-from sparsecomm.ddp.lanes import Places
+from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
-from sparsecomm.ddp.model import ServedModel, Wrappers, find_wrappers
+from sparsecomm.ddp.model import WrappedModel, Wrappers, find_wrappers
 from sparsecomm.ddp.unused import note_use, watch_use
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.auto import Candidate, Chooser
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
-from sparsecomm.feedback import Bucket
+from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World, world
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder, StepCallback
@@ -67,11 +67,11 @@ class SparseState:
         self._given_model = model
         self._given_group = process_group
         self._scaler: torch.amp.GradScaler | None = None
-        self._model: ServedModel | None = None
+        self._model: WrappedModel | None = None
         self._recorder = Recorder()
         self._memories = Memories()
         self._fusion = Fusion()
-        self._places = Places(self.arena)
+        self._lanes = Lanes(self.arena)
         self._chooser: Chooser | None = None  # made when the number of ranks is known
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
         self._looked = -1  # step at which the DDP model was last looked up because of other buckets
@@ -154,7 +154,7 @@ class SparseState:
 
     def _start(self, batch: Batch, step: int, here: World) -> None:
         """Starts the exchange of what is to be exchanged as one."""
-        index, average, place = batch.index, None, self._places.of(batch.device)
+        index, average, place = batch.index, None, self._lanes.of(batch.device)
         label = f"bucket {index} of step {step}"
         self._recorder.submitted(step, last=batch.last)
 
@@ -260,7 +260,7 @@ class SparseState:
         self._looked = step
         return True
 
-    def _attach(self, here: World, wrappers: Wrappers | None = None) -> ServedModel:
+    def _attach(self, here: World, wrappers: Wrappers | None = None) -> WrappedModel:
         """Returns what is known of the model this state serves, from these wrappers if they were looked up anew."""
         if wrappers is None:
             if self._model is not None and not self._model.is_gone():
@@ -268,12 +268,12 @@ class SparseState:
             wrappers = self._wrappers(here)
         if self._model is not None and not wrappers.ddps:
             return self._model  # the script has dropped its DDP model; what was known still goes for the checkpoint
-        found = ServedModel.of(wrappers, self._given_model, here.rank)
+        found = WrappedModel.of(wrappers, self._given_model, here.rank)
         if found.names:
             self._model = found
         return found
 
-    def _prepare(self, batch: Batch, step: int, model: ServedModel) -> tuple[Bucket, Plan]:
+    def _prepare(self, batch: Batch, step: int, model: WrappedModel) -> tuple[BucketMemory, Plan]:
         """Checks buckets and decides how they are exchanged."""
         if self._unchecked is not None:
             self._unchecked.check_model(model.shapes)
@@ -284,7 +284,7 @@ class SparseState:
         bucket = self._memories.bucket(batch.index, batch.parameters, numel, model, where)
         k = config.compressor.k_for(numel, step)
         how = self._choose(batch.index, k, numel, step, model.size)
-        self._memories.equip(bucket, config, how.kind, step, self._places.of(batch.device).home(how.kind))
+        self._memories.equip(bucket, config, how.kind, step, self._lanes.of(batch.device).home(how.kind))
         clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
         if clip_norm is not None:
             clip_norm *= math.sqrt(numel / max(model.numel, 1) / model.size)

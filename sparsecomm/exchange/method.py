@@ -15,7 +15,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.plan import Plan
-from sparsecomm.feedback import Bucket, ChunkNorms, Taken, accumulate, take_all, take_some
+from sparsecomm.feedback import BucketMemory, ChunkNorms, Taken, accumulate, take_all, take_some
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.runtime.trace import Stage
@@ -31,13 +31,13 @@ class Job:
     """One exchange in progress: what `exchange` was given, its report, and `exchange` for a part of the ranks."""
 
     channel: Channel
-    bucket: Bucket
+    bucket: BucketMemory
     grad: torch.Tensor
     plan: Plan
     arena: Arena
     report: BucketReport
     settle: bool
-    exchange: Callable[[Channel, Bucket, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
+    exchange: Callable[[Channel, BucketMemory, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
     memory: Arena
     """Where work buffers on the gradient's device come from; those of messages, from `arena`, are on the host."""
 

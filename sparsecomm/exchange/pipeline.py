@@ -23,21 +23,21 @@ from sparsecomm.collectives import dense_ring_bytes
 from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.method import Job, Strategy, blank_header, strategy_of
 from sparsecomm.exchange.plan import Plan
-from sparsecomm.feedback import Bucket, Taken
+from sparsecomm.feedback import BucketMemory, Taken
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import side_of
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.wire import HEADER_BYTES, MAX_ERROR_BYTES, Header, encode_error
 
-__all__ = ["Bucket", "Plan", "blank_header", "exchange", "report_failure"]
+__all__ = ["BucketMemory", "Plan", "blank_header", "exchange", "report_failure"]
 
 _HALF_MAX = 65504.0
 
 
 def exchange(
     channel: Channel,
-    bucket: Bucket,
+    bucket: BucketMemory,
     grad: torch.Tensor,
     plan: Plan,
     arena: Arena,
@@ -54,8 +54,8 @@ def exchange(
         plan: what to do.
         arena: gives all work buffers.
         memory: gives those on the gradient's device, for one on a GPU; `arena` then gives pinned ones on the host.
-        settle: whether the step is final once this bucket is exchanged; else the caller calls `Bucket.settle` when it
-            knows whether the optimizer takes the whole step.
+        settle: whether the step is final once this bucket is exchanged; else the caller calls `BucketMemory.settle`
+            when it knows whether the optimizer takes the whole step.
 
     Returns:
         What it cost.

@@ -2,15 +2,15 @@
 
 from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, take_some
 from sparsecomm.feedback.layout import BucketLayout
-from sparsecomm.feedback.memory import Bucket
+from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.feedback.residuals import ResidualStore, check_residuals
 from sparsecomm.feedback.taken import Taken
 
 __all__ = [
     "AdamCorrection",
-    "Bucket",
     "BucketLayout",
+    "BucketMemory",
     "ChunkNorms",
     "ErrorFeedback",
     "Feedback",

@@ -10,7 +10,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, SelectionBuffers
 from sparsecomm.feedback.corrections import Correction, advance, work_space
-from sparsecomm.feedback.memory import Bucket
+from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import ErrorFeedback, Feedback
 from sparsecomm.feedback.taken import Taken, _nothing
 from sparsecomm.runtime.arena import Arena
@@ -26,7 +26,7 @@ ChunkNorms = tuple[int, torch.Tensor]
 
 
 def take_some(
-    bucket: Bucket,
+    bucket: BucketMemory,
     grad: torch.Tensor,
     compressor: Compressor,
     k: int,
@@ -78,7 +78,7 @@ def take_some(
 
 
 def take_all(
-    bucket: Bucket,
+    bucket: BucketMemory,
     grad: torch.Tensor,
     feedback: Feedback | None,
     arena: Arena,
@@ -103,7 +103,7 @@ def take_all(
 
 
 def accumulate(
-    bucket: Bucket,
+    bucket: BucketMemory,
     grad: torch.Tensor,
     feedback: Feedback | None,
     arena: Arena,
@@ -131,7 +131,7 @@ def accumulate(
 
 
 def _begin(
-    bucket: Bucket,
+    bucket: BucketMemory,
     grad: torch.Tensor,
     feedback: Feedback | None,
     arena: Arena,

@@ -14,11 +14,11 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.feedback.layout import BucketLayout
 
-__all__ = ["Bucket"]
+__all__ = ["BucketMemory"]
 
 
 @dataclass(slots=True)
-class Bucket:
+class BucketMemory:
     """What one bucket keeps from step to step.
 
     Attributes:

@@ -10,7 +10,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.compress.places import Places
 from sparsecomm.feedback.corrections import Correction, rewind
-from sparsecomm.feedback.memory import Bucket
+from sparsecomm.feedback.memory import BucketMemory
 
 __all__ = ["Taken"]
 
@@ -44,7 +44,7 @@ class Taken:
         before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
     """
 
-    bucket: Bucket
+    bucket: BucketMemory
     grad: torch.Tensor
     scale: float
     nonfinite: int

@@ -25,7 +25,7 @@ from sparsecomm.ps.server.server import Server
 from sparsecomm.ps.worker.client import Link, Steps
 from sparsecomm.ps.worker.worker import Worker, set_current_link
 from sparsecomm.transport import Backoff
-from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
 from sparsecomm.types import ValueCodec
 
@@ -108,7 +108,7 @@ def run(
         SparseCommError: on a worker, what made its training fail. Without ULFM that ends the job on all ranks.
     """
     size, limit = _check(servers, mode, pull, pull_codec, pull_by, timeout)
-    post = _launched(fault_tolerant)
+    mailbox = _launched(fault_tolerant)
     workers = tuple(range(size - servers))
     serving = tuple(range(size - servers, size))
     rules = Rules(
@@ -120,22 +120,24 @@ def run(
         pull_codec=_PULL_CODECS[pull_codec],
         rate=rate,
     )
-    backed = (post.fault_tolerant if replicate is None else replicate) and servers > 1
-    if post.fault_tolerant and pull_by == "one_sided":
+    backed = (mailbox.fault_tolerant if replicate is None else replicate) and servers > 1
+    if mailbox.fault_tolerant and pull_by == "one_sided":
         raise ConfigError(
             'pull_by="one_sided": no kind of window of this MPI goes on after the death of a rank; start the job '
             'without ULFM, or use "auto"'
         )
-    open_window = _open_window if pull_by != "asked" and not post.fault_tolerant else None
-    if post.rank not in serving:
-        link = Link(post, serving, workers, size, rules.mode, pull, rules.pull_codec, pull_by, open_window)
+    open_window = _open_window if pull_by != "asked" and not mailbox.fault_tolerant else None
+    if mailbox.rank not in serving:
+        link = Link(mailbox, serving, workers, size, rules.mode, pull, rules.pull_codec, pull_by, open_window)
         return _work(link, train, limit)
     door = None
     if rendezvous is not None:
         facts = {"servers": serving, "workers": workers, "world": size, "mode": str(rules.mode)}
-        door = Door(rendezvous, post, serving.index(post.rank), facts)
+        door = Door(rendezvous, mailbox, serving.index(mailbox.rank), facts)
     try:
-        return _serve(post if door is None else door.post, rules, serving, backed, checkpoints, open_window, limit)
+        return _serve(
+            mailbox if door is None else door.mailbox, rules, serving, backed, checkpoints, open_window, limit
+        )
     finally:
         if door is not None:
             door.close()
@@ -162,12 +164,12 @@ def join(train: Callable[[int, int], Any], rendezvous: str | Path, *, timeout: f
     """
     limit = _limit(timeout)
     entrance = enter(Path(rendezvous), limit)
-    post = entrance.post
-    link = Link(post, entrance.servers, (*entrance.workers, post.rank), post.size, entrance.mode)
+    mailbox = entrance.mailbox
+    link = Link(mailbox, entrance.servers, (*entrance.workers, mailbox.rank), mailbox.size, entrance.mode)
     try:
         return _work(link, train, limit)
     finally:
-        post.close()
+        mailbox.close()
 
 
 _PULL_BY = ("asked", "one_sided", "auto")
@@ -209,9 +211,9 @@ def _limit(timeout: float | None) -> float:
     return limit
 
 
-def _launched(fault_tolerant: bool | None) -> Post:
+def _launched(fault_tolerant: bool | None) -> Mailbox:
     """Brings up MPI and a mailbox. Collective."""
-    from sparsecomm.transport.mailbox.mpi import MPIPost, ulfm_problem
+    from sparsecomm.transport.mailbox.mpi import MPIMailbox, ulfm_problem
     from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
 
     problem = ulfm_problem()
@@ -229,7 +231,7 @@ def _launched(fault_tolerant: bool | None) -> Post:
             f"the launcher started {detect().size} processes, MPI sees {world}: it belongs to another MPI than "
             "mpi4py uses"
         )
-    return MPIPost()
+    return MPIMailbox()
 
 
 def _open_window(nbytes: int) -> Window:
@@ -242,7 +244,7 @@ def _open_window(nbytes: int) -> Window:
 
 
 def _serve(
-    post: Post,
+    mailbox: Mailbox,
     rules: Rules,
     serving: tuple[int, ...],
     replicate: bool,
@@ -251,7 +253,7 @@ def _serve(
     timeout: float,
 ) -> Outcome:
     server = Server(
-        post,
+        mailbox,
         rules,
         ServerOptions(
             servers=serving,
@@ -261,16 +263,18 @@ def _serve(
         ),
     )
     try:
-        _loop(post, server, open_window, timeout)
+        _loop(mailbox, server, open_window, timeout)
     except BaseException as error:
-        _fail(post, error)
+        _fail(mailbox, error)
         os.kill(os.getpid(), signal.SIGKILL)  # ULFM takes notice of nothing less: now the backup takes over
     if deserted(server):
-        raise SparseCommError(f"server rank {post.rank}: no worker has ended its training: {'; '.join(server.events)}")
-    return Outcome("server", post.rank, server=server, events=server.events)
+        raise SparseCommError(
+            f"server rank {mailbox.rank}: no worker has ended its training: {'; '.join(server.events)}"
+        )
+    return Outcome("server", mailbox.rank, server=server, events=server.events)
 
 
-def _loop(post: Post, server: Server, open_window: Callable[[int], Window] | None, timeout: float) -> None:
+def _loop(mailbox: Mailbox, server: Server, open_window: Callable[[int], Window] | None, timeout: float) -> None:
     """Serves until all workers are gone and all servers know it."""
     backoff, told = Backoff(), 0
     while not server.finished:
@@ -282,35 +286,35 @@ def _loop(post: Post, server: Server, open_window: Callable[[int], Window] | Non
             backoff.news()
         elif backoff.quiet > timeout:
             raise CommTimeout(
-                f"server rank {post.rank} has heard nothing for {timeout:g} s; it waits for {waits_for(server)} "
+                f"server rank {mailbox.rank} has heard nothing for {timeout:g} s; it waits for {waits_for(server)} "
                 "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
             )
         else:
             backoff.sleep()
         for event in server.events[told:]:
-            print(f"sparsecomm.ps: server rank {post.rank}: {event}", file=sys.stderr, flush=True)
+            print(f"sparsecomm.ps: server rank {mailbox.rank}: {event}", file=sys.stderr, flush=True)
         told = len(server.events)
 
 
 def _work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Outcome:
-    post = link.post
+    mailbox = link.mailbox
     made: list[Worker] = []
 
     def drive(steps: Steps[T]) -> T:
         backoff, waited = Backoff(), ""
         while True:
-            before = post.traffic.messages_received
+            before = mailbox.traffic.messages_received
             try:
                 what = next(steps)
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            if what != waited or post.traffic.messages_received > before:
+            if what != waited or mailbox.traffic.messages_received > before:
                 waited = what
                 backoff.news()
             if backoff.quiet > timeout:
                 raise CommTimeout(
-                    f"worker rank {post.rank} has waited {timeout:g} s for {what}. Is it alive, and are the "
+                    f"worker rank {mailbox.rank} has waited {timeout:g} s for {what}. Is it alive, and are the "
                     "workers that it may wait for? (SPARSECOMM_TIMEOUT sets the limit in seconds)"
                 )
             backoff.sleep()
@@ -322,20 +326,20 @@ def _work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Outco
             raise ConfigError(f"the training function made {len(made)} workers, it must make exactly one")
         drive(made[0].leaving())
     except BaseException as error:
-        _fail(post, error)
+        _fail(mailbox, error)
         if made:
             with contextlib.suppress(SparseCommError):
                 drive(made[0].leaving(f"{type(error).__name__}: {error}"))
         raise
     finally:
         set_current_link(None)
-    return Outcome("worker", post.rank, result=result)
+    return Outcome("worker", mailbox.rank, result=result)
 
 
-def _fail(post: Post, error: BaseException) -> None:
+def _fail(mailbox: Mailbox, error: BaseException) -> None:
     """Says what went wrong; without ULFM it ends the whole job, too."""
-    text = f"sparsecomm.ps: rank {post.rank} of {post.size} failed with {type(error).__name__}: {error}"
-    if post.fault_tolerant:
+    text = f"sparsecomm.ps: rank {mailbox.rank} of {mailbox.size} failed with {type(error).__name__}: {error}"
+    if mailbox.fault_tolerant:
         print(f"{text}; the others go on", file=sys.stderr, flush=True)
         return
     traceback.print_exc()

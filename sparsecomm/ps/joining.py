@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomm.errors import ConfigError, LaunchError, TransportError
-from sparsecomm.transport.mailbox import Post
-from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, OpenPost, SocketPost
+from sparsecomm.transport.mailbox import Mailbox
+from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, OpenMailbox, TCPMailbox
 
 __all__ = ["Door", "Entrance", "Rendezvous", "enter"]
 
@@ -58,7 +58,7 @@ class Door:
 
     Args:
         rendezvous: where.
-        post: of the server.
+        mailbox: of the server.
         index: of the server.
         facts: what a joiner must know of the job: ranks of `servers` and `workers`, `world`, `mode`.
 
@@ -66,28 +66,36 @@ class Door:
         LaunchError: if it cannot listen there, or write to the folder.
     """
 
-    def __init__(self, rendezvous: Rendezvous, post: Post, index: int, facts: dict[str, Any]) -> None:
+    def __init__(self, rendezvous: Rendezvous, mailbox: Mailbox, index: int, facts: dict[str, Any]) -> None:
         folder = Path(rendezvous.folder)
         token = secrets.token_bytes(TOKEN_BYTES)
         host = _own_host() if rendezvous.host is None else rendezvous.host
         try:
-            self.post = OpenPost(post, host, token)
+            self.mailbox = OpenMailbox(mailbox, host, token)
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / f"server-{index}.json"
             written = folder / f".server-{index}.{os.getpid()}"
             with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                said = {"host": host, "port": self.post.address[1], "token": token.hex(), "job": _job_name(), **facts}
+                said = {
+                    "host": host,
+                    "port": self.mailbox.address[1],
+                    "token": token.hex(),
+                    "job": _job_name(),
+                    **facts,
+                }
                 json.dump(said, file)
             os.replace(written, self._path)
         except OSError as error:
             where = f"{rendezvous.folder} ({host})"
-            raise LaunchError(f"server rank {post.rank} cannot open a door for joiners at {where}: {error}") from error
+            raise LaunchError(
+                f"server rank {mailbox.rank} cannot open a door for joiners at {where}: {error}"
+            ) from error
 
     def close(self) -> None:
         """Takes the address away and hangs up."""
         with contextlib.suppress(OSError):
             self._path.unlink()
-        self.post.close()
+        self.mailbox.close()
 
 
 def _own_host() -> str:
@@ -107,13 +115,13 @@ class Entrance:
     """A joiner's way in.
 
     Attributes:
-        post: connected to the servers.
+        mailbox: connected to the servers.
         servers: their ranks, by index.
         workers: ranks of the workers at the start.
         mode: text of the servers' mode.
     """
 
-    post: SocketPost
+    mailbox: TCPMailbox
     servers: tuple[int, ...]
     workers: tuple[int, ...]
     mode: str
@@ -135,10 +143,10 @@ def enter(folder: Path, timeout: float) -> Entrance:
     rank = _claim(folder, job["job"], job["world"])
     addresses = {servers[i]: (d["host"], d["port"], bytes.fromhex(d["token"])) for i, d in doors.items()}
     try:
-        post = SocketPost(rank, job["world"], addresses, patience)
+        mailbox = TCPMailbox(rank, job["world"], addresses, patience)
     except TransportError as error:
         raise LaunchError(f"cannot join the job of {folder}: {error}") from error
-    return Entrance(post, servers, tuple(job["workers"]), job["mode"])
+    return Entrance(mailbox, servers, tuple(job["workers"]), job["mode"])
 
 
 def _doors(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:

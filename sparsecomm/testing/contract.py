@@ -15,7 +15,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.testing.errors import ContractError, refuse, told
 from sparsecomm.testing.gradients import FINITE, NONFINITE, gradient
-from sparsecomm.testing.virtual import check_exchange
+from sparsecomm.testing.simulated import check_exchange
 from sparsecomm.types import GRAD_DTYPES
 
 __all__ = ["ContractError", "check_compressor"]
@@ -34,7 +34,7 @@ def check_compressor(
     steps: int = 4,
     seed: int = 0,
 ) -> None:
-    """Checks a compressor: its options, what it selects, and whole exchanges between virtual ranks. Takes seconds.
+    """Checks a compressor: its options, what it selects, and whole exchanges between simulated ranks. Takes seconds.
 
     Nothing is lost (what is selected plus what stays is what came in), positions ascend and are in range, buffers
     suffice, NaN and infinity are never selected and leave the residual alone, what is selected is zero in the residual,
@@ -46,7 +46,7 @@ def check_compressor(
     Args:
         compressor: an instance, with the options that it will be used with.
         numels: elements of the buckets to try.
-        ranks: sizes of the virtual worlds to try.
+        ranks: sizes of the simulated worlds to try.
         steps: steps in each bucket, one after another.
         seed: of the gradients.
 

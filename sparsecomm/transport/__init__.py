@@ -12,8 +12,8 @@ from sparsecomm.transport.base import (
 )
 from sparsecomm.transport.engine import IN_FLIGHT, Engine
 from sparsecomm.transport.group import GroupSum
-from sparsecomm.transport.mailbox.base import Post
-from sparsecomm.transport.simulated import VirtualWorld
+from sparsecomm.transport.mailbox.base import Mailbox
+from sparsecomm.transport.simulated import SimulatedWorld
 
 __all__ = [
     "IN_FLIGHT",
@@ -23,10 +23,10 @@ __all__ = [
     "CollectiveSteps",
     "Engine",
     "GroupSum",
-    "Post",
+    "Mailbox",
     "Request",
+    "SimulatedWorld",
     "SoloTransport",
     "Traffic",
     "Transport",
-    "VirtualWorld",
 ]

@@ -1,7 +1,7 @@
 """The transport protocol: non-blocking sends and receives of bytes, and the channel a collective sees.
 
 A collective is a generator over a `Channel`: it posts requests, yields those it must wait for, and is resumed when
-all of them are complete. The engine drives it over MPI; `VirtualWorld` drives the same generator for many ranks in
+all of them are complete. The engine drives it over MPI; `SimulatedWorld` drives the same generator for many ranks in
 one process.
 """
 

@@ -11,7 +11,7 @@ import torch
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.transport.base import Channel, CollectiveSteps, Request, Traffic
 
-__all__ = ["VirtualTransport", "VirtualWorld"]
+__all__ = ["SimulatedTransport", "SimulatedWorld"]
 
 _Mail = dict[tuple[int, int, int], deque[torch.Tensor]]
 
@@ -64,14 +64,14 @@ class _Receiving:
         self._buffer = None
 
 
-class VirtualTransport:
-    """One rank of a `VirtualWorld`."""
+class SimulatedTransport:
+    """One rank of a `SimulatedWorld`."""
 
     blocking = False
-    name = "virtual"
+    name = "simulated"
     max_tag = 2**31 - 1
 
-    def __init__(self, world: VirtualWorld, rank: int) -> None:
+    def __init__(self, world: SimulatedWorld, rank: int) -> None:
         self._world = world
         self.rank = rank
         self.size = world.size
@@ -95,11 +95,11 @@ class VirtualTransport:
         """Nothing to release."""
 
     def abort(self, code: int) -> None:
-        """A virtual rank cannot end the process."""
-        raise TransportError(f"virtual rank {self.rank} aborted with code {code}")
+        """A simulated rank cannot end the process."""
+        raise TransportError(f"simulated rank {self.rank} aborted with code {code}")
 
 
-class VirtualWorld:
+class SimulatedWorld:
     """A world of `size` ranks in this process.
 
     Args:
@@ -122,7 +122,7 @@ class VirtualWorld:
         self.mail: _Mail = defaultdict(deque)
         self.traffic = [Traffic() for _ in range(size)]
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None
-        self.ranks = [VirtualTransport(self, r) for r in range(size)]
+        self.ranks = [SimulatedTransport(self, r) for r in range(size)]
         self._tag = 0
 
     def deliver(self, source: int, dest: int, tag: int, data: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ class VirtualWorld:
             if not progressed:
                 for r, task in tasks.items():
                     stuck = ", ".join(q.describe() for q in waiting[r])
-                    results[r] = CommTimeout(f"virtual rank {r} waits for ever for: {stuck}")
+                    results[r] = CommTimeout(f"simulated rank {r} waits for ever for: {stuck}")
                     task.close()
                 break
         if not return_exceptions:

@@ -26,7 +26,7 @@ def test_an_unknown_path_is_refused_with_those_there_are() -> None:
 
 @pytest.mark.parametrize("name", kernels.available_paths())
 def test_the_environment_forces_a_path(name: str) -> None:
-    code = "from sparsecomm.kernels import dispatch as d; print(d.current_path())"
+    code = "from sparsecomm import kernels as d; print(d.current_path())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "SPARSECOMM_KERNELS": name},

@@ -124,7 +124,7 @@ def test_unfit_tensors_are_refused_by_name() -> None:
 def test_triton_is_no_path_for_cpu_tensors_without_its_interpreter() -> None:
     environment = {**job_environment(), "SPARSECOMM_KERNELS": "triton"}
     environment.pop("TRITON_INTERPRET", None)
-    code = "from sparsecomm.kernels import dispatch; dispatch.current_path()"
+    code = "from sparsecomm import kernels; kernels.current_path()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 1
     assert ConfigError.__name__ in done.stderr

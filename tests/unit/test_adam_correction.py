@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsecomm as sc
-from sparsecomm.feedback import Bucket, BucketLayout, take_some
+from sparsecomm.feedback import BucketLayout, BucketMemory, take_some
 from sparsecomm.runtime.arena import Arena
 
 
@@ -117,7 +117,7 @@ class Broken(sc.TopK):
 @pytest.mark.parametrize("lasting", [True, False])
 def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, lasting: bool) -> None:
     n = 6
-    bucket = Bucket(0, BucketLayout(("w",), ((n,),), ((1,),)), residual=torch.arange(6.0))
+    bucket = BucketMemory(0, BucketLayout(("w",), ((n,),), ((1,),)), residual=torch.arange(6.0))
     bucket.velocity = torch.arange(6.0) / 7 if beta1 else torch.zeros(n)
     bucket.second_moment = torch.arange(6.0) / 5
     before = [t.clone() for t in (bucket.residual, bucket.velocity, bucket.second_moment) if t is not None]

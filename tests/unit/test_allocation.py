@@ -107,7 +107,7 @@ def test_the_arena_stops_growing_even_if_payloads_vary_as_much_as_the_compressor
 def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
     compressor: Compressor, collective: str, dtype: torch.dtype
 ) -> None:
-    """Everything but the virtual network's copies: a world of one, through the whole of `exchange`."""
+    """Everything but the simulated network's copies: a world of one, through the whole of `exchange`."""
     if kernels.current_path() == "reference":
         pytest.skip("the reference kernels may allocate")
     cluster = Cluster(1, N)

@@ -1,4 +1,4 @@
-"""Scales, overflows and skipped steps on virtual ranks: residuals stay in unscaled units and nothing is lost."""
+"""Scales, overflows and skipped steps on simulated ranks: residuals stay in unscaled units and nothing is lost."""
 
 from __future__ import annotations
 

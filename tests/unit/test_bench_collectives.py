@@ -19,8 +19,8 @@ from sparsecomm.tools.benches import collectives
 EXTRA = """
 import sys
 import torch.distributed as dist
-from sparsecomm.benches.algorithms import Ready, algorithm
-from sparsecomm.cli import main
+from sparsecomm.tools.benches.algorithms import Ready, algorithm
+from sparsecomm.tools.cli import main
 
 @algorithm("half", role="ours", sparse=False)
 def half(case):

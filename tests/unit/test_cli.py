@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-import sparsecomm
+import sparsecomm.tools
 from sparsecomm.errors import ConfigError
 from sparsecomm.tools.cli.app import app
 from sparsecomm.tools.cli.bench import options_of
@@ -57,7 +57,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[...
     module.BENCHES = {"sample": sample}  # type: ignore[attr-defined]
     module.registry = lambda: module.BENCHES  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparsecomm.tools.benches", module)
-    monkeypatch.setattr(sparsecomm, "benches", module, raising=False)
+    monkeypatch.setattr(sparsecomm.tools, "benches", module, raising=False)
     seen.clear()
     return module.BENCHES
 

@@ -18,7 +18,7 @@ from sparsecomm.collectives import (
 )
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import HEADER_BYTES, CollectiveKind
 
@@ -38,7 +38,7 @@ def ring_bytes_of(rank: int, size: int, numel: int) -> int:
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_fixed_blocks_reach_every_rank_in_log_rounds(size: int) -> None:
-    world = VirtualWorld(size)
+    world = SimulatedWorld(size)
 
     def make(channel: Channel) -> CollectiveSteps[list[torch.Tensor]]:
         mine = torch.full((5,), channel.rank + 1, dtype=torch.uint8)
@@ -54,7 +54,7 @@ def test_fixed_blocks_reach_every_rank_in_log_rounds(size: int) -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=16))
 def test_bodies_of_any_length_reach_every_rank_and_empty_ones_are_not_sent(lengths: list[int]) -> None:
     size = len(lengths)
-    world = VirtualWorld(size)
+    world = SimulatedWorld(size)
 
     def make(channel: Channel) -> CollectiveSteps[list[torch.Tensor]]:
         mine = torch.full((lengths[channel.rank],), channel.rank, dtype=torch.uint8)
@@ -69,7 +69,7 @@ def test_bodies_of_any_length_reach_every_rank_and_empty_ones_are_not_sent(lengt
 
 @given(st.integers(1, 16), st.integers(0, 100), st.integers(0, 1000))
 def test_the_ring_sums_alike_on_all_ranks_at_the_least_cost(size: int, numel: int, seed: int) -> None:
-    world = VirtualWorld(size)
+    world = SimulatedWorld(size)
     data = [gradient("normal", numel, torch.float32, seed + r) for r in range(size)]
     work = [d.clone() for d in data]
     world.run(lambda channel: ring_allreduce(channel, work[channel.rank], Arena(), "key"))
@@ -105,7 +105,7 @@ def test_a_sparse_exchange_costs_log_rounds_of_headers_and_one_body_to_each(size
 @pytest.mark.parametrize("codec", [ValueCodec.FP32, ValueCodec.BF16])
 def test_a_dense_exchange_costs_headers_and_the_allreduce(size: int, residual: bool, codec: ValueCodec) -> None:
     numel = 320
-    bare = VirtualWorld(size)
+    bare = SimulatedWorld(size)
     bare.run(lambda channel: dense_allreduce(channel, torch.ones(numel), Arena(), "key", wire=codec))
     cluster = Cluster(size, numel, residual=residual)
     reports = cluster.step([torch.ones(numel) for _ in range(size)], plan(numel, dense=True, value_codec=codec))

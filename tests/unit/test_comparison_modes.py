@@ -1,4 +1,4 @@
-"""Tree (gTop-k), 1-bit signs and PowerSGD in virtual worlds: nothing is lost, replicas agree to the bit."""
+"""Tree (gTop-k), 1-bit signs and PowerSGD in simulated worlds: nothing is lost, replicas agree to the bit."""
 
 from __future__ import annotations
 

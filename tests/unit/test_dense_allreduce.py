@@ -22,7 +22,7 @@ from sparsecomm.collectives import (
 )
 from sparsecomm.errors import CommTimeout, ConfigError, KernelError, TransportError
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import VirtualWorld
+from sparsecomm.transport import SimulatedWorld
 from sparsecomm.types import ValueCodec
 
 Algorithm = Callable[..., Any]
@@ -35,9 +35,9 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__
 
 def summed(
     algorithm: Algorithm, data: list[torch.Tensor], *, keep: bool = True, **options: Any
-) -> tuple[list[torch.Tensor], list[torch.Tensor], VirtualWorld]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor], SimulatedWorld]:
     """Every rank's result and what it rounded off."""
-    world = VirtualWorld(len(data))
+    world = SimulatedWorld(len(data))
     work = [d.clone() for d in data]
     errors = [torch.full_like(d, float("nan")) for d in data]  # every element must be written
 
@@ -153,7 +153,7 @@ def test_messages_and_bytes_are_those_of_the_papers(ranks: int, wire: ValueCodec
 @pytest.mark.parametrize("wire", WIRES)
 def test_nothing_is_allocated_after_the_first_time(algorithm: Algorithm, wire: ValueCodec) -> None:
     ranks, numel = 5, 1000
-    world, arenas = VirtualWorld(ranks), [Arena() for _ in range(ranks)]
+    world, arenas = SimulatedWorld(ranks), [Arena() for _ in range(ranks)]
     work, errors = [torch.ones(numel) for _ in range(ranks)], [torch.empty(numel) for _ in range(ranks)]
 
     def make(channel: Any) -> Any:
@@ -172,7 +172,7 @@ def test_a_long_ring_needs_buffers_for_its_segments_only(wire: ValueCodec) -> No
     for numel in (2_000, 8_000):
         arenas = [arena, *(Arena() for _ in range(ranks - 1))]
         ring = functools.partial(ring_allreduce, wire=wire, segment=segment)
-        VirtualWorld(ranks).run(lambda c, n=numel, a=arenas, ring=ring: ring(c, torch.ones(n), a[c.rank], 0))
+        SimulatedWorld(ranks).run(lambda c, n=numel, a=arenas, ring=ring: ring(c, torch.ones(n), a[c.rank], 0))
         assert arena.allocated_bytes <= 1.25 * 8 * (ranks - 1) * (4 * segment + 4)
 
 
@@ -180,7 +180,7 @@ def test_a_long_ring_needs_buffers_for_its_segments_only(wire: ValueCodec) -> No
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_lost_message_is_noticed_and_a_shortened_one_named(algorithm: Algorithm, wire: ValueCodec) -> None:
     for lost in (True, False):
-        world = VirtualWorld(4)
+        world = SimulatedWorld(4)
         count = [0]
 
         def tamper(
@@ -198,7 +198,7 @@ def test_a_lost_message_is_noticed_and_a_shortened_one_named(algorithm: Algorith
 
 @algorithms
 def test_bad_arguments_are_refused_with_their_value(algorithm: Algorithm) -> None:
-    world = VirtualWorld(2)
+    world = SimulatedWorld(2)
     for options, kind, words in (
         ({"wire": ValueCodec.INT8}, KernelError, "INT8"),
         ({"scale": 0.0}, ConfigError, r"0\.0"),

@@ -148,7 +148,7 @@ def test_other_devices_are_refused_by_name() -> None:
 
 
 def test_a_residual_moves_to_the_device_that_asks_for_it() -> None:
-    layout = sc.compress.BucketLayout.of([("w", torch.zeros(4))])
-    store = sc.compress.ResidualStore()
+    layout = sc.feedback.BucketLayout.of([("w", torch.zeros(4))])
+    store = sc.feedback.ResidualStore()
     store.bucket(layout).fill_(2.0)
     assert store.bucket(layout, "meta").device.type == "meta"

@@ -16,7 +16,7 @@ from sparsecomm.collectives import allgather_fixed
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.exchange import exchange
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, Engine, Request, SoloTransport, VirtualWorld
+from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, Engine, Request, SimulatedWorld, SoloTransport
 
 BROKEN = "communication failed before"
 
@@ -72,10 +72,10 @@ class Outcomes:
 
 
 class Engines:
-    """One engine a virtual rank, each with its own thread."""
+    """One engine a simulated rank, each with its own thread."""
 
     def __init__(self, size: int, timeout: float = 20.0) -> None:
-        self.world = VirtualWorld(size)
+        self.world = SimulatedWorld(size)
         self.all = [Engine(t, timeout=timeout) for t in self.world.ranks]
 
     def __enter__(self) -> list[Engine]:

@@ -12,7 +12,7 @@ from helpers import Cluster, Raising, assert_conserved, assert_restored, gradien
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, KernelError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
 from sparsecomm.exchange.agree import agree
-from sparsecomm.feedback import Bucket
+from sparsecomm.feedback import BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec
@@ -47,16 +47,16 @@ class Scene:
 
 def changed_layout(scene: Scene, rank: int) -> None:
     bucket = scene.cluster.buckets[rank]
-    scene.cluster.buckets[rank] = Bucket(bucket.index, layout(N, "another"), bucket.residual)
+    scene.cluster.buckets[rank] = BucketMemory(bucket.index, layout(N, "another"), bucket.residual)
 
 
 def changed_bucket(scene: Scene, rank: int) -> None:
     bucket = scene.cluster.buckets[rank]
-    scene.cluster.buckets[rank] = Bucket(9, bucket.layout, bucket.residual)
+    scene.cluster.buckets[rank] = BucketMemory(9, bucket.layout, bucket.residual)
 
 
 def changed_numel(scene: Scene, rank: int) -> None:
-    scene.cluster.buckets[rank] = Bucket(4, layout(N - 1), scene.before[rank][: N - 1].clone())
+    scene.cluster.buckets[rank] = BucketMemory(4, layout(N - 1), scene.before[rank][: N - 1].clone())
     scene.before[rank] = scene.before[rank][: N - 1]
     scene.grads[rank] = scene.sent[rank][: N - 1].clone()
     scene.sent[rank] = scene.sent[rank][: N - 1]

@@ -14,9 +14,25 @@ PACKAGE = ROOT / "sparsecomm"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
 
 # From the bottom up; a layer may import itself and what stands before it.
-ORDER = (
-    "errors types runtime _core kernels compress feedback wire transport collectives exchange presets launch ddp ps testing tools"
-).split()
+ORDER = [
+    "errors",
+    "types",
+    "runtime",
+    "_core",
+    "kernels",
+    "compress",
+    "feedback",
+    "wire",
+    "transport",
+    "collectives",
+    "exchange",
+    "presets",
+    "launch",
+    "ddp",
+    "ps",
+    "testing",
+    "tools",
+]
 NOT_YET = {"presets": {"launch"}, "ps": {"ddp"}}
 """Neighbours that have no business with each other."""
 FACADES = {"__init__", "__main__"}

@@ -1,4 +1,4 @@
-"""Exchanges whose positions every rank knows, in virtual worlds: chunks, a shared seed, a leader's top-k."""
+"""Exchanges whose positions every rank knows, in simulated worlds: chunks, a shared seed, a leader's top-k."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from sparsecomm.collectives import DenseAlgorithm, broadcast
 from sparsecomm.collectives import allreduce as dense
 from sparsecomm.compress import Compressor, Places, largest_chunks
 from sparsecomm.compress.sample import sample
-from sparsecomm.feedback import Bucket, MomentumCorrection
-from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.feedback import BucketMemory, MomentumCorrection
+from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 
 INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, IndexCodec.RAW)
@@ -305,7 +305,7 @@ def test_a_known_sample_so_that_it_is_the_same_on_all_machines_and_in_all_versio
 def test_positions_depend_on_seed_step_and_bucket_and_a_resumed_step_has_the_same() -> None:
     def sent(seed: int, step: int, name: str) -> list[int]:
         cluster = Cluster(2, 1000)
-        cluster.buckets = [Bucket(0, layout(1000, name), torch.zeros(1000)) for _ in range(2)]
+        cluster.buckets = [BucketMemory(0, layout(1000, name), torch.zeros(1000)) for _ in range(2)]
         grads = [torch.ones(1000) for _ in range(2)]
         cluster.step(grads, plan(1000, compressor=sc.RandomK(0.02, seed=seed), collective="shared_index", step=step))
         return grads[0].nonzero().flatten().tolist()
@@ -358,7 +358,7 @@ def test_a_leader_with_nothing_sends_nothing() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 13, 33])
 def test_a_broadcast_reaches_all_from_any_root(size: int) -> None:
     for root in {0, 1 % size, size // 2, size - 1}:
-        world = VirtualWorld(size)
+        world = SimulatedWorld(size)
         data = [torch.full((7,), r, dtype=torch.uint8) for r in range(size)]
 
         def make(channel: Channel, data: list[torch.Tensor] = data, root: int = root) -> CollectiveSteps[None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import VirtualJob
+from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.server.checkpoint import newest_complete
@@ -39,7 +39,7 @@ def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 def train(servers: int, steps: int, checkpoints: sc.ps.Checkpoints | None, **options: Any) -> torch.Tensor:
     saving = {} if checkpoints is None else {"restore": checkpoints.restore, "saved": checkpoints.saved}
-    job = VirtualJob(2, servers, optimizer=adamw, **saving)
+    job = SimulatedJob(2, servers, optimizer=adamw, **saving)
     out = job.run([task(link, steps, **options) for link in job.links])
     for each in out:
         if isinstance(each, BaseException):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_job import VirtualJob
+from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
@@ -55,7 +55,7 @@ def training(link: Link, acknowledged: dict[int, int] | None = None, model: Any 
     return torch.cat([p.detach().clone() for p in model.parameters()])
 
 
-def train_all(job: VirtualJob, kill: Callable[[int], None]) -> dict[int, int]:
+def train_all(job: SimulatedJob, kill: Callable[[int], None]) -> dict[int, int]:
     """Trains on all workers and raises what any of them raised; returns pushes acknowledged, by worker."""
     acknowledged: dict[int, int] = {}
     for result in job.run([training(link, acknowledged) for link in job.links], between=kill):
@@ -64,15 +64,15 @@ def train_all(job: VirtualJob, kill: Callable[[int], None]) -> dict[int, int]:
     return acknowledged
 
 
-def finish(job: VirtualJob) -> None:
+def finish(job: SimulatedJob) -> None:
     for _ in range(10):
         job.serve()
-    assert all(s.finished for s in job.servers if s.post.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
 
 
-def shards_of(job: VirtualJob) -> dict[int, Any]:
+def shards_of(job: SimulatedJob) -> dict[int, Any]:
     """By index, each from the server that answers for it, or its copy if that died after its work was done."""
-    alive = [server for server in job.servers if server.post.rank not in job.office.dead]
+    alive = [server for server in job.servers if server.mailbox.rank not in job.office.dead]
     found: dict[int, Any] = {}
     for server in alive:
         found |= server.copies.shards
@@ -81,7 +81,7 @@ def shards_of(job: VirtualJob) -> dict[int, Any]:
     return found
 
 
-def check(job: VirtualJob, victim: int | None, acknowledged: dict[int, int]) -> None:
+def check(job: SimulatedJob, victim: int | None, acknowledged: dict[int, int]) -> None:
     """Every shard is there and holds what it counts: all pushes of the living, the acknowledged ones of the dead."""
     shards = shards_of(job)
     assert sorted(shards) == list(range(len(job.servers)))
@@ -104,9 +104,9 @@ def check(job: VirtualJob, victim: int | None, acknowledged: dict[int, int]) -> 
 def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> None:
     """Ranks 0 and 1 work, 2 to 4 serve; one dies at each turn of the job."""
     for turn in range(1 + lose, 40, 2):
-        job = VirtualJob(2, 3, optimizer=sgd, mode=mode)
+        job = SimulatedJob(2, 3, optimizer=sgd, mode=mode)
 
-        def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
+        def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
                 job.office.kill(victim, lose=lose)
 
@@ -132,7 +132,7 @@ def test_one_death_while_messages_and_news_are_late(
 ) -> None:
     """Ranks hear of each other and of deaths in any order that MPI allows."""
     victim = data.draw(st.integers(0 if workers > 1 else 1, workers + servers - 1), "victim")
-    job = VirtualJob(workers, servers, optimizer=sgd, mode=mode)
+    job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
     job.office.late = random.Random(seed)
 
     def kill(now: int) -> None:
@@ -151,10 +151,10 @@ def test_one_death_while_messages_and_news_are_late(
 def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: sc.ps.Mode) -> None:
     """With no death, a worker's in the middle, and a server's."""
     for victim in [None, *([0] if workers > 1 else []), *([workers + servers - 1] if servers > 1 else [])]:
-        job = VirtualJob(workers, servers, optimizer=sgd, mode=mode)
+        job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
         acknowledged: dict[int, int] = {}
 
-        def kill(now: int, job: VirtualJob = job, victim: int | None = victim) -> None:
+        def kill(now: int, job: SimulatedJob = job, victim: int | None = victim) -> None:
             if now == 8 and victim is not None:
                 job.office.kill(victim)
 
@@ -167,10 +167,10 @@ def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: s
 def test_two_servers_die_one_after_the_other() -> None:
     for first in range(2, 14, 3):
         for second in range(first + 3, first + 12, 3):
-            job = VirtualJob(2, 3, optimizer=sgd)
+            job = SimulatedJob(2, 3, optimizer=sgd)
             deaths = {first: 2, second: 3}
 
-            def kill(now: int, job: VirtualJob = job, deaths: dict[int, int] = deaths) -> None:
+            def kill(now: int, job: SimulatedJob = job, deaths: dict[int, int] = deaths) -> None:
                 if now in deaths:
                     job.office.kill(deaths[now])
 
@@ -190,7 +190,7 @@ def test_two_servers_die_while_messages_and_news_are_late(
     seed: int, mode: sc.ps.Mode, turns: tuple[int, int], victims: list[int], lose: bool
 ) -> None:
     """A shard may be lost with its server and its backup: then it is named, and nobody goes on with another."""
-    job = VirtualJob(2, 3, optimizer=sgd, mode=mode)
+    job = SimulatedJob(2, 3, optimizer=sgd, mode=mode)
     job.office.late = random.Random(seed)
     acknowledged: dict[int, int] = {}
 
@@ -211,7 +211,7 @@ def test_two_servers_die_while_messages_and_news_are_late(
 
 
 def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
-    job = VirtualJob(1, 2, optimizer=sgd)
+    job = SimulatedJob(1, 2, optimizer=sgd)
 
     def kill(now: int) -> None:
         if now == 6:
@@ -224,7 +224,7 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
 
 
 def test_a_server_without_backup_takes_its_shard_along() -> None:
-    job = VirtualJob(2, 2, optimizer=sgd, replicate=False)
+    job = SimulatedJob(2, 2, optimizer=sgd, replicate=False)
 
     def kill(now: int) -> None:
         if now == 8:
@@ -235,7 +235,7 @@ def test_a_server_without_backup_takes_its_shard_along() -> None:
 
 
 def test_copies_equal_their_shards_bit_for_bit() -> None:
-    job = VirtualJob(2, 3, optimizer=lambda p: torch.optim.Adam(p, lr=0.1), mode=sc.ps.Asynchronous())
+    job = SimulatedJob(2, 3, optimizer=lambda p: torch.optim.Adam(p, lr=0.1), mode=sc.ps.Asynchronous())
     job.run([training(link) for link in job.links])
     finish(job)
     for server in job.servers:
@@ -255,7 +255,7 @@ def test_copies_equal_their_shards_bit_for_bit() -> None:
 # --- workers that do not fit ---
 
 
-def refused(job: VirtualJob, tasks: list[Steps[Any]]) -> str:
+def refused(job: SimulatedJob, tasks: list[Steps[Any]]) -> str:
     errors = [e for e in job.run(tasks) if isinstance(e, BaseException)]
     assert len(errors) == 1
     assert isinstance(errors[0], sc.RemoteError)
@@ -272,7 +272,7 @@ def refused(job: VirtualJob, tasks: list[Steps[Any]]) -> str:
     ],
 )
 def test_a_worker_with_another_model_is_refused_and_the_rest_train(other: Callable[[], Any], text: str) -> None:
-    job = VirtualJob(2, 2, optimizer=sgd)
+    job = SimulatedJob(2, 2, optimizer=sgd)
 
     def wrong(link: Link) -> Steps[None]:
         worker = sc.ps.Worker(other(), sc.Dense(), link=link)
@@ -298,20 +298,20 @@ def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
 
 
 def test_another_mode_is_refused() -> None:
-    job = VirtualJob(1, 1, optimizer=sgd)
-    link = Link(job.office.posts[0], (1,), (0,), 2, sc.ps.Asynchronous())
+    job = SimulatedJob(1, 1, optimizer=sgd)
+    link = Link(job.office.mailboxes[0], (1,), (0,), 2, sc.ps.Asynchronous())
     assert "Asynchronous(), 1 servers" in refused(job, [training(link)])
 
 
 def test_more_servers_than_elements() -> None:
-    job = VirtualJob(1, 3, optimizer=sgd)
+    job = SimulatedJob(1, 3, optimizer=sgd)
     (error,) = job.run([training(job.links[0], model=Flat(2))])
     assert isinstance(error, sc.ConfigError)
     assert "3 servers for a model of 2 elements" in str(error)
 
 
 def test_a_model_without_parameters_or_of_another_dtype() -> None:
-    link = VirtualJob(1, 1, optimizer=sgd).links[0]
+    link = SimulatedJob(1, 1, optimizer=sgd).links[0]
     with pytest.raises(sc.ConfigError, match="has no trainable parameters"):
         sc.ps.Worker(torch.nn.ReLU(), link=link)
     with pytest.raises(sc.ConfigError, match="float64"):
@@ -338,8 +338,8 @@ class Hostile:
     """A job of one good worker (rank 0) and one (rank 1) whose messages are made by hand."""
 
     def __init__(self) -> None:
-        self.job = VirtualJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
-        self.post = self.job.office.posts[1]
+        self.job = SimulatedJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
+        self.mailbox = self.job.office.mailboxes[1]
         self.task = training(self.job.links[0])
         worker = sc.ps.Worker(Flat(), sc.TopK(0.1), link=self.job.links[1])
         self.worker = worker
@@ -353,9 +353,9 @@ class Hostile:
 
     def answer(self, message: torch.Tensor) -> tuple[Envelope, str]:
         """Sends bytes and returns what the server says to them."""
-        self.post.send(2, message)
+        self.mailbox.send(2, message)
         self.job.serve()
-        arrived = self.post.receive()
+        arrived = self.mailbox.receive()
         assert arrived is not None, "every message is answered"
         envelope, body = ms.unpack(arrived[1], 2)
         return envelope, ms.read_text(body)
@@ -413,11 +413,11 @@ def test_a_message_that_does_not_fit_is_refused_by_name(
 
 @pytest.mark.parametrize("shape", [[2**62, 2**62], [0], [-1], [1.5], "60", [2**40]])
 def test_a_model_that_cannot_be_is_refused(shape: Any) -> None:
-    job = VirtualJob(2, 1, optimizer=sgd)
+    job = SimulatedJob(2, 1, optimizer=sgd)
     said = {"model": [["weight", shape]], "values": "", "shards": 1, "mode": str(job.rules.mode)}
-    job.office.posts[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
+    job.office.mailboxes[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
     job.serve()
-    arrived = job.office.posts[1].receive()
+    arrived = job.office.mailboxes[1].receive()
     assert arrived is not None
     assert "model" in ms.read_text(ms.unpack(arrived[1], 2)[1])
     tasks = [training(job.links[0]), iter(())]
@@ -456,6 +456,6 @@ def test_any_damage_to_a_push_is_refused_and_changes_nothing(data: st.DataObject
 def test_no_bytes_of_a_worker_bring_a_server_down(kind: int, body: bytes, clock: int, shard: int) -> None:
     hostile = Hostile()
     content = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else ms.NOTHING
-    hostile.post.send(2, ms.pack(Envelope(kind, shard, 1, clock=clock), content))  # type: ignore[arg-type]
+    hostile.mailbox.send(2, ms.pack(Envelope(kind, shard, 1, clock=clock), content))  # type: ignore[arg-type]
     hostile.job.serve()
     hostile.still_serves()

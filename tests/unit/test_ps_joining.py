@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import VirtualJob
-from simulated_mailbox import VirtualOffice
+from simulated_job import SimulatedJob
+from simulated_mailbox import SimulatedMailboxes
 
 import sparsecomm as sc
 from sparsecomm.ps.joining import Door, enter
 from sparsecomm.ps.worker.client import Link, Steps
-from sparsecomm.transport.mailbox.tcp import SocketPost
+from sparsecomm.transport.mailbox.tcp import TCPMailbox
 
 STEPS, NUMEL = 12, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
@@ -52,23 +52,23 @@ def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL)
     return worker
 
 
-def ended(job: VirtualJob, tasks: list[Steps[Any]], **options: Any) -> list[Any]:
+def ended(job: SimulatedJob, tasks: list[Steps[Any]], **options: Any) -> list[Any]:
     out = job.run(tasks, **options)
     for each in out:
         if isinstance(each, BaseException):
             raise each
     for _ in range(10):
         job.serve()
-    assert all(s.finished for s in job.servers if s.post.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
     return out
 
 
-def check(job: VirtualJob, joined_at: int) -> None:
+def check(job: SimulatedJob, joined_at: int) -> None:
     """Every shard holds the pushes of the first two workers, and those of the third from the clock at which it came."""
-    alive = [s for s in job.servers if s.post.rank not in job.office.dead]
+    alive = [s for s in job.servers if s.mailbox.rank not in job.office.dead]
     shards = {i: s for server in alive for i, s in (server.copies.shards | server.shards).items()}
     shards |= {i: s for server in alive for i, s in server.shards.items()}
-    newcomer = job.links[2].post.rank
+    newcomer = job.links[2].mailbox.rank
     for index in range(len(job.servers)):
         shard = shards[index]
         assert shard.joined == {newcomer: joined_at}
@@ -86,7 +86,7 @@ def check(job: VirtualJob, joined_at: int) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("after", [0, 1, 5, 9])
 def test_a_joiner_pushes_from_its_clock_on(mode: sc.ps.Mode, after: int) -> None:
-    job = VirtualJob(2, 3, joiners=1, optimizer=sgd, mode=mode)
+    job = SimulatedJob(2, 3, joiners=1, optimizer=sgd, mode=mode)
     old, _, new = ended(job, [training(job.links[0]), training(job.links[1]), training(job.links[2], after, start=5.0)])
     assert (new.rank, new.size, old.size) == (2, 3, 2)
     assert 0 < new.metrics().joined_at < STEPS
@@ -98,9 +98,9 @@ def test_a_joiner_pushes_from_its_clock_on(mode: sc.ps.Mode, after: int) -> None
 @pytest.mark.parametrize("victim", [2, 3, 4])
 def test_a_server_dies_while_one_joins(victim: int) -> None:
     for turn in range(2, 30, 2):
-        job = VirtualJob(2, 3, joiners=1, optimizer=sgd)
+        job = SimulatedJob(2, 3, joiners=1, optimizer=sgd)
 
-        def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
+        def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
                 job.office.kill(victim)
 
@@ -110,9 +110,9 @@ def test_a_server_dies_while_one_joins(victim: int) -> None:
 
 def test_the_others_go_on_when_a_joiner_dies() -> None:
     for turn in range(2, 30, 2):
-        job = VirtualJob(2, 2, joiners=1, optimizer=sgd)
+        job = SimulatedJob(2, 2, joiners=1, optimizer=sgd)
 
-        def kill(now: int, job: VirtualJob = job, turn: int = turn) -> None:
+        def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
                 job.office.kill(4)
 
@@ -121,7 +121,7 @@ def test_the_others_go_on_when_a_joiner_dies() -> None:
 
 
 def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
-    job = VirtualJob(1, 1, joiners=2, optimizer=sgd)
+    job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = ended(job, [training(job.links[0]), training(job.links[1], 3), training(job.links[2], 5)])
     assert [w.rank for w in out] == [0, 1, 2]
     at = [w.metrics().joined_at for w in out]
@@ -130,7 +130,7 @@ def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
 
 
 def test_a_joiner_that_cannot_join_is_told_why() -> None:
-    job = VirtualJob(1, 1, joiners=2, optimizer=sgd)
+    job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = job.run([training(job.links[0]), training(job.links[1], 3, numel=7), training(job.links[2], 60)])
     assert isinstance(out[0], sc.ps.Worker)
     assert "model = \"parameter 0 is 'weight' (7,), not 'weight' (60,)\"" in str(out[1])
@@ -140,54 +140,54 @@ def test_a_joiner_that_cannot_join_is_told_why() -> None:
 # --- over TCP ---
 
 
-def opened(folder: Path) -> tuple[VirtualOffice, Door]:
-    office = VirtualOffice(2)
+def opened(folder: Path) -> tuple[SimulatedMailboxes, Door]:
+    office = SimulatedMailboxes(2)
     facts = {"servers": [1], "workers": [0], "world": 2, "mode": "Synchronous()"}
-    return office, Door(sc.ps.Rendezvous(folder, host="127.0.0.1"), office.posts[1], 0, facts)
+    return office, Door(sc.ps.Rendezvous(folder, host="127.0.0.1"), office.mailboxes[1], 0, facts)
 
 
-def received(post: Any) -> tuple[int, torch.Tensor]:
+def received(mailbox: Any) -> tuple[int, torch.Tensor]:
     end = time.monotonic() + 20
     while time.monotonic() < end:
-        found = post.receive()
+        found = mailbox.receive()
         if found is not None:
             return found  # type: ignore[no-any-return]
         time.sleep(0.001)
     raise AssertionError("nothing came")
 
 
-def until_lost(post: Any, rank: int) -> None:
+def until_lost(mailbox: Any, rank: int) -> None:
     end = time.monotonic() + 20
-    while rank not in post.lost():
+    while rank not in mailbox.lost():
         assert time.monotonic() < end
-        assert post.receive() is None
+        assert mailbox.receive() is None
         time.sleep(0.001)
 
 
 def test_messages_pass_both_ways_and_a_death_is_noticed(tmp_path: Path) -> None:
     office, door = opened(tmp_path)
     entrance = enter(tmp_path, 5.0)
-    post = entrance.post
-    assert (post.rank, post.size, entrance.servers, entrance.mode) == (2, 2, (1,), "Synchronous()")
+    mailbox = entrance.mailbox
+    assert (mailbox.rank, mailbox.size, entrance.servers, entrance.mode) == (2, 2, (1,), "Synchronous()")
     sent = [torch.full((n,), n % 251, dtype=torch.uint8) for n in (0, 1, 3_000_000, 5)]
     for message in sent:
-        post.send(1, message)
-    office.posts[0].send(1, torch.ones(3, dtype=torch.uint8))
+        mailbox.send(1, message)
+    office.mailboxes[0].send(1, torch.ones(3, dtype=torch.uint8))
     got = []
     while len(got) < len(sent) + 1:
-        post.flushed()
-        found = door.post.receive()
+        mailbox.flushed()
+        found = door.mailbox.receive()
         got += [] if found is None else [found]
     assert [source for source, _ in got].count(0) == 1
     assert all(torch.equal(a, b) for a, b in zip(sent, [m for s, m in got if s == 2], strict=True))
-    door.post.send(2, torch.arange(9, dtype=torch.uint8))
-    assert received(post)[1].tolist() == list(range(9))
-    post.close()
-    until_lost(door.post, 2)
-    second = enter(tmp_path, 5.0).post
+    door.mailbox.send(2, torch.arange(9, dtype=torch.uint8))
+    assert received(mailbox)[1].tolist() == list(range(9))
+    mailbox.close()
+    until_lost(door.mailbox, 2)
+    second = enter(tmp_path, 5.0).mailbox
     assert second.rank == 3, "a rank is never used twice"
     second.send(1, torch.zeros(1, dtype=torch.uint8))
-    assert received(door.post)[0] == 3
+    assert received(door.mailbox)[0] == 3
     door.close()
     until_lost(second, 1)
     second.close()
@@ -199,10 +199,10 @@ def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
     said = json.loads((tmp_path / "server-0.json").read_text())
     token = bytes(16) if what == "token" else bytes.fromhex(said["token"])
     rank, size = 1 if what == "rank" else 2, 3 if what == "world" else 2
-    first = SocketPost(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if what == "rank again" else None
+    first = TCPMailbox(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if what == "rank again" else None
     if first is not None:
         first.send(1, torch.zeros(1, dtype=torch.uint8))
-        received(door.post)
+        received(door.mailbox)
     with socket.create_connection(("127.0.0.1", said["port"])) as sock:
         sock.settimeout(0.01)
         if what == "length":
@@ -211,8 +211,8 @@ def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
             sock.sendall(token + struct.pack("<II", rank, size))
         end, answer = time.monotonic() + (0.3 if what == "silence" else 20), b"open"
         while time.monotonic() < end and answer:
-            assert door.post.receive() is None
-            door.post.lost()
+            assert door.mailbox.receive() is None
+            door.mailbox.lost()
             try:
                 answer = sock.recv(1)
             except TimeoutError:
@@ -243,4 +243,4 @@ def test_what_is_wrong_with_a_rendezvous_is_said(tmp_path: Path, monkeypatch: py
         sc.ps.Rendezvous("")
     monkeypatch.setattr(socket, "gethostname", lambda: "no.such.host.invalid")
     with pytest.raises(sc.LaunchError, match="cannot open a door for joiners"):
-        Door(sc.ps.Rendezvous(tmp_path, host="no.such.host.invalid"), VirtualOffice(2).posts[1], 0, {})
+        Door(sc.ps.Rendezvous(tmp_path, host="no.such.host.invalid"), SimulatedMailboxes(2).mailboxes[1], 0, {})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import VirtualJob
+from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
@@ -112,10 +112,10 @@ def trained(
     kind: str = "plain",
     servers: int = 3,
     mode: sc.ps.Mode | None = None,
-    between: Callable[[int, VirtualJob], None] | None = None,
+    between: Callable[[int, SimulatedJob], None] | None = None,
     **options: Any,
 ) -> list[Any]:
-    job = VirtualJob(2, servers, optimizer=sgd, mode=mode or sc.ps.Synchronous())
+    job = SimulatedJob(2, servers, optimizer=sgd, mode=mode or sc.ps.Synchronous())
     tasks = [training(link, compute, kind, **options) for link in job.links]
     out = job.run(tasks, between=None if between is None else lambda turn: between(turn, job))
     for each in out:
@@ -156,7 +156,7 @@ def test_bytes_leave_before_backward_ends() -> None:
     seen: list[tuple[int, int]] = []
 
     def compute(worker: sc.ps.Worker, step: int) -> None:
-        traffic = worker.link.post.traffic
+        traffic = worker.link.mailbox.traffic
         before = traffic.bytes_sent
         # The first layer's gradient is the last one to be computed; this runs before it is there.
         handle = worker.model.layers[0].weight.register_hook(  # type: ignore[union-attr, operator]
@@ -219,7 +219,7 @@ def test_a_server_dies_between_an_early_push_and_its_end(victim: int) -> None:
     expected = trained()
     for turn in range(2, 40):
 
-        def kill(now: int, job: VirtualJob, turn: int = turn) -> None:
+        def kill(now: int, job: SimulatedJob, turn: int = turn) -> None:
             if now == turn:
                 job.office.kill(victim)
 
@@ -239,19 +239,19 @@ def test_a_worker_may_leave_between_backward_and_step() -> None:
         backward(worker, 1)  # the hooks are gone
         return worker.residual()
 
-    job = VirtualJob(2, 2, optimizer=sgd)
+    job = SimulatedJob(2, 2, optimizer=sgd)
     for residual in job.run([task(link) for link in job.links]):
         assert torch.allclose(residual, torch.zeros_like(residual), atol=1e-6)
     assert all(s.shards[i].version == 0 for i, s in enumerate(job.servers))
 
 
 def test_an_end_without_a_push_is_refused() -> None:
-    job = VirtualJob(1, 1, optimizer=sgd)
+    job = SimulatedJob(1, 1, optimizer=sgd)
 
     def task(link: Link) -> Steps[None]:
         worker = sc.ps.Worker(Network(), link=link)
         yield from worker.connecting()
-        link.post.send(1, ms.pack(Envelope(Kind.COMMIT, 0, 0, clock=0)))
+        link.mailbox.send(1, ms.pack(Envelope(Kind.COMMIT, 0, 0, clock=0)))
         backward(worker, 0)
         yield from worker.stepping()
 

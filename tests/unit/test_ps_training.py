@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import VirtualJob
+from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.worker.client import Link, Steps
@@ -36,7 +36,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 def training(
     link: Link, steps: int, compressor: Any, grads: list[torch.Tensor] | None = None, **options: Any
 ) -> Steps[tuple[torch.Tensor, sc.ps.Worker]]:
-    """What each virtual worker does; collects its gradients."""
+    """What each simulated worker does; collects its gradients."""
     model = network()
     worker = sc.ps.Worker(model, compressor, link=link, **options)
     yield from worker.connecting()
@@ -50,10 +50,10 @@ def training(
     return flat(model), worker
 
 
-def finish(job: VirtualJob) -> None:
+def finish(job: SimulatedJob) -> None:
     for _ in range(5):
         job.serve()
-    assert all(s.finished for s in job.servers if s.post.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
 
 
 def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -64,7 +64,7 @@ def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01)
 
 
-def run(job: VirtualJob, steps: int, compressor: Any, **options: Any) -> list[tuple[torch.Tensor, sc.ps.Worker]]:
+def run(job: SimulatedJob, steps: int, compressor: Any, **options: Any) -> list[tuple[torch.Tensor, sc.ps.Worker]]:
     out = job.run([training(link, steps, compressor, **options) for link in job.links])
     for each in out:
         if isinstance(each, BaseException):
@@ -79,7 +79,7 @@ def run(job: VirtualJob, steps: int, compressor: Any, **options: Any) -> list[tu
 def test_synchronous_training_at_density_one_equals_training_on_the_joined_batch(
     workers: int, servers: int, compressor: Any
 ) -> None:
-    got = run(VirtualJob(workers, servers, optimizer=adamw), 12, compressor, value_codec="fp32")
+    got = run(SimulatedJob(workers, servers, optimizer=adamw), 12, compressor, value_codec="fp32")
     alone = network()
     optimizer = torch.optim.AdamW(alone.parameters(), lr=0.01)
     for step in range(12):
@@ -94,7 +94,7 @@ def test_synchronous_training_at_density_one_equals_training_on_the_joined_batch
 
 
 def test_no_server_holds_the_whole_model_and_shards_are_balanced() -> None:
-    job = VirtualJob(2, 3, optimizer=adamw, replicate=False)
+    job = SimulatedJob(2, 3, optimizer=adamw, replicate=False)
     run(job, 1, sc.Dense())
     numel = flat(network()).numel()
     sizes = [sum(s.spec.numel for s in server.shards.values()) for server in job.servers]
@@ -107,7 +107,7 @@ def test_no_server_holds_the_whole_model_and_shards_are_balanced() -> None:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
 def test_what_is_not_applied_is_in_the_residuals(mode: sc.ps.Mode, codec: str) -> None:
-    job = VirtualJob(3, 2, optimizer=sgd, mode=mode)
+    job = SimulatedJob(3, 2, optimizer=sgd, mode=mode)
     grads: list[list[torch.Tensor]] = [[], [], []]
     tasks = [training(link, 9, sc.TopK(0.1), g, value_codec=codec) for link, g in zip(job.links, grads, strict=True)]
     out = job.run(tasks)
@@ -121,7 +121,7 @@ def test_what_is_not_applied_is_in_the_residuals(mode: sc.ps.Mode, codec: str) -
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
 def test_what_a_sparse_pull_leaves_out_comes_later(codec: str) -> None:
-    job = VirtualJob(2, 2, optimizer=adamw, pull=sc.TopK(0.2), pull_codec=sc.types.ValueCodec[codec.upper()])
+    job = SimulatedJob(2, 2, optimizer=adamw, pull=sc.TopK(0.2), pull_codec=sc.types.ValueCodec[codec.upper()])
 
     def task(link: Link) -> Steps[tuple[torch.Tensor, torch.Tensor]]:
         model = network()
@@ -165,14 +165,14 @@ def test_a_thousandth_costs_a_two_hundredth_of_dense_push_and_pull() -> None:
         moved = after.bytes_sent + after.bytes_received - before.bytes_sent - before.bytes_received
         return (after.dense_bytes - before.dense_bytes) / moved
 
-    job = VirtualJob(2, 2, optimizer=sgd, pull=sc.TopK(0.002))
+    job = SimulatedJob(2, 2, optimizer=sgd, pull=sc.TopK(0.002))
     for ratio in job.run([task(link) for link in job.links]):
         assert ratio >= 200, f"{ratio:.0f} times fewer bytes than dense, envelopes, headers, acknowledgements included"
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_nobody_runs_further_ahead_than_the_mode_allows(mode: sc.ps.Mode) -> None:
-    job = VirtualJob(3, 2, optimizer=sgd, mode=mode)
+    job = SimulatedJob(3, 2, optimizer=sgd, mode=mode)
     clocks, worst = {}, [0]
 
     def task(link: Link, pause: int) -> Steps[sc.ps.Worker]:
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(mode: sc.ps.Mode, compressor:
         yield from worker.leaving()
         return flat(model), worker.metrics()
 
-    job = VirtualJob(2, 2, optimizer=sgd, mode=mode)
+    job = SimulatedJob(2, 2, optimizer=sgd, mode=mode)
     out = job.run([task(link) for link in job.links])
     finish(job)
     assert all(bool(torch.isfinite(values).all()) for values, _ in out)
@@ -229,7 +229,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(mode: sc.ps.Mode, compressor:
     "feedback", [sc.MomentumCorrection(0.9, clip_norm=1.0), sc.AdamCorrection(), None], ids=["dgc", "adam", "none"]
 )
 def test_other_kinds_of_feedback_train(feedback: Any) -> None:
-    job = VirtualJob(2, 2, optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
+    job = SimulatedJob(2, 2, optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
     inputs, targets = batch(0, 0)
     before = float(loss_of(network(), inputs, targets).detach())
 
@@ -248,7 +248,7 @@ def test_other_kinds_of_feedback_train(feedback: Any) -> None:
 
 
 def test_the_rate_follows_the_number_of_updates() -> None:
-    job = VirtualJob(1, 1, optimizer=sgd, rate=lambda version: 0.0 if version >= 2 else 0.1)
+    job = SimulatedJob(1, 1, optimizer=sgd, rate=lambda version: 0.0 if version >= 2 else 0.1)
     seen = []
 
     def task(link: Link) -> Steps[None]:

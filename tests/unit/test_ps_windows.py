@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import VirtualJob
-from simulated_mailbox import VirtualWindow
+from simulated_job import SimulatedJob
+from simulated_mailbox import SimulatedWindow
 
 import sparsecomm as sc
 from sparsecomm.ps.protocol.board import board_bytes
@@ -46,8 +46,8 @@ def training(link: Link) -> Steps[tuple[list[torch.Tensor], sc.ps.Worker]]:
     return seen, worker
 
 
-def trained(mode: sc.ps.Mode, *, windows: bool) -> tuple[VirtualJob, list[Any]]:
-    job = VirtualJob(3, 2, optimizer=sgd, mode=mode, windows=windows)
+def trained(mode: sc.ps.Mode, *, windows: bool) -> tuple[SimulatedJob, list[Any]]:
+    job = SimulatedJob(3, 2, optimizer=sgd, mode=mode, windows=windows)
     out = job.run([training(link) for link in job.links])
     for each in out:
         if isinstance(each, BaseException):
@@ -74,9 +74,9 @@ def test_other_modes_end_with_what_the_servers_have(mode: sc.ps.Mode) -> None:
 # --- torn reads ---
 
 
-def board(numel: int = NUMEL) -> tuple[VirtualWindow, Board, Shard]:
+def board(numel: int = NUMEL) -> tuple[SimulatedWindow, Board, Shard]:
     memories = {0: torch.zeros(board_bytes(numel), dtype=torch.uint8)}
-    window = VirtualWindow(memories, 0)
+    window = SimulatedWindow(memories, 0)
     spec = ModelLayout(("weight",), ((numel,),)).shard(0, 1)
     shard = Shard(spec, Rules(optimizer=sgd, workers=(0, 1), world=3))
     shard.start(torch.zeros(numel))
@@ -85,7 +85,7 @@ def board(numel: int = NUMEL) -> tuple[VirtualWindow, Board, Shard]:
     return window, made, shard
 
 
-def read(window: VirtualWindow, slowest: int | None = None) -> tuple[int | None, torch.Tensor, int, int]:
+def read(window: SimulatedWindow, slowest: int | None = None) -> tuple[int | None, torch.Tensor, int, int]:
     out, again = torch.full((NUMEL,), -1.0), [0]
     steps = read_board(window, 0, out, slowest, "server rank 0", again)
     yields = 0
@@ -152,14 +152,14 @@ def test_a_reader_waits_for_the_slowest_worker() -> None:
 
 
 def test_after_too_many_torn_reads_the_server_is_asked() -> None:
-    job = VirtualJob(1, 1, optimizer=sgd, mode=sc.ps.Asynchronous(), windows=True)
+    job = SimulatedJob(1, 1, optimizer=sgd, mode=sc.ps.Asynchronous(), windows=True)
 
     def task(link: Link) -> Steps[sc.ps.Worker]:
         model = Flat()
         worker = sc.ps.Worker(model, sc.Dense(), link=link)
         yield from worker.connecting()
         window = worker._puller._window
-        assert isinstance(window, VirtualWindow)
+        assert isinstance(window, SimulatedWindow)
         server = job.servers[0]
 
         def update() -> None:
@@ -186,7 +186,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
 
 @pytest.mark.parametrize("density", [None, 0.01])
 def test_a_choice_says_what_it_is_made_of(density: float | None) -> None:
-    job = VirtualJob(1, 2, optimizer=sgd, windows=True, pull=None if density is None else sc.TopK(density))
+    job = SimulatedJob(1, 2, optimizer=sgd, windows=True, pull=None if density is None else sc.TopK(density))
 
     def task(link: Link) -> Steps[sc.ps.Worker]:
         from dataclasses import replace

@@ -12,10 +12,10 @@ from helpers import Raising
 
 import sparsecomm as sc
 from sparsecomm.errors import TransportError
-from sparsecomm.feedback import Bucket, BucketLayout, MomentumCorrection
+from sparsecomm.feedback import BucketLayout, BucketMemory, MomentumCorrection
 from sparsecomm.feedback.accumulate import take_some
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps, Engine, SoloTransport, VirtualWorld
+from sparsecomm.transport import Channel, CollectiveSteps, Engine, SimulatedWorld, SoloTransport
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def engine() -> Any:
 
 def test_collectives_of_one_key_follow_each_other() -> None:
     """Two exchanges of one bucket would share buffers: the second starts when the first has ended."""
-    world = VirtualWorld(2)
+    world = SimulatedWorld(2)
     engines = [Engine(t, timeout=20.0) for t in world.ranks]
     log: list[str] = []
     ended: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -97,7 +97,7 @@ def test_submitting_after_the_end_is_refused(engine: Engine) -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_selection_that_fails_leaves_velocity_and_held_residual_as_they_were(nesterov: bool) -> None:
     layout = BucketLayout(("w",), ((6,),), ((1,),))
-    bucket = Bucket(0, layout, residual=torch.arange(6.0), velocity=torch.arange(6.0) / 7)
+    bucket = BucketMemory(0, layout, residual=torch.arange(6.0), velocity=torch.arange(6.0) / 7)
     before = bucket.residual.clone(), bucket.velocity.clone()  # type: ignore[union-attr]
     feedback = MomentumCorrection(momentum=0.5, nesterov=nesterov)
     grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])

@@ -16,7 +16,7 @@ from sparsecomm.exchange import blank_header, exchange
 from sparsecomm.exchange.agree import DIGEST_ABOVE, DIGEST_BYTES, Agreement, agree
 from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, write_header
 
@@ -291,7 +291,7 @@ def test_one_rank_that_differs_is_found_out_by_all(size: int, rank: int, change:
         write_header(header, payload)
         return agree(channel, header, payload, Arena(), 0, gather=False)
 
-    world = VirtualWorld(size)
+    world = SimulatedWorld(size)
     for outcome in world.run(make, return_exceptions=True):
         if change in ("step", "collective", "k"):
             assert isinstance(outcome.cause, CollectiveMismatch)

@@ -1,4 +1,4 @@
-"""Split-reduce in virtual worlds: the invariants of an exchange, and those of its own."""
+"""Split-reduce in simulated worlds: the invariants of an exchange, and those of its own."""
 
 from __future__ import annotations
 

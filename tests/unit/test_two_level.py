@@ -1,4 +1,4 @@
-"""Two levels in virtual worlds: dense inside nodes of any size and place, sparse between them; nothing is lost."""
+"""Two levels in simulated worlds: dense inside nodes of any size and place, sparse between them; nothing is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.methods.two_level.method import choose_leaders_collective, two_level_bytes
 from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.launch.world import _given_nodes as given_nodes
-from sparsecomm.transport import VirtualWorld
+from sparsecomm.transport import SimulatedWorld
 from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
 
 N = 120
@@ -410,4 +410,4 @@ def test_an_inner_group_must_be_one() -> None:
 
 def test_a_world_with_nodes_for_other_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"nodes = \[0, 1\] names 2 of 3 ranks"):
-        VirtualWorld(3, (0, 1))
+        SimulatedWorld(3, (0, 1))

@@ -15,7 +15,7 @@ from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.costs import Costs
-from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
 from sparsecomm.types import ValueCodec
@@ -138,7 +138,7 @@ def _timed(task: Callable[[], object]) -> float:
 def _exchange_seconds(arena: Arena) -> float:
     """What our own code takes for an exchange with nobody, of next to nothing."""
     layout = BucketLayout(("gradient",), ((64,),), ((1,),))
-    bucket, grad = Bucket(0, layout, torch.zeros(64)), torch.ones(64)
+    bucket, grad = BucketMemory(0, layout, torch.zeros(64)), torch.ones(64)
     plan = Plan(0, CollectiveKind.ALLGATHER, TopK(), 1, ValueCodec.FP16)
 
     def alone() -> None:

@@ -13,7 +13,7 @@ from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Mirror
 from sparsecomm.ps.server.shard import Shard
 
-__all__ = ["EarlyPush", "Held", "Served"]
+__all__ = ["Answers", "Held", "PendingPush"]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Held:
 
 
 @dataclass
-class EarlyPush:
+class PendingPush:
     """A push that counts when its worker says so (COMMIT): the end of its gradient is still being computed."""
 
     envelope: Envelope
@@ -36,7 +36,7 @@ class EarlyPush:
 
 
 @dataclass
-class Served:
+class Answers:
     """A shard that this server answers for.
 
     Attributes:
@@ -52,7 +52,7 @@ class Served:
     shard: Shard
     mirror: Mirror
     pulls: dict[int, Envelope] = field(default_factory=dict)
-    early: dict[int, EarlyPush] = field(default_factory=dict)
+    early: dict[int, PendingPush] = field(default_factory=dict)
     greeted: list[int] = field(default_factory=list)
     asked: int | None = None
     board: Board | None = None
@@ -73,7 +73,7 @@ class Served:
         if worker in self.greeted:
             self.greeted.remove(worker)
 
-    def final(self, commit: Envelope) -> EarlyPush | None:
+    def final(self, commit: Envelope) -> PendingPush | None:
         """Returns the push that a COMMIT is about; None if that was applied before.
 
         Raises:

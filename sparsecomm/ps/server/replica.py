@@ -12,7 +12,7 @@ from sparsecomm.ps.protocol.payloads import decode
 from sparsecomm.ps.protocol.roster import ring
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
-from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Copies", "Mirror", "apply_event"]
@@ -25,12 +25,12 @@ class Mirror:
     seen when it was made, so whatever a worker knows of survives this server.
 
     Args:
-        post: this server's mailbox.
+        mailbox: this server's mailbox.
         index: the shard.
     """
 
-    def __init__(self, post: Post, index: int) -> None:
-        self._post = post
+    def __init__(self, mailbox: Mailbox, index: int) -> None:
+        self._mailbox = mailbox
         self._index = index
         self._backup: int | None = None
         self._begun = False
@@ -72,7 +72,7 @@ class Mirror:
     def after(self, dest: int, message: torch.Tensor) -> None:
         """Sends a message to a worker when the backup has all that was told so far."""
         if self._backup is None or self._stored >= self._seq:
-            self._post.send(dest, message)
+            self._mailbox.send(dest, message)
         else:
             self._waiting.append((self._seq, dest, message))
 
@@ -85,12 +85,14 @@ class Mirror:
     def _tell(self, kind: Kind, body: torch.Tensor) -> None:
         if self._backup is not None:
             self._seq += 1
-            self._post.send(self._backup, ms.pack(Envelope(kind, self._index, self._post.rank, seq=self._seq), body))
+            self._mailbox.send(
+                self._backup, ms.pack(Envelope(kind, self._index, self._mailbox.rank, seq=self._seq), body)
+            )
 
     def _release(self) -> None:
         while self._waiting and self._waiting[0][0] <= self._stored:
             _, dest, message = self._waiting.popleft()
-            self._post.send(dest, message)
+            self._mailbox.send(dest, message)
 
 
 class Copies:

@@ -15,12 +15,12 @@ from sparsecomm.ps.protocol.payloads import decode
 from sparsecomm.ps.protocol.roster import Roster
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.admission import Admission
-from sparsecomm.ps.server.answers import EarlyPush, Held, Served
+from sparsecomm.ps.server.answers import Answers, Held, PendingPush
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Copies, Mirror
 from sparsecomm.ps.server.rules import Rules, ServerOptions
 from sparsecomm.ps.server.shard import Shard
-from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
 from sparsecomm.wire import CollectiveKind
 
@@ -33,7 +33,7 @@ class Server:
     """One server; `turn` does all that can be done now.
 
     Args:
-        post: its mailbox.
+        mailbox: its mailbox.
         rules: of the job.
         options: its own.
 
@@ -44,20 +44,20 @@ class Server:
         ready_for: workers that wait to open windows.
     """
 
-    def __init__(self, post: Post, rules: Rules, options: ServerOptions) -> None:
-        self.post = post
+    def __init__(self, mailbox: Mailbox, rules: Rules, options: ServerOptions) -> None:
+        self.mailbox = mailbox
         self.rules = rules
         self.options = options
-        self.index = options.servers.index(post.rank)
+        self.index = options.servers.index(mailbox.rank)
         self.events: list[str] = []
         self.rejected: dict[int, int] = {}
         self.finished = False
         self.ready_for: set[int] = set()
         self.admission = Admission(rules, len(options.servers))
-        self._served: dict[int, Served] = {}
+        self._served: dict[int, Answers] = {}
         self.copies = Copies(options.servers, rules)
         self._held: list[Held] = []
-        self.roster = Roster(post.rank, options.servers, rules.workers, options.replicate)
+        self.roster = Roster(mailbox.rank, options.servers, rules.workers, options.replicate)
         self._said_done = False
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
             Kind.HELLO: self._on_hello,
@@ -80,7 +80,7 @@ class Server:
     def turn(self) -> bool:
         """Handles what has arrived and who has died; returns whether there was anything."""
         moved = False
-        while (arrived := self.post.receive()) is not None:
+        while (arrived := self.mailbox.receive()) is not None:
             moved = True
             self._take(*arrived)
         moved |= self._bury()  # last: who has said all that it had to say may well be gone
@@ -90,7 +90,7 @@ class Server:
 
     def opens(self) -> bool:
         """Returns whether all ranks are about to open windows, and nobody waits for a message before."""
-        return self.ready_for == set(self.rules.workers) and self.index in self._served and self.post.flushed()
+        return self.ready_for == set(self.rules.workers) and self.index in self._served and self.mailbox.flushed()
 
     def open(self, make: Callable[[int], Window]) -> None:
         """Shows its shard in a window. Collective: every rank opens one, once."""
@@ -116,7 +116,7 @@ class Server:
             raise WireError("shard", envelope.shard, f"there are {len(self.options.servers)}", rank=source)
         if kind in (Kind.HELLO, Kind.JOIN) and source in self.roster.lost:
             return  # its last words; it has been buried, and nobody would let it go again
-        if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.post.rank:
+        if kind not in ms.FROM_SERVERS and self.roster.owner(envelope.shard) != self.mailbox.rank:
             self._hold(source, message)
             return
         if kind not in ms.FROM_SERVERS and envelope.shard not in self._served:
@@ -131,13 +131,13 @@ class Server:
         self.rejected[source] = self.rejected.get(source, 0) + 1
         self.events.append(f"refused a message of rank {source}: {error}")
         if source not in self.options.servers:
-            self.post.send(source, ms.pack(Envelope(Kind.REJECT, shard, self.post.rank), ms.text(str(error))))
+            self.mailbox.send(source, ms.pack(Envelope(Kind.REJECT, shard, self.mailbox.rank), ms.text(str(error))))
 
     # --- who serves what ---
 
     def _bury(self) -> bool:
         """Acts on deaths that were not known before."""
-        lost = self.post.lost()
+        lost = self.mailbox.lost()
         if lost == self.roster.lost:
             return False
         fresh, self.roster.lost = sorted(lost - self.roster.lost), lost
@@ -160,11 +160,11 @@ class Server:
         if replica is None:
             return  # begins like a new one, with the next HELLO
         self._serve(replica)
-        self.events.append(f"shard {shard} is served by rank {self.post.rank} from version {replica.version}")
+        self.events.append(f"shard {shard} is served by rank {self.mailbox.rank} from version {replica.version}")
 
     def _serve(self, shard: Shard) -> None:
         index = shard.spec.index
-        served = self._served[index] = Served(shard, Mirror(self.post, index))
+        served = self._served[index] = Answers(shard, Mirror(self.mailbox, index))
         shard.on_version = lambda updated: self.options.save(updated, self.events)
         served.mirror.moved(self.roster.backup(index), shard)
         for worker in list(shard.clocks):
@@ -172,7 +172,7 @@ class Server:
             if worker in self.roster.lost:
                 self._let_go(served, worker, "died")
 
-    def _let_go(self, served: Served, worker: int, why: str) -> None:
+    def _let_go(self, served: Answers, worker: int, why: str) -> None:
         """Drops a worker from a shard, on the backup as well."""
         if worker in served.shard.clocks:
             clock = served.shard.clocks[worker]
@@ -190,7 +190,7 @@ class Server:
         for entry in held:
             shard = ms.unpack(entry.message, entry.source)[0].shard
             owner = self.roster.owner(shard)
-            if owner == self.post.rank:
+            if owner == self.mailbox.rank:
                 self._take(entry.source, entry.message)
             elif self.options.now() - entry.since > _PATIENCE:
                 error = WireError("shard", shard, f"rank {owner} serves it, and is alive", rank=entry.source)
@@ -205,9 +205,9 @@ class Server:
         if done and not self._said_done:
             self._said_done = True
             for rank in self.options.servers:
-                if rank != self.post.rank:
-                    self.post.send(rank, ms.pack(Envelope(Kind.DONE, 0, self.post.rank)))
-        self.finished = done and not self.roster.others and self.post.flushed()
+                if rank != self.mailbox.rank:
+                    self.mailbox.send(rank, ms.pack(Envelope(Kind.DONE, 0, self.mailbox.rank)))
+        self.finished = done and not self.roster.others and self.mailbox.flushed()
 
     # --- beginning ---
 
@@ -251,11 +251,11 @@ class Server:
             self.options.restore(shard)
         self._serve(shard)
 
-    def _welcome(self, served: Served, worker: int, flags: int = 0, clock: int = 0) -> None:
-        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.post.rank, clock, flags=flags)
-        self.post.send(worker, ms.pack(welcome))
+    def _welcome(self, served: Answers, worker: int, flags: int = 0, clock: int = 0) -> None:
+        welcome = Envelope(Kind.WELCOME, served.shard.spec.index, self.mailbox.rank, clock, flags=flags)
+        self.mailbox.send(worker, ms.pack(welcome))
 
-    def _ask_for_values(self, served: Served) -> None:
+    def _ask_for_values(self, served: Answers) -> None:
         """Asks one worker for the first values; another one when that has died."""
         if not served.shard.ready and served.asked not in served.greeted and served.greeted:
             served.asked = served.greeted[0]
@@ -277,7 +277,7 @@ class Server:
 
     # --- serving ---
 
-    def _of(self, envelope: Envelope) -> Served:
+    def _of(self, envelope: Envelope) -> Answers:
         served = self._served.get(envelope.shard)
         if served is None:
             lost = "is lost: its server is dead, and so is its backup, or it had none"
@@ -285,14 +285,14 @@ class Server:
             raise WireError("shard", envelope.shard, why, rank=envelope.sender)
         return served
 
-    def _answer(self, served: Served, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
+    def _answer(self, served: Answers, dest: int, envelope: Envelope, body: torch.Tensor = ms.NOTHING) -> None:
         """Sends a message once all that the shard has seen so far is on its backup, too."""
         served.mirror.after(dest, ms.pack(envelope, body))
 
-    def _acknowledge(self, served: Served, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
+    def _acknowledge(self, served: Answers, asked: Envelope, flags: int = 0, clock: int | None = None) -> None:
         shard = served.shard
         clock = asked.clock if clock is None else clock
-        reply = Envelope(Kind.ACK, shard.spec.index, self.post.rank, clock, shard.version, asked.kind, flags)
+        reply = Envelope(Kind.ACK, shard.spec.index, self.mailbox.rank, clock, shard.version, asked.kind, flags)
         self._answer(served, asked.sender, reply)
 
     def _on_push(self, envelope: Envelope, body: torch.Tensor) -> None:
@@ -301,7 +301,7 @@ class Server:
         shard.check_turn(worker, clock, envelope.version)
         world = self.rules.world_of(worker)
         decoded = decode(CollectiveKind.PUSH, shard.spec, body, rank=worker, world=world, step=clock)
-        push = EarlyPush(envelope, body, *decoded)
+        push = PendingPush(envelope, body, *decoded)
         served.early.pop(worker, None)  # this one replaces it
         if envelope.flags & ms.HELD and clock == shard.clocks[worker]:
             served.early[worker] = push
@@ -316,7 +316,7 @@ class Server:
         else:
             self._apply(served, push)
 
-    def _apply(self, served: Served, push: EarlyPush) -> None:
+    def _apply(self, served: Answers, push: PendingPush) -> None:
         asked = push.envelope
         stale = served.shard.push(asked.sender, asked.clock, asked.version, push.selected, push.nonfinite)
         if stale is not None:
@@ -330,7 +330,7 @@ class Server:
         served.pulls[envelope.sender] = envelope
         self._flow(served)
 
-    def _flow(self, served: Served) -> None:
+    def _flow(self, served: Answers) -> None:
         """Answers every pull that may go on."""
         shard = served.shard
         served.show()
@@ -338,9 +338,9 @@ class Server:
             if shard.may_pull(asked.clock):
                 del served.pulls[worker]
                 payload, whole = shard.pull(
-                    worker, asked.version - 1, self.post.rank, dense=bool(asked.flags & ms.WHOLE)
+                    worker, asked.version - 1, self.mailbox.rank, dense=bool(asked.flags & ms.WHOLE)
                 )
-                index, rank = shard.spec.index, self.post.rank
+                index, rank = shard.spec.index, self.mailbox.rank
                 reply = Envelope(Kind.VALUES, index, rank, asked.clock, shard.version, flags=int(whole))
                 self._answer(served, worker, reply, payload)
 
@@ -352,7 +352,7 @@ class Server:
         self._acknowledge(served, envelope)
 
     def _on_stats(self, envelope: Envelope, body: torch.Tensor) -> None:
-        reply = Envelope(Kind.STATS, envelope.shard, self.post.rank)
+        reply = Envelope(Kind.STATS, envelope.shard, self.mailbox.rank)
         self._answer(self._of(envelope), envelope.sender, reply, ms.json_body(self.stats(envelope.shard)))
 
     def _on_ping(self, envelope: Envelope, body: torch.Tensor) -> None:
@@ -363,14 +363,14 @@ class Server:
                 self._hold(envelope.sender, ms.pack(envelope, body))
                 return
             self.ready_for.add(envelope.sender)
-        reply = Envelope(Kind.PING, envelope.shard, self.post.rank, envelope.clock)
-        self.post.send(envelope.sender, ms.pack(reply, torch.zeros(envelope.clock, dtype=torch.uint8)))
+        reply = Envelope(Kind.PING, envelope.shard, self.mailbox.rank, envelope.clock)
+        self.mailbox.send(envelope.sender, ms.pack(reply, torch.zeros(envelope.clock, dtype=torch.uint8)))
 
     def stats(self, index: int) -> dict[str, object]:
         """Returns what has happened to a shard that this server has, as JSON."""
         return {
             **self._served[index].shard.facts(),
-            "rank": self.post.rank,
+            "rank": self.mailbox.rank,
             "rejected": self.rejected,
             "events": self.events,
         }
@@ -384,8 +384,8 @@ class Server:
 
     def _on_copy(self, envelope: Envelope, body: torch.Tensor) -> None:
         if envelope.shard not in self._served and self.copies.take_in(envelope, body):
-            stored = Envelope(Kind.STORED, envelope.shard, self.post.rank, seq=envelope.seq)
-            self.post.send(envelope.sender, ms.pack(stored))
+            stored = Envelope(Kind.STORED, envelope.shard, self.mailbox.rank, seq=envelope.seq)
+            self.mailbox.send(envelope.sender, ms.pack(stored))
 
     def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._served.get(envelope.shard)

@@ -14,7 +14,7 @@ from sparsecomm.ps.modes import Mode
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
 from sparsecomm.ps.protocol.roster import ring
-from sparsecomm.transport.mailbox import Post
+from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
 from sparsecomm.types import ValueCodec
 
@@ -39,7 +39,7 @@ class Link:
     """How a worker reaches its servers.
 
     Attributes:
-        post: its mailbox.
+        mailbox: its mailbox.
         servers: ranks of all servers, by index.
         workers: ranks of all workers at the start, and of this one.
         world: number of ranks at the start.
@@ -52,7 +52,7 @@ class Link:
         made: called with the worker that uses the link.
     """
 
-    post: Post
+    mailbox: Mailbox
     servers: tuple[int, ...]
     workers: tuple[int, ...]
     world: int
@@ -73,14 +73,14 @@ class Link:
     def place(self) -> tuple[int, int]:
         """This worker's number and how many there are: those of the start, and all that joined up to this one."""
         if not self.joins:
-            return self.workers.index(self.post.rank), len(self.workers)
-        number = len(self.workers) - 1 + self.post.rank - self.world
+            return self.workers.index(self.mailbox.rank), len(self.workers)
+        number = len(self.workers) - 1 + self.mailbox.rank - self.world
         return number, number + 1
 
     @property
     def joins(self) -> bool:
         """Whether this worker comes after the start."""
-        return self.post.rank >= self.world
+        return self.mailbox.rank >= self.world
 
 
 class Client:
@@ -96,7 +96,7 @@ class Client:
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        self.rank = link.post.rank
+        self.rank = link.mailbox.rank
         self.on_answer: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {}
         self._open: dict[tuple[int, Kind], tuple[int, torch.Tensor]] = {}  # with its clock
         self._greetings: dict[int, torch.Tensor] = {}  # by shard, until its values have come
@@ -109,7 +109,7 @@ class Client:
         self._open[shard, kind] = fields.get("clock", 0), message
         if kind == Kind.HELLO:
             self._greetings[shard] = message
-        self.link.post.send(self._owners[shard], message)
+        self.link.mailbox.send(self._owners[shard], message)
 
     def forget(self, kind: Kind, shard: int) -> None:
         """Does not wait for the answer to a request any more."""
@@ -135,7 +135,7 @@ class Client:
     def pump(self) -> None:
         """Takes in all that has arrived, and sends open requests again where a server has died."""
         self._reroute()
-        while (arrived := self.link.post.receive()) is not None:
+        while (arrived := self.link.mailbox.receive()) is not None:
             source, message = arrived
             envelope, body = ms.unpack(message, source)
             if source not in self.link.servers:
@@ -167,7 +167,7 @@ class Client:
             handler(envelope, body)
 
     def _reroute(self) -> None:
-        lost = self.link.post.lost()
+        lost = self.link.mailbox.lost()
         if lost == self._lost:
             return
         for shard, owner in self._owners.items():
@@ -181,7 +181,7 @@ class Client:
                 )
             self._owners[shard] = living[0]
             for message in self._unanswered(shard):
-                self.link.post.send(living[0], message)
+                self.link.mailbox.send(living[0], message)
         self._lost = lost  # not before: without any server every later wait must fail, too
 
     def _unanswered(self, shard: int) -> list[torch.Tensor]:

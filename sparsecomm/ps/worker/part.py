@@ -8,7 +8,7 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.exchange.config import SparseConfig
-from sparsecomm.feedback import Bucket, BucketLayout, Taken, take_all, take_some
+from sparsecomm.feedback import BucketLayout, BucketMemory, Taken, take_all, take_some
 from sparsecomm.ps.protocol.payloads import Selected, encode, everything
 from sparsecomm.ps.protocol.sharding import ShardSpec
 from sparsecomm.runtime.arena import Arena
@@ -42,7 +42,7 @@ class Part:
         limit = getattr(config.feedback, "clip_norm", None)
         self.spec = spec
         self.version = -1
-        self.bucket = Bucket(
+        self.bucket = BucketMemory(
             spec.index,
             BucketLayout((f"shard {spec.index}",), ((n,),), ((1,),)),
             residual=None if lossless and not memories else torch.zeros(n),

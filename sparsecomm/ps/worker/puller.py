@@ -120,7 +120,7 @@ class Puller:
             self._ask(part, clock)
         else:
             part.version = version
-            link.post.traffic.bytes_received += out.nbytes
+            link.mailbox.traffic.bytes_received += out.nbytes
 
     # --- choosing ---
 

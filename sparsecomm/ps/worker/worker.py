@@ -98,7 +98,7 @@ class Worker:
         self._arena = Arena()
         self._flat = torch.cat([p.detach().reshape(-1).to(torch.float32) for p in self._parameters])
         shards = len(self.link.servers)
-        sender = (self.link.post.rank, max(self.link.world, self.link.post.rank + 1))
+        sender = (self.link.mailbox.rank, max(self.link.world, self.link.mailbox.rank + 1))
         share = 1.0 / (self.layout.numel * self.size)
         specs = [self.layout.shard(i, shards) for i in range(shards)]
         self._parts = [Part(spec, self.config, sender, clip=share * spec.numel, arena=self._arena) for spec in specs]
@@ -157,7 +157,7 @@ class Worker:
 
     def metrics(self) -> WorkerMetrics:
         """Returns a copy of this worker's counters."""
-        traffic = self.link.post.traffic
+        traffic = self.link.mailbox.traffic
         counted = {**vars(self._counted), "bytes_sent": traffic.bytes_sent, "bytes_received": traffic.bytes_received}
         return WorkerMetrics(**counted)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from sparsecomm import kernels
+from sparsecomm.kernels import available_paths, current_path
 
 __all__ = [
     "BENCHES",
@@ -109,8 +109,8 @@ def meta() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "kernel_paths": list(kernels.available_paths()),
-        "kernel_path": kernels.current_path(),
+        "kernel_paths": list(available_paths()),
+        "kernel_path": current_path(),
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -20,7 +20,7 @@ from sparsecomm import kernels
 from sparsecomm.collectives import dense_allreduce, dense_ring_bytes
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.method import strategies, strategy_of
-from sparsecomm.feedback import Bucket, BucketLayout, ErrorFeedback, take_some
+from sparsecomm.feedback import BucketLayout, BucketMemory, ErrorFeedback, take_some
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import Channel, CollectiveSteps
@@ -63,12 +63,12 @@ class Case:
         """Elements that a sparse algorithm sends."""
         return max(1, round(self.density * self.work.numel()))
 
-    def bucket(self, *, residual: bool) -> Bucket:
+    def bucket(self, *, residual: bool) -> BucketMemory:
         """Returns a bucket of this size, with an empty residual or none."""
         numel = self.work.numel()
         rows = max(r for r in range(1, math.isqrt(numel) + 1) if numel % r == 0)
         layout = BucketLayout(("gradient",), ((rows, numel // rows),), ((numel // rows, 1),))
-        return Bucket(0, layout, torch.zeros(numel) if residual else None)
+        return BucketMemory(0, layout, torch.zeros(numel) if residual else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ def _measure(
 
 def _root() -> Path:
     """Returns the folder that `sparsecomm` was imported from."""
-    return Path(__file__).resolve().parents[2]
+    return Path(__file__).resolve().parents[3]
 
 
 def _progress() -> Progress:

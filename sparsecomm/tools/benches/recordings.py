@@ -1,7 +1,7 @@
 """Gradients of real training: small models on real data that needs no download, two workers, error feedback running.
 
 What a compressor sees is the gradient plus what it kept back in earlier steps. So it is recorded while the very
-exchange that training uses runs at the density in question, on one virtual rank for each worker.
+exchange that training uses runs at the density in question, on one simulated rank for each worker.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
@@ -130,12 +130,12 @@ def _train(source: Source, model: nn.Module, density: float, steps: int, moments
 
 
 class _Workers:
-    """Virtual ranks, each with one bucket for the whole model."""
+    """Simulated ranks, each with one bucket for the whole model."""
 
     def __init__(self, numel: int, density: float) -> None:
         layout = BucketLayout(("model",), ((numel,),), ((1,),))
-        self._world = VirtualWorld(_WORKERS)
-        self._buckets = [Bucket(0, layout, torch.zeros(numel)) for _ in range(_WORKERS)]
+        self._world = SimulatedWorld(_WORKERS)
+        self._buckets = [BucketMemory(0, layout, torch.zeros(numel)) for _ in range(_WORKERS)]
         self._arenas = [Arena() for _ in range(_WORKERS)]
         self._compressor = sc.TopK(density=density)
 

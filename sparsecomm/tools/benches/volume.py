@@ -1,4 +1,4 @@
-"""What an exchange sends, in a virtual world of up to 1,024 ranks: every message is really made, sent and decoded."""
+"""What an exchange sends, in a simulated world of up to 1,024 ranks: every message is really made, sent and decoded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, exchange
 from sparsecomm.exchange.method import strategy_named
-from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.tools.benches import bench, meta, table, verdict
-from sparsecomm.transport import Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import CollectiveKind
 
@@ -39,7 +39,7 @@ def run(
     k: int = 4096,
     value_codec: str = "fp16",
 ) -> dict[str, Any]:
-    """Counts the bytes of exchanges among virtual ranks, headers included.
+    """Counts the bytes of exchanges among simulated ranks, headers included.
 
     The unit is k (P - 1) / P words of 4 bytes, the least that any sparse allreduce sends before coding. Goals: at most
     3 of these; the busiest rank sends and receives at most 1.2 times the mean.
@@ -175,7 +175,7 @@ class _Cell:
     def measure(self, steps: int) -> dict[str, Any]:
         """Exchanges a first step and `steps` others and returns the row."""
         # Each rank on a machine of its own, as the estimates have it.
-        world = VirtualWorld(self.size, range(self.size))
+        world = SimulatedWorld(self.size, range(self.size))
         rows = max(r for r in range(1, math.isqrt(self.numel) + 1) if self.numel % r == 0)
         layout = BucketLayout(("weight",), ((rows, self.numel // rows),), ((self.numel // rows, 1),))
         # All ranks write the same average, and where the selection is given none reads gradient or residual, so that
@@ -183,7 +183,7 @@ class _Cell:
         alone = self.size if self.made_of_all else 1
         grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
         residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
-        buckets = [Bucket(0, layout, residual) for residual in residuals]
+        buckets = [BucketMemory(0, layout, residual) for residual in residuals]
         arenas = [Arena() for _ in range(self.size)]
         worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
         for step in range(steps + 1):

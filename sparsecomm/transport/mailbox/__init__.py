@@ -1,5 +1,5 @@
 """Messages of unknown length from anyone, and memory that others read: for the parameter server."""
 
-from sparsecomm.transport.mailbox.base import Post
+from sparsecomm.transport.mailbox.base import Mailbox
 
-__all__ = ["Post"]
+__all__ = ["Mailbox"]

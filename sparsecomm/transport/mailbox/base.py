@@ -1,6 +1,6 @@
 """Messages of unknown length from anyone: what a parameter server needs and collectives do not.
 
-A `Post` is one rank's mailbox. It never blocks. `VirtualOffice` gives many of them in one process, deterministically.
+A `Mailbox` belongs to one rank. It never blocks.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 
 from sparsecomm.transport.base import Traffic
 
-__all__ = ["Post"]
+__all__ = ["Mailbox"]
 
 
-class Post(Protocol):
+class Mailbox(Protocol):
     """One rank's mailbox. Messages from one rank to another keep their order; used by one thread.
 
     Attributes:

@@ -12,7 +12,7 @@ from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
 from sparsecomm.transport.mpi import import_mpi
 
-__all__ = ["MPIPost", "ulfm_problem"]
+__all__ = ["MPIMailbox", "ulfm_problem"]
 
 _TAKE = 1 << 30  # MPI counts are C ints in most libraries
 _LOOK_SECONDS = 0.005  # between two questions who has died: asking costs about as much as a probe
@@ -31,8 +31,8 @@ def ulfm_problem() -> str | None:
     return None
 
 
-class MPIPost:
-    """See `Post`. Every rank must create as many: the n-th ones talk to each other, by their tag.
+class MPIMailbox:
+    """See `Mailbox`. Every rank must create as many: the n-th ones talk to each other, by their tag.
 
     On COMM_WORLD itself: making a communicator is collective, and a rank that dies in it would take the others along.
     """
@@ -44,8 +44,8 @@ class MPIPost:
         self.MPI = MPI
         self._comm = MPI.COMM_WORLD
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
-        MPIPost._made += 1
-        self._tag = MPIPost._made
+        MPIMailbox._made += 1
+        self._tag = MPIMailbox._made
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
         self.fault_tolerant = ulfm_problem() is None
@@ -58,7 +58,7 @@ class MPIPost:
         self._deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING) if self.fault_tolerant else ()
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Post.send`."""
+        """See `Mailbox.send`."""
         if message.numel() > _TAKE:
             raise TransportError(
                 f"a message of {message.numel()} bytes to rank {dest}: at most {_TAKE}; use more servers"
@@ -75,7 +75,7 @@ class MPIPost:
         self.traffic.bytes_sent += message.numel()
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Post.receive`."""
+        """See `Mailbox.receive`."""
         self.flushed()
         if self._receiving is None and not self._probe():
             return None
@@ -112,13 +112,13 @@ class MPIPost:
         return True
 
     def lost(self) -> frozenset[int]:
-        """See `Post.lost`."""
+        """See `Mailbox.lost`."""
         if self.fault_tolerant and monotonic() - self._looked > _LOOK_SECONDS:
             self._look()
         return self._lost
 
     def flushed(self) -> bool:
-        """See `Post.flushed`."""
+        """See `Mailbox.flushed`."""
         left = []
         for entry in self._sending:
             request, message, dest = entry

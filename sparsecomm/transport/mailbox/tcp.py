@@ -17,9 +17,9 @@ import torch
 
 from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
-from sparsecomm.transport.mailbox.base import Post
+from sparsecomm.transport.mailbox.base import Mailbox
 
-__all__ = ["TOKEN_BYTES", "OpenPost", "SocketPost"]
+__all__ = ["TOKEN_BYTES", "OpenMailbox", "TCPMailbox"]
 
 TOKEN_BYTES = 16
 _GREETING = struct.Struct(f"<{TOKEN_BYTES}sII")  # token, rank of the joiner, ranks at the start
@@ -163,8 +163,8 @@ class _Connections:
             connection.close()
 
 
-class SocketPost:
-    """A joiner's mailbox, which reaches servers only. See `Post`.
+class TCPMailbox:
+    """A joiner's mailbox, which reaches servers only. See `Mailbox`.
 
     Args:
         rank: the joiner's.
@@ -196,20 +196,20 @@ class SocketPost:
             raise TransportError(f"no server answers; has the job ended? {'; '.join(failures)}")
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Post.send`."""
+        """See `Mailbox.send`."""
         self._servers.send(dest, message)
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Post.receive`."""
+        """See `Mailbox.receive`."""
         self._servers.flushed()
         return self._servers.receive()
 
     def lost(self) -> frozenset[int]:
-        """See `Post.lost`."""
+        """See `Mailbox.lost`."""
         return self._servers.bury()
 
     def flushed(self) -> bool:
-        """See `Post.flushed`."""
+        """See `Mailbox.flushed`."""
         return self._servers.flushed()
 
     def close(self) -> None:
@@ -217,8 +217,8 @@ class SocketPost:
         self._servers.close()
 
 
-class OpenPost:
-    """A server's mailbox: another one's, and joiners who know the token. See `Post`.
+class OpenMailbox:
+    """A server's mailbox: another one's, and joiners who know the token. See `Mailbox`.
 
     Args:
         inner: mailbox of the ranks that were there at the start.
@@ -229,7 +229,7 @@ class OpenPost:
         address: host and port.
     """
 
-    def __init__(self, inner: Post, host: str, token: bytes) -> None:
+    def __init__(self, inner: Mailbox, host: str, token: bytes) -> None:
         self.rank = inner.rank
         self.size = inner.size
         self.fault_tolerant = inner.fault_tolerant
@@ -243,14 +243,14 @@ class OpenPost:
         self.address: tuple[str, int] = self._door.getsockname()[:2]
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Post.send`."""
+        """See `Mailbox.send`."""
         if dest < self.size:
             self._inner.send(dest, message)
         else:
             self._joiners.send(dest, message)
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Post.receive`."""
+        """See `Mailbox.receive`."""
         arrived = self._inner.receive()
         if arrived is None:
             self._admit()
@@ -259,11 +259,11 @@ class OpenPost:
         return arrived
 
     def lost(self) -> frozenset[int]:
-        """See `Post.lost`."""
+        """See `Mailbox.lost`."""
         return self._inner.lost() | self._joiners.bury()
 
     def flushed(self) -> bool:
-        """See `Post.flushed`."""
+        """See `Mailbox.flushed`."""
         joiners = self._joiners.flushed()
         return self._inner.flushed() and joiners
 

@@ -31,7 +31,7 @@ from sparsecomm.exchange.messages import receive_payload, send_payload
 from sparsecomm.exchange.method import Strategy, register
 from sparsecomm.exchange.methods.allgather import allgather_bytes
 from sparsecomm.exchange.methods.split_reduce.method import split_reduce_bytes
-from sparsecomm.feedback import Bucket, ErrorFeedback, Taken
+from sparsecomm.feedback import BucketMemory, ErrorFeedback, Taken
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import AgreedError, CollectiveSteps, GroupSum
 from sparsecomm.types import Codecs, IndexCodec, Pairs, ValueCodec
@@ -185,7 +185,7 @@ class TwoLevel(Strategy):
         rest = job.arena.get((job.bucket.index, "left"), numel, torch.float32).zero_()
         leaders = self._leaders
         noting = _Noting(plan.compressor)
-        inner = Bucket(job.bucket.index, job.bucket.layout, rest, job.bucket.memory, shared=job.bucket.shared)
+        inner = BucketMemory(job.bucket.index, job.bucket.layout, rest, job.bucket.memory, shared=job.bucket.shared)
         how = replace(
             plan,
             collective=choose_leaders_collective(plan.k, numel, len(leaders), plan.value_codec, plan.index_codec),

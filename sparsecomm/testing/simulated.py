@@ -1,4 +1,4 @@
-"""Whole exchanges with a compressor between virtual ranks: the same code as in training, in one process."""
+"""Whole exchanges with a compressor between simulated ranks: the same code as in training, in one process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from sparsecomm.compress import Compressor
 from sparsecomm.exchange import Plan, exchange
 from sparsecomm.exchange.method import strategy_named
-from sparsecomm.feedback import Bucket, BucketLayout
+from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.testing.errors import refuse, told
 from sparsecomm.testing.gradients import gradient
-from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, VirtualWorld
+from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 
 __all__ = ["check_exchange"]
@@ -24,14 +24,14 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 class _World:
-    """Virtual ranks, each with one bucket and its residual."""
+    """Simulated ranks, each with one bucket and its residual."""
 
     def __init__(self, compressor: Compressor, collective: str, size: int, numel: int) -> None:
         layout = BucketLayout(("weight",), ((numel,),), ((1,),))
         self.compressor, self.kind, self.numel = compressor, strategy_named(collective).kind, numel
-        self.world = VirtualWorld(size)
+        self.world = SimulatedWorld(size)
         self.residuals = [torch.zeros(numel) for _ in range(size)]
-        self.buckets = [Bucket(0, layout, residual) for residual in self.residuals]
+        self.buckets = [BucketMemory(0, layout, residual) for residual in self.residuals]
         self.arenas = [Arena() for _ in range(size)]
 
     def step(self, grads: Sequence[torch.Tensor], step: int, codec: ValueCodec) -> list[BucketReport]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire.header import HEADER_BYTES, CollectiveKind, Header
+from sparsecomm.types import Codecs, IndexCodec, ValueCodec
+from sparsecomm.wire.header import HEADER_BYTES, Header
 from sparsecomm.wire.pairs import encode_payload, max_payload_bytes
 from sparsecomm.wire.part import encode_part, max_part_bytes
 
@@ -16,7 +16,7 @@ def worked_example() -> str:
     """Returns the example payload as lines of hexadecimal bytes, 16 a line, each with its offset."""
     blank = Header(
         flags=0,
-        collective=CollectiveKind.ALLGATHER,
+        collective=1,  # allgather
         value_codec=ValueCodec.FP16,
         index_codec=IndexCodec.RICE,
         rank=1,
@@ -39,9 +39,9 @@ def worked_example() -> str:
 def worked_part() -> str:
     """Returns the same two values as a part of a region that starts at position 2 and has 8 elements."""
     indices, values = torch.tensor([0, 7]).to(torch.uint32), torch.tensor([1.5, -0.25])
-    codecs = (ValueCodec.FP16, IndexCodec.RICE)
-    out = torch.zeros(max_part_bytes(2, 8, *codecs), dtype=torch.uint8)
-    return _dump(out[: encode_part(indices, values, 8, *codecs, out, torch.empty(2))])
+    codecs = Codecs(ValueCodec.FP16, IndexCodec.RICE)
+    out = torch.zeros(max_part_bytes(2, 8, codecs), dtype=torch.uint8)
+    return _dump(out[: encode_part(indices, values, 8, codecs, out, torch.empty(2))])
 
 
 def _dump(payload: torch.Tensor) -> str:

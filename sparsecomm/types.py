@@ -14,7 +14,8 @@ __all__ = [
     "IndexCodec",
     "Pairs",
     "SelectResult",
-    "Sparse",
+    "Sizes",
+    "Span",
     "TopKResult",
     "ValueCodec",
 ]
@@ -84,33 +85,17 @@ class TopKResult:
     nonfinite: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sparse:
-    """A sparse vector.
-
-    Attributes:
-        indices: uint32, shape (nnz,), strictly ascending.
-        values: float32, shape (nnz,).
-        numel: length of the dense vector, at most 2**32.
-    """
-
-    indices: torch.Tensor
-    values: torch.Tensor
-    numel: int
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored entries."""
-        return self.values.numel()
-
-
 Pairs = tuple[torch.Tensor, torch.Tensor]
 """Indices (uint32, ascending) and values (float32), equally long."""
 
 
+Span = tuple[int, int]
+"""First element of a range and one past its last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Codecs:
-    """How parts are written.
+    """How pairs are written.
 
     Attributes:
         values: value codec.
@@ -118,4 +103,23 @@ class Codecs:
     """
 
     values: ValueCodec
-    indices: IndexCodec | None
+    indices: IndexCodec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The numbers that decide how many bytes an exchange of one bucket sends.
+
+    Attributes:
+        k: nonzeros that a rank selects.
+        numel: elements of the bucket.
+        ranks: number of ranks.
+        values: value codec.
+        indices: index codec; None for the smallest.
+    """
+
+    k: int
+    numel: int
+    ranks: int
+    values: ValueCodec
+    indices: IndexCodec | None = None

@@ -24,14 +24,14 @@ from sparsecomm import kernels
 from sparsecomm.compress import Compressor, Selection, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Plan, blank_header, exchange
-from sparsecomm.exchange.method import strategy_named
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.tools.cli.doctor.probe import identify
 from sparsecomm.transport import AgreedError, SimulatedWorld
 from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, encode_payload, max_payload_bytes, read_header
+from sparsecomm.wire import HEADER_BYTES, Header, encode_payload, max_payload_bytes, read_header
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "tests" / "mpi" / "jobs"
@@ -60,8 +60,8 @@ def plan(
     """A plan for `numel` elements; `options` are those of `Plan`."""
     chosen = TopK(density) if compressor is None else compressor
     step = options.setdefault("step", 0)
-    kind = strategy_named("dense" if dense else collective).kind
-    return Plan(collective=kind, compressor=chosen, k=chosen.k_for(numel, step), **options)
+    name = "dense" if dense else collective
+    return Plan(collective=name, compressor=chosen, k=chosen.k_for(numel, step), **options)
 
 
 class Cluster:
@@ -88,24 +88,23 @@ class Cluster:
         """Every rank's live residual."""
         return [b.residual for b in self.buckets if b.residual is not None]
 
-    def exchange(
-        self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, settle: bool = True
-    ) -> list[Any]:
+    def exchange(self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, final: bool = True) -> list[Any]:
         """Exchanges one step; returns every rank's report, or the error that its user would see."""
         each = [plans] * self.size if isinstance(plans, Plan) else plans
+        each = [replace(p, final=final) for p in each]
 
         def make(channel: Any) -> Any:
             r = channel.rank
-            return exchange(channel, self.buckets[r], grads[r], each[r], self.arenas[r], settle=settle)
+            return exchange(channel, self.buckets[r], grads[r], each[r], self.arenas[r])
 
         outcomes = self.world.run(make, return_exceptions=True)
         return [o.cause if isinstance(o, AgreedError) else o for o in outcomes]
 
     def step(
-        self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, settle: bool = True
+        self, grads: Sequence[torch.Tensor], plans: Plan | Sequence[Plan], *, final: bool = True
     ) -> list[BucketReport]:
         """Like `exchange`, for steps that must not fail."""
-        outcomes = self.exchange(grads, plans, settle=settle)
+        outcomes = self.exchange(grads, plans, final=final)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -245,8 +244,7 @@ def payload_of(
     indices = torch.randperm(numel, generator=g)[:nnz].sort().values.to(torch.uint32)
     values = torch.randn(nnz, generator=g) * scale
     blank = replace(
-        blank_header(1, 2, 3, 7, numel),
-        collective=CollectiveKind.ALLGATHER,
+        blank_header(1, 2, 3, 7, numel, method_named("allgather").number),
         index_codec=index_codec,
         value_codec=value_codec,
     )

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.exchange.method import strategy_of
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import Side, side_of
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Lane", "Lanes"]
 
@@ -38,12 +37,12 @@ class Lane:
     arena: Arena
     memory: Arena
 
-    def home(self, collective: CollectiveKind) -> torch.device:
+    def home(self, collective: str) -> torch.device:
         """Returns where a bucket's residual lives: with the gradient if the collective works there, else the host."""
-        return self.device if strategy_of(collective).on_device else _HOST
+        return self.device if method_named(collective).on_device else _HOST
 
     def steps(
-        self, channel: Channel, bucket: BucketMemory, flat: Callable[[Arena], torch.Tensor], plan: Plan, *, settle: bool
+        self, channel: Channel, bucket: BucketMemory, flat: Callable[[Arena], torch.Tensor], plan: Plan
     ) -> CollectiveSteps[BucketReport]:
         """Exchanges a bucket. Collective. To be driven by `side`.
 
@@ -52,14 +51,13 @@ class Lane:
             bucket: Mutated; its memories are where `home` says.
             flat: returns the gradient, which is overwritten with the average, given an arena on its device.
             plan: what to do.
-            settle: as in `exchange`.
         """
         grad = flat(self.memory)
         if self.home(plan.collective) == grad.device:
-            return (yield from exchange(channel, bucket, grad, plan, self.arena, settle=settle, memory=self.memory))
+            return (yield from exchange(channel, bucket, grad, plan, self.arena, self.memory))
         whole = self.arena.get((bucket.index, "whole"), grad.numel(), grad.dtype)
         self.side.fetch(grad, whole)
-        report = yield from exchange(channel, bucket, whole, plan, self.arena, settle=settle)
+        report = yield from exchange(channel, bucket, whole, plan, self.arena)
         grad.copy_(whole, non_blocking=True)
         return report
 

@@ -13,10 +13,9 @@ from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
 from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
-from sparsecomm.exchange.method import strategy_of
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import AdamCorrection, BucketLayout, BucketMemory, Feedback, ResidualStore
 from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Memories"]
 
@@ -66,13 +65,11 @@ class Memories:
         self.known[index] = _Known(ids, bucket)
         return bucket
 
-    def equip(
-        self, bucket: BucketMemory, config: SparseConfig, collective: CollectiveKind, step: int, home: torch.device
-    ) -> None:
+    def equip(self, bucket: BucketMemory, config: SparseConfig, collective: str, step: int, home: torch.device) -> None:
         """Gives a bucket the memory that an exchange needs, on the device where it works. Mutates it."""
         moments, residuals = _moments(config.feedback), self._stores["residual"]
         rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
-        if strategy_of(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
+        if method_named(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
             bucket.residual = residuals.bucket(bucket.layout, home)
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
@@ -81,7 +78,7 @@ class Memories:
     def settle(self, *, skipped: bool) -> None:
         """Makes the last exchanged step of all buckets final, or takes it back if the optimizer skips it."""
         for known in self.known.values():
-            known.bucket.settle(skipped=skipped)
+            known.bucket.finish_step(skipped=skipped)
 
     def change(self, feedback: Feedback | None, step: int) -> None:
         """Forgets what fits the options of before: thresholds, what collectives remember, moments no longer kept."""

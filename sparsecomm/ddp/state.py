@@ -21,12 +21,13 @@ from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.auto import Candidate, Chooser
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World, world
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder, StepCallback
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes
 
 __all__ = ["SparseState"]
 
@@ -180,7 +181,8 @@ class SparseState:
             cause, numel = caught, batch.numel
 
             def tell(channel: Channel) -> CollectiveSteps[None]:
-                header = blank_header(channel.rank, channel.size, index, step, numel)
+                number = method_named("dense").number  # any will do in an error message
+                header = blank_header(channel.rank, channel.size, index, step, numel, number)
                 return report_failure(channel, header, cause, place.arena)
 
             here.engine.submit(label, tell, lambda _: batch.finish(None), failed, group=ranks, key=(id(self), index))
@@ -194,7 +196,7 @@ class SparseState:
             return average
 
         def run(channel: Channel) -> CollectiveSteps[BucketReport]:
-            steps = place.steps(channel, bucket, flat, plan, settle=not self._may_skip())
+            steps = place.steps(channel, bucket, flat, plan)
             return place.side.drive(steps, ready)
 
         def done(report: BucketReport) -> None:
@@ -224,7 +226,7 @@ class SparseState:
         """Lets `collective="auto"` go on: collective in the steps in which it measures or decides."""
         size = here.size if ranks is None else len(ranks)
         config = self.config
-        if config.collective_kind is not None or config.compressor.is_dense or size == 1 or step < config.dense_steps:
+        if config.method is not None or config.compressor.is_dense or size == 1 or step < config.dense_steps:
             return
         if self._chooser is None or self._chooser.size != size:
             self._chooser = Chooser(config, size)
@@ -284,23 +286,23 @@ class SparseState:
         bucket = self._memories.bucket(batch.index, batch.parameters, numel, model, where)
         k = config.compressor.k_for(numel, step)
         how = self._choose(batch.index, k, numel, step, model.size)
-        self._memories.equip(bucket, config, how.kind, step, self._lanes.of(batch.device).home(how.kind))
+        self._memories.equip(bucket, config, how.method, step, self._lanes.of(batch.device).home(how.method))
         clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
         if clip_norm is not None:
             clip_norm *= math.sqrt(numel / max(model.numel, 1) / model.size)
         return bucket, Plan(
             step=step,
-            collective=how.kind,
+            collective=how.method,
             compressor=config.compressor,
             k=k,
             value_codec=how.values,
             index_codec=config.indices,
             feedback=config.feedback,
             grad_scale=self._grad_scale(),
-            held=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
+            unused=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
             inner_group=config.inner_group,
-            profiled=torch.autograd.profiler._is_profiler_enabled,
+            final=not self._may_skip(),
         )
 
     def _grad_scale(self) -> float:
@@ -308,15 +310,16 @@ class SparseState:
 
     def _choose(self, index: int, k: int, numel: int, step: int, size: int) -> Candidate:
         """Returns how to exchange a bucket."""
-        config, dense = self.config, Candidate(CollectiveKind.DENSE, self.config.dense_values)
+        config, dense = self.config, Candidate("dense", self.config.dense_values)
         if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
             return dense
         if self._chooser is not None:
             return self._chooser.choose(index, numel, k)
-        kind = config.collective_kind
-        if kind is None:  # auto on a GPU, by bytes; or among one rank: nothing is sent
-            kind = choose_collective(k, numel, size, config.values, config.indices, dense_codec=config.dense_values)
-        return dense if kind == CollectiveKind.DENSE else Candidate(kind, config.values)
+        method = config.method
+        if method is None:  # auto on a GPU, by bytes; or among one rank: nothing is sent
+            sizes = Sizes(k, numel, size, config.values, config.indices)
+            method = choose_collective(sizes, dense_codec=config.dense_values)
+        return dense if method == "dense" else Candidate(method, config.values)
 
     # --- counters and checkpoints -------------------------------------------------------------------------------
 

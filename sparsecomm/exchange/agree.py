@@ -8,7 +8,6 @@ the lengths of the bodies in them, or everybody if there is trouble to report.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 
-from sparsecomm import kernels
 from sparsecomm.collectives.gather import allgather_bodies, allgather_fixed
 from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.runtime.arena import Arena
@@ -25,10 +23,12 @@ from sparsecomm.wire import (
     FLAG_ERROR,
     FLAG_NONFINITE,
     HEADER_BYTES,
-    CollectiveKind,
     Header,
+    HeaderRules,
+    Record,
     check_body,
     read_header,
+    rules_of,
 )
 
 __all__ = ["DIGEST_ABOVE", "DIGEST_BYTES", "Agreement", "agree", "agreement_bytes"]
@@ -38,25 +38,16 @@ DIGEST_ABOVE = 16
 
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
 _matched = attrgetter(*_MUST_MATCH)
-_MORE: dict[CollectiveKind, dict[str, str]] = {
-    CollectiveKind.DENSE: {"value_codec": "value_codec"},
-    CollectiveKind.SPLIT_REDUCE: {"nnz": "k"},
-    CollectiveKind.SSAR: {"nnz": "k"},
-    CollectiveKind.CHUNKED: {"nnz": "k", "value_codec": "value_codec", "plan": "chunk"},
-    CollectiveKind.SHARED_INDEX: {"nnz": "k", "value_codec": "value_codec", "plan": "seed"},
-    CollectiveKind.TREE: {"nnz": "k"},
-    CollectiveKind.POWERSGD: {"nnz": "rank of the matrices", "value_codec": "value_codec"},
-    CollectiveKind.TWO_LEVEL: {"nnz": "k", "value_codec": "value_codec", "plan": "nodes"},
-}
-"""Further fields that must match, with what users call them. What is summed on its way must travel alike, and all
-ranks decide by k; a sparse payload says itself what is in it."""
-
-_DIGEST = struct.Struct("<4sBBHQII")
-DIGEST_BYTES = _DIGEST.size
-_MAGIC = b"SPCD"
-_VERSION = 1
+_DIGEST = Record(
+    "digest",
+    (("flags", "B"), ("reserved", "H"), ("digest", "Q"), ("tag", "I")),
+    magic=b"SPCD",
+    version=1,
+    crc="digest_crc",
+)
+DIGEST_BYTES = _DIGEST.nbytes
 _MISMATCH = 4
-_OTHER_PLAN = 8
+_OTHER_TAG = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +56,12 @@ class Agreement:
 
     Attributes:
         nonfinite: whether some rank saw NaN or infinity.
-        same_plan: whether all ranks have the same plan (see `Header.plan`), and one at all.
+        same_tag: whether all ranks have the same tag in their headers, and one that is not 0.
         headers: all headers by rank; empty if they were not gathered.
     """
 
     nonfinite: bool
-    same_plan: bool
+    same_tag: bool
     headers: list[Header]
 
 
@@ -98,14 +89,14 @@ def agree(
     if channel.size > DIGEST_ABOVE:
         flags = yield from _spread(channel, mine, arena, key)
         if not gather and not flags & (FLAG_ERROR | _MISMATCH):
-            same_plan = mine.plan != 0 and not flags & _OTHER_PLAN
-            return Agreement(bool(flags & FLAG_NONFINITE), same_plan, [])
+            same_tag = mine.tag != 0 and not flags & _OTHER_TAG
+            return Agreement(bool(flags & FLAG_NONFINITE), same_tag, [])
     headers = yield from _gather(channel, mine, payload, arena, key)
     if any(h.flags & FLAG_ERROR for h in headers):
         yield from _raise_remote(channel, payload, headers, arena, key)
     _check_match(headers)
-    same_plan = mine.plan != 0 and all(h.plan == mine.plan for h in headers)
-    return Agreement(any(h.flags & FLAG_NONFINITE for h in headers), same_plan, headers)
+    same_tag = mine.tag != 0 and all(h.tag == mine.tag for h in headers)
+    return Agreement(any(h.flags & FLAG_NONFINITE for h in headers), same_tag, headers)
 
 
 def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> CollectiveSteps[int]:
@@ -126,23 +117,23 @@ def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> Coll
     for j in range(rounds):
         out = work[2 * j * DIGEST_BYTES : (2 * j + 1) * DIGEST_BYTES]
         into = work[(2 * j + 1) * DIGEST_BYTES : (2 * j + 2) * DIGEST_BYTES]
-        _write_digest(out, flags, digest, mine.plan)
+        _DIGEST.write(out, (flags, digest, mine.tag))
         source = (rank - distance) % size
         yield [channel.irecv(into, source), channel.isend(out, (rank + distance) % size)]
         try:
-            their_flags, their_digest, their_plan = _read_digest(into)
+            their_flags, their_digest, their_tag = _read_digest(into)
         except WireError as error:
             raise error.at(rank=source, bucket=mine.bucket) from None
         flags |= their_flags
         flags |= _MISMATCH if their_digest != digest else 0
-        flags |= _OTHER_PLAN if their_plan != mine.plan else 0
+        flags |= _OTHER_TAG if their_tag != mine.tag else 0
         distance *= 2
     return flags
 
 
 def _all_of(header: Header) -> tuple[int, ...]:
-    """Returns all that must be the same on every rank."""
-    more = _MORE.get(header.collective, {})
+    """Returns all numbers that must be the same on every rank."""
+    more = rules_of(header.collective).must_match
     return (*(int(x) for x in _matched(header)), *(int(getattr(header, field)) for field in more))
 
 
@@ -151,24 +142,11 @@ def _digest(header: Header) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _write_digest(out: torch.Tensor, flags: int, digest: int, plan: int) -> None:
-    view: Any = out.numpy()
-    _DIGEST.pack_into(view, 0, _MAGIC, _VERSION, flags, 0, digest, plan, 0)
-    struct.pack_into("<I", view, DIGEST_BYTES - 4, kernels.crc32c(out[:-4]))
-
-
 def _read_digest(data: torch.Tensor) -> tuple[int, int, int]:
-    view: Any = data.numpy()
-    magic, version, flags, reserved, digest, plan, crc = _DIGEST.unpack_from(view, 0)
-    if magic != _MAGIC:
-        raise WireError("magic", magic, f"expected {_MAGIC!r}")
-    if version != _VERSION:
-        raise WireError("version", version, f"this build reads version {_VERSION}")
-    if crc != kernels.crc32c(data[:-4]):
-        raise WireError("digest_crc", hex(crc), "not the digest's checksum")
-    if reserved or flags & ~(FLAG_NONFINITE | FLAG_ERROR | _MISMATCH | _OTHER_PLAN):
+    flags, digest, tag = _DIGEST.read(data)
+    if flags & ~(FLAG_NONFINITE | FLAG_ERROR | _MISMATCH | _OTHER_TAG):
         raise WireError("flags", flags, "unknown bits")
-    return flags, digest, plan
+    return flags, digest, tag
 
 
 def _gather(
@@ -200,14 +178,15 @@ def _check_match(headers: list[Header]) -> None:
     same = _all_of(first)
     if all(_all_of(h) == same for h in headers[1:]):
         return
+    rules = rules_of(first.collective)
     names = {field: field for field in _MUST_MATCH}
     differ = _differing(headers, names)
     if not differ:
-        names = _MORE[headers[0].collective]
+        names = dict(rules.must_match)
         differ = _differing(headers, names)
     lines = []
     for h in headers:
-        values = ", ".join(f"{names[f]} = {_show(names[f], getattr(h, f))}" for f in differ)
+        values = ", ".join(f"{names[f]} = {_show(rules, f, getattr(h, f))}" for f in differ)
         lines.append(f"rank {h.rank}: {values}")
     what = ", ".join(names[f] for f in differ)
     raise AgreedError(
@@ -223,12 +202,10 @@ def _differing(headers: list[Header], fields: Iterable[str]) -> list[str]:
     return [f for f in fields if len({getattr(h, f) for h in headers}) > 1]
 
 
-def _show(name: str, value: Any) -> str:
-    if name == "layout_hash":
+def _show(rules: HeaderRules, field: str, value: Any) -> str:
+    if field == "layout_hash":
         return f"{value:#018x}"
-    if name == "seed":
-        return str(value - 1) if value else "none (a rank leads)"
-    return str(getattr(value, "name", value))
+    return rules_of(value).label if field == "collective" else rules.show(field, value)
 
 
 def _raise_remote(

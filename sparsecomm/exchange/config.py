@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch.distributed as dist
 from sparsecomm.compress import Compressor, TopK
 from sparsecomm.compress.base import SparsifyingCompressor
 from sparsecomm.errors import ConfigError
-from sparsecomm.exchange.method import strategies
+from sparsecomm.exchange.method import Scope, method_named, methods
 from sparsecomm.feedback import ErrorFeedback, Feedback
 from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseConfig"]
 
-_COLLECTIVES = {"auto": None} | {name: strategy.kind for name, strategy in strategies().items()}
 _VALUE_CODECS = {"auto": ValueCodec.FP16} | {c.name.lower(): c for c in ValueCodec}
 _INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
 
@@ -70,7 +68,7 @@ class SparseConfig:
                 "feedback must be ErrorFeedback(), MomentumCorrection(...), AdamCorrection(...) or None, "
                 f"got {self.feedback!r}"
             )
-        _one_of("collective", self.collective, _COLLECTIVES)
+        _one_of("collective", self.collective, ["auto", *methods()])
         self._check_collective()
         _one_of("value_codec", self.value_codec, _VALUE_CODECS)
         _one_of("index_codec", self.index_codec, _INDEX_CODECS)
@@ -118,14 +116,16 @@ class SparseConfig:
         only, maker = self.compressor.collectives, type(self.compressor).__name__
         if only and self.collective not in only:
             raise ConfigError(f"collective={self.collective!r} cannot exchange what {maker} makes; use {only[0]!r}")
-        if not only and strategies()[self.collective].special:
+        if not only and method_named(self.collective).scope == Scope.OWN:
             raise ConfigError(f"collective={self.collective!r} needs a compressor made for it, not {maker}")
 
     @property
-    def collective_kind(self) -> CollectiveKind | None:
-        """The collective as it is written in a header; None to choose by bytes."""
+    def method(self) -> str | None:
+        """The name of the exchange method; None if "auto" chooses one."""
         only = self.compressor.collectives
-        return _COLLECTIVES[only[0] if only and self.collective == "auto" else self.collective]
+        if self.collective != "auto":
+            return self.collective
+        return only[0] if only else None
 
     @property
     def values(self) -> ValueCodec:
@@ -143,6 +143,6 @@ class SparseConfig:
         return _INDEX_CODECS[self.index_codec]
 
 
-def _one_of(name: str, value: Any, known: Mapping[str, Any]) -> None:
+def _one_of(name: str, value: Any, known: Collection[str]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")

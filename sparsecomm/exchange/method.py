@@ -1,247 +1,297 @@
-"""What a strategy is, what it is given, and the registry of all."""
+"""What an exchange method is, what it is given, and the registry of all methods.
+
+A method is one way of exchanging a bucket: one file in exchange/methods/, which holds its steps, its bytes and seconds,
+the header fields that ranks must share, and its registration. docs/architecture.md says how to add one.
+"""
 
 from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from sparsecomm.compress import Compressor, TopK
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.plan import Plan
-from sparsecomm.feedback import BucketMemory, ChunkNorms, Taken, accumulate, take_all, take_some
+from sparsecomm.feedback import (
+    BucketMemory,
+    ChunkNorms,
+    Incoming,
+    NothingTaken,
+    PlacesTaken,
+    SelectedTaken,
+    Taken,
+    WholeTaken,
+    accumulate,
+    take_all,
+    take_some,
+)
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.runtime.trace import Stage
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, CollectiveKind, Header, write_header
+from sparsecomm.types import IndexCodec, Sizes, ValueCodec
+from sparsecomm.wire import (
+    FLAG_NONFINITE,
+    HEADER_BYTES,
+    Header,
+    HeaderRules,
+    check_bare,
+    check_pairs,
+    register_rules,
+    write_header,
+)
 
-__all__ = ["Job", "Strategy", "blank_header", "dense_wire", "register", "strategies", "strategy_named", "strategy_of"]
+__all__ = ["Exchange", "Method", "Scope", "blank_header", "method_named", "methods", "register"]
 
 
 @dataclass(slots=True)
-class Job:
-    """One exchange in progress: what `exchange` was given, its report, and `exchange` for a part of the ranks."""
+class Exchange:
+    """One exchange in progress.
+
+    Attributes:
+        channel: the ranks.
+        memory: the bucket's.
+        grad: shape (n,); becomes the average.
+        plan: how to exchange it.
+        arena: gives buffers for messages, on the host.
+        workspace: gives buffers on the gradient's device; on the host the same arena.
+        report: what the exchange has cost so far.
+    """
 
     channel: Channel
-    bucket: BucketMemory
+    memory: BucketMemory
     grad: torch.Tensor
     plan: Plan
     arena: Arena
+    workspace: Arena
     report: BucketReport
-    settle: bool
-    exchange: Callable[[Channel, BucketMemory, torch.Tensor, Plan, Arena], CollectiveSteps[BucketReport]]
-    memory: Arena
-    """Where work buffers on the gradient's device come from; those of messages, from `arena`, are on the host."""
 
     def keep(self, taken: Taken) -> None:
-        """The step is exchanged: makes it final, or leaves that to whoever knows whether the optimizer takes it."""
-        if self.settle:
+        """Makes an exchanged step final, or leaves that to the caller, who knows whether the optimizer takes it."""
+        if self.plan.final:
             taken.commit()
         else:
-            self.bucket.unsettled = taken
+            self.memory.pending = taken
 
     def skip(self, taken: Taken) -> None:
-        """Some rank saw NaN or infinity, or the average is out of range: undoes the step, visibly on all ranks."""
+        """Undoes the step and makes the gradient NaN, so that all ranks skip or fail the same step."""
         taken.undo()
         self.grad.fill_(math.nan)
         self.report.skipped = 1
 
     def stage(self, name: str) -> Stage:
         """Returns a context whose time counts as that of a stage."""
-        return Stage(name, self.report, profiled=self.plan.profiled and name != "wait")
+        profiled = name != "wait" and bool(torch.autograd.profiler._is_profiler_enabled)
+        return Stage(name, self.report, profiled=profiled)
 
     def header(self) -> Header:
-        """Returns this exchange's header, nothing of the content in it yet."""
-        plan = self.plan
+        """Returns this exchange's header, without anything about its content yet."""
+        number = method_named(self.plan.collective).number
         header = blank_header(
-            self.channel.rank, self.channel.size, self.bucket.index, plan.step, self.grad.numel(), plan.collective
+            self.channel.rank, self.channel.size, self.memory.index, self.plan.step, self.grad.numel(), number
         )
-        header.layout_hash = self.bucket.layout.hash
+        header.layout_hash = self.memory.layout.hash
         if self.report.nonfinite:
             header.flags = FLAG_NONFINITE
         return header
 
-    def take_some(self) -> Taken:
-        """Selects about k elements: steps 1 and 2 of every sparse strategy whose ranks select by themselves."""
+    def take_some(self) -> SelectedTaken:
+        """Adds the gradient and selects about k elements: steps 1 and 2 where each rank selects by itself."""
+        return take_some(self.memory, self._incoming(), self.plan.compressor, self.plan.k, self.workspace)
+
+    def take_all(self, *, exact: bool = False) -> WholeTaken | NothingTaken:
+        """Adds the gradient, to be sent with all that was left over. `exact` means that nothing is rounded off."""
+        return take_all(self.memory, self._incoming(), self.workspace, exact=exact)
+
+    def take_whole(self) -> WholeTaken:
+        """Adds the gradient, to be sent with all that was left over, from a residual that is not passed over."""
+        taken = self.take_all()
+        assert isinstance(taken, WholeTaken)
+        return taken
+
+    def accumulate(self, norms: ChunkNorms | None = None) -> PlacesTaken:
+        """Adds the gradient: step 1 where ranks find together what to send. Fills `norms`."""
+        return accumulate(self.memory, self._incoming(), self.workspace, norms)
+
+    def _incoming(self) -> Incoming:
         plan = self.plan
-        return take_some(self.bucket, self.grad, plan.compressor, plan.k, plan.feedback, self.memory, **self._adding())
-
-    def take_all(self, *, exact: bool = False) -> Taken:
-        """Adds the gradient, to be sent with all that was left over: a dense strategy's steps 1 and 2."""
-        return take_all(self.bucket, self.grad, self.plan.feedback, self.memory, exact=exact, **self._adding())
-
-    def accumulate(self, norms: ChunkNorms | None = None) -> Taken:
-        """Adds the gradient: step 1 of a strategy whose ranks find out together what to send. `norms` is written."""
-        return accumulate(self.bucket, self.grad, self.plan.feedback, self.memory, norms=norms, **self._adding())
-
-    def _adding(self) -> dict[str, Any]:
-        """How the gradient is added to the bucket's memory."""
-        plan = self.plan
-        return {
-            "scale": 1.0 / plan.grad_scale,
-            "held": plan.held,
-            "clip_norm": plan.clip_norm,
-            "lasting": self.settle,
-        }
+        return Incoming(self.grad, plan.feedback, 1.0 / plan.grad_scale, plan.unused, plan.clip_norm, plan.final)
 
 
-class Strategy(abc.ABC):
-    """One bucket's exchange by one collective. `exchange` calls the methods below, in their order.
+class Scope(Enum):
+    """Where a method may be used."""
+
+    GENERAL = "everywhere; `auto` considers it"
+    NODES = "everywhere; `auto` considers it where several nodes have several ranks"
+    COMPARISON = "everywhere, for comparison; `auto` passes it over"
+    OWN = "only with compressors that name it in `Compressor.collectives`"
+
+
+class Method(abc.ABC):
+    """One way of exchanging a bucket. pipeline.py calls the methods below, in their order.
 
     Attributes:
-        name: what users call it.
-        kind: what headers call it.
+        name: the users' name for it: collective="allgather".
+        number: the headers' number for it, 1 to 255; never reused.
+        has_body: whether a body follows the header, so that all ranks need all headers. Else the header holds k and a
+            tag, and values travel later.
+        must_match: further header fields that ranks must share, with the users' word for each.
+        scope: where it may be used.
         needs_residual: whether it leaves anything over.
-        gathers_headers: whether it needs every rank's header.
-        special: whether it exchanges only what compressors that name it (`Compressor.collectives`) make.
-        on_device: whether it works on a gradient where that is; else a gradient on a GPU is brought to the host whole.
-        competes: whether `collective="auto"` considers it; else it is there for comparison.
-        layered: whether it makes sense only where several nodes have several ranks.
-        header: this rank's, once encoded.
-        payload: uint8, that header and what may follow it, once encoded.
+        on_device: whether it works on a gradient where that is. Else a gradient on a GPU is brought to the host whole.
+        header: this rank's header, once encoded.
+        payload: uint8: that header and what may follow it, once encoded.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[CollectiveKind]
+    number: ClassVar[int]
+    has_body: ClassVar[bool]
+    must_match: ClassVar[Mapping[str, str]] = {}
+    scope: ClassVar[Scope] = Scope.GENERAL
     needs_residual: ClassVar[bool] = True
-    gathers_headers: ClassVar[bool] = False
-    special: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
-    competes: ClassVar[bool] = True
-    layered: ClassVar[bool] = False
     header: Header
     payload: torch.Tensor
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    # --- bytes and seconds ----------------------------------------------------------------------------------------
 
     @classmethod
     @abc.abstractmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """Returns the bytes that a rank is expected to send for a bucket, headers included.
-
-        Args:
-            k: nonzeros it selects.
-            numel: elements of the bucket.
-            size: number of ranks.
-            value_codec: how values are written.
-            index_codec: how indices are written; None for the smallest.
-        """
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        """Returns the bytes that the busiest rank sends for a bucket, headers included, for uniform positions."""
 
     @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """Returns a compressor of this density whose selections it can exchange: what benches pair it with."""
-        return TopK(density)
-
-    @classmethod
-    def rounds(cls, size: int) -> int:
+    def rounds(cls, ranks: int) -> int:
         """Returns how many times a rank waits for messages one after the other, the agreement included."""
-        return 2 * (size - 1).bit_length()
+        return 2 * (ranks - 1).bit_length()
 
     @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """Returns the expected seconds of an exchange of one bucket. Arguments as in `estimate_bytes`.
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """Returns the predicted seconds of an exchange of one bucket.
 
-        Here for a sparse exchange that brings every rank k nonzeros of each; others override it.
+        This is for an exchange that brings every rank k nonzeros of each other rank; other methods override it.
         """
-        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
-        compute = costs.exchange + (costs.select + costs.fill) * numel + (costs.encode + costs.decode * size) * k
-        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
+        k, n = sizes.k, sizes.numel
+        compute = costs.exchange + (costs.select + costs.fill) * n + (costs.encode + costs.decode * sizes.ranks) * k
+        return Estimate(costs.alpha * cls.rounds(sizes.ranks) + costs.beta * cls.bytes_sent(sizes), compute)
+
+    # --- headers --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def header_rules(cls) -> HeaderRules:
+        """Returns the rules by which receivers check this method's headers."""
+        check = check_pairs if cls.has_body else check_bare
+        return HeaderRules(cls.number, cls.name.upper(), check, not cls.has_body, cls.must_match, cls.show)
+
+    @classmethod
+    def show(cls, field: str, value: Any) -> str:
+        """Returns a header field as users know it, for the error that says on what ranks disagree."""
+        return str(getattr(value, "name", value))
+
+    # --- the steps of an exchange ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def take(self) -> Taken:
         """Adds the gradient to the bucket's memory and takes out what is to be sent."""
 
     @abc.abstractmethod
-    def encode(self, taken: Taken) -> None:
+    def encode(self) -> None:
         """Makes header and payload. A failure until here is told to all ranks."""
 
     @abc.abstractmethod
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """Exchanges.
+        """Exchanges. Collective.
 
         Returns:
             Whether the sum is finite, the same on all ranks.
         """
 
     def decode(self) -> None:  # noqa: B027  # most have done so while they communicated
-        """Decodes and checks whatever came and has not been yet; nothing is applied."""
+        """Decodes and checks everything that came and was not checked yet; nothing is applied."""
 
     @abc.abstractmethod
     def write_average(self, out: torch.Tensor, scale: float) -> None:
         """Writes the scaled sum into a dense vector of the gradient's shape; cannot fail."""
 
-    def settle(self) -> None:  # noqa: B027  # most have nothing to do here
+    def finish(self) -> None:  # noqa: B027  # most have nothing to do here
         """Puts into the residual what the exchange has left with this rank; the average is in the bucket."""
 
-    def skipped(self) -> None:  # noqa: B027  # most have nothing to do here
-        """The step was not taken, by agreement: NaN or infinity, or an average out of range."""
+    def give_up(self, *, agreed: bool) -> None:  # noqa: B027  # most have nothing to do here
+        """Cleans up after an exchange without a result; what was taken has been put back.
 
-    def interrupted(self) -> None:  # noqa: B027  # most have nothing to do here
-        """Half-way through the exchange failed; what was taken has been put back."""
+        Args:
+            agreed: whether all ranks skip the step together (NaN, infinity, an average out of range). Else the exchange
+                failed half-way.
+        """
 
-    def bare_payload(self) -> None:
+    def make_bare_payload(self) -> None:
         """Makes a payload that is nothing but `header`."""
-        self.payload = self.job.arena.get((self.job.bucket.index, "payload"), HEADER_BYTES, torch.uint8)
+        exchange = self.exchange
+        self.payload = exchange.arena.get((exchange.memory.index, "payload"), HEADER_BYTES, torch.uint8)
         write_header(self.header, self.payload)
 
 
-_S = TypeVar("_S", bound=type[Strategy])
-_REGISTERED: dict[CollectiveKind, type[Strategy]] = {}
+_M = TypeVar("_M", bound=type[Method])
+_REGISTERED: dict[str, type[Method]] = {}
 
 
-def register(strategy: _S) -> _S:
-    """Makes a strategy known by its name and its kind. For use as a decorator."""
-    _REGISTERED[strategy.kind] = strategy
-    return strategy
+def register(method: _M) -> _M:
+    """Makes a method known by its name, and its headers readable. For use as a decorator.
+
+    Raises:
+        ConfigError: if it lacks a name, a number or `has_body`, or another method has its name or its number.
+    """
+    for attribute in ("name", "number", "has_body"):
+        if not hasattr(method, attribute):
+            raise ConfigError(f"{method.__name__} has no {attribute}")
+    if method.name in _REGISTERED or any(m.number == method.number for m in _REGISTERED.values()):
+        raise ConfigError(f"there is a method with the name {method.name!r} or the number {method.number} already")
+    register_rules(method.header_rules())
+    _REGISTERED[method.name] = method
+    return method
 
 
-def strategies() -> dict[str, type[Strategy]]:
-    """Returns all strategies by name."""
-    return {s.name: s for s in _REGISTERED.values()}
+def methods() -> dict[str, type[Method]]:
+    """Returns all methods by name."""
+    return dict(_REGISTERED)
 
 
-def strategy_of(kind: CollectiveKind) -> type[Strategy]:
-    """Returns the strategy of a kind of collective."""
-    return _REGISTERED[kind]
-
-
-def strategy_named(name: str) -> type[Strategy]:
-    """Returns the strategy of that name.
+def method_named(name: str) -> type[Method]:
+    """Returns the method of that name.
 
     Raises:
         ConfigError: if there is none.
     """
-    known = strategies()
-    if name not in known:
-        raise ConfigError(f"collective must be one of {', '.join(known)}, got {name!r}")
-    return known[name]
+    found = _REGISTERED.get(name)
+    if found is None:
+        raise ConfigError(f"collective must be one of {', '.join(_REGISTERED)}, got {name!r}")
+    return found
 
 
-def dense_wire(codec: ValueCodec) -> ValueCodec:
-    """Returns how values travel that are summed on their way: int8 numbers with a scale a block cannot be."""
-    return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec
+def blank_header(rank: int, world: int, bucket: int, step: int, numel: int, number: int) -> Header:
+    """Returns a header that says which exchange it is and nothing of its content yet.
 
-
-def blank_header(
-    rank: int, world: int, bucket: int, step: int, numel: int, collective: CollectiveKind = CollectiveKind.DENSE
-) -> Header:
-    """Returns a header that says which exchange it is and nothing of its content yet."""
+    Args:
+        rank: this rank.
+        world: number of ranks.
+        bucket: bucket number.
+        step: training step.
+        numel: elements of the bucket.
+        number: the method's.
+    """
     return Header(
         flags=0,
-        collective=collective,
+        collective=number,
         value_codec=ValueCodec.FP32,
         index_codec=IndexCodec.RAW,
         rank=rank,

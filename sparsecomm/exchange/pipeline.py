@@ -2,12 +2,12 @@
 
     1 accumulate   acc = residual + grad                       (one fused pass over memory with 2)
     2 select       indices and values of about the k largest; the residual keeps the others
-    3 encode       header + packed indices + packed values; what packing the values rounds off goes to the residual
-    4 exchange     first all ranks find out together whether they agree; then the collective
-    5 decode       everything that came is checked whole before anything is applied
+    3 encode       header + packed indices + packed values; rounding goes to the residual
+    4 exchange     all ranks find out together whether they agree; then the method sends its messages
+    5 decode       every payload is checked whole before anything is applied
     6 apply        the sum, times 1/P, into the bucket
 
-What differs from one collective to another is in its `Strategy`, in sparsecomm/strategies/.
+The steps that differ from one method to another are in sparsecomm/exchange/methods/.
 
 A failure at any point leaves the residual as it was before the step (to rounding), and the bucket untouched or, if
 some rank saw NaN or infinity, NaN on every rank.
@@ -21,7 +21,7 @@ import torch
 
 from sparsecomm.collectives import dense_ring_bytes
 from sparsecomm.exchange.agree import agree
-from sparsecomm.exchange.method import Job, Strategy, blank_header, strategy_of
+from sparsecomm.exchange.method import Exchange, Method, method_named
 from sparsecomm.exchange.plan import Plan
 from sparsecomm.feedback import BucketMemory, Taken
 from sparsecomm.runtime.arena import Arena
@@ -30,46 +30,42 @@ from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.wire import HEADER_BYTES, MAX_ERROR_BYTES, Header, encode_error
 
-__all__ = ["BucketMemory", "Plan", "blank_header", "exchange", "report_failure"]
+__all__ = ["exchange", "report_failure"]
 
 _HALF_MAX = 65504.0
 
 
 def exchange(
     channel: Channel,
-    bucket: BucketMemory,
+    memory: BucketMemory,
     grad: torch.Tensor,
     plan: Plan,
     arena: Arena,
-    *,
-    settle: bool = True,
-    memory: Arena | None = None,
+    workspace: Arena | None = None,
 ) -> CollectiveSteps[BucketReport]:
     """Averages a gradient bucket over all ranks, sparsely or densely. Collective.
 
     Args:
         channel: the ranks.
-        bucket: Mutated: the residual and the compressor's memory.
+        memory: the bucket's. Mutated.
         grad: shape (n,), float32, float16 or bfloat16, contiguous, not divided by P. Mutated: becomes the average.
-        plan: what to do.
-        arena: gives all work buffers.
-        memory: gives those on the gradient's device, for one on a GPU; `arena` then gives pinned ones on the host.
-        settle: whether the step is final once this bucket is exchanged; else the caller calls `BucketMemory.settle`
-            when it knows whether the optimizer takes the whole step.
+        plan: how to exchange it.
+        arena: gives the buffers of messages, on the host; pinned ones for a gradient on a GPU.
+        workspace: gives buffers on the gradient's device; None for `arena`, on the host.
 
     Returns:
-        What it cost.
+        The costs of the exchange.
 
     Raises:
         AgreedError: on every rank alike, after a failure that all know of.
         WireError: a payload was damaged on its way to this rank.
         TransportError: the transport failed.
     """
-    report = BucketReport(bucket=bucket.index, step=plan.step, numel=grad.numel())
+    report = BucketReport(bucket=memory.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
-    job = Job(channel, bucket, grad, plan, arena, report, settle, exchange, arena if memory is None else memory)
-    bucket.settle()
-    yield from _run(job, strategy_of(plan.collective)(job))
+    running = Exchange(channel, memory, grad, plan, arena, arena if workspace is None else workspace, report)
+    memory.finish_step()
+    yield from _run(running, method_named(plan.collective)(running))
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report
@@ -80,8 +76,8 @@ def report_failure(channel: Channel, header: Header, cause: BaseException, arena
 
     Args:
         channel: the ranks.
-        header: says which exchange.
-        cause: what went wrong on this rank.
+        header: identifies the exchange.
+        cause: the error on this rank.
         arena: gives the buffers.
 
     Raises:
@@ -94,57 +90,62 @@ def report_failure(channel: Channel, header: Header, cause: BaseException, arena
     raise AgreedError(cause)
 
 
-def _run(job: Job, how: Strategy) -> CollectiveSteps[None]:
+def _run(running: Exchange, method: Method) -> CollectiveSteps[None]:
     """Takes one bucket through all steps."""
     taken: Taken | None = None
     try:
-        with job.stage("select"):
-            taken = how.take()
-            job.report.nnz = job.grad.numel() if taken.whole else taken.values.numel()
-            job.report.nonfinite = taken.nonfinite
-        with job.stage("encode"):
-            how.encode(taken)
+        with running.stage("select"):
+            taken = method.take()
+            running.report.nnz = taken.nnz
+            running.report.nonfinite = taken.nonfinite
+        with running.stage("encode"):
+            method.encode()
     except Exception as error:
         if taken is not None:
             taken.undo()
-        yield from report_failure(job.channel, job.header(), error, job.arena)
-        raise  # not reached: the line above raises what all ranks now know
+        yield from report_failure(running.channel, running.header(), error, running.arena)
+        raise  # not reached: the line above raises the error that all ranks now know
     try:
-        with job.stage("wait"):
+        with running.stage("wait"):
             agreement = yield from agree(
-                job.channel, how.header, how.payload, job.arena, job.bucket.index, gather=how.gathers_headers
+                running.channel,
+                method.header,
+                method.payload,
+                running.arena,
+                running.memory.index,
+                gather=method.has_body,
             )
-            finite = not agreement.nonfinite and (yield from how.communicate(agreement))
+            finite = not agreement.nonfinite and (yield from method.communicate(agreement))
         if finite:
-            with job.stage("apply"):
-                how.decode()
+            with running.stage("apply"):
+                method.decode()
     except BaseException:
         taken.undo()
-        how.interrupted()
+        method.give_up(agreed=False)
         raise
-    with job.stage("apply"):
-        if finite and _apply(job, how):
-            job.keep(taken)
+    with running.stage("apply"):
+        if finite and _apply(running, method):
+            running.keep(taken)
         else:
-            job.skip(taken)
-            how.skipped()
+            running.skip(taken)
+            method.give_up(agreed=True)
 
 
-def _apply(job: Job, how: Strategy) -> bool:
+def _apply(running: Exchange, method: Method) -> bool:
     """Step 6. Returns False if the average overflows a float16 bucket: the optimizer then skips the step.
 
     All ranks hold the same average and decide alike.
     """
-    grad, scale = job.grad, job.plan.grad_scale / job.channel.size
+    grad, scale = running.grad, running.plan.grad_scale / running.channel.size
     if grad.dtype != torch.float16:
-        how.write_average(grad, scale)
-        how.settle()
+        method.write_average(grad, scale)
+        method.finish()
         return True
-    average = job.memory.get((job.bucket.index, "work"), grad.numel(), torch.float32)
-    how.write_average(average, scale)
+    average = running.workspace.get((running.memory.index, "work"), grad.numel(), torch.float32)
+    method.write_average(average, scale)
     low, high = side_of(grad.device).read(torch.stack(torch.aminmax(average))) if average.numel() else (0.0, 0.0)
     if not (low >= -_HALF_MAX and high <= _HALF_MAX):
         return False
     grad.copy_(average)
-    how.settle()
+    method.finish()
     return True

@@ -1,11 +1,12 @@
-"""What a bucket remembers of its gradients: residuals and moments, what was taken out of them, and how to undo that."""
+"""What a bucket remembers of its gradients, and what leaves that memory in a step. Above compress, below exchange."""
 
 from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, take_some
+from sparsecomm.feedback.added import Incoming
 from sparsecomm.feedback.layout import BucketLayout
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.feedback.residuals import ResidualStore, check_residuals
-from sparsecomm.feedback.taken import Taken
+from sparsecomm.feedback.taken import NothingTaken, PlacesTaken, SelectedTaken, Taken, WholeTaken
 
 __all__ = [
     "AdamCorrection",
@@ -14,9 +15,14 @@ __all__ = [
     "ChunkNorms",
     "ErrorFeedback",
     "Feedback",
+    "Incoming",
     "MomentumCorrection",
+    "NothingTaken",
+    "PlacesTaken",
     "ResidualStore",
+    "SelectedTaken",
     "Taken",
+    "WholeTaken",
     "accumulate",
     "check_residuals",
     "take_all",

@@ -1,4 +1,4 @@
-"""Momentum before compression: from a gradient to what is added to the residual, and back if the step is undone."""
+"""Momentum before compression: turns a gradient into the vector that is added to the residual, and back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, MomentumCorrection
 from sparsecomm.runtime.arena import Arena
 
@@ -16,28 +17,22 @@ Correction = MomentumCorrection | AdamCorrection
 
 
 def advance(
-    options: Correction,
-    velocity: torch.Tensor,
-    second_moment: torch.Tensor | None,
-    grad: torch.Tensor,
-    factor: float,
-    age: int,
-    out: torch.Tensor,
+    options: Correction, memory: BucketMemory, grad: torch.Tensor, factor: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """Updates the moments by one step.
+    """Updates a bucket's moments by one step.
 
     Args:
-        options: which kind.
-        velocity: float32, shape (n,). Mutated.
-        second_moment: likewise, for Adam. Mutated.
+        options: the kind of correction.
+        memory: its `velocity` and, for Adam, `second_moment`, both float32, shape (n,), are mutated.
         grad: float32, float16 or bfloat16, shape (n,), finite.
-        factor: what the gradient is multiplied by (unscaling, clipping).
-        age: steps the moments have seen, this one included (Adam's bias correction).
+        factor: factor on the gradient (unscaling, clipping).
         out: float32, shape (n,), work space. Mutated.
 
     Returns:
-        What this step adds to the residual, float32, shape (n,): `out` or `velocity`.
+        The vector to add to the residual, float32, shape (n,): `out` or the velocity.
     """
+    velocity, second_moment, age = memory.velocity, memory.second_moment, memory.age
+    assert velocity is not None, "a correction needs a velocity"
     if isinstance(options, AdamCorrection):
         assert second_moment is not None, "Adam needs a second moment"
         torch.mul(grad, factor, out=out)
@@ -53,15 +48,15 @@ def advance(
 
 
 def work_space(options: Correction, arena: Arena, bucket: int, numel: int) -> torch.Tensor:
-    """Returns what `advance` works in; empty where it needs nothing."""
+    """Returns the work space of `advance`; empty where it needs none."""
     needed = isinstance(options, AdamCorrection) or options.nesterov
     return arena.get((bucket, "look-ahead"), numel if needed else 0, torch.float32)
 
 
-def rewind(
-    options: Correction, velocity: torch.Tensor, second_moment: torch.Tensor | None, grad: torch.Tensor, factor: float
-) -> None:
-    """Undoes one `advance`, to rounding. Arguments as there."""
+def rewind(options: Correction, memory: BucketMemory, grad: torch.Tensor, factor: float) -> None:
+    """Undoes one `advance`, to rounding. The arguments are the same."""
+    velocity, second_moment = memory.velocity, memory.second_moment
+    assert velocity is not None, "a correction needs a velocity"
     step = grad.to(torch.float32) * factor
     if isinstance(options, AdamCorrection):
         assert second_moment is not None, "Adam needs a second moment"

@@ -1,120 +1,189 @@
-"""What was taken out of a bucket's memory for one step, with what undoes it."""
+"""What left a bucket's memory for one step. Each case is a class that can make the step final or take it back.
+
+    SelectedTaken   some elements, at positions that this rank has chosen
+    PlacesTaken     the elements at places that all ranks find together
+    WholeTaken      the whole residual
+    NothingTaken    nothing: the gradient itself is summed, beside a residual that is zero
+
+The caller calls exactly one of `commit` and `undo`, once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import abc
 from functools import cache
 
 import torch
 
 from sparsecomm import kernels
 from sparsecomm.compress.places import Places
-from sparsecomm.feedback.corrections import Correction, rewind
-from sparsecomm.feedback.memory import BucketMemory
+from sparsecomm.feedback.added import Added
+from sparsecomm.types import Pairs
 
-__all__ = ["Taken"]
+__all__ = ["NothingTaken", "PlacesTaken", "SelectedTaken", "Taken", "WholeTaken"]
+
+
+class Taken(abc.ABC):
+    """What left a bucket's memory for one step.
+
+    Attributes:
+        added: the gradient that was added to the memory before.
+    """
+
+    def __init__(self, added: Added) -> None:
+        self.added = added
+
+    @property
+    def nonfinite(self) -> int:
+        """Elements that were NaN or infinite."""
+        return self.added.nonfinite
+
+    @property
+    @abc.abstractmethod
+    def nnz(self) -> int:
+        """Number of elements that this rank sends."""
+
+    @abc.abstractmethod
+    def commit(self) -> None:
+        """Makes the step final after the exchange has succeeded."""
+
+    @abc.abstractmethod
+    def undo(self) -> None:
+        """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
+
+    def _mask(self, indices: torch.Tensor) -> None:
+        """Zeroes the momentum at some positions (uint32), where the correction asks for that (DGC's factor masking)."""
+        velocity = self.added.memory.velocity
+        if self.added.masking and velocity is not None and indices.numel():
+            velocity[indices.to(torch.int64)] = 0.0
+
+
+class SelectedTaken(Taken):
+    """Some elements, at positions that this rank has chosen. The residual is zero there.
+
+    Attributes:
+        indices: uint32, shape (nnz,), ascending.
+        values: float32, shape (nnz,).
+        capacity: most pairs that the compressor may take from this bucket in a step.
+    """
+
+    def __init__(self, added: Added, pairs: Pairs | None = None, capacity: int = 0) -> None:
+        super().__init__(added)
+        self.indices, self.values = _nothing(added.incoming.grad.device) if pairs is None else pairs
+        self.capacity = capacity
+
+    @property
+    def nnz(self) -> int:
+        """Number of selected elements."""
+        return self.values.numel()
+
+    def commit(self) -> None:
+        """Zeroes the momentum of the selected elements, and returns what was put aside."""
+        self._mask(self.indices)
+        self.added.finish()
+
+    def undo(self) -> None:
+        """Returns the selected elements, then takes the gradient out of the memory again."""
+        self.added.undo((self.indices, self.values))
+
+    def put_back(self) -> tuple[PlacesTaken, torch.Tensor]:
+        """Returns the selected elements to the residual, as if only the gradient had been added.
+
+        Returns:
+            What takes the place of this object, and the positions that were selected: uint32, shape (nnz,), ascending.
+        """
+        residual = self.added.memory.residual
+        if residual is not None:
+            kernels.scatter_add(residual, self.indices, self.values)
+        return PlacesTaken(self.added), self.indices
+
+
+class PlacesTaken(Taken):
+    """The elements at places that all ranks find together. They leave the residual when the step is final.
+
+    Attributes:
+        places: the places, once they are found.
+        rounding: float32, shape (places.count,): the part of the sent values that this rank rounded off; None for
+            nothing.
+    """
+
+    def __init__(self, added: Added) -> None:
+        super().__init__(added)
+        self.places: Places | None = None
+        self.rounding: torch.Tensor | None = None
+
+    @property
+    def nnz(self) -> int:
+        """Number of elements at the places; 0 before they are found."""
+        return 0 if self.places is None else self.places.count
+
+    def commit(self) -> None:
+        """Leaves nothing at the places but what was rounded off."""
+        memory, places = self.added.memory, self.places
+        assert places is not None, "places are found before a step is final"
+        if memory.residual is not None:
+            if self.rounding is None:
+                places.fill(memory.residual, 0.0)
+            else:
+                places.put(self.rounding, memory.residual)
+        if self.added.masking and memory.velocity is not None:
+            places.fill(memory.velocity, 0.0)
+        self.added.finish()
+
+    def undo(self) -> None:
+        """Takes the gradient out of the memory again."""
+        self.added.undo(None)
+
+
+class WholeTaken(Taken):
+    """The whole residual, which keeps its content until the step is final.
+
+    Attributes:
+        rest: float32, shape (n,): what the residual is after the step (rounding, or a part that was not sent); None for
+            zero.
+        masked: uint32, ascending: positions at which momentum is zeroed; None for none.
+    """
+
+    def __init__(self, added: Added) -> None:
+        super().__init__(added)
+        self.rest: torch.Tensor | None = None
+        self.masked: torch.Tensor | None = None
+
+    @property
+    def nnz(self) -> int:
+        """All elements."""
+        return self.added.incoming.grad.numel()
+
+    def commit(self) -> None:
+        """Replaces the residual by the rest."""
+        memory = self.added.memory
+        if memory.residual is not None:
+            memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
+            memory.empty = self.rest is None and not self.added.holds_values()
+        if self.masked is not None:
+            self._mask(self.masked)
+        self.added.finish()
+
+    def undo(self) -> None:
+        """Takes the gradient out of the memory again."""
+        self.added.undo(None)
+
+
+class NothingTaken(Taken):
+    """Nothing: the gradient itself is summed, and the residual, which is zero, stays so."""
+
+    @property
+    def nnz(self) -> int:
+        """All elements of the gradient."""
+        return self.added.incoming.grad.numel()
+
+    def commit(self) -> None:
+        """Does nothing."""
+
+    def undo(self) -> None:
+        """Does nothing: the memory was not touched."""
 
 
 @cache
-def _nothing(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing(device: torch.device) -> Pairs:
     return torch.empty(0, dtype=torch.uint32, device=device), torch.empty(0, device=device)
-
-
-@dataclass(slots=True)
-class Taken:
-    """What was added to a bucket's memory and taken out of it, and all that is needed to undo both.
-
-    Attributes:
-        bucket: whose memory it was.
-        grad: the gradient as it came, shape (n,); must be unchanged when `undo` is called without a copy (`before`).
-        scale: factor that brings the gradient into the residual's units.
-        nonfinite: elements that were NaN or infinite.
-        indices: uint32, shape (nnz,), ascending; empty for a dense exchange.
-        values: float32, shape (nnz,).
-        source: what was added to the residual: the gradient (times scale), or the velocity; None if nothing was.
-        momentum: the options of momentum or Adam correction, if in use.
-        clip: factor by which it clipped the gradient.
-        held: elements whose residual and moments were put aside, with their content.
-        capacity: how many pairs the compressor may take from this bucket in a step.
-        accumulated: whether `source` has been added to the residual.
-        whole: whether all of the residual is sent, not only what `indices` names.
-        direct: whether the gradient itself is sent whole, since the residual is zero, and stays so.
-        places: what is sent of the residual, and leaves it only when the step is final.
-        left: of what is sent whole or at `places`, float32: what this rank's rounding dropped; None for nothing.
-        before: residual and moments, each with a copy of what it was, if the gradient will not last until `undo`.
-    """
-
-    bucket: BucketMemory
-    grad: torch.Tensor
-    scale: float
-    nonfinite: int
-    indices: torch.Tensor
-    values: torch.Tensor
-    source: torch.Tensor | None
-    momentum: Correction | None = None
-    clip: float = 1.0
-    held: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    capacity: int = 0
-    accumulated: bool = False
-    whole: bool = False
-    direct: bool = False
-    places: Places | None = None
-    left: torch.Tensor | None = None
-    before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def commit(self) -> None:
-        """Makes the step final after the exchange has succeeded.
-
-        What was sent whole or at `places` leaves the residual, but for what rounding dropped; the velocity is zeroed
-        where something was selected (DGC's factor masking); what was put aside comes back, beside what the exchange may
-        have left there in the meantime.
-        """
-        residual, velocity = self.bucket.residual, self.bucket.velocity
-        if self.whole and residual is not None and not self.direct:
-            residual.zero_() if self.left is None else residual.copy_(self.left)
-            self.bucket.empty = self.left is None and not any(bool(content.any()) for _, content in self.held)
-        if self.places is not None and residual is not None:
-            self.places.fill(residual, 0.0) if self.left is None else self.places.put(self.left, residual)
-        if self.momentum is not None and self.momentum.masking and velocity is not None:
-            if self.places is not None:
-                self.places.fill(velocity, 0.0)
-            elif self.values.numel():
-                velocity[self.indices.to(torch.int64)] = 0.0
-        for place, content in self.held:
-            place.add_(content)
-        self.held = []
-
-    def put_back(self) -> torch.Tensor:
-        """Returns what was selected to the residual, as if only the gradient had been added.
-
-        Returns:
-            Where it was, uint32, shape (nnz,), ascending.
-        """
-        residual, indices = self.bucket.residual, self.indices
-        if residual is not None:
-            kernels.scatter_add(residual, indices, self.values)
-        self.indices, self.values = _nothing(indices.device)
-        return indices
-
-    def undo(self) -> None:
-        """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
-        if self.before:
-            for memory, content in self.before:
-                memory.copy_(content)
-            self.held = []
-            return
-        residual, velocity = self.bucket.residual, self.bucket.velocity
-        if self.accumulated and residual is not None and self.source is not None:
-            step = self.source if self.momentum is not None else self.grad.to(torch.float32) * self.scale
-            if self.nonfinite:
-                # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
-                residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
-            else:
-                residual.sub_(step)
-            chosen = self.indices.to(torch.int64)
-            residual[chosen] = self.values - torch.nan_to_num(step[chosen], nan=0.0, posinf=0.0, neginf=0.0)
-        if self.momentum is not None and velocity is not None and self.source is not None:
-            rewind(self.momentum, velocity, self.bucket.second_moment, self.grad, self.scale * self.clip)
-        for place, content in self.held:
-            place.copy_(content)
-        self.held = []

@@ -9,7 +9,6 @@ import torch
 
 from sparsecomm.compress import Compressor
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.exchange.method import strategy_named
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
@@ -28,7 +27,7 @@ class _World:
 
     def __init__(self, compressor: Compressor, collective: str, size: int, numel: int) -> None:
         layout = BucketLayout(("weight",), ((numel,),), ((1,),))
-        self.compressor, self.kind, self.numel = compressor, strategy_named(collective).kind, numel
+        self.compressor, self.collective, self.numel = compressor, collective, numel
         self.world = SimulatedWorld(size)
         self.residuals = [torch.zeros(numel) for _ in range(size)]
         self.buckets = [BucketMemory(0, layout, residual) for residual in self.residuals]
@@ -37,7 +36,7 @@ class _World:
     def step(self, grads: Sequence[torch.Tensor], step: int, codec: ValueCodec) -> list[BucketReport]:
         """Averages the gradients, in place."""
         k = self.compressor.k_for(self.numel, step)
-        plan = Plan(step, self.kind, self.compressor, k, value_codec=codec)
+        plan = Plan(step, self.collective, self.compressor, k, value_codec=codec)
 
         def make(channel: Channel) -> CollectiveSteps[BucketReport]:
             r = channel.rank

@@ -6,14 +6,20 @@ from sparsecomm.wire.header import (
     HEADER_BYTES,
     MAGIC,
     MAX_ERROR_BYTES,
-    SPAN_BYTES,
     VERSION,
-    CollectiveKind,
     Header,
+    HeaderRules,
+    check_bare,
+    check_empty,
+    check_pairs,
+    known_rules,
     read_header,
+    register_rules,
+    rules_of,
     write_header,
 )
 from sparsecomm.wire.pairs import (
+    body_bytes,
     check_body,
     choose_index_codec,
     decode_bodies,
@@ -39,8 +45,9 @@ from sparsecomm.wire.positions import (
     positions_bytes,
     read_positions_header,
 )
-from sparsecomm.wire.signs import add_signs, encode_signs, max_signs_bytes, read_spans
-from sparsecomm.wire.vector import read_vector, vector_header, write_vector
+from sparsecomm.wire.record import Record
+from sparsecomm.wire.signs import SPAN_BYTES, add_signs, check_signs, encode_signs, max_signs_bytes, read_spans
+from sparsecomm.wire.vector import Vector, read_vector, vector_header, write_vector
 
 __all__ = [
     "FLAG_ERROR",
@@ -52,12 +59,19 @@ __all__ = [
     "POSITIONS_HEADER_BYTES",
     "SPAN_BYTES",
     "VERSION",
-    "CollectiveKind",
     "Header",
+    "HeaderRules",
     "PartHeader",
     "PositionsHeader",
+    "Record",
+    "Vector",
     "add_signs",
+    "body_bytes",
+    "check_bare",
     "check_body",
+    "check_empty",
+    "check_pairs",
+    "check_signs",
     "choose_index_codec",
     "decode_bodies",
     "decode_body",
@@ -68,6 +82,7 @@ __all__ = [
     "encode_payload",
     "encode_positions",
     "encode_signs",
+    "known_rules",
     "max_part_bytes",
     "max_payload_bytes",
     "max_positions_bytes",
@@ -78,6 +93,8 @@ __all__ = [
     "read_positions_header",
     "read_spans",
     "read_vector",
+    "register_rules",
+    "rules_of",
     "vector_header",
     "write_header",
     "write_vector",

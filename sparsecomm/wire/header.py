@@ -6,16 +6,17 @@ It travels ahead of the body, so that ranks find out that they disagree before t
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeVar, cast
 
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.errors import WireError
+from sparsecomm.errors import ConfigError, WireError
 from sparsecomm.types import MAX_NUMEL, IndexCodec, ValueCodec
+from sparsecomm.wire.record import Record
 
 __all__ = [
     "FLAG_ERROR",
@@ -23,11 +24,16 @@ __all__ = [
     "HEADER_BYTES",
     "MAGIC",
     "MAX_ERROR_BYTES",
-    "SPAN_BYTES",
     "VERSION",
-    "CollectiveKind",
     "Header",
+    "HeaderRules",
+    "check_bare",
+    "check_empty",
+    "check_pairs",
+    "known_rules",
     "read_header",
+    "register_rules",
+    "rules_of",
     "write_header",
 ]
 
@@ -38,42 +44,81 @@ FLAG_NONFINITE = 1
 FLAG_ERROR = 2
 """The sender failed; the body is its error message in UTF-8."""
 MAX_ERROR_BYTES = 4096
-SPAN_BYTES = 8
-"""First and last element of a span that no signs are sent of."""
-
-_FORMAT = struct.Struct("<4sBBBBBBHIIIIQQQQQQfII")
-HEADER_BYTES = _FORMAT.size
-_HEADER_CRC_OFFSET = HEADER_BYTES - 4
-
-
-class CollectiveKind(IntEnum):
-    """What a payload belongs to: a collective, or a worker's push to or pull from a parameter server."""
-
-    ALLGATHER = 1
-    DENSE = 2
-    SPLIT_REDUCE = 3
-    SSAR = 4
-    CHUNKED = 5
-    SHARED_INDEX = 6
-    TREE = 7
-    POWERSGD = 8
-    SIGN = 9
-    TWO_LEVEL = 10
-    CHOOSING = 11  # no exchange of a bucket: ranks choose one
-    PUSH = 12  # of a parameter server, as PULL
-    PULL = 13
-
-
-_BARE = (
-    CollectiveKind.SPLIT_REDUCE,
-    CollectiveKind.SSAR,
-    CollectiveKind.CHUNKED,
-    CollectiveKind.SHARED_INDEX,
-    CollectiveKind.TREE,
-    CollectiveKind.POWERSGD,
-    CollectiveKind.TWO_LEVEL,
+_RECORD = Record(
+    "header",
+    (
+        ("flags", "B"),
+        ("collective", "B"),
+        ("value_codec", "B"),
+        ("index_codec", "B"),
+        ("reserved", "B"),
+        ("reserved", "H"),
+        ("rank", "I"),
+        ("world", "I"),
+        ("bucket", "I"),
+        ("tag", "I"),
+        ("step", "Q"),
+        ("layout_hash", "Q"),
+        ("numel", "Q"),
+        ("nnz", "Q"),
+        ("index_bytes", "Q"),
+        ("value_bytes", "Q"),
+        ("value_scale", "f"),
+        ("body_crc", "I"),
+    ),
+    magic=MAGIC,
+    version=VERSION,
+    crc="header_crc",
 )
-"""Collectives whose headers have no body, but k and a plan."""
+HEADER_BYTES = _RECORD.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderRules:
+    """Rules for the headers of one collective, or of one direction of the parameter server.
+
+    Attributes:
+        number: what headers carry for it, 1 to 255; never reused.
+        label: its name in errors.
+        check: raises WireError for fields that do not fit together.
+        tagged: whether its headers may carry a tag.
+        must_match: further header fields that must be the same on all ranks, with the users' word for each.
+        show: returns the value of such a field as users know it, given the field's name.
+    """
+
+    number: int
+    label: str
+    check: Callable[[Header], None]
+    tagged: bool = False
+    must_match: Mapping[str, str] = field(default_factory=dict)
+    show: Callable[[str, Any], str] = lambda _, value: str(value)
+
+
+_RULES: dict[int, HeaderRules] = {}
+
+
+def register_rules(rules: HeaderRules) -> None:
+    """Makes headers with a number readable.
+
+    Raises:
+        ConfigError: if the number is taken by another label, or does not fit into a byte.
+    """
+    known = _RULES.get(rules.number, rules)
+    if known.label != rules.label or not 0 < rules.number < 256:
+        raise ConfigError(
+            f"{rules.label} cannot have the number {rules.number}: {known.label} has it, or it is no byte"
+        )
+    _RULES[rules.number] = rules
+
+
+def known_rules() -> list[HeaderRules]:
+    """Returns all registered rules, by number."""
+    return sorted(_RULES.values(), key=lambda r: r.number)
+
+
+def rules_of(number: int) -> HeaderRules:
+    """Returns the rules of a registered number."""
+    return _RULES[number]
 
 
 @dataclass(slots=True)
@@ -82,7 +127,7 @@ class Header:
 
     Attributes:
         flags: bit set of FLAG_NONFINITE and FLAG_ERROR.
-        collective: the collective that the sender runs.
+        collective: number of the sender's collective, see `HeaderRules`.
         value_codec: how the values are written.
         index_codec: how the indices are written.
         rank: sender.
@@ -96,13 +141,11 @@ class Header:
         value_bytes: length of the value part of the body.
         value_scale: factor on decoded FP16 values and on signs; 1 otherwise.
         body_crc: CRC32C of the body.
-        plan: how the sender is going to proceed. In a split-reduce, tag of its regions, 0 if it has none; chunked, the
-            elements of a chunk; with shared indices, 1 + the seed of their sample, 0 if a rank leads; in PowerSGD, tag
-            of the factors that it starts from, 0 if it has none; on two levels, tag of the nodes.
+        tag: 32 bits that say how the sender proceeds; the collective gives them a meaning. 0 for none.
     """
 
     flags: int
-    collective: CollectiveKind
+    collective: int
     value_codec: ValueCodec
     index_codec: IndexCodec
     rank: int
@@ -116,7 +159,7 @@ class Header:
     value_bytes: int
     value_scale: float = 1.0
     body_crc: int = 0
-    plan: int = 0
+    tag: int = 0
 
     @property
     def body_bytes(self) -> int:
@@ -127,34 +170,27 @@ class Header:
 def write_header(header: Header, out: torch.Tensor) -> None:
     """Writes a header into the first HEADER_BYTES of a uint8 tensor."""
     h = header
-    view: Any = out.numpy()
-    _FORMAT.pack_into(
-        view,
-        0,
-        MAGIC,
-        VERSION,
-        h.flags,
-        h.collective,
-        h.value_codec,
-        h.index_codec,
-        0,
-        0,
-        h.rank,
-        h.world,
-        h.bucket,
-        h.plan,
-        h.step,
-        h.layout_hash,
-        h.numel,
-        h.nnz,
-        h.index_bytes,
-        h.value_bytes,
-        h.value_scale,
-        h.body_crc,
-        0,
+    _RECORD.write(
+        out,
+        (
+            h.flags,
+            h.collective,
+            h.value_codec,
+            h.index_codec,
+            h.rank,
+            h.world,
+            h.bucket,
+            h.tag,
+            h.step,
+            h.layout_hash,
+            h.numel,
+            h.nnz,
+            h.index_bytes,
+            h.value_bytes,
+            h.value_scale,
+            h.body_crc,
+        ),
     )
-    crc = kernels.crc32c(out[:_HEADER_CRC_OFFSET])
-    struct.pack_into("<I", view, _HEADER_CRC_OFFSET, crc)
 
 
 def read_header(data: torch.Tensor) -> Header:
@@ -166,42 +202,37 @@ def read_header(data: torch.Tensor) -> Header:
     Raises:
         WireError: names the first field that is wrong and its value.
     """
-    if data.numel() < HEADER_BYTES:
-        raise WireError("length", data.numel(), f"a header has {HEADER_BYTES} bytes")
-    view: Any = data.numpy()
-    fields = _FORMAT.unpack_from(view, 0)
-    magic, version, flags, collective, value_codec, index_codec, pad0, pad1 = fields[:8]
-    rank, world, bucket, plan = fields[8:12]
-    if magic != MAGIC:
-        raise WireError("magic", magic, f"expected {MAGIC!r}")
-    if version != VERSION:
-        raise WireError("version", version, f"this build reads version {VERSION}")
-    crc = kernels.crc32c(data[:_HEADER_CRC_OFFSET])
-    if crc != fields[20]:
-        raise WireError("header_crc", hex(fields[20]), f"the header's checksum is {crc:#x}")
-    if pad0 or pad1:
-        raise WireError("reserved", (pad0, pad1), "must be zero")
+    flags, collective, value_codec, index_codec, rank, world, bucket, tag, *rest = _RECORD.read(data)
+    step, layout_hash, numel, nnz, index_bytes, value_bytes, value_scale, body_crc = rest
     if flags & ~(FLAG_NONFINITE | FLAG_ERROR):
         raise WireError("flags", flags, "unknown bits")
+    rules = _RULES.get(collective)
+    if rules is None:
+        known = ", ".join(f"{r.number} ({r.label})" for r in known_rules())
+        raise WireError("collective", collective, f"known are {known}")
     header = Header(
         flags=flags,
-        collective=_enum(CollectiveKind, "collective", collective),
+        collective=collective,
         value_codec=_enum(ValueCodec, "value_codec", value_codec),
         index_codec=_enum(IndexCodec, "index_codec", index_codec),
         rank=rank,
         world=world,
         bucket=bucket,
-        step=fields[12],
-        layout_hash=fields[13],
-        numel=fields[14],
-        nnz=fields[15],
-        index_bytes=fields[16],
-        value_bytes=fields[17],
-        value_scale=fields[18],
-        body_crc=fields[19],
-        plan=plan,
+        step=step,
+        layout_hash=layout_hash,
+        numel=numel,
+        nnz=nnz,
+        index_bytes=index_bytes,
+        value_bytes=value_bytes,
+        value_scale=value_scale,
+        body_crc=body_crc,
+        tag=tag,
     )
-    _check_sizes(header)
+    _check_common(header)
+    if header.flags & FLAG_ERROR:
+        _check_error(header, rules)
+    else:
+        rules.check(header)
     return header
 
 
@@ -216,8 +247,11 @@ def _enum(kind: type[_E], field: str, value: int) -> _E:
     return cast(_E, found)
 
 
-def _check_sizes(h: Header) -> None:
-    """Checks lengths against each other, so that a receiver allocates no more than n allows."""
+# Lengths are checked against each other, so that a receiver allocates no more than n allows.
+
+
+def _check_common(h: Header) -> None:
+    """Checks the fields that mean the same in every header."""
     if h.rank >= h.world:
         raise WireError("rank", h.rank, f"the sender's world has {h.world} ranks")
     if h.numel > MAX_NUMEL:
@@ -226,23 +260,20 @@ def _check_sizes(h: Header) -> None:
         raise WireError("nnz", h.nnz, f"more than numel = {h.numel}")
     if not (math.isfinite(h.value_scale) and h.value_scale > 0.0):
         raise WireError("value_scale", h.value_scale, "must be finite and positive")
-    signs = h.collective == CollectiveKind.SIGN and not h.flags & FLAG_ERROR
-    if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0 and not signs:
-        raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
-    if h.plan and h.collective not in _BARE:
-        raise WireError("plan", h.plan, f"{h.collective.name} has none")
-    if h.flags & FLAG_ERROR:
-        _at_most(h, "an error message", nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
-        return
-    if h.collective == CollectiveKind.DENSE:
-        _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)
-        return
-    if h.collective in _BARE:
-        _at_most(h, f"{h.collective.name}, whose values follow later,", index_bytes=0, value_bytes=0)
-        return
-    if signs:
-        _check_signs(h)
-        return
+
+
+def _check_error(h: Header, rules: HeaderRules) -> None:
+    """Checks the header of an error message."""
+    _check_scale(h)
+    if not rules.tagged:
+        _check_untagged(h, rules.label)
+    _at_most(h, "an error message", nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
+
+
+def check_pairs(h: Header) -> None:
+    """Checks a header that positions and values follow."""
+    _check_scale(h)
+    _check_untagged(h, rules_of(h.collective).label)
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
         raise WireError("nnz", h.nnz, f"the dense index codec needs nnz = numel = {h.numel}")
     most = kernels.max_index_bytes(h.index_codec, h.nnz, h.numel)
@@ -253,19 +284,30 @@ def _check_sizes(h: Header) -> None:
         raise WireError("value_bytes", h.value_bytes, f"{h.value_codec.name} needs {values} for nnz = {h.nnz}")
 
 
-def _check_signs(h: Header) -> None:
-    """A body of signs is there whole or not at all; its index bytes are spans that are not sent."""
-    if h.nnz not in (0, h.numel):
-        raise WireError("nnz", h.nnz, f"signs are of all {h.numel} elements or of none")
-    if h.value_bytes != -(-h.nnz // 8):
-        raise WireError("value_bytes", h.value_bytes, f"{h.nnz} signs need {-(-h.nnz // 8)}")
-    if h.index_bytes % SPAN_BYTES or h.index_bytes > SPAN_BYTES * -(-h.nnz // 2):
-        raise WireError("index_bytes", h.index_bytes, f"not spans of {SPAN_BYTES} bytes among {h.nnz} elements")
-    if (h.value_codec, h.index_codec) != (ValueCodec.FP32, IndexCodec.RAW):
-        raise WireError("value_codec", h.value_codec, "signs are written in one way, which is called fp32 and raw")
+def check_bare(h: Header) -> None:
+    """Checks a header without a body, whose `nnz` holds k, and which may carry a tag."""
+    _check_scale(h)
+    _at_most(h, f"{rules_of(h.collective).label}, whose values follow later,", index_bytes=0, value_bytes=0)
 
 
-def _at_most(h: Header, what: str, **limits: int) -> None:
-    for field, most in limits.items():
-        if getattr(h, field) > most:
-            raise WireError(field, getattr(h, field), f"{what} has at most {most}")
+def check_empty(h: Header) -> None:
+    """Checks a header that says nothing but which exchange its sender is in."""
+    _check_scale(h)
+    _check_untagged(h, rules_of(h.collective).label)
+    _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)
+
+
+def _check_scale(h: Header) -> None:
+    if h.value_codec != ValueCodec.FP16 and h.value_scale != 1.0:
+        raise WireError("value_scale", h.value_scale, f"{h.value_codec.name} values have the scale 1")
+
+
+def _check_untagged(h: Header, label: str) -> None:
+    if h.tag:
+        raise WireError("tag", h.tag, f"{label} has none")
+
+
+def _at_most(h: Header, noun: str, **limits: int) -> None:
+    for name, most in limits.items():
+        if getattr(h, name) > most:
+            raise WireError(name, getattr(h, name), f"{noun} has at most {most}")

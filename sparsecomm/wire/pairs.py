@@ -8,7 +8,7 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import Codecs, IndexCodec, ValueCodec
 from sparsecomm.wire.header import FLAG_ERROR, HEADER_BYTES, MAX_ERROR_BYTES, Header, write_header
 
 __all__ = [
@@ -139,7 +139,7 @@ def decode_bodies(
     )
 
 
-def body_bytes(nnz: int, numel: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
-    """Returns the expected bytes of a body of nnz uniform positions and their values."""
-    codec = choose_index_codec(nnz, numel, index_codec)
-    return kernels.estimate_index_bytes(codec, nnz, numel) + kernels.max_value_bytes(value_codec, nnz)
+def body_bytes(nnz: int, numel: int, codecs: Codecs) -> int:
+    """Returns the expected bytes of a body of nnz uniform positions among `numel`, and their values."""
+    codec = choose_index_codec(nnz, numel, codecs.indices)
+    return kernels.estimate_index_bytes(codec, nnz, numel) + kernels.max_value_bytes(codecs.values, nnz)

@@ -6,21 +6,31 @@ Step, bucket, sender and span are not in it: ranks have agreed on them before a 
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sparsecomm import kernels
 from sparsecomm.errors import ConfigError, WireError
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import Codecs, IndexCodec, ValueCodec
+from sparsecomm.wire.record import Record
 
 __all__ = ["PART_HEADER_BYTES", "PartHeader", "decode_part", "encode_part", "max_part_bytes", "read_part_header"]
 
-_FORMAT = struct.Struct("<IIBBHfII")
-PART_HEADER_BYTES = _FORMAT.size
-_CRC_OFFSET = PART_HEADER_BYTES - 4
+_RECORD = Record(
+    "part's header",
+    (
+        ("nnz", "I"),
+        ("index_bytes", "I"),
+        ("index_codec", "B"),
+        ("value_codec", "B"),
+        ("reserved", "H"),
+        ("value_scale", "f"),
+        ("body_crc", "I"),
+    ),
+    crc="header_crc",
+)
+PART_HEADER_BYTES = _RECORD.nbytes
 _MOST = 2**32 - 1
 
 
@@ -62,18 +72,17 @@ def _codec_of(nnz: int, span: int, index_codec: IndexCodec | None) -> IndexCodec
     return IndexCodec.BITMAP if 8 * nnz > 3 * span else IndexCodec.RICE  # of uniform positions they cost alike at 0.38
 
 
-def max_part_bytes(nnz: int, span: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
+def max_part_bytes(nnz: int, span: int, codecs: Codecs) -> int:
     """Returns a bound on a part's length in bytes, header included; 0 elements of a span still have a header."""
-    codec = _codec_of(nnz, span, index_codec)
-    return PART_HEADER_BYTES + kernels.max_index_bytes(codec, nnz, span) + kernels.max_value_bytes(value_codec, nnz)
+    codec = _codec_of(nnz, span, codecs.indices)
+    return PART_HEADER_BYTES + kernels.max_index_bytes(codec, nnz, span) + kernels.max_value_bytes(codecs.values, nnz)
 
 
 def encode_part(
     indices: torch.Tensor,
     values: torch.Tensor,
     span: int,
-    value_codec: ValueCodec,
-    index_codec: IndexCodec | None,
+    codecs: Codecs,
     out: torch.Tensor,
     error: torch.Tensor,
 ) -> int:
@@ -83,8 +92,7 @@ def encode_part(
         indices: uint32, shape (nnz,), strictly ascending, relative to the start of the span, below `span`.
         values: float32, shape (nnz,), finite.
         span: elements of the dense vector that the part is of.
-        value_codec: how to write the values.
-        index_codec: how to write the positions; None for the smallest.
+        codecs: of values and positions.
         out: uint8, at least `max_part_bytes` long. Mutated.
         error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
 
@@ -95,18 +103,16 @@ def encode_part(
         ConfigError: for more than a part can hold.
     """
     nnz = values.numel()
-    codec = _codec_of(nnz, span, index_codec)
+    codec = _codec_of(nnz, span, codecs.indices)
     body = out[PART_HEADER_BYTES:]
     index_bytes = kernels.encode_indices(codec, indices, span, body) if nnz else 0
-    value_bytes, scale = kernels.encode_values(value_codec, values, body[index_bytes:], error)
+    value_bytes, scale = kernels.encode_values(codecs.values, values, body[index_bytes:], error)
     if max(nnz, index_bytes) > _MOST:
         raise ConfigError(
             f"a part of {nnz} nonzeros and {index_bytes} index bytes: at most {_MOST} fit; use more ranks"
         )
-    view: Any = out.numpy()
     crc = kernels.crc32c(body[: index_bytes + value_bytes])
-    _FORMAT.pack_into(view, 0, nnz, index_bytes, codec, value_codec, 0, scale, crc, 0)
-    struct.pack_into("<I", view, _CRC_OFFSET, kernels.crc32c(out[:_CRC_OFFSET]))
+    _RECORD.write(out, (nnz, index_bytes, codec, codecs.values, scale, crc))
     return PART_HEADER_BYTES + index_bytes + value_bytes
 
 
@@ -120,15 +126,7 @@ def read_part_header(data: torch.Tensor, span: int) -> PartHeader:
     Raises:
         WireError: names the first field that is wrong and its value.
     """
-    if data.numel() < PART_HEADER_BYTES:
-        raise WireError("length", data.numel(), f"a part's header has {PART_HEADER_BYTES} bytes")
-    view: Any = data.numpy()
-    nnz, index_bytes, index_codec, value_codec, reserved, scale, body_crc, header_crc = _FORMAT.unpack_from(view, 0)
-    crc = kernels.crc32c(data[:_CRC_OFFSET])
-    if crc != header_crc:
-        raise WireError("header_crc", hex(header_crc), f"the part's header has the checksum {crc:#x}")
-    if reserved:
-        raise WireError("reserved", reserved, "must be zero")
+    nnz, index_bytes, index_codec, value_codec, scale, body_crc = _RECORD.read(data)
     if nnz > span:
         raise WireError("nnz", nnz, f"more than the {span} elements of its region")
     if index_codec not in _INDEX_CODECS:

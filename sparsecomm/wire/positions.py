@@ -5,9 +5,7 @@ Step, bucket, sender and the bucket's length are not in it: ranks have agreed on
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,6 +13,7 @@ from sparsecomm import kernels
 from sparsecomm.errors import WireError
 from sparsecomm.types import IndexCodec
 from sparsecomm.wire.pairs import choose_index_codec
+from sparsecomm.wire.record import Record
 
 __all__ = [
     "POSITIONS_HEADER_BYTES",
@@ -26,10 +25,12 @@ __all__ = [
     "read_positions_header",
 ]
 
-_FORMAT = struct.Struct("<QQB7sII")
-POSITIONS_HEADER_BYTES = _FORMAT.size
-_CRC_OFFSET = POSITIONS_HEADER_BYTES - 4
-_RESERVED = bytes(7)
+_RECORD = Record(
+    "positions header",
+    (("nnz", "Q"), ("index_bytes", "Q"), ("index_codec", "B"), ("reserved", "7s"), ("body_crc", "I")),
+    crc="header_crc",
+)
+POSITIONS_HEADER_BYTES = _RECORD.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,7 @@ def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec 
     codec = choose_index_codec(nnz, numel, index_codec)
     body = out[POSITIONS_HEADER_BYTES:]
     length = kernels.encode_indices(codec, indices, numel, body)
-    view: Any = out.numpy()
-    _FORMAT.pack_into(view, 0, nnz, length, codec, _RESERVED, kernels.crc32c(body[:length]), 0)
-    struct.pack_into("<I", view, _CRC_OFFSET, kernels.crc32c(out[:_CRC_OFFSET]))
+    _RECORD.write(out, (nnz, length, codec, kernels.crc32c(body[:length])))
     return POSITIONS_HEADER_BYTES + length
 
 
@@ -87,15 +86,7 @@ def read_positions_header(data: torch.Tensor, numel: int, most: int) -> Position
     Raises:
         WireError: names the first field that is wrong and its value.
     """
-    if data.numel() < POSITIONS_HEADER_BYTES:
-        raise WireError("length", data.numel(), f"the header of positions has {POSITIONS_HEADER_BYTES} bytes")
-    view: Any = data.numpy()
-    nnz, length, codec, reserved, body_crc, header_crc = _FORMAT.unpack_from(view, 0)
-    crc = kernels.crc32c(data[:_CRC_OFFSET])
-    if crc != header_crc:
-        raise WireError("header_crc", hex(header_crc), f"the header's checksum is {crc:#x}")
-    if reserved != _RESERVED:
-        raise WireError("reserved", reserved, "must be zero")
+    nnz, length, codec, body_crc = _RECORD.read(data)
     if nnz > most:
         raise WireError("nnz", nnz, f"at most {most} were asked for")
     try:

@@ -9,14 +9,30 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.wire.header import HEADER_BYTES, SPAN_BYTES, Header, write_header
+from sparsecomm.types import IndexCodec, Span, ValueCodec
+from sparsecomm.wire.header import HEADER_BYTES, Header, write_header
 from sparsecomm.wire.pairs import check_body
 
-__all__ = ["add_signs", "encode_signs", "max_signs_bytes", "read_spans"]
+__all__ = ["SPAN_BYTES", "add_signs", "check_signs", "encode_signs", "max_signs_bytes", "read_spans"]
 
 _BLOCK = 1 << 16  # elements: what is unpacked is added while it is in the cache
 
-Span = tuple[int, int]
+SPAN_BYTES = 8
+"""Bytes of a span that no signs are sent of: its first and its last element."""
+
+
+def check_signs(h: Header) -> None:
+    """Checks a header that signs follow. They are all there or none; the index bytes are spans that are not sent."""
+    if h.tag:
+        raise WireError("tag", h.tag, "SIGN has none")
+    if h.nnz not in (0, h.numel):
+        raise WireError("nnz", h.nnz, f"signs are of all {h.numel} elements or of none")
+    if h.value_bytes != -(-h.nnz // 8):
+        raise WireError("value_bytes", h.value_bytes, f"{h.nnz} signs need {-(-h.nnz // 8)}")
+    if h.index_bytes % SPAN_BYTES or h.index_bytes > SPAN_BYTES * -(-h.nnz // 2):
+        raise WireError("index_bytes", h.index_bytes, f"not spans of {SPAN_BYTES} bytes among {h.nnz} elements")
+    if (h.value_codec, h.index_codec) != (ValueCodec.FP32, IndexCodec.RAW):
+        raise WireError("value_codec", h.value_codec, "signs are written in one way, which is called fp32 and raw")
 
 
 def max_signs_bytes(numel: int, spans: int) -> int:

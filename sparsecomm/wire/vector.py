@@ -12,17 +12,10 @@ import torch
 
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Codecs, IndexCodec, Pairs, ValueCodec
-from sparsecomm.wire import (
-    FLAG_NONFINITE,
-    HEADER_BYTES,
-    CollectiveKind,
-    Header,
-    choose_index_codec,
-    decode_body,
-    encode_payload,
-    max_payload_bytes,
-    write_header,
-)
+from sparsecomm.wire.header import FLAG_NONFINITE, HEADER_BYTES, Header, write_header
+from sparsecomm.wire.pairs import choose_index_codec, decode_body, encode_payload, max_payload_bytes
+
+_NUMBER = 1  # in the header of a vector, whatever exchange it belongs to: number 1 is pairs
 
 __all__ = ["Vector", "read_vector", "vector_header", "write_vector"]
 
@@ -46,10 +39,10 @@ def vector_header(like: Header) -> Header:
     """Returns a header for a sparse vector of an exchange, nothing of its content in it: kind 1, as in an allgather."""
     return replace(
         like,
-        collective=CollectiveKind.ALLGATHER,
+        collective=_NUMBER,
         flags=0,
         nnz=0,
-        plan=0,
+        tag=0,
         value_codec=ValueCodec.FP32,
         index_codec=IndexCodec.RAW,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsecomm as sc
-from sparsecomm.feedback import BucketLayout, BucketMemory, take_some
+from sparsecomm.feedback import BucketLayout, BucketMemory, Incoming, take_some
 from sparsecomm.runtime.arena import Arena
 
 
@@ -124,7 +124,7 @@ def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, la
     grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])
     feedback = sc.AdamCorrection(beta1=beta1)
     with pytest.raises(ValueError, match="broken"):
-        take_some(bucket, grad, Broken(0.2), 1, feedback, Arena(), held=[(3, 5)], lasting=lasting)
+        take_some(bucket, Incoming(grad, feedback, unused=((3, 5),), lasting=lasting), Broken(0.2), 1, Arena())
     for was, now in zip(before, (bucket.residual, bucket.velocity, bucket.second_moment), strict=True):
         torch.testing.assert_close(now, was, rtol=1e-5, atol=1e-6)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -102,7 +102,9 @@ def test_an_overflow_leaves_all_memory_as_it_was(dense: bool, nesterov: bool | N
 def unsettled_step(cluster: Cluster, grads: list[torch.Tensor], chosen: Any) -> None:
     """Exchanges, and leaves it open whether the optimizer takes the step."""
     cluster.world.run(
-        lambda c: exchange(c, cluster.buckets[c.rank], grads[c.rank], chosen, cluster.arenas[c.rank], settle=False)
+        lambda c: exchange(
+            c, cluster.buckets[c.rank], grads[c.rank], replace(chosen, final=False), cluster.arenas[c.rank]
+        )
     )
 
 
@@ -117,7 +119,7 @@ def test_settling_late_is_settling_at_once(dense: bool, masking: bool | None, co
             for bucket in cluster.buckets:
                 bucket.velocity = torch.zeros(N)
     for step in range(4):
-        chosen = plan(N, step=step, dense=dense, value_codec=codec, held=((8, 16),) if step == 2 else (), **feedback)
+        chosen = plan(N, step=step, dense=dense, value_codec=codec, unused=((8, 16),) if step == 2 else (), **feedback)
         pairs = []
         for cluster, run in ((late, unsettled_step), (once, Cluster.step)):
             grads = [gradient("normal", N, torch.float32, 10 * step + r) for r in range(2)]
@@ -128,7 +130,7 @@ def test_settling_late_is_settling_at_once(dense: bool, masking: bool | None, co
         assert all(same_bits(a, b) for a, b in zip(*pairs, strict=True))
         if step != 1:  # the next exchange settles what nobody did
             for bucket in late.buckets:
-                bucket.settle()
+                bucket.finish_step()
     for a, b in zip(late.buckets, once.buckets, strict=True):
         for mine, other in ((a.residual, b.residual), (a.velocity, b.velocity)):
             assert (mine is None) == (other is None)
@@ -149,7 +151,7 @@ def test_a_step_taken_back_can_be_taken_again_with_nothing_lost(dense: bool, mas
     left = total(cluster.residuals)
     unsettled_step(cluster, [g.clone() for g in grads], plan(N, step=1, dense=dense, **feedback))
     for bucket in cluster.buckets:
-        bucket.settle(skipped=True)
+        bucket.finish_step(skipped=True)
     back = total(cluster.residuals) - left
     given = total(grads) if masking is None else total([b.velocity for b in cluster.buckets if b.velocity is not None])
     allowed = [
@@ -158,7 +160,7 @@ def test_a_step_taken_back_can_be_taken_again_with_nothing_lost(dense: bool, mas
     ]  # as if it had never been, or kept for later; never in between
     assert any(torch.allclose(back, a, rtol=1e-4, atol=1e-5) for a in allowed)
     for bucket in cluster.buckets:
-        bucket.settle(skipped=True)  # twice is once
+        bucket.finish_step(skipped=True)  # twice is once
     assert torch.allclose(total(cluster.residuals) - left, back)
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import mpirun_command, run_job
 
 from sparsecomm.errors import ConfigError
-from sparsecomm.exchange.method import strategies
+from sparsecomm.exchange.method import methods
 from sparsecomm.tools.benches import collectives
 
 EXTRA = """
@@ -48,7 +48,7 @@ def test_all_algorithms_average_the_same_gradients(tmp_path: Path) -> None:
     result = json.loads(file.read_text())
     assert result["meta"]["command"].startswith("mpirun -n 2 sparsecomm bench collectives --numels 1001,20000")
     rows = [row for row in result["rows"] if row["numel"]]
-    names = {"dense sum", "mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half", *strategies()}
+    names = {"dense sum", "mpi allreduce", "gloo allreduce", "gloo allgather", "compute only", "half", *methods()}
     assert {(row["algorithm"], row["numel"]) for row in rows} == {(a, n) for a in names for n in (1001, 20000)}
     assert not any(row.get("error") for row in rows)
     for numel in (1001, 20000):

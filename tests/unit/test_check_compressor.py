@@ -326,6 +326,8 @@ def test_what_only_shows_between_ranks_is_found_there(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Allgather, "write_average", lossy)
     with pytest.raises(ContractError, match="not conserved over ranks at position"):
         check_compressor(sc.TopK(0.5), **QUICK)
-    monkeypatch.setattr(Allgather, "write_average", lambda self, out, scale: out.fill_(float(self.job.channel.rank)))
+    monkeypatch.setattr(
+        Allgather, "write_average", lambda self, out, scale: out.fill_(float(self.exchange.channel.rank))
+    )
     with pytest.raises(ContractError, match="ranks 0 and 1 have different averages"):
         check_compressor(sc.TopK(0.5), **QUICK)

@@ -15,8 +15,7 @@ from sparsecomm.exchange.auto.measure import _rings
 from sparsecomm.exchange.auto.predict import predict
 from sparsecomm.exchange.costs import Costs
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
-from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes, ValueCodec
 
 MILLION = 1_000_000
 LONG = WATCHED + MOST_OPTIONS * TURN * TURNS * ROUNDS + 5
@@ -75,11 +74,11 @@ def run(
 def test_a_slow_link_takes_few_bytes_and_a_fast_one_no_compression(clock: Clock) -> None:
     slow, fast = made(GIGABIT), made(MEMORY, density=0.25)
     chosen = run(slow, clock, range(LONG), lambda name: 1.0)
-    assert chosen[-1].kind == CollectiveKind.ALLGATHER
+    assert chosen[-1].method == "allgather"
     assert slow.chosen is not None
     assert slow.chosen.name == "allgather"
     chosen = run(fast, clock, range(LONG), lambda name: 1.0, k=250_000)
-    assert chosen[-1].kind == CollectiveKind.DENSE
+    assert chosen[-1].method == "dense"
 
 
 def test_many_ranks_take_the_exchange_that_does_not_grow_with_them() -> None:
@@ -87,7 +86,9 @@ def test_many_ranks_take_the_exchange_that_does_not_grow_with_them() -> None:
 
     def seconds(name: str, size: int) -> float:
         (candidate,) = (c for c in candidates(config) if c.name == name)
-        return predict(candidate, config, GIGABIT, 25 * MILLION, MILLION // 4, size).seconds
+        return predict(
+            candidate, Sizes(MILLION // 4, 25 * MILLION, size, candidate.values, config.indices), GIGABIT
+        ).seconds
 
     assert seconds("allgather", 2) < seconds("split_reduce", 2)
     assert seconds("split_reduce", 64) < seconds("allgather", 64) / 4
@@ -96,8 +97,8 @@ def test_many_ranks_take_the_exchange_that_does_not_grow_with_them() -> None:
 
 def test_two_levels_compete_only_where_nodes_have_several_ranks_and_win_on_a_slow_link_between_fast_nodes() -> None:
     config = sc.SparseConfig(compressor=sc.TopK(0.01))
-    kinds = {c.kind for c in candidates(config)}
-    (two,) = (c for c in candidates(config, layered=True) if c.kind not in kinds)
+    names = {c.method for c in candidates(config)}
+    (two,) = (c for c in candidates(config, layered=True) if c.method not in names)
     assert two.name == "two_level"
     flat = Costs(alpha=1e-4, beta=8 * 8e-9, **KERNELS)  # eight ranks share a gigabit
     nodes = Costs(alpha=1e-4, beta=8 * 8e-9, **KERNELS, nodes=4, beside=8, inner_alpha=1e-5, inner_beta=0.05e-9)
@@ -106,7 +107,9 @@ def test_two_levels_compete_only_where_nodes_have_several_ranks_and_win_on_a_slo
 
     def seconds(name: str, costs: Costs) -> float:
         (candidate,) = (c for c in candidates(config, layered=True) if c.name == name)
-        return predict(candidate, config, costs, 4 * MILLION, MILLION // 25, 32).seconds
+        return predict(
+            candidate, Sizes(MILLION // 25, 4 * MILLION, 32, candidate.values, config.indices), costs
+        ).seconds
 
     others = [c.name for c in candidates(config)]
     assert seconds("two_level", nodes) < min(seconds(name, nodes) for name in others)
@@ -212,13 +215,13 @@ def test_a_bucket_of_its_own_kind_gets_its_own_answer(clock: Clock) -> None:
         chooser.handed_over()
     assert chooser.options[0].name == "the best of each bucket"
     assert chooser.options[0].of(0).name == "allgather"
-    assert chooser.options[0].of(1).kind == CollectiveKind.DENSE
+    assert chooser.options[0].of(1).method == "dense"
 
 
 def test_16_bits_compete_only_where_their_rounding_is_kept() -> None:
     def dense(**options: Any) -> set[ValueCodec]:
         config = sc.SparseConfig(compressor=sc.TopK(0.01), **options)
-        return {c.values for c in candidates(config) if c.kind == CollectiveKind.DENSE}
+        return {c.values for c in candidates(config) if c.method == "dense"}
 
     assert dense() == {ValueCodec.FP32, ValueCodec.FP16, ValueCodec.BF16}
     assert dense(feedback=None) == {ValueCodec.FP32}

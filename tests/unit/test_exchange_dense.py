@@ -58,7 +58,7 @@ def test_nothing_is_lost_over_several_steps(
         for grad in grads:
             grad[:aside] = 0.0
         arrived = [g.float() / grad_scale for g in grads]
-        how = plan(numel, dense=True, step=step, value_codec=codec, held=((0, aside),), grad_scale=grad_scale)
+        how = plan(numel, dense=True, step=step, value_codec=codec, unused=((0, aside),), grad_scale=grad_scale)
         with forced(algorithm):
             cluster.step(grads, how)
         assert all(same_bits(g, grads[0]) for g in grads)
@@ -157,10 +157,10 @@ def test_sparse_and_dense_steps_in_any_order_lose_nothing(
             grad[:aside] = 0.0
         arrived = [g.clone() for g in grads]
         codec = ValueCodec.FP16 if kind == "dense16" else ValueCodec.FP32
-        how = plan(numel, dense=kind != "sparse", step=step, value_codec=codec, held=((0, aside),) if held else ())
-        cluster.step(grads, how, settle=final)
+        how = plan(numel, dense=kind != "sparse", step=step, value_codec=codec, unused=((0, aside),) if held else ())
+        cluster.step(grads, how, final=final)
         for bucket in cluster.buckets:
-            bucket.settle()
+            bucket.finish_step()
         assert all(same_bits(g, grads[0]) for g in grads)
         if kind == "dense" and not held:
             assert all(b.empty and not b.residual.any() for b in cluster.buckets if b.residual is not None)
@@ -185,9 +185,9 @@ def test_a_step_that_the_optimizer_skips_leaves_an_empty_residual_empty(emptied:
     if emptied:
         cluster.step([torch.ones(30), torch.ones(30)], plan(30, dense=True, value_codec=ValueCodec.FP32))
     grads = [gradient("normal", 30, torch.float32, r) for r in range(2)]
-    cluster.step(grads, plan(30, dense=True, step=1, value_codec=ValueCodec.FP32), settle=False)
+    cluster.step(grads, plan(30, dense=True, step=1, value_codec=ValueCodec.FP32), final=False)
     for bucket in cluster.buckets:
-        bucket.settle(skipped=True)
+        bucket.finish_step(skipped=True)
     assert not emptied or not any(bool(r.any()) for r in cluster.residuals)
 
 
@@ -199,7 +199,7 @@ def test_nan_is_reported_where_other_buckets_depend_on_it(emptied: bool) -> None
         cluster.step([torch.ones(40) for _ in range(3)], plan(40, dense=True, value_codec=ValueCodec.FP32))
     grads = [gradient("normal", 40, torch.float32, r) for r in range(3)]
     grads[1][7] = float("inf")
-    reports = cluster.step(grads, plan(40, dense=True, step=1, value_codec=ValueCodec.FP32), settle=False)
+    reports = cluster.step(grads, plan(40, dense=True, step=1, value_codec=ValueCodec.FP32), final=False)
     assert [r.skipped for r in reports] == [1, 1, 1]
     assert all(bool(g.isnan().all()) for g in grads)
     assert not emptied or not any(bool(r.any()) for r in cluster.residuals)

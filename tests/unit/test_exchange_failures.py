@@ -12,11 +12,12 @@ from helpers import Cluster, Raising, assert_conserved, assert_restored, gradien
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, KernelError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import Plan, blank_header, exchange, report_failure
 from sparsecomm.exchange.agree import agree
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
 from sparsecomm.types import IndexCodec
-from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, read_header, write_header
+from sparsecomm.wire import HEADER_BYTES, Header, known_rules, read_header, write_header
 
 SIZES = (2, 3, 5, 8)
 N = 60
@@ -106,7 +107,7 @@ def test_ranks_with_different_plans_all_see_both_values(size: int, mine: Plan, o
 def test_ranks_with_different_worlds_all_see_both_sizes() -> None:
     def make(channel: Channel) -> CollectiveSteps[list[Header]]:
         payload = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
-        mine = blank_header(channel.rank, channel.size + channel.rank, 0, 0, N)
+        mine = blank_header(channel.rank, channel.size + channel.rank, 0, 0, N, method_named("dense").number)
         write_header(mine, payload)
         return agree(channel, mine, payload, Arena(), 0)
 
@@ -127,7 +128,8 @@ def test_a_rank_that_fails_before_sending_is_named_everywhere(size: int, dense: 
     def make(channel: Channel) -> CollectiveSteps[object]:
         r = channel.rank
         if r == culprit:
-            return report_failure(channel, blank_header(r, size, 4, 3, N), cause, scene.cluster.arenas[r])
+            header = blank_header(r, size, 4, 3, N, method_named("dense").number)
+            return report_failure(channel, header, cause, scene.cluster.arenas[r])
         how = plan(N, dense=dense, step=3)
         return exchange(channel, scene.cluster.buckets[r], scene.grads[r], how, scene.cluster.arenas[r])
 
@@ -326,7 +328,7 @@ def test_a_payload_under_another_ranks_name_is_refused() -> None:
 
 
 def test_the_collective_kinds_are_those_of_the_document() -> None:
-    assert {k.name: int(k) for k in CollectiveKind} == {
+    assert {rules.label: rules.number for rules in known_rules()} == {
         "ALLGATHER": 1,
         "DENSE": 2,
         "SPLIT_REDUCE": 3,

@@ -152,7 +152,7 @@ def test_memory_of_held_spans_is_neither_sent_nor_changed(dense: bool) -> None:
     grads = [gradient("normal", N, torch.float32, r) for r in range(2)]
     for g in grads:
         g[10:20] = 0.0
-    cluster.step(grads, plan(N, density=1.0, dense=dense, held=((10, 20),), feedback=MomentumCorrection()))
+    cluster.step(grads, plan(N, density=1.0, dense=dense, unused=((10, 20),), feedback=MomentumCorrection()))
     for now, then in zip([*cluster.residuals, *velocities(cluster)], before, strict=True):
         assert torch.equal(now[10:20], then)
     assert bool((grads[0][10:20] == 0).all())

@@ -192,7 +192,7 @@ def test_what_is_put_aside_comes_back_and_scales_cancel(
             collective=collective_of(compressor),
             step=step,
             value_codec=codec,
-            held=((0, aside),),
+            unused=((0, aside),),
             grad_scale=grad_scale,
         )
         with mock.patch.object(dense, "choose_dense", return_value=DenseAlgorithm.HALVING):

@@ -122,11 +122,11 @@ def test_a_step_that_the_optimizer_skips_is_taken_back(compressor: Compressor, m
     for skipped in (True, False):
         scene.grads = [g.clone() for g in scene.sent]
         scene.cluster.world.run(
-            lambda c: exchange(c, buckets[c.rank], scene.grads[c.rank], how, arenas[c.rank], settle=False)
+            lambda c: exchange(c, buckets[c.rank], scene.grads[c.rank], replace(how, final=False), arenas[c.rank])
         )
         assert bool(scene.grads[0].any())
         for bucket in buckets:
-            bucket.settle(skipped=skipped)
+            bucket.finish_step(skipped=skipped)
         if skipped:
             for rank in range(3):
                 assert torch.equal(scene.cluster.residuals[rank], scene.before[rank]), "kept as a copy: exactly"
@@ -361,8 +361,8 @@ def test_auto_is_the_collective_that_fits_and_dense_always_does() -> None:
     for compressor in COMPRESSORS:
         name = compressor.collectives[0]
         auto = SparseConfig(compressor=compressor)
-        assert auto.collective_kind == SparseConfig(compressor=compressor, collective=name).collective_kind
-        assert SparseConfig(compressor=compressor, collective="dense").collective_kind.name == "DENSE"
+        assert auto.method == SparseConfig(compressor=compressor, collective=name).method
+        assert SparseConfig(compressor=compressor, collective="dense").method == "dense"
         assert auto.change(density=0.5).compressor == replace(compressor, density=0.5)
 
 

@@ -12,7 +12,7 @@ from helpers import Raising
 
 import sparsecomm as sc
 from sparsecomm.errors import TransportError
-from sparsecomm.feedback import BucketLayout, BucketMemory, MomentumCorrection
+from sparsecomm.feedback import BucketLayout, BucketMemory, Incoming, MomentumCorrection
 from sparsecomm.feedback.accumulate import take_some
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Engine, SimulatedWorld, SoloTransport
@@ -102,7 +102,7 @@ def test_a_selection_that_fails_leaves_velocity_and_held_residual_as_they_were(n
     feedback = MomentumCorrection(momentum=0.5, nesterov=nesterov)
     grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])
     with pytest.raises(ValueError, match="broken"):
-        take_some(bucket, grad, Raising("broken"), 1, feedback, Arena(), held=[(3, 5)])
+        take_some(bucket, Incoming(grad, feedback, unused=((3, 5),)), Raising("broken"), 1, Arena())
     torch.testing.assert_close(bucket.residual, before[0])
     torch.testing.assert_close(bucket.velocity, before[1])
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, RemoteError, TransportError, WireError
 from sparsecomm.exchange import blank_header, exchange
 from sparsecomm.exchange.agree import DIGEST_ABOVE, DIGEST_BYTES, Agreement, agree
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
@@ -248,13 +249,11 @@ def test_an_average_out_of_the_range_of_halves_skips_the_step_everywhere(collect
 def test_a_step_that_the_optimizer_skips_is_taken_back_whole(skipped: bool, collective: str, momentum: bool) -> None:
     """What owners dropped and what rounding lost is in the residuals by then, and must go, too."""
     scene = Scene(3, collective, momentum=momentum)
-    cluster, how = scene.cluster, scene.plan(1)
-    cluster.world.run(
-        lambda c: exchange(c, cluster.buckets[c.rank], scene.grads[c.rank], how, cluster.arenas[c.rank], settle=False)
-    )
+    cluster, how = scene.cluster, replace(scene.plan(1), final=False)
+    cluster.world.run(lambda c: exchange(c, cluster.buckets[c.rank], scene.grads[c.rank], how, cluster.arenas[c.rank]))
     applied = scene.grads[0].clone()
     for bucket in cluster.buckets:
-        bucket.settle(skipped=skipped)
+        bucket.finish_step(skipped=skipped)
     if skipped:
         assert all(same_bits(a, b) for a, b in zip(cluster.residuals, scene.before, strict=True))
     elif not momentum:
@@ -267,24 +266,24 @@ def test_a_step_that_the_optimizer_skips_is_taken_back_whole(skipped: bool, coll
 @given(
     size=st.integers(2, 40),
     rank=st.integers(0, 39),
-    change=st.sampled_from(["", "plan", "no plan", "step", "nonfinite", "collective", "k"]),
+    change=st.sampled_from(["", "tag", "no tag", "step", "nonfinite", "collective", "k"]),
 )
 @settings(max_examples=40)
 def test_one_rank_that_differs_is_found_out_by_all(size: int, rank: int, change: str) -> None:
     def make(channel: Channel) -> CollectiveSteps[Agreement]:
         odd = channel.rank == rank % size
-        header = blank_header(channel.rank, size, 3, 8, 1000, plan(1000, collective="split_reduce").collective)
-        header.nnz, header.plan = 10, 77
-        if odd and change == "plan":
-            header.plan = 78
-        if odd and change == "no plan":
-            header.plan = 0
+        header = blank_header(channel.rank, size, 3, 8, 1000, method_named("split_reduce").number)
+        header.nnz, header.tag = 10, 77
+        if odd and change == "tag":
+            header.tag = 78
+        if odd and change == "no tag":
+            header.tag = 0
         if odd and change == "step":
             header.step = 9
         if odd and change == "k":
             header.nnz = 11
         if odd and change == "collective":
-            header.collective = plan(1000, collective="ssar").collective
+            header.collective = method_named("ssar").number
         if odd and change == "nonfinite":
             header.flags = FLAG_NONFINITE
         payload = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
@@ -299,8 +298,8 @@ def test_one_rank_that_differs_is_found_out_by_all(size: int, rank: int, change:
             assert change in str(outcome)
         else:
             assert outcome.nonfinite == (change == "nonfinite")
-            assert outcome.same_plan == (change in ("", "nonfinite"))
-    if size > DIGEST_ABOVE and change in ("", "plan", "no plan", "nonfinite"):
+            assert outcome.same_tag == (change in ("", "nonfinite"))
+    if size > DIGEST_ABOVE and change in ("", "tag", "no tag", "nonfinite"):
         for traffic in world.traffic:
             assert traffic.bytes_sent == DIGEST_BYTES * (size - 1).bit_length()
             assert traffic.messages_sent == (size - 1).bit_length()

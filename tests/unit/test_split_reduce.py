@@ -228,7 +228,7 @@ def test_what_an_owner_drops_in_a_span_it_did_not_use_is_kept(collective: str, c
             held = ((0, 40),) if (r + step) % 2 else ()
             for start, end in held:
                 grads[r][start:end] = 0.0
-            plans.append(plan(n, density=0.3, step=step, value_codec=codec, collective=collective, held=held))
+            plans.append(plan(n, density=0.3, step=step, value_codec=codec, collective=collective, unused=held))
         before = [r.clone() for r in cluster.residuals]
         applied = [g.clone() for g in grads]
         cluster.step(applied, plans)

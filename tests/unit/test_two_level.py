@@ -33,11 +33,12 @@ from sparsecomm.compress import ThresholdTopK, TopK
 from sparsecomm.errors import CollectiveMismatch, CommTimeout, ConfigError, RemoteError, TransportError, WireError
 from sparsecomm.exchange import exchange
 from sparsecomm.exchange.config import SparseConfig
-from sparsecomm.exchange.methods.two_level.method import choose_leaders_collective, two_level_bytes
+from sparsecomm.exchange.methods.two_level.leaders import leaders_method
+from sparsecomm.exchange.methods.two_level.method import two_level_bytes
 from sparsecomm.feedback import MomentumCorrection
 from sparsecomm.launch.world import _given_nodes as given_nodes
 from sparsecomm.transport import SimulatedWorld
-from sparsecomm.types import GRAD_DTYPES, IndexCodec, ValueCodec
+from sparsecomm.types import GRAD_DTYPES, IndexCodec, Sizes, ValueCodec
 
 N = 120
 
@@ -163,7 +164,7 @@ def test_many_nodes_use_split_reduce_and_leaders_send_what_is_estimated(density:
     assert cluster.buckets[0].shared is not None, "regions of a split-reduce between the leaders"
     assert cluster.buckets[1].shared is None
     leaders = [r.bytes_sent for r in reports[::2]]
-    expected = two_level_bytes(options.k, numel, nodes, ValueCodec.FP16, None)
+    expected = two_level_bytes(Sizes(options.k, numel, len(nodes), ValueCodec.FP16), nodes)
     assert 0.9 < max(leaders) / expected < 1.35, "what a split-reduce keeps is k within a third"
     assert {r.bytes_sent for r in reports[1::2]} == {4 * numel + 15 * 88}, "the others send their sum and headers"
 
@@ -196,7 +197,7 @@ def test_spans_that_are_put_aside_stay(codec: ValueCodec) -> None:
             held = ((10, 50),) if (r + step) % 2 else ()
             for start, end in held:
                 grads[r][start:end] = 0.0
-            plans.append(how(N, step, density=0.3, value_codec=codec, held=held))
+            plans.append(how(N, step, density=0.3, value_codec=codec, unused=held))
         before = [r.clone() for r in cluster.residuals]
         applied = [g.clone() for g in grads]
         cluster.step(applied, plans)
@@ -282,12 +283,12 @@ def test_a_step_that_the_optimizer_skips_is_taken_back_whole(skipped: bool, mome
     options = how(N, 1, **feedback)
     cluster.world.run(
         lambda c: exchange(
-            c, cluster.buckets[c.rank], scene.grads[c.rank], options, cluster.arenas[c.rank], settle=False
+            c, cluster.buckets[c.rank], scene.grads[c.rank], replace(options, final=False), cluster.arenas[c.rank]
         )
     )
     applied = scene.grads[0].clone()
     for bucket in cluster.buckets:
-        bucket.settle(skipped=skipped)
+        bucket.finish_step(skipped=skipped)
     if skipped:
         assert all(same_bits(a, b) for a, b in zip(cluster.residuals, scene.before, strict=True))
         assert not momentum or all(bool((b.velocity == 1).all()) for b in cluster.buckets if b.velocity is not None)
@@ -324,7 +325,7 @@ def test_leaders_that_disagree_between_themselves_tell_their_nodes() -> None:
     cluster = Cluster(8, numel, nodes=nodes)
     plans = [how(numel, density=0.01, value_codec=ValueCodec.FP16)] * 8
     plans[4] = replace(plans[4], index_codec=IndexCodec.RAW)
-    kinds = [choose_leaders_collective(p.k, numel, 4, p.value_codec, p.index_codec) for p in (plans[0], plans[4])]
+    kinds = [leaders_method(Sizes(p.k, numel, 4, p.value_codec, p.index_codec)) for p in (plans[0], plans[4])]
     assert kinds[0] != kinds[1], "else this proves nothing"
     outcomes = cluster.exchange([gradient("normal", numel, torch.float32, r) for r in range(8)], plans)
     for rank, outcome in enumerate(outcomes):

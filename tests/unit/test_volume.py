@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from sparsecomm.errors import ConfigError
-from sparsecomm.exchange.method import strategies
+from sparsecomm.exchange.method import methods
 from sparsecomm.tools.benches import registry
 
 
 def test_every_registered_collective_has_a_volume_and_only_split_reduce_is_the_same_for_more_ranks() -> None:
     rows = registry()["volume"](
-        ranks=(2, 8), densities=(0.01,), kinds=("random",), collectives=tuple(strategies()), steps=2
+        ranks=(2, 8), densities=(0.01,), kinds=("random",), collectives=tuple(methods()), steps=2
     )
     words = {(row["collective"], row["ranks"]): row["words"] for row in rows["rows"]}
-    assert set(words) == {(name, size) for name in strategies() for size in (2, 8)}
+    assert set(words) == {(name, size) for name in methods() for size in (2, 8)}
     assert words["split_reduce", 8] < 1.2 * words["split_reduce", 2]
     assert words["allgather", 8] > 2 * words["split_reduce", 8]
     assert words["dense", 8] == pytest.approx(1 / 0.01, rel=0.01), "in 16 bits, as the values of the others"

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
+from sparsecomm.exchange.method import method_named
 from sparsecomm.types import MAX_NUMEL, IndexCodec, ValueCodec
 from sparsecomm.wire import (
     FLAG_ERROR,
     FLAG_NONFINITE,
     HEADER_BYTES,
     MAX_ERROR_BYTES,
-    CollectiveKind,
     Header,
     read_header,
     write_header,
@@ -29,7 +29,7 @@ from sparsecomm.wire import (
 
 GOOD = Header(
     flags=0,
-    collective=CollectiveKind.ALLGATHER,
+    collective=method_named("allgather").number,
     value_codec=ValueCodec.FP32,
     index_codec=IndexCodec.RAW,
     rank=1,
@@ -60,7 +60,7 @@ def headers(draw: st.DrawFn) -> Header:
     world = draw(st.integers(1, 2**32 - 1))
     return Header(
         flags=draw(st.sampled_from([0, FLAG_NONFINITE])),
-        collective=CollectiveKind.ALLGATHER,
+        collective=method_named("allgather").number,
         value_codec=value_codec,
         index_codec=index_codec,
         rank=draw(st.integers(0, world - 1)),
@@ -111,15 +111,15 @@ HOSTILE: list[tuple[int, str, Any, str]] = [
     (5, "B", 0x81, "flags"),
     (6, "B", 0, "collective"),
     (6, "B", 99, "collective"),
-    (6, "B", int(CollectiveKind.SPLIT_REDUCE), "index_bytes"),
-    (6, "B", int(CollectiveKind.SSAR), "index_bytes"),
-    (6, "B", int(CollectiveKind.CHUNKED), "index_bytes"),
-    (6, "B", int(CollectiveKind.SHARED_INDEX), "index_bytes"),
+    (6, "B", method_named("split_reduce").number, "index_bytes"),
+    (6, "B", method_named("ssar").number, "index_bytes"),
+    (6, "B", method_named("chunked").number, "index_bytes"),
+    (6, "B", method_named("shared_index").number, "index_bytes"),
     (7, "B", 4, "value_codec"),
     (8, "B", 5, "index_codec"),
     (9, "B", 1, "reserved"),
     (10, "H", 256, "reserved"),
-    (24, "I", 1, "plan"),
+    (24, "I", 1, "tag"),
     (12, "I", 4, "rank"),
     (12, "I", 2**32 - 1, "rank"),
     (16, "I", 0, "rank"),
@@ -138,7 +138,7 @@ HOSTILE: list[tuple[int, str, Any, str]] = [
     (76, "f", -1.0, "value_scale"),
     (76, "f", math.inf, "value_scale"),
     (76, "f", math.nan, "value_scale"),
-    (6, "B", int(CollectiveKind.DENSE), "nnz"),
+    (6, "B", method_named("dense").number, "nnz"),
 ]
 
 
@@ -163,7 +163,9 @@ def test_a_wrong_checksum_is_named() -> None:
 def test_an_error_header_may_carry_a_message_and_nothing_else() -> None:
     message = replace(GOOD, flags=FLAG_ERROR, nnz=0, index_bytes=0, value_bytes=MAX_ERROR_BYTES)
     assert read_header(written(message)).body_bytes == MAX_ERROR_BYTES
-    assert read_header(written(replace(message, collective=CollectiveKind.DENSE, value_bytes=0))).body_bytes == 0
+    assert (
+        read_header(written(replace(message, collective=method_named("dense").number, value_bytes=0))).body_bytes == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_an_error_header_names_the_field_that_is_too_much(changes: dict[str, int
     [({"nnz": 1}, "nnz"), ({"index_bytes": 9}, "index_bytes"), ({"value_bytes": 8}, "value_bytes")],
 )
 def test_a_dense_header_names_the_field_that_is_too_much(changes: dict[str, int], field: str) -> None:
-    dense = replace(GOOD, collective=CollectiveKind.DENSE, nnz=0, index_bytes=0, value_bytes=0)
+    dense = replace(GOOD, collective=method_named("dense").number, nnz=0, index_bytes=0, value_bytes=0)
     assert read_header(written(dense)) == dense
     with pytest.raises(WireError) as caught:
         read_header(written(replace(dense, **changes)))

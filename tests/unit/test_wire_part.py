@@ -14,7 +14,7 @@ from worked_example import worked_part
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import Codecs, IndexCodec, ValueCodec
 from sparsecomm.wire import PART_HEADER_BYTES, decode_part, encode_part, max_part_bytes, read_part_header
 
 INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, IndexCodec.RAW)
@@ -27,9 +27,10 @@ def part_of(
     g = torch.Generator().manual_seed(seed)
     indices = torch.randperm(span, generator=g)[:nnz].sort().values.to(torch.uint32)
     values = torch.randn(nnz, generator=g)
-    out = torch.zeros(max_part_bytes(nnz, span, value_codec, index_codec), dtype=torch.uint8)
+    codecs = Codecs(value_codec, index_codec)
+    out = torch.zeros(max_part_bytes(nnz, span, codecs), dtype=torch.uint8)
     error = torch.empty(nnz)
-    written = encode_part(indices, values, span, value_codec, index_codec, out, error)
+    written = encode_part(indices, values, span, codecs, out, error)
     return out[:written].clone(), indices, values - error
 
 

@@ -16,6 +16,7 @@ from worked_example import worked_example, worked_part
 
 from sparsecomm.errors import WireError
 from sparsecomm.exchange import blank_header
+from sparsecomm.exchange.method import method_named
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
     FLAG_ERROR,
@@ -100,7 +101,7 @@ def test_auto_is_close_to_the_best_for_uniform_positions(numel: int, density: fl
 @pytest.mark.parametrize("message", ["", "plain", "é" * MAX_ERROR_BYTES, "x" * 10 * MAX_ERROR_BYTES, "\ud800 lone"])
 def test_error_payloads_carry_as_much_of_the_message_as_fits(message: str) -> None:
     out = torch.zeros(HEADER_BYTES + MAX_ERROR_BYTES, dtype=torch.uint8)
-    encode_error(blank_header(1, 2, 3, 7, 10), message, out)
+    encode_error(blank_header(1, 2, 3, 7, 10, method_named("dense").number), message, out)
     done = read_header(out)
     assert (done.rank, done.world, done.bucket, done.step, done.numel) == (1, 2, 3, 7, 10)
     assert done.flags == FLAG_ERROR

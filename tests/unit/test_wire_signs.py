@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
-from sparsecomm.exchange.method import blank_header
+from sparsecomm.exchange.method import blank_header, method_named
 from sparsecomm.wire import (
     HEADER_BYTES,
-    CollectiveKind,
     Header,
     add_signs,
     encode_signs,
@@ -29,7 +28,7 @@ Spans = list[tuple[int, int]]
 
 
 def written(values: torch.Tensor, spans: Spans) -> tuple[Header, torch.Tensor]:
-    header = blank_header(1, 2, 3, 7, values.numel(), CollectiveKind.SIGN)
+    header = blank_header(1, 2, 3, 7, values.numel(), method_named("sign").number)
     out = torch.full((max_signs_bytes(values.numel(), len(spans)),), 255, dtype=torch.uint8)
     encode_signs(header, values, spans, out)
     return header, out[: HEADER_BYTES + header.body_bytes]
@@ -101,7 +100,7 @@ SPANS = [(4, 8), (8, 10)]
         (68, "Q", 2, "value_bytes"),
         (7, "B", 1, "value_codec"),
         (8, "B", 0, "value_codec"),
-        (24, "I", 5, "plan"),
+        (24, "I", 5, "tag"),
         (76, "f", 0.0, "value_scale"),
         (76, "f", float("nan"), "value_scale"),
         (HEADER_BYTES, "I", 8, "span"),

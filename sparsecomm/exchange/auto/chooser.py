@@ -26,14 +26,13 @@ import torch
 
 from sparsecomm.exchange.auto.explain import explain
 from sparsecomm.exchange.auto.measure import agree_to_choose, agreed_maximum, measure
-from sparsecomm.exchange.auto.predict import Candidate, Sizes, best_of_each, candidates, predict
+from sparsecomm.exchange.auto.predict import BucketSizes, Candidate, best_of_each, candidates, predict
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes, ValueCodec
 
 __all__ = ["Chooser", "Option"]
 
@@ -81,7 +80,7 @@ class Option:
     @property
     def is_plain(self) -> bool:
         """Whether nothing is compressed and nothing waits in a residual: float32, all of it."""
-        return all(c.kind == CollectiveKind.DENSE and c.values == ValueCodec.FP32 for c in self.by_bucket.values())
+        return all(c.is_dense and c.values == ValueCodec.FP32 for c in self.by_bucket.values())
 
     def of(self, index: int) -> Candidate:
         """Returns the candidate for a bucket."""
@@ -113,8 +112,8 @@ class Chooser:
         self._schedule: list[Option] = []
         self._current: Option | None = None
         self._sizes: dict[int, tuple[int, int]] = {}
-        self._last_sizes: Sizes = {}
-        self._predicted_sizes: Sizes = {}
+        self._last_sizes: BucketSizes = {}
+        self._predicted_sizes: BucketSizes = {}
         self._handed_over: tuple[Option, float] | None = None
 
     def begin(self, step: int, call: Call) -> None:
@@ -170,10 +169,13 @@ class Chooser:
         """Returns a table: predicted and measured per bucket and candidate, the options tried, and why."""
         return explain(self)
 
+    def _sizes_of(self, numel: int, k: int, values: ValueCodec) -> Sizes:
+        return Sizes(k, numel, self.size, values, self.config.indices)
+
     def _rule_of_thumb(self, numel: int, k: int) -> Candidate:
         config = self.config
-        kind = choose_collective(k, numel, self.size, config.values, config.indices, dense_codec=config.dense_values)
-        return Candidate(kind, config.dense_values if kind == CollectiveKind.DENSE else config.values)
+        method = choose_collective(self._sizes_of(numel, k, config.values), dense_codec=config.dense_values)
+        return Candidate(method, config.dense_values if method == "dense" else config.values)
 
     def _k_moved(self) -> bool:
         then, now = (sum(k for _, k in sizes.values()) for sizes in (self._predicted_sizes, self._last_sizes))
@@ -190,7 +192,7 @@ class Chooser:
         costs = self.costs
         assert costs is not None, "measured above"
         self.table = {
-            index: {c: predict(c, config, costs, n, k, self.size) for c in self._candidates()}
+            index: {c: predict(c, self._sizes_of(n, k, c.values), costs) for c in self._candidates()}
             for index, (n, k) in sizes.items()
         }
         self._predicted_sizes = sizes

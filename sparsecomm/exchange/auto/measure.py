@@ -15,17 +15,20 @@ from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.costs import Costs
+from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
-    CollectiveKind,
+    HeaderRules,
+    check_pairs,
     choose_index_codec,
     decode_body,
     encode_payload,
     max_payload_bytes,
+    register_rules,
     write_header,
 )
 
@@ -35,6 +38,10 @@ _ELEMENTS = 1 << 20
 _REPEATS = 5
 _SMALL, _MEDIUM, _LARGE = 64, 1 << 16, 1 << 19  # bytes: at 100 Mbit/s all of them together take 0.3 s
 _KEY = "choose"
+
+_CHOOSING = HeaderRules(11, "CHOOSING", check_pairs)
+"""Headers of ranks that choose a method: no bucket is exchanged, and no body follows."""
+register_rules(_CHOOSING)
 
 
 def measure(
@@ -74,7 +81,7 @@ def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveStep
     Raises:
         AgreedError: on every rank alike, if not.
     """
-    header = blank_header(channel.rank, channel.size, 0, step, 0, CollectiveKind.CHOOSING)
+    header = blank_header(channel.rank, channel.size, 0, step, 0, _CHOOSING.number)
     payload = arena.get((_KEY, "payload"), HEADER_BYTES, torch.uint8)
     write_header(header, payload)
     yield from agree(channel, header, payload, arena, _KEY)
@@ -139,7 +146,7 @@ def _exchange_seconds(arena: Arena) -> float:
     """What our own code takes for an exchange with nobody, of next to nothing."""
     layout = BucketLayout(("gradient",), ((64,),), ((1,),))
     bucket, grad = BucketMemory(0, layout, torch.zeros(64)), torch.ones(64)
-    plan = Plan(0, CollectiveKind.ALLGATHER, TopK(), 1, ValueCodec.FP16)
+    plan = Plan(0, "allgather", TopK(), 1, ValueCodec.FP16)
 
     def alone() -> None:
         for _ in exchange(Channel(SoloTransport(), 0), bucket, grad, plan, arena):
@@ -161,7 +168,7 @@ def _kernel_seconds(compressor: Compressor, density: float) -> Iterator[float]:
     yield empty / n
     indices = torch.arange(0, n, max(1, n // k), dtype=torch.int64)[:k].to(torch.uint32)
     values, error = torch.ones(k), torch.empty(k)
-    header = blank_header(0, 1, 0, 0, n)
+    header = blank_header(0, 1, 0, 0, n, method_named("allgather").number)
     header.value_codec, header.index_codec = ValueCodec.FP16, choose_index_codec(k, n)
     payload = torch.empty(max_payload_bytes(header.index_codec, header.value_codec, k, n), dtype=torch.uint8)
     yield _best(lambda: encode_payload(header, indices, values, payload, error)) / k

@@ -1,109 +1,111 @@
-"""Sparse allgather: every rank's selection to all ranks, summed in rank order. Best for few ranks or low density."""
+"""Sparse allgather: every rank's selection to all ranks, summed in rank order. Best for few ranks or low density.
+
+Cost: ceil(log2 P) messages for the headers, P - 1 for the bodies; (P - 1) (k b + 88) bytes, with b bytes a nonzero.
+"""
 
 from __future__ import annotations
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.collectives import allgather_bodies
 from sparsecomm.exchange.agree import Agreement
-from sparsecomm.exchange.method import Strategy, register
-from sparsecomm.feedback import Taken
+from sparsecomm.exchange.method import Method, register
+from sparsecomm.feedback import SelectedTaken
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import Codecs, Pairs, Sizes, ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
-    CollectiveKind,
     Header,
+    body_bytes,
     choose_index_codec,
     decode_bodies,
     encode_payload,
     max_payload_bytes,
 )
-from sparsecomm.wire.pairs import body_bytes
 
-__all__ = ["Allgather", "allgather_bytes"]
+__all__ = ["Allgather"]
 
 
 @register
-class Allgather(Strategy):
+class Allgather(Method):
     """Sends the selection to all ranks, as one payload whose header goes ahead."""
 
     name = "allgather"
-    kind = CollectiveKind.ALLGATHER
-    gathers_headers = True
+    number = 1
+    has_body = True
     on_device = True
 
-    _taken: Taken
+    _taken: SelectedTaken
     _most: int
     _headers: list[Header]
     _bodies: list[torch.Tensor]
-    _parts: list[tuple[torch.Tensor, torch.Tensor]]
+    _parts: list[Pairs]
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`."""
-        return allgather_bytes(k, numel, size, value_codec, index_codec)
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        codecs = Codecs(sizes.values, sizes.indices)
+        return (sizes.ranks - 1) * (body_bytes(sizes.k, sizes.numel, codecs) + HEADER_BYTES)
 
     @classmethod
-    def rounds(cls, size: int) -> int:
-        """See `Strategy.rounds`. Bodies go to each rank directly, all at once."""
-        return (size - 1).bit_length() + min(1, size - 1)
+    @override
+    def rounds(cls, ranks: int) -> int:
+        """Bodies go to each rank directly, all at once."""
+        return (ranks - 1).bit_length() + min(1, ranks - 1)
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_some()
+    @override
+    def take(self) -> SelectedTaken:
+        self._taken = self.exchange.take_some()
+        return self._taken
 
-    def encode(self, taken: Taken) -> None:
-        """Writes the payload and gives the residual what rounding drops; undoing the step overwrites that."""
-        plan, arena, bucket = self.job.plan, self.job.arena, self.job.bucket
-        nnz, numel = taken.values.numel(), self.job.grad.numel()
-        header = self.header = self.job.header()
+    @override
+    def encode(self) -> None:
+        """Writes the payload and adds to the residual what rounding drops; undoing the step overwrites that."""
+        exchange, taken = self.exchange, self._taken
+        plan, memory, numel = exchange.plan, exchange.memory, exchange.grad.numel()
+        nnz = taken.nnz
+        header = self.header = exchange.header()
         header.value_codec = plan.value_codec
         header.index_codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
         # Index bytes need not grow with nnz (no gaps are left when all is sent), so both ends are asked.
-        sizes = (nnz, max(nnz, taken.capacity))
-        self._taken = taken
-        self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, size, numel) for size in sizes)
-        self.payload = arena.get((bucket.index, "payload"), self._most, torch.uint8)
+        counts = (nnz, max(nnz, taken.capacity))
+        self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, count, numel) for count in counts)
+        self.payload = exchange.arena.get((memory.index, "payload"), self._most, torch.uint8)
         # Free again at once: all buckets share it.
-        error = self.job.memory.get("rounding", nnz, torch.float32, reserve=taken.capacity)
+        error = exchange.workspace.get("rounding", nnz, torch.float32, reserve=taken.capacity)
         encode_payload(header, taken.indices, taken.values, self.payload, error)
-        if plan.value_codec != ValueCodec.FP32 and bucket.residual is not None:
-            kernels.scatter_add(bucket.residual, taken.indices, error)
+        if plan.value_codec != ValueCodec.FP32 and memory.residual is not None:
+            kernels.scatter_add(memory.residual, taken.indices, error)
 
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`."""
-        job = self.job
+        exchange = self.exchange
         mine = self.payload[HEADER_BYTES : HEADER_BYTES + self.header.body_bytes]
         self._headers = agreement.headers
         lengths = [h.body_bytes for h in self._headers]
         reserve = self._most - HEADER_BYTES
         self._bodies = yield from allgather_bodies(
-            job.channel, mine, lengths, job.arena, job.bucket.index, reserve=reserve
+            exchange.channel, mine, lengths, exchange.arena, exchange.memory.index, reserve=reserve
         )
         return True
 
+    @override
     def decode(self) -> None:
         """Decodes and checks every rank's payload.
 
         This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
         indices are at hand.
         """
-        memory, taken, headers = self.job.memory, self._taken, self._headers
+        workspace, taken, headers = self.exchange.workspace, self._taken, self._headers
         total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
         # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
-        indices = memory.get("decoded indices", total, torch.uint32, reserve=most)
-        values = memory.get("decoded values", total, torch.float32, reserve=most)
-        self._parts = decode_bodies(headers, self._bodies, indices, values, (self.job.channel.rank, taken.indices))
+        indices = workspace.get("decoded indices", total, torch.uint32, reserve=most)
+        values = workspace.get("decoded values", total, torch.float32, reserve=most)
+        own = (self.exchange.channel.rank, taken.indices)
+        self._parts = decode_bodies(headers, self._bodies, indices, values, own)
 
+    @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`."""
         kernels.scatter_reduce(out, self._parts, scale=scale)
-
-
-def allgather_bytes(k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
-    """Returns the bytes one rank is expected to send in a sparse allgather. Arguments as in `choose_collective`."""
-    return (size - 1) * (body_bytes(k, numel, value_codec, index_codec) + HEADER_BYTES)

@@ -1,62 +1,67 @@
-"""Chunked: the chunks with the largest norms over all ranks, summed densely in 16 bits (GradientFlow's CSC)."""
+"""Chunked: the chunks with the largest norms over all ranks, summed densely in 16 bits (GradientFlow's CSC).
+
+Norms are summed in float32, whatever the codec of the values: the sum has the same bits on all ranks, and so has
+the choice. Ties go to the lowest chunk. Chunks that are zero everywhere are not sent.
+"""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
+from typing_extensions import override
 
 from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
-from sparsecomm.compress import ChunkTopK, Compressor, Places, largest_chunks
+from sparsecomm.compress import ChunkTopK, Places, largest_chunks
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import agreement_bytes
-from sparsecomm.exchange.method import dense_wire, register
+from sparsecomm.exchange.method import register
 from sparsecomm.exchange.methods.packed import Packed
-from sparsecomm.feedback import Taken
+from sparsecomm.exchange.plan import summable
+from sparsecomm.feedback import PlacesTaken
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes, ValueCodec
 
 __all__ = ["Chunked"]
 
 
 @register
 class Chunked(Packed):
-    """Sums the L1 norms of all chunks first; all ranks then hold the same bits and take the same chunks."""
+    """Sums the L1 norms of all chunks first. All ranks then hold the same bits and take the same chunks."""
 
     name = "chunked"
-    kind = CollectiveKind.CHUNKED
+    number = 5
+    must_match: ClassVar = {"nnz": "k", "value_codec": "value_codec", "tag": "chunk"}
 
     _chunk: int
     _norms: torch.Tensor
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`. Of chunks of the default length; shorter ones have more norms."""
-        norms = dense_allreduce_bytes(ChunkTopK().chunks_of(numel), size, ValueCodec.FP32)
-        return agreement_bytes(size) + norms + dense_allreduce_bytes(k, size, dense_wire(value_codec))
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        """For chunks of the default length; shorter ones have more norms."""
+        norms = dense_allreduce_bytes(ChunkTopK().chunks_of(sizes.numel), sizes.ranks, ValueCodec.FP32)
+        values = dense_allreduce_bytes(sizes.k, sizes.ranks, summable(sizes.values))
+        return agreement_bytes(sizes.ranks) + norms + values
 
-    @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """See `Strategy.compressor_at`."""
-        return ChunkTopK(density)
-
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        job, compressor = self.job, self.job.plan.compressor
+    @override
+    def take(self) -> PlacesTaken:
+        exchange, compressor = self.exchange, self.exchange.plan.compressor
         if not isinstance(compressor, ChunkTopK):
             raise ConfigError(f"collective 'chunked' needs a ChunkTopK, got {compressor!r}")
-        self._chunk, chunks = compressor.chunk, compressor.chunks_of(job.grad.numel())
-        self._norms = job.arena.get((job.bucket.index, "norms"), chunks, torch.float32)
-        return job.accumulate((self._chunk, self._norms))
+        self._chunk, chunks = compressor.chunk, compressor.chunks_of(exchange.grad.numel())
+        self._norms = exchange.arena.get((exchange.memory.index, "norms"), chunks, torch.float32)
+        self._taken = exchange.accumulate((self._chunk, self._norms))
+        return self._taken
 
+    @override
     def tag(self) -> int:
-        """The length of a chunk."""
+        """Returns the length of a chunk: with others, ranks would add up values that do not belong together."""
         return self._chunk
 
+    @override
     def find(self) -> CollectiveSteps[Places]:
-        """See `Packed.find`."""
-        job, norms = self.job, self._norms
-        yield from dense_allreduce(job.channel, norms, job.arena, job.bucket.index)
-        chunks = largest_chunks(norms, -(-job.plan.k // self._chunk))
-        return Places(chunks, self._chunk, job.grad.numel())
+        exchange, norms = self.exchange, self._norms
+        yield from dense_allreduce(exchange.channel, norms, exchange.arena, exchange.memory.index)
+        chunks = largest_chunks(norms, -(-exchange.plan.k // self._chunk))
+        return Places(chunks, self._chunk, exchange.grad.numel())

@@ -1,101 +1,109 @@
-"""Everything, the residual included, summed densely; what 16 bits round off on the way goes back to the residual."""
+"""Dense: residual and gradient whole, summed densely. Rounding to 16 bits on the way goes back to the residual.
+
+Cost: that of `collectives.dense_allreduce` for n elements, and the agreement.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.collectives import dense_allreduce, dense_ring_bytes, dense_seconds
-from sparsecomm.compress import Compressor
-from sparsecomm.compress import Dense as DenseCompressor
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
-from sparsecomm.exchange.method import Strategy, dense_wire, register
-from sparsecomm.feedback import Taken
+from sparsecomm.exchange.method import Method, register
+from sparsecomm.exchange.plan import summable
+from sparsecomm.feedback import NothingTaken, WholeTaken
 from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import HEADER_BYTES, CollectiveKind
+from sparsecomm.types import Sizes, ValueCodec
+from sparsecomm.wire import HEADER_BYTES, HeaderRules, check_empty
 
 __all__ = ["Dense"]
 
 
 @register
-class Dense(Strategy):
+class Dense(Method):
     """Sums the residuals, or the gradients where nothing was ever left over."""
 
     name = "dense"
-    kind = CollectiveKind.DENSE
+    number = 2
+    has_body = False
+    must_match: ClassVar = {"value_codec": "value_codec"}
     needs_residual = False
     on_device = True
 
     _work: torch.Tensor | None = None
-    _taken: Taken
+    _taken: WholeTaken | NothingTaken
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`."""
-        return dense_ring_bytes(numel, size, dense_wire(value_codec)) + HEADER_BYTES * (size - 1)
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        return dense_ring_bytes(sizes.numel, sizes.ranks, summable(sizes.values)) + HEADER_BYTES * (sizes.ranks - 1)
 
     @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """See `Strategy.compressor_at`; there is no other density than 1."""
-        return DenseCompressor()
-
-    @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """See `Strategy.estimate`. In float32 the gradient is summed in place; else there is a residual to keep."""
-        wire = dense_wire(value_codec)
-        link = dense_seconds(numel, size, wire, alpha=costs.alpha, beta=costs.beta, add=costs.add)
-        agreement = costs.alpha * (size - 1).bit_length()
+    @override
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """In float32 the gradient is summed in place; else there is a residual to keep."""
+        wire, n = summable(sizes.values), sizes.numel
+        link = dense_seconds(n, sizes.ranks, wire, alpha=costs.alpha, beta=costs.beta, add=costs.add)
+        agreement = costs.alpha * (sizes.ranks - 1).bit_length()
         around = 0.0 if wire == ValueCodec.FP32 else costs.add + 2 * costs.fill
-        return Estimate(link + agreement, costs.exchange + around * numel)
+        return Estimate(link + agreement, costs.exchange + around * n)
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_all(exact=dense_wire(self.job.plan.value_codec) == ValueCodec.FP32)
+    @classmethod
+    @override
+    def header_rules(cls) -> HeaderRules:
+        """The header has neither k nor a tag."""
+        return HeaderRules(cls.number, cls.name.upper(), check_empty, must_match=cls.must_match, show=cls.show)
 
-    def encode(self, taken: Taken) -> None:
-        """Makes the header, which is all that goes ahead."""
-        self._taken = taken
-        self.header = self.job.header()
-        self.header.value_codec = dense_wire(self.job.plan.value_codec)
-        self.bare_payload()
+    @override
+    def take(self) -> WholeTaken | NothingTaken:
+        exact = summable(self.exchange.plan.value_codec) == ValueCodec.FP32
+        self._taken = self.exchange.take_all(exact=exact)
+        return self._taken
 
+    @override
+    def encode(self) -> None:
+        self.header = self.exchange.header()
+        self.header.value_codec = summable(self.exchange.plan.value_codec)
+        self.make_bare_payload()
+
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`."""
-        job, grad, key = self.job, self.job.grad, self.job.bucket.index
-        residual = None if self._taken.direct else job.bucket.residual
-        work, wire = grad, self.header.value_codec
+        exchange, grad, key = self.exchange, self.exchange.grad, self.exchange.memory.index
+        taken = self._taken
+        residual = exchange.memory.residual if isinstance(taken, WholeTaken) else None
+        work, wire, error = grad, self.header.value_codec, None
         if residual is not None or grad.dtype != torch.float32 or not grad.is_cpu:
             # The gradient itself stays intact until the sum has arrived, so that a failure can be undone. All of it is
             # sent, so that from a GPU all of it comes to the host.
-            work = job.arena.get((key, "work"), grad.numel(), torch.float32)
+            work = exchange.arena.get((key, "work"), grad.numel(), torch.float32)
             side_of(grad.device).fetch(grad if residual is None else residual, work)
-        if residual is not None and wire != ValueCodec.FP32:
-            self._taken.left = job.arena.get((key, "left"), grad.numel(), torch.float32)
+        if isinstance(taken, WholeTaken) and residual is not None and wire != ValueCodec.FP32:
+            error = taken.rest = exchange.arena.get((key, "left"), grad.numel(), torch.float32)
         self._work = work
-        scale = (job.plan.grad_scale if residual is not None else 1.0) / job.channel.size
-        yield from dense_allreduce(job.channel, work, job.arena, key, wire=wire, scale=scale, error=self._taken.left)
+        scale = (exchange.plan.grad_scale if residual is not None else 1.0) / exchange.channel.size
+        yield from dense_allreduce(exchange.channel, work, exchange.arena, key, wire=wire, scale=scale, error=error)
         # With a residual NaN and infinity were found when the gradient was added. Without, they matter only where other
         # buckets would have to be taken back with this one.
-        return job.settle or residual is not None or _is_finite(work)
+        return exchange.plan.final or residual is not None or _is_finite(work)
 
+    @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`. The owners have scaled already, before they rounded."""
+        """The owners have scaled already, before they rounded."""
         assert self._work is not None, "nothing was summed"
         if self._work is not out:
             out.copy_(self._work, non_blocking=True)
 
-    def interrupted(self) -> None:
-        """What is summed in place must not pass for a gradient when half of it is there."""
-        if self._work is self.job.grad:
-            self.job.grad.fill_(math.nan)
+    @override
+    def give_up(self, *, agreed: bool) -> None:
+        """A gradient that is summed in place must not pass for one when half of the sum is there."""
+        if not agreed and self._work is self.exchange.grad:
+            self.exchange.grad.fill_(math.nan)
 
 
 def _is_finite(vector: torch.Tensor) -> bool:

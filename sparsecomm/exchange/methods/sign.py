@@ -1,21 +1,32 @@
-"""1-bit signs: every rank's signs and scale to all ranks, their products summed in rank order. For comparison."""
+"""1-bit signs: every rank's signs and scale to all ranks, their products summed in rank order. For comparison.
+
+A sign cannot be zero, so spans of parameters that a rank has not used are left out of its payload.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.collectives import allgather_bodies
-from sparsecomm.compress import Compressor, Sign
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
-from sparsecomm.exchange.method import Strategy, register
-from sparsecomm.feedback import Taken
+from sparsecomm.exchange.method import Method, Scope, register
+from sparsecomm.feedback import WholeTaken
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import HEADER_BYTES, CollectiveKind, Header, add_signs, encode_signs, max_signs_bytes, read_spans
+from sparsecomm.types import Sizes
+from sparsecomm.wire import (
+    HEADER_BYTES,
+    Header,
+    HeaderRules,
+    add_signs,
+    check_signs,
+    encode_signs,
+    max_signs_bytes,
+    read_spans,
+)
 
 __all__ = ["Signs"]
 
@@ -23,84 +34,87 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @register
-class Signs(Strategy):
-    """EF-signSGD. What sign times scale does not say of the accumulated gradient stays in the residual.
-
-    Of parameters that this rank did not use nothing is sent: their spans are left out, since a sign cannot be zero.
-    """
+class Signs(Method):
+    """EF-signSGD. The part of the accumulated gradient that sign times scale does not give stays in the residual."""
 
     name = "sign"
-    kind = CollectiveKind.SIGN
-    gathers_headers = True
-    special: ClassVar[bool] = True
+    number = 9
+    has_body = True
+    scope = Scope.OWN
 
+    _taken: WholeTaken
     _headers: list[Header]
     _bodies: list[torch.Tensor]
     _sum: torch.Tensor
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`."""
-        return (size - 1) * max_signs_bytes(numel, 0)
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        return (sizes.ranks - 1) * max_signs_bytes(sizes.numel, 0)
 
     @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """See `Strategy.compressor_at`. There is but one density."""
-        return Sign()
+    @override
+    def rounds(cls, ranks: int) -> int:
+        """Bodies go to each rank directly, all at once."""
+        return (ranks - 1).bit_length() + min(1, ranks - 1)
 
     @classmethod
-    def rounds(cls, size: int) -> int:
-        """See `Strategy.rounds`. Bodies go to each rank directly, all at once."""
-        return (size - 1).bit_length() + min(1, size - 1)
+    @override
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """Signs are packed once, unpacked and added for every rank and for the residual."""
+        compute = costs.exchange + (4 * costs.add + (sizes.ranks + 1) * (costs.add + 4 * costs.fill)) * sizes.numel
+        return Estimate(costs.alpha * cls.rounds(sizes.ranks) + costs.beta * cls.bytes_sent(sizes), compute)
 
     @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """See `Strategy.estimate`: packed once, unpacked and added for every rank and for the residual."""
-        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
-        compute = costs.exchange + (4 * costs.add + (size + 1) * (costs.add + 4 * costs.fill)) * numel
-        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
+    @override
+    def header_rules(cls) -> HeaderRules:
+        """The body is signs and spans."""
+        return HeaderRules(cls.number, cls.name.upper(), check_signs)
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_all()
+    @override
+    def take(self) -> WholeTaken:
+        self._taken = self.exchange.take_whole()
+        return self._taken
 
-    def encode(self, taken: Taken) -> None:
+    @override
+    def encode(self) -> None:
         """Writes the payload and notes what it does not say."""
-        job, key, numel = self.job, self.job.bucket.index, self.job.grad.numel()
-        residual = job.bucket.residual
+        exchange, key, numel = self.exchange, self.exchange.memory.index, self.exchange.grad.numel()
+        residual = exchange.memory.residual
         assert residual is not None, "signs need a residual"
-        spans = [(start, end) for start, end in sorted(job.plan.held) if start < end]
-        self.header = job.header()
-        self.payload = job.arena.get((key, "payload"), max_signs_bytes(numel, len(spans)), torch.uint8)
+        spans = [(start, end) for start, end in sorted(exchange.plan.unused) if start < end]
+        self.header = exchange.header()
+        self.payload = exchange.arena.get((key, "payload"), max_signs_bytes(numel, len(spans)), torch.uint8)
         encode_signs(self.header, residual, spans, self.payload)
-        taken.left = job.arena.get((key, "left"), numel, torch.float32).copy_(residual)
-        add_signs(self.header, self._mine, spans, taken.left, sub=True)
+        rest = exchange.arena.get((key, "left"), numel, torch.float32).copy_(residual)
+        add_signs(self.header, self._mine, spans, rest, sub=True)
+        self._taken.rest = rest
 
     @property
     def _mine(self) -> torch.Tensor:
         return self.payload[HEADER_BYTES : HEADER_BYTES + self.header.body_bytes]
 
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`. The sum of the scales bounds every sum."""
-        job, self._headers = self.job, agreement.headers
+        """The sum of the scales bounds every sum."""
+        exchange, self._headers = self.exchange, agreement.headers
         if math.fsum(h.value_scale for h in self._headers if h.nnz) > _LARGEST:
             return False
         lengths = [h.body_bytes for h in self._headers]
-        self._bodies = yield from allgather_bodies(job.channel, self._mine, lengths, job.arena, job.bucket.index)
+        self._bodies = yield from allgather_bodies(
+            exchange.channel, self._mine, lengths, exchange.arena, exchange.memory.index
+        )
         return True
 
+    @override
     def decode(self) -> None:
         """Checks every rank's payload, then adds them up in rank order."""
         spans = [read_spans(*pair) for pair in zip(self._headers, self._bodies, strict=True)]
         # Applied before anything else runs on this thread, so all buckets share it.
-        self._sum = self.job.arena.get("sum of signs", self.job.grad.numel(), torch.float32).zero_()
+        self._sum = self.exchange.arena.get("sum of signs", self.exchange.grad.numel(), torch.float32).zero_()
         for header, body, left_out in zip(self._headers, self._bodies, spans, strict=True):
             add_signs(header, body, left_out, self._sum)
 
+    @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`."""
         out.copy_(self._sum.mul_(scale))

@@ -1,183 +1,150 @@
-"""Global top-k along a tree: of the sum of all selections the k largest, found by merging pairs. For comparison."""
+"""Global top-k along a tree (gTop-k, Shi et al. 2019): pairs of ranks merge their pairs and keep k. For comparison.
+
+    1 up     in round j a rank whose number has bit j as its lowest sends its pairs to the rank without that bit, which
+             adds them to its own and keeps the k largest: rank 0 has the result after ceil(log2 P) rounds, for any P
+    2 down   rank 0's result to all, along the same tree backwards; everybody decodes the same bytes, rank 0 too
+
+Cost: 2 ceil(log2 P) rounds of two messages; rank 0 sends ceil(log2 P) times k nonzeros and receives as many. A power of
+two is not needed, so no surplus of ranks is folded away.
+
+The sums that a merge drops, and the rounding of a vector that is sent on, stay with the rank that did it. They are
+added to its residual only when the whole exchange has succeeded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.messages import receive_payload, send_payload
-from sparsecomm.exchange.method import Strategy, register
-from sparsecomm.feedback import Taken
-from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import Codecs, IndexCodec, Pairs, ValueCodec
-from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, CollectiveKind, Header
-from sparsecomm.wire.pairs import body_bytes
-from sparsecomm.wire.vector import Vector, read_vector, write_vector
+from sparsecomm.exchange.method import Method, Scope, register
+from sparsecomm.feedback import SelectedTaken
+from sparsecomm.transport import CollectiveSteps
+from sparsecomm.types import Codecs, Pairs, Sizes, ValueCodec
+from sparsecomm.wire import FLAG_NONFINITE, HEADER_BYTES, Vector, body_bytes, read_vector, write_vector
 
-__all__ = ["GlobalTopK", "Tree", "tree_bytes"]
+__all__ = ["GlobalTopK"]
 
 
 @register
-class GlobalTopK(Strategy):
-    """gTop-k (Shi et al. 2019). What a merge drops goes to the residual of the rank that merges, for all ranks."""
+class GlobalTopK(Method):
+    """Sums all selections, keeping k of the sums at most."""
 
     name = "tree"
-    kind = CollectiveKind.TREE
-    competes: ClassVar[bool] = False  # split-reduce keeps about the same and moves less
+    number = 7
+    has_body = False
+    must_match: ClassVar = {"nnz": "k"}
+    scope = Scope.COMPARISON  # split-reduce keeps about the same and moves less
 
-    _tree: Tree
-    _own: Pairs
+    _taken: SelectedTaken
     _pairs: Pairs | None = None
+    _dropped: list[Pairs]
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`: of rank 0, which sends most."""
-        return tree_bytes(k, numel, size, value_codec, index_codec)
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        """For rank 0, which sends most."""
+        payload = HEADER_BYTES + body_bytes(sizes.k, sizes.numel, Codecs(sizes.values, sizes.indices))
+        return agreement_bytes(sizes.ranks) + (sizes.ranks - 1).bit_length() * payload
 
     @classmethod
-    def rounds(cls, size: int) -> int:
-        """See `Strategy.rounds`: agreement; up and down the tree, header and body in each round."""
-        return 5 * (size - 1).bit_length()
+    @override
+    def rounds(cls, ranks: int) -> int:
+        """The agreement, then up and down the tree, with header and body in each round."""
+        return 5 * (ranks - 1).bit_length()
 
     @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """See `Strategy.estimate`: one round after the other moves, decodes and merges k nonzeros."""
-        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
-        rounds = (size - 1).bit_length()
-        nonzeros = (costs.encode + costs.decode) * k * (rounds + 1)
-        compute = costs.exchange + (costs.select + costs.fill) * numel + nonzeros
-        return Estimate(costs.alpha * cls.rounds(size) + 2 * costs.beta * sent, compute)
+    @override
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """One round after the other moves, decodes and merges k nonzeros."""
+        rounds = (sizes.ranks - 1).bit_length()
+        nonzeros = (costs.encode + costs.decode) * sizes.k * (rounds + 1)
+        compute = costs.exchange + (costs.select + costs.fill) * sizes.numel + nonzeros
+        return Estimate(costs.alpha * cls.rounds(sizes.ranks) + 2 * costs.beta * cls.bytes_sent(sizes), compute)
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_some()
+    @override
+    def take(self) -> SelectedTaken:
+        self._taken = self.exchange.take_some()
+        return self._taken
 
-    def encode(self, taken: Taken) -> None:
-        """Makes the header, which is all that goes ahead."""
-        job, plan = self.job, self.job.plan
-        self._own = (taken.indices, taken.values)
-        self.header = job.header()
-        self.header.nnz = plan.k
-        codecs = Codecs(plan.value_codec, plan.index_codec)
-        self._tree = Tree(job.channel, job.arena, job.bucket.index, plan.k, self.header, codecs)
-        self.bare_payload()
+    @override
+    def encode(self) -> None:
+        self._dropped = []
+        self.header = self.exchange.header()
+        self.header.nnz = self.exchange.plan.k
+        self.make_bare_payload()
 
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`."""
-        self._pairs = yield from self._tree.reduce(self._own)
-        return self._pairs is not None
-
-    def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`."""
-        assert self._pairs is not None, "nothing was reduced"
-        kernels.scatter_reduce(out, [self._pairs], scale=scale)
-
-    def settle(self) -> None:
-        """Gives the residual what this rank dropped of sums, and rounded off what it sent."""
-        residual = self.job.bucket.residual
-        assert residual is not None, "a sparse exchange needs a residual"
-        for indices, values in self._tree.dropped:
-            kernels.scatter_add(residual, indices, values)
-
-
-@dataclass(slots=True)
-class Tree:
-    """One rank's part in a global top-k.
-
-    Attributes:
-        channel: the ranks.
-        arena: gives the buffers.
-        bucket: bucket number, names them.
-        k: how many nonzeros to keep, the same on all ranks.
-        header: of this rank's exchange.
-        codecs: how to write what this rank sends.
-        dropped: pairs that this rank has to keep for all: sums that were not among the k largest, and what rounding
-            dropped. In buffers that hold until the bucket's next exchange.
-    """
-
-    channel: Channel
-    arena: Arena
-    bucket: int
-    k: int
-    header: Header
-    codecs: Codecs
-    dropped: list[Pairs] = field(default_factory=list)
-
-    def reduce(self, mine: Pairs) -> CollectiveSteps[Pairs | None]:
-        """Sums the selections of all ranks, keeping k of the sums at most. Collective.
-
-        Args:
-            mine: what this rank has selected. Must stay until the next exchange.
-
-        Returns:
-            The same bits on all ranks; None if a sum was not finite. They hold until the bucket's next exchange.
-
-        Raises:
-            WireError: if what came here is damaged; names its author and the bucket.
-        """
-        channel, arena, rank, size = self.channel, self.arena, self.channel.rank, self.channel.size
-        have: Pairs | None = mine
+        exchange, key = self.exchange, self.exchange.memory.index
+        channel, arena, rank, size = exchange.channel, exchange.arena, exchange.channel.rank, exchange.channel.size
+        have: Pairs | None = (self._taken.indices, self._taken.values)
         bit = 1
         while bit < size and not rank & bit:
             if rank + bit < size:
-                key = (self.bucket, "up", bit)
-                header, payload = yield from receive_payload(channel, rank + bit, self.header, arena, key)
-                theirs = None if header.flags & FLAG_NONFINITE else read_vector(header, payload, arena, key)
+                up = (key, "up", bit)
+                header, payload = yield from receive_payload(channel, rank + bit, self.header, arena, up)
+                theirs = None if header.flags & FLAG_NONFINITE else read_vector(header, payload, arena, up)
                 have = None if have is None or theirs is None else self._merge(have, theirs, bit)
             bit *= 2
         vector = self._write(have)
         header, payload = vector.header, vector.payload
         if rank:
             yield send_payload(channel, payload, rank - bit)
-            key = (self.bucket, "down", 0)
-            header, payload = yield from receive_payload(channel, rank - bit, self.header, arena, key, author=0)
+            down = (key, "down", 0)
+            header, payload = yield from receive_payload(channel, rank - bit, self.header, arena, down, author=0)
         below = [rank + (bit >> i) for i in range(1, bit.bit_length()) if rank + (bit >> i) < size]
         if below:
             yield [r for dest in below for r in send_payload(channel, payload, dest)]
         if header.flags & FLAG_NONFINITE:
-            return None
-        return read_vector(header, payload, arena, (self.bucket, "tree result"))
+            return False
+        self._pairs = read_vector(header, payload, arena, (key, "tree result"))
+        return True
 
     def _write(self, pairs: Pairs | None) -> Vector:
-        """Writes what this rank has, and notes what that rounds off."""
-        vector = write_vector(self.header, pairs, self.codecs, self.arena, (self.bucket, "tree"))
-        if pairs is not None and self.codecs.values != ValueCodec.FP32:
-            self.dropped.append((pairs[0], vector.error))
+        """Writes this rank's pairs and notes their rounding. Mutates `_dropped`."""
+        exchange, codecs = self.exchange, self.exchange.plan.codecs
+        vector = write_vector(self.header, pairs, codecs, exchange.arena, (exchange.memory.index, "tree"))
+        if pairs is not None and codecs.values != ValueCodec.FP32:
+            self._dropped.append((pairs[0], vector.error))
         return vector
 
     def _merge(self, ours: Pairs, theirs: Pairs, bit: int) -> Pairs | None:
-        """Adds two sparse vectors up and keeps the k largest sums; None if one is not finite. Mutates dropped."""
+        """Adds two sparse vectors and keeps the k largest sums; None if one is not finite. Mutates `_dropped`."""
+        arena, key, k = self.exchange.arena, self.exchange.memory.index, self.exchange.plan.k
         indices = np.concatenate([ours[0].numpy(), theirs[0].numpy()])
         values = np.concatenate([ours[1].numpy(), theirs[1].numpy()])
-        order = np.argsort(indices, kind="stable")  # both are ascending, which this makes use of
+        order = np.argsort(indices, kind="stable")  # fast, since both halves are ascending
         indices, values = indices[order], values[order]
         first = np.flatnonzero(np.diff(indices, prepend=indices[:1] + np.uint32(1)))
         with np.errstate(over="ignore"):  # noticed below
             sums = torch.from_numpy(np.add.reduceat(values, first) if len(first) else values)
         places = torch.from_numpy(indices[first])
-        room = min(self.k, sums.numel())
-        where = self.arena.get((self.bucket, "kept places"), room, torch.uint32, reserve=self.k)
-        kept = self.arena.get((self.bucket, "kept values", bit), room, torch.float32, reserve=self.k)
+        room = min(k, sums.numel())
+        where = arena.get((key, "kept places"), room, torch.uint32, reserve=k)
+        kept = arena.get((key, "kept values", bit), room, torch.float32, reserve=k)
         result = kernels.exact_topk(None, sums, room, where, kept)
         if result.nonfinite:
             return None
-        self.dropped.append((places, sums))  # zero where a sum was kept
+        self._dropped.append((places, sums))  # zero where a sum was kept
         at = torch.from_numpy(where[: result.stored].numpy().astype(np.int64))
         return places[at], kept[: result.stored]
 
+    @override
+    def write_average(self, out: torch.Tensor, scale: float) -> None:
+        assert self._pairs is not None, "nothing was reduced"
+        kernels.scatter_reduce(out, [self._pairs], scale=scale)
 
-def tree_bytes(k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None) -> int:
-    """Returns the bytes that the busiest rank of a tree is expected to send: the root, which starts the broadcast."""
-    payload = HEADER_BYTES + body_bytes(k, numel, value_codec, index_codec)
-    return agreement_bytes(size) + (size - 1).bit_length() * payload
+    @override
+    def finish(self) -> None:
+        """Adds to the residual the sums that this rank dropped and the rounding of the vectors that it sent."""
+        residual = self.exchange.memory.residual
+        assert residual is not None, "a sparse exchange needs a residual"
+        for indices, values in self._dropped:
+            kernels.scatter_add(residual, indices, values)

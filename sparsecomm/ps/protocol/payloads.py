@@ -12,20 +12,31 @@ from sparsecomm.wire import (
     FLAG_ERROR,
     FLAG_NONFINITE,
     HEADER_BYTES,
-    CollectiveKind,
     Header,
+    HeaderRules,
+    check_pairs,
     choose_index_codec,
     decode_body,
     encode_payload,
     max_payload_bytes,
     read_header,
+    register_rules,
 )
 
-__all__ = ["Selected", "decode", "encode", "everything"]
+__all__ = ["PULL", "PUSH", "Selected", "decode", "encode", "everything"]
 
 Selected = tuple[torch.Tensor, torch.Tensor]
 """Indices (uint32, ascending, relative to the shard) and values (float32)."""
 
+
+PUSH = HeaderRules(12, "PUSH", check_pairs)
+"""Headers of a worker's push."""
+
+PULL = HeaderRules(13, "PULL", check_pairs)
+"""Headers of the payload that a worker pulls."""
+
+register_rules(PUSH)
+register_rules(PULL)
 
 _EXPECTED = ("collective", "rank", "world", "bucket", "step", "numel", "layout_hash")
 
@@ -36,7 +47,7 @@ def everything(numel: int) -> torch.Tensor:
 
 
 def encode(
-    kind: CollectiveKind,
+    kind: HeaderRules,
     spec: ShardSpec,
     selected: Selected,
     codec: ValueCodec,
@@ -70,7 +81,7 @@ def encode(
     index_codec = choose_index_codec(nnz, spec.numel, index_codec)
     header = Header(
         flags=FLAG_NONFINITE if nonfinite else 0,
-        collective=kind,
+        collective=kind.number,
         value_codec=codec,
         index_codec=index_codec,
         rank=rank,
@@ -91,7 +102,7 @@ def encode(
 
 
 def decode(
-    kind: CollectiveKind, spec: ShardSpec, data: torch.Tensor, *, rank: int, world: int, step: int
+    kind: HeaderRules, spec: ShardSpec, data: torch.Tensor, *, rank: int, world: int, step: int
 ) -> tuple[Selected, bool]:
     """Reads and checks a payload: nothing is believed that does not fit the shard and the sender.
 
@@ -114,7 +125,7 @@ def decode(
     except WireError as error:
         raise error.at(rank=rank, bucket=spec.index) from None
     found = [getattr(header, field) for field in _EXPECTED]
-    expected = [kind, rank, world, spec.index, step, spec.numel, spec.hash]
+    expected = [kind.number, rank, world, spec.index, step, spec.numel, spec.hash]
     if found != expected:
         field, is_, should = next(t for t in zip(_EXPECTED, found, expected, strict=True) if t[1] != t[2])
         raise WireError(field, is_, f"expected {should!r}", rank=rank, bucket=spec.index)

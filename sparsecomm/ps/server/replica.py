@@ -8,12 +8,11 @@ import torch
 
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import decode
+from sparsecomm.ps.protocol.payloads import PUSH, decode
 from sparsecomm.ps.protocol.roster import ring
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
 from sparsecomm.transport.mailbox import Mailbox
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Copies", "Mirror", "apply_event"]
 
@@ -159,9 +158,7 @@ def apply_event(replica: Shard, event: torch.Tensor) -> None:
         replica.join(inner.sender, inner.clock)
     elif inner.kind == Kind.PUSH:
         world = replica.rules.world_of(inner.sender)
-        selected, nonfinite = decode(
-            CollectiveKind.PUSH, replica.spec, body, rank=inner.sender, world=world, step=inner.clock
-        )
+        selected, nonfinite = decode(PUSH, replica.spec, body, rank=inner.sender, world=world, step=inner.clock)
         replica.push(inner.sender, inner.clock, inner.version, selected, nonfinite)
     else:
         replica.leave(inner.sender, ms.read_text(body))

@@ -11,7 +11,7 @@ from sparsecomm.errors import SparseCommError, WireError
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.board import board_bytes
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import decode
+from sparsecomm.ps.protocol.payloads import PUSH, decode
 from sparsecomm.ps.protocol.roster import Roster
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.admission import Admission
@@ -22,7 +22,6 @@ from sparsecomm.ps.server.rules import Rules, ServerOptions
 from sparsecomm.ps.server.shard import Shard
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Server"]
 
@@ -264,9 +263,7 @@ class Server:
     def _on_init(self, envelope: Envelope, body: torch.Tensor) -> None:
         served = self._of(envelope)
         spec = served.shard.spec
-        (_, values), _ = decode(
-            CollectiveKind.PUSH, spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock
-        )
+        (_, values), _ = decode(PUSH, spec, body, rank=envelope.sender, world=self.rules.world, step=envelope.clock)
         if values.numel() != spec.numel:
             raise WireError("nnz", values.numel(), f"first values are {spec.numel}", rank=envelope.sender)
         if not served.shard.ready:
@@ -300,7 +297,7 @@ class Server:
         shard = served.shard
         shard.check_turn(worker, clock, envelope.version)
         world = self.rules.world_of(worker)
-        decoded = decode(CollectiveKind.PUSH, shard.spec, body, rank=worker, world=world, step=clock)
+        decoded = decode(PUSH, shard.spec, body, rank=worker, world=world, step=clock)
         push = PendingPush(envelope, body, *decoded)
         served.early.pop(worker, None)  # this one replaces it
         if envelope.flags & ms.HELD and clock == shard.clocks[worker]:

@@ -17,12 +17,11 @@ from sparsecomm import kernels
 from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import WireError
-from sparsecomm.ps.protocol.payloads import Selected, decode, encode, everything
+from sparsecomm.ps.protocol.payloads import PULL, Selected, decode, encode, everything
 from sparsecomm.ps.protocol.sharding import Piece, ShardSpec
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Shard", "Tally"]
 
@@ -235,7 +234,7 @@ class Shard:
             assert view is not None
             selected = self._changes(worker, view, compressor)
         payload, _ = encode(
-            CollectiveKind.PULL,
+            PULL,
             self.spec,
             selected,
             codec,
@@ -248,9 +247,7 @@ class Shard:
             if whole or view is None:
                 view = self.values.clone()
             else:
-                sending, _ = decode(
-                    CollectiveKind.PULL, self.spec, payload, rank=rank, world=self.rules.world, step=self.version
-                )
+                sending, _ = decode(PULL, self.spec, payload, rank=rank, world=self.rules.world, step=self.version)
                 kernels.scatter_add(view, *sending)
             self._views[worker] = (self.version, view)
         return payload, whole

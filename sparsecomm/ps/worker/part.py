@@ -8,12 +8,20 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.exchange.config import SparseConfig
-from sparsecomm.feedback import BucketLayout, BucketMemory, Taken, take_all, take_some
-from sparsecomm.ps.protocol.payloads import Selected, encode, everything
+from sparsecomm.feedback import (
+    BucketLayout,
+    BucketMemory,
+    Incoming,
+    SelectedTaken,
+    Taken,
+    WholeTaken,
+    take_all,
+    take_some,
+)
+from sparsecomm.ps.protocol.payloads import PUSH, Selected, encode, everything
 from sparsecomm.ps.protocol.sharding import ShardSpec
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Part"]
 
@@ -64,13 +72,13 @@ class Part:
             clock: pushes done before.
         """
         config, n = self._config, self.spec.numel
+        incoming = Incoming(grad, config.feedback, clip_norm=self._clip)
         if config.compressor.is_dense or clock < config.dense_steps or n < config.dense_below:
-            taken = take_all(self.bucket, grad, config.feedback, self._arena, clip_norm=self._clip)
+            taken = take_all(self.bucket, incoming, self._arena)
             if self.bucket.residual is None and not bool(torch.isfinite(grad).all()):
-                taken.nonfinite += 1
+                taken.added.nonfinite += 1
             return taken
-        k = config.compressor.k_for(n, clock)
-        return take_some(self.bucket, grad, config.compressor, k, config.feedback, self._arena, clip_norm=self._clip)
+        return take_some(self.bucket, incoming, config.compressor, config.compressor.k_for(n, clock), self._arena)
 
     def encode(self, taken: Taken, nonfinite: bool, clock: int) -> tuple[torch.Tensor, int]:
         """Writes what was taken, and makes that final: `write` and `settle` in one.
@@ -94,10 +102,11 @@ class Part:
     def write(self, taken: Taken, clock: int) -> tuple[torch.Tensor, int]:
         """Returns the payload of what was taken, in the arena, and its nonzeros; `settle` must follow."""
         residual, codec = self.bucket.residual, self._config.values
-        selected: Selected = (taken.indices, taken.values)
-        if taken.whole:
+        if isinstance(taken, SelectedTaken):
+            selected: Selected = (taken.indices, taken.values)
+        else:
             codec = self._config.dense_values
-            selected = (self._everything(), taken.grad if residual is None else residual)
+            selected = (self._everything(), taken.added.incoming.grad if residual is None else residual)
         payload, self._dropped = self._payload(selected, codec, clock, False)
         return payload, selected[1].numel()
 
@@ -107,9 +116,9 @@ class Part:
         if not sent:
             taken.undo()
             return
-        if taken.whole:
-            taken.left = self._dropped
-        elif residual is not None and self._config.values != ValueCodec.FP32:
+        if isinstance(taken, WholeTaken):
+            taken.rest = self._dropped
+        elif isinstance(taken, SelectedTaken) and residual is not None and self._config.values != ValueCodec.FP32:
             kernels.scatter_add(residual, taken.indices, self._dropped)
         taken.commit()
         self.bucket.age += 1
@@ -123,7 +132,7 @@ class Part:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rank, world = self._sender
         return encode(
-            CollectiveKind.PUSH,
+            PUSH,
             self.spec,
             selected,
             codec,

@@ -15,14 +15,13 @@ from sparsecomm.errors import ConfigError, LaunchError, RemoteError, StateError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import decode
+from sparsecomm.ps.protocol.payloads import PULL, decode
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.worker.client import Client, Link, Steps
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.ps.worker.puller import Puller
 from sparsecomm.ps.worker.pusher import Pusher, WorkerMetrics
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["Worker", "WorkerMetrics", "current_link", "set_current_link"]
 
@@ -273,9 +272,7 @@ class Worker:
     def _on_values(self, envelope: Envelope, body: torch.Tensor) -> None:
         part = self._parts[envelope.shard]
         spec = part.spec
-        selected, _ = decode(
-            CollectiveKind.PULL, spec, body, rank=envelope.sender, world=self.link.world, step=envelope.version
-        )
+        selected, _ = decode(PULL, spec, body, rank=envelope.sender, world=self.link.world, step=envelope.version)
         here = self._flat[spec.start : spec.end]
         if envelope.flags:
             here.copy_(selected[1])

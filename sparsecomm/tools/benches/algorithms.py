@@ -19,15 +19,16 @@ import sparsecomm as sc
 from sparsecomm import kernels
 from sparsecomm.collectives import dense_allreduce, dense_ring_bytes
 from sparsecomm.exchange import Plan, blank_header, exchange
-from sparsecomm.exchange.method import strategies, strategy_of
-from sparsecomm.feedback import BucketLayout, BucketMemory, ErrorFeedback, take_some
+from sparsecomm.exchange.method import method_named, methods
+from sparsecomm.exchange.methods.allgather import Allgather
+from sparsecomm.feedback import BucketLayout, BucketMemory, Incoming, take_some
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport
+from sparsecomm.tools.benches.compressors import compressor_for
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
-    CollectiveKind,
     choose_index_codec,
     decode_body,
     encode_payload,
@@ -119,14 +120,13 @@ def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Pr
     return register
 
 
-def exchanging(case: Case, kind: CollectiveKind) -> Ready:
+def exchanging(case: Case, collective: str) -> Ready:
     """Prepares whole exchanges, as training does them, by one of our collectives; a dense one in float32."""
-    strategy = strategy_of(kind)
-    bucket, arena = case.bucket(residual=strategy.needs_residual), Arena()
-    compressor = strategy.compressor_at(case.density)
-    values = ValueCodec.FP32 if kind == CollectiveKind.DENSE else _VALUES
+    bucket, arena = case.bucket(residual=method_named(collective).needs_residual), Arena()
+    compressor = compressor_for(collective, case.density)
+    values = ValueCodec.FP32 if collective == "dense" else _VALUES
     k = compressor.k_for(case.work.numel(), 0)
-    plan = Plan(step=0, collective=kind, compressor=compressor, k=k, value_codec=values)
+    plan = Plan(step=0, collective=collective, compressor=compressor, k=k, value_codec=values)
     last = BucketReport(bucket=0, step=0, numel=case.work.numel())
 
     def call() -> None:
@@ -137,8 +137,8 @@ def exchanging(case: Case, kind: CollectiveKind) -> Ready:
     return Ready(call, lambda: last.bytes_sent, counted=True)
 
 
-for _strategy in strategies().values():  # all that a SparseState can be asked for
-    algorithm(_strategy.name, role="ours", sparse=_strategy.needs_residual)(partial(exchanging, kind=_strategy.kind))
+for _name, _method in methods().items():  # all that a SparseState can be asked for
+    algorithm(_name, role="ours", sparse=_method.needs_residual)(partial(exchanging, collective=_name))
 
 
 @algorithm("dense sum", role="ours", sparse=False)
@@ -203,8 +203,8 @@ class _Selecting:
         """Writes this rank's payload; returns its length in bytes."""
         case, residual = self._case, self._bucket.residual
         assert residual is not None
-        taken = take_some(self._bucket, case.work, sc.TopK(density=case.density), case.k, ErrorFeedback(), self._arena)
-        header = blank_header(case.world.rank, case.world.size, 0, 0, case.work.numel(), CollectiveKind.ALLGATHER)
+        taken = take_some(self._bucket, Incoming(case.work), sc.TopK(density=case.density), case.k, self._arena)
+        header = blank_header(case.world.rank, case.world.size, 0, 0, case.work.numel(), Allgather.number)
         header.value_codec, header.index_codec = _VALUES, self._codec
         error = self._error[: taken.values.numel()]
         encode_payload(header, taken.indices, taken.values, self.payload, error)

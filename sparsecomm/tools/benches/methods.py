@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
-from sparsecomm.exchange.method import strategies
+from sparsecomm.exchange.method import Scope, methods
+from sparsecomm.tools.benches.compressors import compressor_for
 
 __all__ = ["METHODS", "Attached", "Method", "Run", "load_plugins", "method", "runs_of", "silent_hook"]
 
@@ -328,7 +329,7 @@ def _ours_threshold(model: nn.Module, density: float) -> Attached:
 
 def _by_collective(collective: str) -> Attach:
     def attach(model: nn.Module, density: float) -> Attached:
-        compressor = strategies()[collective].compressor_at(density)
+        compressor = compressor_for(collective, density)
         return _sparsecomm(model, sc.SparseConfig(compressor=compressor, collective=collective))
 
     return attach
@@ -339,10 +340,10 @@ def _ours_dense_fp16(model: nn.Module, density: float) -> Attached:
     return _sparsecomm(model, sc.preset("dense").change(value_codec="fp16"))
 
 
-for _strategy in strategies().values():  # those that have no name of their own above
-    if _strategy.needs_residual and not _strategy.special and _strategy.name != "allgather":
-        method(f"sparsecomm-{_strategy.name}", sparse=True, default=_strategy.name == "split_reduce")(
-            _by_collective(_strategy.name)
+for _ours in methods().values():  # those that have no name of their own above
+    if _ours.needs_residual and _ours.scope != Scope.OWN and _ours.name != "allgather":
+        method(f"sparsecomm-{_ours.name}", sparse=True, default=_ours.name == "split_reduce")(
+            _by_collective(_ours.name)
         )
 
 

@@ -15,12 +15,11 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import decode
+from sparsecomm.ps.protocol.payloads import PUSH, decode
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.tools.benches import alternate, bench, meta, table, verdict
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["print_table", "run", "run_server"]
 
@@ -156,11 +155,11 @@ def run_server(
         payload, nnz = part.encode(part.take(grad, 0), False, 0)
         message = ms.pack(Envelope(Kind.PUSH, 0, 0), payload)
         out = torch.zeros(numel)
-        ready, _ = decode(CollectiveKind.PUSH, spec, payload, rank=0, world=2, step=0)
+        ready, _ = decode(PUSH, spec, payload, rank=0, world=2, step=0)
 
         def push(message: torch.Tensor = message, spec: Any = spec, out: torch.Tensor = out) -> None:
             _, body = ms.unpack(message, 0)
-            selected, _ = decode(CollectiveKind.PUSH, spec, body, rank=0, world=2, step=0)
+            selected, _ = decode(PUSH, spec, body, rank=0, world=2, step=0)
             kernels.scatter_add(out, *selected)
 
         def floor(ready: Any = ready, out: torch.Tensor = out) -> None:

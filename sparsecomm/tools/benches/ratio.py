@@ -14,12 +14,12 @@ from rich.console import Console
 from sparsecomm import kernels
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import blank_header
+from sparsecomm.exchange.methods.allgather import Allgather
 from sparsecomm.tools.benches import Timing, alternate, bench, figures, meta, table, verdict
 from sparsecomm.tools.benches.recordings import SOURCES, Recording, missing, record
 from sparsecomm.types import IndexCodec, ValueCodec
 from sparsecomm.wire import (
     HEADER_BYTES,
-    CollectiveKind,
     choose_index_codec,
     decode_body,
     encode_payload,
@@ -156,7 +156,7 @@ def code(
         index_codec: how indices are written.
     """
     n, k = x.numel(), values.numel()
-    header = blank_header(0, 1, 0, 0, n, CollectiveKind.ALLGATHER)
+    header = blank_header(0, 1, 0, 0, n, Allgather.number)
     header.value_codec, header.index_codec = value_codec, index_codec
     room = torch.empty(max_payload_bytes(index_codec, value_codec, k, n), dtype=torch.uint8)
     error, got_indices, got_values = torch.empty(k), torch.empty_like(indices), torch.empty(k)

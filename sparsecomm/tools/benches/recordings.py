@@ -24,7 +24,6 @@ from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SOURCES", "Recording", "Source", "missing", "record"]
 
@@ -149,7 +148,7 @@ class _Workers:
     def exchange(self, grads: Sequence[Tensor], step: int) -> Tensor:
         """Returns the average that every worker receives. Mutates the gradients."""
         k = self._compressor.k_for(grads[0].numel(), step)
-        plan = Plan(step, CollectiveKind.ALLGATHER, self._compressor, k, ValueCodec.FP16)
+        plan = Plan(step, "allgather", self._compressor, k, ValueCodec.FP16)
 
         def steps_of(channel: Channel) -> CollectiveSteps[object]:
             r = channel.rank

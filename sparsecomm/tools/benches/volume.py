@@ -16,13 +16,13 @@ from sparsecomm.compress import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, exchange
-from sparsecomm.exchange.method import strategy_named
+from sparsecomm.exchange.method import Scope, method_named
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.tools.benches import bench, meta, table, verdict
+from sparsecomm.tools.benches.compressors import compressor_for
 from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
-from sparsecomm.types import ValueCodec
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes, ValueCodec
 
 __all__ = ["KINDS", "print_table", "run"]
 
@@ -166,10 +166,10 @@ class _Cell:
     codec: ValueCodec
 
     def __post_init__(self) -> None:
-        strategy = strategy_named(self.name)
-        self.compressor = strategy.compressor_at(self.density) if strategy.special else None
+        own = method_named(self.name).scope == Scope.OWN
+        self.compressor = compressor_for(self.name, self.density) if own else None
         # What is sent is then made of all of a gradient, and that must be what the selection leaves of it.
-        self.made_of_all = strategy.special or strategy.kind == CollectiveKind.TWO_LEVEL
+        self.made_of_all = own or self.name == "two_level"
         self.k = self.wanted if self.compressor is None else self.compressor.k_for(self.numel, 0)
 
     def measure(self, steps: int) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class _Cell:
             overlap += self._overlap(grads[0], selections) / steps
         unit = 4 * self.k * (self.size - 1) / self.size
         words = worst / unit
-        estimate = strategy_named(self.name).estimate_bytes(self.k, self.numel, self.size, self.codec, None)
+        estimate = method_named(self.name).bytes_sent(Sizes(self.k, self.numel, self.size, self.codec))
         return {
             "collective": self.name,
             "ranks": self.size,
@@ -239,7 +239,7 @@ class _Cell:
             residual.zero_()
             grad.zero_()[selection[0].to(torch.int64)] = selection[1]
         compressor = _Given(*selection) if self.compressor is None else self.compressor
-        return Plan(step, strategy_named(self.name).kind, compressor, self.k, value_codec=self.codec)
+        return Plan(step, self.name, compressor, self.k, value_codec=self.codec)
 
     def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a rank selects: k positions of its kind, magnitudes with the tail of a Laplacian above a threshold."""

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 import sparsecomm as sc
-from sparsecomm.exchange.method import strategies
+from sparsecomm.exchange.method import methods
+from sparsecomm.tools.benches.compressors import compressor_for
 
 STEPS = 3
 ROWS, COLUMNS = 48, 65
@@ -25,7 +26,7 @@ def same_everywhere(tensor: torch.Tensor) -> bool:
 def check(name: str, world: sc.World) -> None:
     """Takes a few steps by one collective. Collective."""
     model = torch.nn.Linear(COLUMNS - 1, ROWS)  # one bucket of ROWS * COLUMNS elements
-    compressor = strategies()[name].compressor_at(0.05)
+    compressor = compressor_for(name, 0.05)
     state = sc.SparseState(compressor, model=model, collective=name)
     given, applied = torch.zeros(ROWS * COLUMNS, dtype=torch.float64), torch.zeros(ROWS * COLUMNS, dtype=torch.float64)
     generator = torch.Generator().manual_seed(world.rank)
@@ -51,11 +52,11 @@ def check(name: str, world: sc.World) -> None:
 def main() -> None:
     """Checks all."""
     world = sc.init()
-    for name in strategies():
+    for name in methods():
         check(name, world)
     world.barrier()
     if world.rank == 0:
-        print(f"{len(strategies())} collectives, {world.size} ranks: nothing lost, all alike")
+        print(f"{len(methods())} collectives, {world.size} ranks: nothing lost, all alike")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     1 accumulate   the gradient is added to the residual, which stays whole until the end: M
     2 project      P = M Q, with the orthonormal Q that the last step's factor gives, summed over ranks
-    3 approximate  P made orthonormal, Q = M^T P, summed over ranks together with what travels as it is
+    3 approximate  P made orthonormal, Q = M^T P, summed over ranks together with the elements that travel as they are
     4 apply        the average is P Q^T / ranks; M - P Q^T with this rank's own Q stays in the residual
 
 All ranks make P orthonormal from the same sum, by operations that give the same bits on any machine. The two sums are
-steps of one generator, so that any number of buckets may be in flight.
+steps of one generator, so that any number of buckets may be in flight. The residual uses the rank's own Q, minus the
+rounding of its 16 bits, so that its sum over ranks is exactly the part that the average lacks.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
-from sparsecomm.compress import Compressor, PowerSGD
+from sparsecomm.compress import PowerSGD
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
-from sparsecomm.exchange.method import Strategy, dense_wire, register
+from sparsecomm.exchange.method import Method, Scope, register
 from sparsecomm.exchange.methods.powersgd.factors import Matrix, matrices_of, orthonormal, random_factor
-from sparsecomm.feedback import Taken
+from sparsecomm.exchange.plan import summable
+from sparsecomm.feedback import WholeTaken
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import CollectiveKind
+from sparsecomm.types import Sizes, Span, ValueCodec
 
 __all__ = ["Factors", "LowRank"]
 
 
 @dataclass(slots=True)
 class Factors:
-    """What a bucket remembers: where the next step's iteration starts.
+    """The factors that a bucket remembers: the next step's iteration starts from them.
 
     Attributes:
         rank: of the approximation.
@@ -48,75 +50,71 @@ class Factors:
 
 
 @register
-class LowRank(Strategy):
-    """Sums low-rank factors densely, in 32 or 16 bits; what 16 bits round off goes back to the residual."""
+class LowRank(Method):
+    """Sums low-rank factors densely, in 32 or 16 bits; the rounding of 16 bits goes back to the residual."""
 
     name = "powersgd"
-    kind = CollectiveKind.POWERSGD
-    special: ClassVar[bool] = True
+    number = 8
+    has_body = False
+    must_match: ClassVar = {"nnz": "rank of the matrices", "value_codec": "value_codec"}
+    scope = Scope.OWN
 
-    _taken: Taken
+    _taken: WholeTaken
     _rank: int
     _matrices: list[Matrix]
-    _rest: list[tuple[int, int]]
+    _others: list[Span]
     _left_factor: torch.Tensor
-    _second: torch.Tensor  # the right factors, and all else
+    _second: torch.Tensor  # the right factors, and all elements that travel as they are
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`: of k values, half in each sum. Shapes say how many there really are."""
-        wire = dense_wire(value_codec)
-        return agreement_bytes(size) + sum(dense_allreduce_bytes(n, size, wire) for n in (k // 2, k - k // 2))
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        """For k values, half in each sum. Shapes say how many there really are."""
+        wire, k = summable(sizes.values), sizes.k
+        sums = (dense_allreduce_bytes(n, sizes.ranks, wire) for n in (k // 2, k - k // 2))
+        return agreement_bytes(sizes.ranks) + sum(sums)
 
     @classmethod
-    def compressor_at(cls, density: float) -> Compressor:
-        """See `Strategy.compressor_at`. The density follows from the shapes."""
-        return PowerSGD()
+    @override
+    def rounds(cls, ranks: int) -> int:
+        """The agreement and two short sums."""
+        return 5 * (ranks - 1).bit_length()
 
     @classmethod
-    def rounds(cls, size: int) -> int:
-        """See `Strategy.rounds`: agreement and two short sums."""
-        return 5 * (size - 1).bit_length()
+    @override
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """The matrix is read for each factor and for the residual, and written once."""
+        compute = 3 * costs.exchange + (4 * costs.add + 2 * costs.fill) * sizes.numel
+        return Estimate(costs.alpha * cls.rounds(sizes.ranks) + costs.beta * cls.bytes_sent(sizes), compute)
 
-    @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """See `Strategy.estimate`: the matrix is read for each factor, for what is left, and written once."""
-        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
-        compute = 3 * costs.exchange + (4 * costs.add + 2 * costs.fill) * numel
-        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
+    @override
+    def take(self) -> WholeTaken:
+        self._taken = self.exchange.take_whole()
+        return self._taken
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_all()
-
-    def encode(self, taken: Taken) -> None:
-        """Makes the header, which is all that goes ahead."""
-        job, compressor = self.job, self.job.plan.compressor
-        # Others may be benched over this collective: it has to know no more than a rank.
+    @override
+    def encode(self) -> None:
+        exchange, compressor = self.exchange, self.exchange.plan.compressor
+        # Other compressors may be benched over this method: it has to know no more than a rank.
         self._rank = compressor.rank if isinstance(compressor, PowerSGD) else 1
-        self._taken = taken
-        self._matrices, self._rest = matrices_of(job.bucket.layout, self._rank)
-        self.header = job.header()
-        self.header.nnz = min(self._rank, job.grad.numel())
-        self.header.value_codec = dense_wire(job.plan.value_codec)
+        self._matrices, self._others = matrices_of(exchange.memory.layout, self._rank)
+        self.header = exchange.header()
+        self.header.nnz = min(self._rank, exchange.grad.numel())
+        self.header.value_codec = summable(exchange.plan.value_codec)
         known = self._known()
-        self.header.plan = 0 if known is None else known.tag
-        self.bare_payload()
+        self.header.tag = 0 if known is None else known.tag
+        self.make_bare_payload()
 
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`."""
-        job, key, wire = self.job, self.job.bucket.index, self.header.value_codec
-        residual = job.bucket.residual
+        exchange, key, wire = self.exchange, self.exchange.memory.index, self.header.value_codec
+        residual = exchange.memory.residual
         assert residual is not None, "PowerSGD needs a residual"
-        known = self._known() if agreement.same_plan else None
+        known = self._known() if agreement.same_tag else None
         rank, matrices = self._rank, self._matrices
         first = self._buffer("left factors", sum(rank * m.rows for m in matrices))
         rights = sum(rank * m.cols for m in matrices)
-        second = self._second = self._buffer("right factors", rights + sum(end - start for start, end in self._rest))
+        second = self._second = self._buffer("right factors", rights + sum(end - start for start, end in self._others))
         mine = self._buffer("own right factors", rights)
         right = second[:rights]
         if known is not None:
@@ -128,7 +126,7 @@ class LowRank(Strategy):
             orthonormal(q, start)
             torch.mm(q, m.of(residual).t(), out=p)
         if matrices:
-            yield from dense_allreduce(job.channel, first, job.arena, (key, "left"), wire=wire)
+            yield from dense_allreduce(exchange.channel, first, exchange.arena, (key, "left"), wire=wire)
             if not bool(torch.isfinite(first).all()):
                 return False
         for m, p, q in self._factors(first, right):
@@ -136,12 +134,14 @@ class LowRank(Strategy):
             torch.mm(p, m.of(residual), out=q)
         mine.copy_(right)
         offset = rights
-        for begin, end in self._rest:
+        for begin, end in self._others:
             second[offset : offset + end - begin] = residual[begin:end]
             offset += end - begin
         error = self._buffer("rounded", second.numel()) if wire != ValueCodec.FP32 else None
-        scale = job.plan.grad_scale / job.channel.size
-        yield from dense_allreduce(job.channel, second, job.arena, (key, "right"), wire=wire, scale=scale, error=error)
+        scale = exchange.plan.grad_scale / exchange.channel.size
+        yield from dense_allreduce(
+            exchange.channel, second, exchange.arena, (key, "right"), wire=wire, scale=scale, error=error
+        )
         self._left_factor = first
         if not bool(torch.isfinite(second).all()):
             return False
@@ -151,57 +151,59 @@ class LowRank(Strategy):
     def _keep(
         self, residual: torch.Tensor, first: torch.Tensor, mine: torch.Tensor, error: torch.Tensor | None
     ) -> None:
-        """Finds out what this rank has not told the others: to be its residual."""
-        left = self._taken.left = self._buffer("left", residual.numel())
-        left.copy_(residual)
+        """Works out the part of M that this rank has not told the others: its next residual."""
+        rest = self._taken.rest = self._buffer("left", residual.numel())
+        rest.copy_(residual)
         rights = mine.numel()
         if error is not None:
             mine.sub_(error[:rights])
         for m, p, q in self._factors(first, mine):
-            m.of(left).addmm_(p.t(), q, alpha=-1.0)
+            m.of(rest).addmm_(p.t(), q, alpha=-1.0)
         offset = rights
-        for begin, end in self._rest:
+        for begin, end in self._others:
             if error is None:
-                left[begin:end] = 0.0
+                rest[begin:end] = 0.0
             else:
-                left[begin:end] = error[offset : offset + end - begin]
+                rest[begin:end] = error[offset : offset + end - begin]
             offset += end - begin
 
+    @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`. The owners have scaled already, before they rounded.
+        """The owners have scaled already, before they rounded.
 
         Products and sums are elementwise, since a matrix product may differ from one machine to another.
         """
-        full = out if out.dtype == torch.float32 else self.job.arena.get("low rank", out.numel(), torch.float32)
+        full = out if out.dtype == torch.float32 else self.exchange.arena.get("low rank", out.numel(), torch.float32)
         rights = sum(self._rank * m.cols for m in self._matrices)
         for m, p, q in self._factors(self._left_factor, self._second[:rights]):
             target = m.of(full)
             torch.mul(p[0].unsqueeze(1), q[0], out=target)
             if self._rank > 1:
-                more = self.job.arena.get("low rank term", m.rows * m.cols, torch.float32).view(m.rows, m.cols)
+                more = self.exchange.arena.get("low rank term", m.rows * m.cols, torch.float32).view(m.rows, m.cols)
                 for i in range(1, self._rank):
                     target.add_(torch.mul(p[i].unsqueeze(1), q[i], out=more))
         offset = rights
-        for begin, end in self._rest:
+        for begin, end in self._others:
             full[begin:end] = self._second[offset : offset + end - begin]
             offset += end - begin
         if full is not out:
             out.copy_(full)
 
-    def settle(self) -> None:
+    @override
+    def finish(self) -> None:
         """Remembers the right factors."""
         right = self._second[: sum(self._rank * m.cols for m in self._matrices)]
         known = self._known()
         kept = right.clone() if known is None else known.right.copy_(right)
         tag = kernels.crc32c(kept.view(torch.uint8)) or 1
-        self.job.bucket.shared = Factors(self._rank, kept, tag)
+        self.exchange.memory.shared = Factors(self._rank, kept, tag)
 
     def _known(self) -> Factors | None:
-        known = self.job.bucket.shared
+        known = self.exchange.memory.shared
         return known if isinstance(known, Factors) and known.rank == self._rank else None
 
     def _buffer(self, name: str, numel: int) -> torch.Tensor:
-        return self.job.arena.get((self.job.bucket.index, name), numel, torch.float32)
+        return self.exchange.arena.get((self.exchange.memory.index, name), numel, torch.float32)
 
     def _factors(self, first: torch.Tensor, right: torch.Tensor) -> list[tuple[Matrix, torch.Tensor, torch.Tensor]]:
         """Returns every matrix with views of its factors, of shapes (rank, rows) and (rank, columns)."""

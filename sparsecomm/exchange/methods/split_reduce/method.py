@@ -7,104 +7,117 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
-from sparsecomm.exchange.method import Strategy, register
+from sparsecomm.exchange.method import Method, register
 from sparsecomm.exchange.methods.split_reduce.regions import LIFETIME, Regions, samples_of
 from sparsecomm.exchange.methods.split_reduce.split import Split
 from sparsecomm.exchange.methods.split_reduce.steps import ANNOUNCEMENT_BYTES, Reduced, split_reduce
-from sparsecomm.feedback import Taken
+from sparsecomm.feedback import SelectedTaken
 from sparsecomm.transport import CollectiveSteps
-from sparsecomm.types import Codecs, IndexCodec, ValueCodec
-from sparsecomm.wire import PART_HEADER_BYTES, CollectiveKind
-from sparsecomm.wire.pairs import body_bytes
+from sparsecomm.types import Codecs, Sizes, ValueCodec
+from sparsecomm.wire import PART_HEADER_BYTES, body_bytes
 
-__all__ = ["SplitReduce", "Ssar", "split_reduce_bytes"]
+__all__ = ["SplitReduce", "Ssar"]
 
 
 @register
-class SplitReduce(Strategy):
+class SplitReduce(Method):
     """Ok-Topk's allreduce: its cost does not grow with the number of ranks.
 
-    What an owner drops of the sums, and what rounding drops of them, goes to the owner's residual, for all ranks.
+    The owner of a region keeps in its residual, for all ranks, the sums that it drops and the rounding of the others.
     """
 
     name = "split_reduce"
-    kind = CollectiveKind.SPLIT_REDUCE
+    number = 3
+    has_body = False
+    must_match: ClassVar = {"nnz": "k"}
     keep_all: ClassVar[bool] = False
 
+    _taken: SelectedTaken
     _split: Split
     _regions: Regions | None = None
     _reduced: Reduced | None = None
 
     @classmethod
-    def estimate_bytes(
-        cls, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> int:
-        """See `Strategy.estimate_bytes`."""
-        return split_reduce_bytes(k, numel, size, value_codec, index_codec, keep_all=cls.keep_all)
+    @override
+    def bytes_sent(cls, sizes: Sizes) -> int:
+        """Making regions is spread over the steps that they serve. With `keep_all`, selections are independent."""
+        k, n, ranks, codecs = sizes.k, sizes.numel, sizes.ranks, Codecs(sizes.values, sizes.indices)
+        region = -(-n // ranks)
+        sent = kept = min(region, round(k / ranks))
+        if cls.keep_all and k < n:
+            kept = round(region * -math.expm1(ranks * math.log1p(-k / n)))
+        parts = sum(PART_HEADER_BYTES + body_bytes(count, region, codecs) for count in (sent, kept))
+        samples = (1 if cls.keep_all else 2) * 4 * (samples_of(ranks) + 4) // LIFETIME
+        return agreement_bytes(ranks) + (ranks - 1) * (parts + ANNOUNCEMENT_BYTES + samples)
 
     @classmethod
-    def rounds(cls, size: int) -> int:
-        """See `Strategy.rounds`: agreement, parts and their headers, announcements, the last leg."""
-        return 3 * (size - 1).bit_length() + 2 * min(1, size - 1)
+    @override
+    def rounds(cls, ranks: int) -> int:
+        """The agreement, parts and their headers, announcements, the last leg."""
+        return 3 * (ranks - 1).bit_length() + 2 * min(1, ranks - 1)
 
     @classmethod
-    def estimate(
-        cls, costs: Costs, k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None
-    ) -> Estimate:
-        """See `Strategy.estimate`: a rank encodes its own nonzeros, decodes about k that it owns and those kept."""
-        sent = cls.estimate_bytes(k, numel, size, value_codec, index_codec)
-        kept = min(numel, k * size) if cls.keep_all else k
-        nonzeros = costs.encode * (k + kept / size) + costs.decode * (k + kept)
-        compute = 2 * costs.exchange + (costs.select + costs.fill) * numel + nonzeros
-        return Estimate(costs.alpha * cls.rounds(size) + costs.beta * sent, compute)
+    @override
+    def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
+        """A rank encodes its own nonzeros, decodes about k that it owns and those kept."""
+        k, ranks = sizes.k, sizes.ranks
+        kept = min(sizes.numel, k * ranks) if cls.keep_all else k
+        nonzeros = costs.encode * (k + kept / ranks) + costs.decode * (k + kept)
+        compute = 2 * costs.exchange + (costs.select + costs.fill) * sizes.numel + nonzeros
+        return Estimate(costs.alpha * cls.rounds(ranks) + costs.beta * cls.bytes_sent(sizes), compute)
 
-    def take(self) -> Taken:
-        """See `Strategy.take`."""
-        return self.job.take_some()
+    @override
+    def take(self) -> SelectedTaken:
+        self._taken = self.exchange.take_some()
+        return self._taken
 
-    def encode(self, taken: Taken) -> None:
+    @override
+    def encode(self) -> None:
         """Makes the header and, if there are regions from the last step, every owner's part."""
-        job, plan, numel = self.job, self.job.plan, self.job.grad.numel()
+        exchange, plan, taken = self.exchange, self.exchange.plan, self._taken
+        numel = exchange.grad.numel()
         self._split = Split(
-            channel=job.channel,
-            arena=job.arena,
-            bucket=job.bucket.index,
+            channel=exchange.channel,
+            arena=exchange.arena,
+            bucket=exchange.memory.index,
             step=plan.step,
             numel=numel,
             pairs=(taken.indices, taken.values),
             capacity=taken.capacity,
             k=plan.k,
-            codecs=Codecs(plan.value_codec, plan.index_codec),
+            codecs=plan.codecs,
             keep_all=self.keep_all,
         )
-        known = job.bucket.shared
-        if isinstance(known, Regions) and known.fit(job.channel.size, numel, plan.k, plan.step):
+        known = exchange.memory.shared
+        if isinstance(known, Regions) and known.fit(exchange.channel.size, numel, plan.k, plan.step):
             self._regions = known
             self._split.encode(known)
-        self.header = job.header()
+        self.header = exchange.header()
         self.header.nnz = plan.k
-        self.header.plan = 0 if self._regions is None else self._regions.tag
-        self.bare_payload()
+        self.header.tag = 0 if self._regions is None else self._regions.tag
+        self.make_bare_payload()
 
+    @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """See `Strategy.communicate`."""
-        if not agreement.same_plan:
+        if not agreement.same_tag:
             self._regions = self._split.regions = None
         self._reduced = yield from split_reduce(self._split)
         return self._reduced is not None
 
+    @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """See `Strategy.write_average`."""
         assert self._reduced is not None, "nothing was reduced"
         kernels.scatter_reduce(out, [self._reduced.pairs], scale=scale)
 
-    def settle(self) -> None:
-        """Gives the residual what this rank's rounding lost as a sender, and what it dropped and lost as an owner."""
-        split, reduced, residual = self._split, self._reduced, self.job.bucket.residual
+    @override
+    def finish(self) -> None:
+        """Adds to the residual this rank's rounding as a sender, and the dropped sums and the rounding as an owner."""
+        split, reduced, residual = self._split, self._reduced, self.exchange.memory.residual
         assert reduced is not None, "nothing was reduced"
         assert residual is not None, "a sparse exchange needs a residual"
         region = residual[reduced.start : reduced.start + reduced.span]
@@ -113,41 +126,23 @@ class SplitReduce(Strategy):
         if split.codecs.values != ValueCodec.FP32:
             kernels.scatter_add(residual, split.pairs[0], split.error)
             kernels.scatter_add(region, reduced.indices, reduced.error)
-        self.job.bucket.shared = reduced.regions
+        self.exchange.memory.shared = reduced.regions
 
-    def skipped(self) -> None:
+    @override
+    def give_up(self, *, agreed: bool) -> None:
         """The regions stay good for the next step; a threshold that was on its way is forgotten."""
-        known = self._regions
-        self.job.bucket.shared = None if known is None else replace(known, used=self.job.plan.step)
+        if agreed:
+            known = self._regions
+            self.exchange.memory.shared = None if known is None else replace(known, used=self.exchange.plan.step)
 
 
 @register
 class Ssar(SplitReduce):
-    """SparCML's static sparse allreduce: whatever is reduced is kept, its last leg dense where that is smaller."""
+    """SparCML's static sparse allreduce: all sums are kept, and the last leg is dense where that is smaller.
+
+    Without rounding it equals the allgather bit for bit, since sums are made in rank order whoever owns them.
+    """
 
     name = "ssar"
-    kind = CollectiveKind.SSAR
+    number = 4
     keep_all = True
-
-
-def split_reduce_bytes(
-    k: int, numel: int, size: int, value_codec: ValueCodec, index_codec: IndexCodec | None, *, keep_all: bool = False
-) -> int:
-    """Returns the bytes one rank is expected to send in a split-reduce of uniform positions.
-
-    Making regions is spread over the steps that they serve.
-
-    Args:
-        k: nonzeros a rank expects to send.
-        numel: elements of the bucket.
-        size: number of ranks.
-        value_codec: how values are written.
-        index_codec: how indices are written; None for the smallest.
-        keep_all: whether all sums are kept, of selections that are independent of each other.
-    """
-    region = -(-numel // size)
-    sent = min(region, round(k / size))
-    kept = round(region * -math.expm1(size * math.log1p(-k / numel))) if keep_all and k < numel else sent
-    parts = sum(PART_HEADER_BYTES + body_bytes(n, region, value_codec, index_codec) for n in (sent, kept))
-    samples = (1 if keep_all else 2) * 4 * (samples_of(size) + 4) // LIFETIME
-    return agreement_bytes(size) + (size - 1) * (parts + ANNOUNCEMENT_BYTES + samples)

@@ -49,8 +49,7 @@ class Owner:
         mine = split.buffer("own indices", last - first, torch.uint32, reserve=split.capacity)
         self._parts[here] = (shifted(split.pairs[0][first:last], -self.start, mine), split.pairs[1][first:last])
         sources = {r: self.span for r in range(split.channel.size) if r != here}
-        key = (split.bucket, "split")
-        yield from exchange_parts(split.channel, split.parts, sources, self._decode, split.arena, key, split.bucket)
+        yield from exchange_parts(split.context, "split", split.parts, sources, self._decode)
 
     def _decode(self, arrivals: list[Arrival]) -> None:
         """Decodes a turn's parts while the next are on their way; what they are added up in is the order of ranks."""
@@ -116,12 +115,12 @@ class Owner:
         """Writes what is kept as one part. Mutates block and error."""
         nnz = self.values.numel()
         codecs = self.split.codecs
-        room = max_part_bytes(nnz, self.span, codecs.values, codecs.indices) if nnz else 0
+        room = max_part_bytes(nnz, self.span, codecs) if nnz else 0
         out = self.split.buffer("block", room, torch.uint8, reserve=2 * room)
         self.error = self.split.buffer("kept error", nnz, torch.float32, reserve=2 * nnz)
         written = 0
         if nnz:
-            written = encode_part(self.indices, self.values, self.span, codecs.values, codecs.indices, out, self.error)
+            written = encode_part(self.indices, self.values, self.span, codecs, out, self.error)
         self.block = out[:written]
 
     def rebalance(self, segments: list[Segment], counts: list[int]) -> CollectiveSteps[torch.Tensor]:
@@ -141,10 +140,7 @@ class Owner:
         held = [s for s in segments if s.holder == here]
         codecs = split.codecs
         places = [s.place(0, self.span, counts[s.region]) for s in mine]
-        rooms = [
-            max_part_bytes(s.count, span, codecs.values, codecs.indices)
-            for s, (_, span) in zip(mine, places, strict=True)
-        ]
+        rooms = [max_part_bytes(s.count, span, codecs) for s, (_, span) in zip(mine, places, strict=True)]
         total = sum(rooms)
         out = split.buffer("slices", total, torch.uint8, reserve=2 * total)
         outgoing: dict[int, torch.Tensor] = {}
@@ -156,7 +152,7 @@ class Owner:
             )
             place = out[offset : offset + room]
             values, error = self.values[s.first : s.last], self.error[s.first : s.last]
-            written = encode_part(relative, values, span, codecs.values, codecs.indices, place, error)
+            written = encode_part(relative, values, span, codecs, place, error)
             outgoing[s.holder] = place[:written]
             offset += written
         parts: dict[int, torch.Tensor] = {}
@@ -170,8 +166,7 @@ class Owner:
         sources = {
             s.owner: s.place(*self._regions.place(s.region), counts[s.region])[1] for s in held if s.owner != here
         }
-        key = (split.bucket, "slices")
-        yield from exchange_parts(split.channel, outgoing, sources, arrived, split.arena, key, split.bucket)
+        yield from exchange_parts(split.context, "slices", outgoing, sources, arrived)
         total = sum(p.numel() for p in parts.values())
         block = split.buffer("held", total, torch.uint8, reserve=2 * total)
         offset = 0

@@ -5,14 +5,14 @@ Cost: two messages a part, its header and its body; nothing but the header if it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sparsecomm.errors import WireError
-from sparsecomm.runtime.arena import Arena
+from sparsecomm.exchange.methods.split_reduce.context import Context
 from sparsecomm.transport import Channel, CollectiveSteps, Request
 from sparsecomm.types import Pairs
 from sparsecomm.wire import PART_HEADER_BYTES, PartHeader, decode_part, read_part_header
@@ -84,13 +84,11 @@ class Arrival:
 
 
 def exchange_parts(
-    channel: Channel,
+    context: Context,
+    name: str,
     outgoing: Mapping[int, torch.Tensor],
     sources: Mapping[int, int],
     arrived: Callable[[list[Arrival]], None],
-    arena: Arena,
-    key: Hashable,
-    bucket: int,
 ) -> CollectiveSteps[None]:
     """Sends parts to some ranks and receives parts from some. Collective; all ranks call it together.
 
@@ -101,53 +99,81 @@ def exchange_parts(
     A rank waits in turn i only for what others send in their turn i, so none waits for one that waits for it.
 
     Args:
-        channel: the ranks.
+        context: the ranks and the buffers.
+        name: names the buffers.
         outgoing: a part's bytes by destination.
-        sources: by rank that sends one here, the span of its part.
+        sources: by rank that sends a part here, the span of that part.
         arrived: called with a turn's parts, which hold only until it returns.
-        arena: gives the receive buffers.
-        key: names them.
-        bucket: for errors.
 
     Raises:
         WireError: if a header is damaged; names the sender.
     """
-    size, rank = channel.size, channel.rank
-    heads = arena.get((key, "part headers"), 2 * _WINDOW * PART_HEADER_BYTES, torch.uint8)
+    size, turns = context.channel.size, _Turns(context, name, outgoing, sources)
     coming: list[Arrival] = []
     pending: list[Request] = []  # sends of the turn before, bodies that its headers announced
     for turn, first in enumerate(range(1, size, _WINDOW)):
         distances = range(first, min(first + _WINDOW, size))
-        sends, receives, expected = [], [], []
-        for slot, distance in enumerate(distances):
-            source = (rank - distance) % size
-            if source in sources:
-                at = (turn % 2 * _WINDOW + slot) * PART_HEADER_BYTES
-                head = heads[at : at + PART_HEADER_BYTES]
-                receives.append(channel.irecv(head, source))
-                expected.append((source, head))
-        for distance in distances:
-            part = outgoing.get((rank + distance) % size)
-            if part is not None:
-                sends += _send(channel, part, (rank + distance) % size)
-        if receives or pending:
-            yield [*pending, *receives]
+        heads = turns.receive_headers(turn, distances)
+        sends = turns.send(distances)
+        if heads or pending:
+            yield [*pending, *(request for _, _, request in heads)]
         if coming:
             arrived(coming)
-        headers = [read_header_of(head, sources[s], rank=s, bucket=bucket) for s, head in expected]
-        total = sum(h.body_bytes for h in headers)
-        buffer = arena.get((key, "part bodies", turn % 2), total, torch.uint8, reserve=2 * total)
-        coming, pending, offset = [], sends, 0
-        for (source, head), header in zip(expected, headers, strict=True):
-            body = buffer[offset : offset + header.body_bytes]
-            offset += header.body_bytes
-            coming.append(Arrival(source, header, head, body))
-            if header.body_bytes:
-                pending.append(channel.irecv(body, source))
+        coming, bodies = turns.receive_bodies(turn, heads)
+        pending = [*sends, *bodies]
     if pending:
         yield pending
     if coming:
         arrived(coming)
+
+
+class _Turns:
+    """The requests of one `exchange_parts`, turn by turn. Buffers of two turns alternate."""
+
+    def __init__(
+        self, context: Context, name: str, outgoing: Mapping[int, torch.Tensor], sources: Mapping[int, int]
+    ) -> None:
+        self._context, self._outgoing, self._sources = context, outgoing, sources
+        self._key = (context.bucket, name)
+        self._heads = context.arena.get((self._key, "part headers"), 2 * _WINDOW * PART_HEADER_BYTES, torch.uint8)
+
+    def receive_headers(self, turn: int, distances: range) -> list[tuple[int, torch.Tensor, Request]]:
+        """Starts to receive the headers of a turn. Returns source, buffer and request of each."""
+        channel, started = self._context.channel, []
+        for slot, distance in enumerate(distances):
+            source = (channel.rank - distance) % channel.size
+            if source in self._sources:
+                at = (turn % 2 * _WINDOW + slot) * PART_HEADER_BYTES
+                head = self._heads[at : at + PART_HEADER_BYTES]
+                started.append((source, head, channel.irecv(head, source)))
+        return started
+
+    def send(self, distances: range) -> list[Request]:
+        """Starts to send the parts of a turn."""
+        channel, started = self._context.channel, []
+        for distance in distances:
+            dest = (channel.rank + distance) % channel.size
+            part = self._outgoing.get(dest)
+            if part is not None:
+                started += _send(channel, part, dest)
+        return started
+
+    def receive_bodies(
+        self, turn: int, heads: Sequence[tuple[int, torch.Tensor, Request]]
+    ) -> tuple[list[Arrival], list[Request]]:
+        """Reads a turn's headers and starts to receive the bodies that they announce."""
+        context, bucket = self._context, self._context.bucket
+        headers = [read_header_of(head, self._sources[s], rank=s, bucket=bucket) for s, head, _ in heads]
+        total = sum(h.body_bytes for h in headers)
+        buffer = context.arena.get((self._key, "part bodies", turn % 2), total, torch.uint8, reserve=2 * total)
+        coming, started, offset = [], [], 0
+        for (source, head, _), header in zip(heads, headers, strict=True):
+            body = buffer[offset : offset + header.body_bytes]
+            offset += header.body_bytes
+            coming.append(Arrival(source, header, head, body))
+            if header.body_bytes:
+                started.append(context.channel.irecv(body, source))
+        return coming, started
 
 
 def _send(channel: Channel, part: torch.Tensor, dest: int) -> list[Request]:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparsecomm import kernels
 from sparsecomm.collectives.gather import allgather_fixed
 from sparsecomm.errors import WireError
-from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.exchange.methods.split_reduce.context import Context
+from sparsecomm.transport import CollectiveSteps
+from sparsecomm.wire import Record
 
 __all__ = ["KEEP_ALL", "LIFETIME", "Regions", "new_bounds", "new_threshold", "samples_of"]
 
@@ -99,16 +98,7 @@ def samples_of(size: int) -> int:
     return max(16, min(128, _SAMPLES // size))
 
 
-def new_bounds(
-    channel: Channel,
-    indices: torch.Tensor,
-    numel: int,
-    k: int,
-    step: int,
-    arena: Arena,
-    key: Hashable,
-    bucket: int,
-) -> CollectiveSteps[Regions]:
+def new_bounds(context: Context, indices: torch.Tensor, numel: int, k: int, step: int) -> CollectiveSteps[Regions]:
     """Cuts the index space so that every rank is sent about the same number of nonzeros. Collective.
 
     1. Contribute the number of selected positions and their quantiles.
@@ -118,20 +108,17 @@ def new_bounds(
        travel.
 
     Args:
-        channel: the ranks.
-        indices: uint32, shape (nnz,), ascending: what this rank has selected.
+        context: the ranks and the buffers.
+        indices: uint32, shape (nnz,), ascending: positions that this rank has selected.
         numel: elements of the bucket.
-        k: how many this rank was asked to select.
+        k: number of positions that this rank was asked to select.
         step: training step.
-        arena: gives the buffers.
-        key: names them.
-        bucket: for errors.
 
     Raises:
         WireError: if a rank's samples are damaged; names it.
     """
-    size = channel.size
-    counts, found, places = yield from _union(channel, indices.numpy(), arena, (key, "positions"), bucket)
+    size = context.channel.size
+    counts, found, places = yield from _union(context, indices.numpy(), "positions")
     bounds = np.linspace(0, numel, size + 1).astype(np.int64)
     ranks = np.flatnonzero(counts)
     if len(ranks):
@@ -187,18 +174,13 @@ def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: 
     return tuple(next(free) if r < 0 else r for r in owners)
 
 
-def new_threshold(
-    channel: Channel, values: torch.Tensor, wanted: int, arena: Arena, key: Hashable, bucket: int
-) -> CollectiveSteps[float]:
+def new_threshold(context: Context, values: torch.Tensor, wanted: int) -> CollectiveSteps[float]:
     """Finds the magnitude that about `wanted` of all ranks' values reach. Collective.
 
     Args:
-        channel: the ranks.
+        context: the ranks and the buffers.
         values: float32, shape (nnz,): this rank's sums, finite.
-        wanted: how many to keep in all.
-        arena: gives the buffers.
-        key: names them.
-        bucket: for errors.
+        wanted: number of sums to keep in all.
 
     Returns:
         At least KEEP_ALL.
@@ -207,7 +189,7 @@ def new_threshold(
         WireError: if a rank's samples are damaged; names it.
     """
     ascending = np.sort(np.abs(values.numpy()))  # faster than numpy's partition at this many quantiles
-    counts, found, _ = yield from _union(channel, ascending.view(np.uint32), arena, (key, "magnitudes"), bucket)
+    counts, found, _ = yield from _union(context, ascending.view(np.uint32), "magnitudes")
     ranks = np.flatnonzero(counts)
     if counts.sum() <= wanted or not len(ranks):
         return KEEP_ALL
@@ -219,33 +201,41 @@ def new_threshold(
     return max(KEEP_ALL, float(np.interp(wanted, reached, sampled[order])))
 
 
+@cache
+def _record(samples: int) -> Record:
+    """Returns the layout of one rank's samples: how many numbers it has, and the samples, ascending."""
+    return Record("samples", (("count", "I"), ("samples", f"{4 * (samples + 2)}s")), crc="samples_crc")
+
+
 def _union(
-    channel: Channel, ascending: npt.NDArray[np.uint32], arena: Arena, key: Hashable, bucket: int
+    context: Context, ascending: npt.NDArray[np.uint32], name: str
 ) -> CollectiveSteps[tuple[_Floats, _Floats, _Floats]]:
     """Gathers quantiles of 32-bit numbers.
 
     Returns:
-        By rank: how many it has; its samples, ascending; how many are below each. Zeros where it has none.
+        By rank: the count of its numbers; its samples, ascending; the count of numbers below each. Zeros where it has
+        none.
     """
+    channel = context.channel
     size, samples = channel.size, samples_of(channel.size)
-    block = arena.get((key, "block"), 4 * (samples + 4), torch.uint8)
-    numbers: Any = block.numpy().view(np.uint32)
-    numbers[:] = 0
-    numbers[0] = len(ascending)
+    record = _record(samples)
+    key = (context.bucket, "split", name)
+    mine = np.zeros(samples + 2, dtype="<u4")
     if len(ascending):
-        numbers[1:-1] = ascending[_places(channel.rank, size, samples, len(ascending))]
-    numbers[-1] = kernels.crc32c(block[:-4])
-    blocks = yield from allgather_fixed(channel, block, arena, key)
+        mine[:] = ascending[_places(channel.rank, size, samples, len(ascending))]
+    block = context.arena.get((key, "block"), record.nbytes, torch.uint8)
+    record.write(block, (len(ascending), mine.tobytes()))
+    blocks = yield from allgather_fixed(channel, block, context.arena, key)
     counts = np.zeros(size)
     found, places = np.zeros((size, samples + 2)), np.zeros((size, samples + 2))
     for rank, theirs in enumerate(blocks):
-        numbers = theirs.numpy().view(np.uint32)
-        crc = kernels.crc32c(theirs[:-4])
-        if int(numbers[-1]) != crc:
-            raise WireError("samples_crc", hex(numbers[-1]), f"the checksum is {crc:#x}", rank=rank, bucket=bucket)
-        counts[rank], found[rank] = numbers[0], numbers[1:-1]
-        if numbers[0]:
-            places[rank] = _places(rank, size, samples, int(numbers[0]))
+        try:
+            count, numbers = record.read(theirs)
+        except WireError as error:
+            raise error.at(rank=rank, bucket=context.bucket) from None
+        counts[rank], found[rank] = count, np.frombuffer(numbers, dtype="<u4")
+        if count:
+            places[rank] = _places(rank, size, samples, count)
     return counts, found, places
 
 

@@ -112,15 +112,15 @@ def decode_blocks(
     for s in segments:
         start, span = s.place(*regions.place(s.region), counts[s.region])
         rest = blocks[s.holder][read[s.holder] :]
-        where = {"rank": s.owner, "bucket": bucket}
-        header = read_header_of(rest, span, **where)
+        origin = {"rank": s.owner, "bucket": bucket}
+        header = read_header_of(rest, span, **origin)
         if header.nnz != s.count:
-            raise WireError("nnz", header.nnz, f"{s.count} were announced", **where)
+            raise WireError("nnz", header.nnz, f"{s.count} were announced", **origin)
         length = PART_HEADER_BYTES + header.body_bytes
         if rest.numel() < length:
-            raise WireError("length", rest.numel(), f"the part's header announces {length} bytes", **where)
+            raise WireError("length", rest.numel(), f"the part's header announces {length} bytes", **origin)
         pairs = (indices[offset : offset + s.count], values[offset : offset + s.count])
-        decode_pairs(header, rest[PART_HEADER_BYTES:length], span, pairs, **where)
+        decode_pairs(header, rest[PART_HEADER_BYTES:length], span, pairs, **origin)
         if start:
             shifted(pairs[0], start, pairs[0])
         read[s.holder] += length

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from sparsecomm.exchange.methods.split_reduce.context import Context
 from sparsecomm.exchange.methods.split_reduce.parts import shifted
 from sparsecomm.exchange.methods.split_reduce.regions import Regions
 from sparsecomm.runtime.arena import Arena
@@ -54,6 +55,11 @@ class Split:
     error: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
+    def context(self) -> Context:
+        """The ranks, the buffers and the bucket."""
+        return Context(self.channel, self.arena, self.bucket)
+
+    @property
     def wanted(self) -> int | None:
         """How many nonzeros to keep in all; None for all there are."""
         return None if self.keep_all or self.channel.size == 1 else self.k
@@ -75,10 +81,7 @@ class Split:
         nnz, here, size, codecs = values.numel(), self.here, self.channel.size, self.codecs
         inner = np.searchsorted(indices.numpy(), regions.bounds[1:-1].astype(np.uint32))
         cuts = self.cuts = [0, *inner.tolist(), nnz]
-        rooms = [
-            max_part_bytes(cuts[g + 1] - cuts[g], regions.place(g)[1], codecs.values, codecs.indices)
-            for g in range(size)
-        ]
+        rooms = [max_part_bytes(cuts[g + 1] - cuts[g], regions.place(g)[1], codecs) for g in range(size)]
         total = sum(rooms)
         out = self.buffer("parts", total, torch.uint8, reserve=total * self.capacity // max(nnz, 1))
         self.error = self.buffer("error", nnz, torch.float32, reserve=self.capacity)
@@ -91,7 +94,7 @@ class Split:
             start, span = regions.place(g)
             room, error = out[offset : offset + rooms[g]], self.error[first:last]
             relative = self.relative(first, last, start)
-            written = encode_part(relative, values[first:last], span, codecs.values, codecs.indices, room, error)
+            written = encode_part(relative, values[first:last], span, codecs, room, error)
             self.parts[regions.owners[g]] = room[:written]
             offset += written
 

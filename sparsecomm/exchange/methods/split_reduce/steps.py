@@ -17,13 +17,10 @@ Without step 4 ("ssar") the last leg grows with the number of different position
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from sparsecomm import kernels
 from sparsecomm.collectives.gather import allgather_blocks, allgather_fixed
 from sparsecomm.errors import WireError
 from sparsecomm.exchange.methods.split_reduce.owner import Owner
@@ -32,11 +29,12 @@ from sparsecomm.exchange.methods.split_reduce.segments import decode_blocks, seg
 from sparsecomm.exchange.methods.split_reduce.split import Split
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Pairs
+from sparsecomm.wire import Record
 
 __all__ = ["ANNOUNCEMENT_BYTES", "Reduced", "split_reduce"]
 
-_ANNOUNCEMENT = struct.Struct("<IIII")
-ANNOUNCEMENT_BYTES = _ANNOUNCEMENT.size
+_ANNOUNCEMENT = Record("announcement", (("kept", "I"), ("length", "I"), ("flags", "I")), crc="announcement_crc")
+ANNOUNCEMENT_BYTES = _ANNOUNCEMENT.nbytes
 _NONFINITE = 1
 _UNEVEN = 0.1  # of all that is gathered: what the busiest rank may send above the mean
 _SLACK = 32  # small counts fluctuate by more than a third
@@ -85,33 +83,17 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
         WireError: if anything that came here is damaged; names the sender and the bucket.
     """
     if split.regions is None:
-        key = (split.bucket, "split")
-        found = yield from new_bounds(
-            split.channel, split.pairs[0], split.numel, split.k, split.step, split.arena, key, split.bucket
-        )
+        found = yield from new_bounds(split.context, split.pairs[0], split.numel, split.k, split.step)
         split.encode(found)
     regions = split.regions
     assert regions is not None
     owner = Owner(split)
     yield from owner.collect()
     owner.add_up()
-    wanted = split.wanted
-    threshold = KEEP_ALL if wanted is None else regions.threshold
-    estimated = False
-    while True:
-        if wanted is not None and math.isnan(threshold):
-            key = (split.bucket, "split")
-            sums = owner.all_values
-            threshold = yield from new_threshold(split.channel, sums, wanted, split.arena, key, split.bucket)
-            estimated = True
-        owner.select(threshold)
-        owner.encode_whole()
-        counts, lengths, finite = yield from _announce(split, regions, owner.values.numel(), owner.block, owner.finite)
-        if not finite:
-            return None
-        if estimated or wanted is None or not _far_off(sum(counts), wanted, threshold):
-            break
-        threshold = math.nan
+    chosen = yield from _select(split, regions, owner)
+    if chosen is None:
+        return None
+    counts, lengths = chosen.counts, chosen.lengths
     moved = _is_uneven(lengths)
     segments = segments_of(counts, regions.owners, even=moved)
     block = owner.block
@@ -122,18 +104,53 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
     key = (split.bucket, "gathered")
     blocks = yield from allgather_blocks(split.channel, block, lengths, split.arena, key, reserve=2 * total)
     pairs = decode_blocks(blocks, segments, counts, regions, split.arena, split.bucket)
-    kept, goal = sum(counts), wanted or 0
     return Reduced(
         pairs=pairs,
-        regions=regions.after(split.step, threshold, kept, goal),
+        regions=regions.after(split.step, chosen.threshold, sum(counts), split.wanted or 0),
         start=owner.start,
         span=owner.span,
         dropped=(owner.all_indices, owner.dropped),
         indices=owner.indices,
         error=owner.error,
         moved=moved,
-        estimated=estimated,
+        estimated=chosen.estimated,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The outcome of steps 4 and 5, the same on all ranks.
+
+    Attributes:
+        threshold: magnitude that a kept sum reaches.
+        estimated: whether it was found anew.
+        counts: nonzeros kept in each region.
+        lengths: bytes of each rank's block.
+    """
+
+    threshold: float
+    estimated: bool
+    counts: list[int]
+    lengths: list[int]
+
+
+def _select(split: Split, regions: Regions, owner: Owner) -> CollectiveSteps[_Chosen | None]:
+    """Steps 4 and 5: keeps the sums above a threshold and tells all ranks; None if a sum is not finite."""
+    wanted = split.wanted
+    threshold = KEEP_ALL if wanted is None else regions.threshold
+    estimated = False
+    while True:
+        if wanted is not None and math.isnan(threshold):
+            threshold = yield from new_threshold(split.context, owner.all_values, wanted)
+            estimated = True
+        owner.select(threshold)
+        owner.encode_whole()
+        counts, lengths, finite = yield from _announce(split, regions, owner.values.numel(), owner.block, owner.finite)
+        if not finite:
+            return None
+        if estimated or wanted is None or not _far_off(sum(counts), wanted, threshold):
+            return _Chosen(threshold, estimated, counts, lengths)
+        threshold = math.nan
 
 
 def _far_off(kept: int, wanted: int, threshold: float) -> bool:
@@ -158,25 +175,23 @@ def _announce(
         The nonzeros by region, the bytes by rank, and whether all sums are finite.
     """
     mine = split.buffer("announcement", ANNOUNCEMENT_BYTES, torch.uint8)
-    view: Any = mine.numpy()
-    _ANNOUNCEMENT.pack_into(view, 0, kept, block.numel(), 0 if finite else _NONFINITE, 0)
-    struct.pack_into("<I", view, ANNOUNCEMENT_BYTES - 4, kernels.crc32c(mine[:-4]))
+    _ANNOUNCEMENT.write(mine, (kept, block.numel(), 0 if finite else _NONFINITE))
     key = (split.bucket, "announcements")
     blocks = yield from allgather_fixed(split.channel, mine, split.arena, key)
     region_of = {owner: g for g, owner in enumerate(regions.owners)}
     counts, lengths, all_finite = [0] * len(blocks), [], True
     for rank, theirs in enumerate(blocks):
-        view = theirs.numpy()
-        count, length, flags, crc = _ANNOUNCEMENT.unpack_from(view, 0)
-        where = {"rank": rank, "bucket": split.bucket}
-        if crc != kernels.crc32c(theirs[:-4]):
-            raise WireError("announcement_crc", hex(crc), "not the announcement's checksum", **where)
+        origin = {"rank": rank, "bucket": split.bucket}
+        try:
+            count, length, flags = _ANNOUNCEMENT.read(theirs)
+        except WireError as error:
+            raise error.at(**origin) from None
         if flags & ~_NONFINITE:
-            raise WireError("flags", flags, "unknown bits", **where)
+            raise WireError("flags", flags, "unknown bits", **origin)
         region = region_of[rank]
         span = regions.place(region)[1]
         if count > span:
-            raise WireError("kept", count, f"more than the {span} elements of the region", **where)
+            raise WireError("kept", count, f"more than the {span} elements of the region", **origin)
         counts[region] = count
         lengths.append(length)
         all_finite &= not flags & _NONFINITE

@@ -1,0 +1,169 @@
+"""A gradient that was added to a bucket's memory, with all that is needed to take it out again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsecomm.feedback.corrections import Correction, advance, rewind, work_space
+from sparsecomm.feedback.memory import BucketMemory
+from sparsecomm.feedback.options import ErrorFeedback, Feedback
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.types import Pairs, Span
+
+__all__ = ["Added", "Incoming", "begin"]
+
+_ERROR_FEEDBACK = ErrorFeedback()
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A gradient, and how it is added to a bucket's memory.
+
+    Attributes:
+        grad: shape (n,), float32, float16 or bfloat16.
+        feedback: what happens to elements that are not sent; None forgets them.
+        scale: factor that brings the gradient into the residual's units.
+        unused: spans of parameters that this rank did not use in this step. Their gradient is zero, and their memory
+            stays as it is, since DDP would throw away what is sent for a parameter that no rank used.
+        clip_norm: norm that this bucket's gradient is clipped to by momentum or Adam correction; None for none.
+        lasting: whether the gradient stays as it is until commit or undo. Else a copy of the memory is kept to undo by.
+    """
+
+    grad: torch.Tensor
+    feedback: Feedback | None = _ERROR_FEEDBACK
+    scale: float = 1.0
+    unused: tuple[Span, ...] = ()
+    clip_norm: float | None = None
+    lasting: bool = True
+
+
+@dataclass(slots=True)
+class Added:
+    """A gradient that was added to a bucket's memory.
+
+    Attributes:
+        memory: the bucket's.
+        incoming: the gradient. It must be unchanged when `undo` is called, unless there are `copies`.
+        source: the vector that is added to the residual: the gradient (times scale), or the corrected momentum; None
+            if the gradient was not finite and a correction left everything alone.
+        nonfinite: elements that were NaN or infinite.
+        in_residual: whether `source` has been added to the residual.
+        clip: factor by which a correction clipped the gradient.
+        aside: slices of unused parameters in residual and moments, each with its content before.
+        copies: residual and moments, each with a copy of its content before; empty if the gradient lasts.
+    """
+
+    memory: BucketMemory
+    incoming: Incoming
+    source: torch.Tensor | None
+    nonfinite: int = 0
+    in_residual: bool = False
+    clip: float = 1.0
+    aside: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def correction(self) -> Correction | None:
+        """The momentum or Adam correction in use."""
+        feedback = self.incoming.feedback
+        return None if feedback is None or isinstance(feedback, ErrorFeedback) else feedback
+
+    @property
+    def masking(self) -> bool:
+        """Whether momentum is zeroed where something was sent."""
+        return self.correction is not None and self.correction.masking
+
+    @property
+    def unit(self) -> float:
+        """Factor on `source` when it is added to the residual."""
+        return self.incoming.scale if self.correction is None else 1.0
+
+    def holds_values(self) -> bool:
+        """Returns whether anything that was put aside is not zero."""
+        return any(bool(content.any()) for _, content in self.aside)
+
+    def finish(self) -> None:
+        """Returns what was put aside, on top of anything that the exchange has left there in the meantime."""
+        for place, content in self.aside:
+            place.add_(content)
+        self.aside = []
+
+    def undo(self, selected: Pairs | None) -> None:
+        """Returns residual and moments to what they were before; to rounding, if no copy was kept.
+
+        Args:
+            selected: positions (uint32) and values (float32) that have been taken out of the residual since.
+        """
+        if self.copies:
+            for memory, content in self.copies:
+                memory.copy_(content)
+            self.aside = []
+            return
+        if self.source is not None:
+            if self.in_residual and self.memory.residual is not None:
+                self._subtract(self.memory.residual, self.source, selected)
+            if self.correction is not None:
+                rewind(self.correction, self.memory, self.incoming.grad, self.incoming.scale * self.clip)
+        for place, content in self.aside:
+            place.copy_(content)
+        self.aside = []
+
+    def _subtract(self, residual: torch.Tensor, source: torch.Tensor, selected: Pairs | None) -> None:
+        step = source if self.correction is not None else source.to(torch.float32) * self.incoming.scale
+        if self.nonfinite:
+            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
+            residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
+        else:
+            residual.sub_(step)
+        if selected is not None:
+            chosen = selected[0].to(torch.int64)
+            residual[chosen] = selected[1] - torch.nan_to_num(step[chosen], nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
+    """Puts the memory of unused parameters aside and, with a correction, updates the moments.
+
+    Args:
+        memory: Mutated.
+        incoming: the gradient.
+        arena: gives the buffers.
+
+    Returns:
+        What is to be added to the residual, which was not touched otherwise.
+    """
+    if incoming.feedback is None and memory.residual is not None:
+        memory.residual.zero_()
+    memory.empty = False
+    added = Added(memory, incoming, incoming.grad)
+    for name in ("residual", "velocity", "second_moment"):
+        kept: torch.Tensor | None = getattr(memory, name)
+        if kept is not None:
+            if not incoming.lasting:
+                copy = arena.get((memory.index, name, "before"), kept.numel(), torch.float32)
+                added.copies.append((kept, copy.copy_(kept)))
+            for start, end in incoming.unused:
+                place = kept[start:end]
+                added.aside.append((place, place.clone()))
+                place.zero_()
+    if added.correction is not None:
+        _correct(added, added.correction, arena)
+    return added
+
+
+def _correct(added: Added, options: Correction, arena: Arena) -> None:
+    """Updates the moments. NaN and infinity leave them as they were."""
+    memory, incoming = added.memory, added.incoming
+    grad, n = incoming.grad, incoming.grad.numel()
+    low, high = (float(x) for x in torch.aminmax(grad)) if n else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        added.nonfinite = n - int(torch.isfinite(grad).sum())
+        added.source = None
+        return
+    if incoming.clip_norm is not None and n:
+        norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) * abs(incoming.scale)
+        added.clip = min(1.0, incoming.clip_norm / norm) if norm > 0 else 1.0
+    space = work_space(options, arena, memory.index, n)
+    added.source = advance(options, memory, grad, incoming.scale * added.clip, space)

@@ -14,7 +14,6 @@ __all__ = [
     "IndexCodec",
     "Pairs",
     "SelectResult",
-    "Sparse",
     "TopKResult",
     "ValueCodec",
 ]
@@ -82,26 +81,6 @@ class TopKResult:
     stored: int
     threshold: float
     nonfinite: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sparse:
-    """A sparse vector.
-
-    Attributes:
-        indices: uint32, shape (nnz,), strictly ascending.
-        values: float32, shape (nnz,).
-        numel: length of the dense vector, at most 2**32.
-    """
-
-    indices: torch.Tensor
-    values: torch.Tensor
-    numel: int
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored entries."""
-        return self.values.numel()
 
 
 Pairs = tuple[torch.Tensor, torch.Tensor]

@@ -13,12 +13,12 @@ contiguous, one-dimensional and all on one device; indices are uint32 and strict
 
 from __future__ import annotations
 
+from sparsecomm.kernels.checksum import check_body, crc32c
 from sparsecomm.kernels.codecs import decode_indices, decode_values, encode_indices, encode_values
 from sparsecomm.kernels.combine import (
     accumulate_dense,
     accumulate_norms,
     add_dense,
-    crc32c,
     scatter_add,
     scatter_reduce,
 )
@@ -44,6 +44,7 @@ __all__ = [
     "accumulate_select",
     "add_dense",
     "available_paths",
+    "check_body",
     "crc32c",
     "current_path",
     "cut_topk",

@@ -9,7 +9,7 @@ import torch
 from sparsecomm.kernels import checks
 from sparsecomm.kernels.paths import kernels_for
 
-__all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "crc32c", "scatter_add", "scatter_reduce"]
+__all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "scatter_add", "scatter_reduce"]
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -147,24 +147,3 @@ def accumulate_norms(
     if checks.value_vec("norms", norms) != -(-n // chunk):
         checks.refuse(f"norms has {norms.numel()} elements, {n} elements in chunks of {chunk} need {-(-n // chunk)}")
     return kernels_for(grad, residual, norms).accumulate_norms(grad, residual, chunk, norms, scale)
-
-
-def crc32c(data: torch.Tensor | bytes | bytearray | memoryview, seed: int = 0) -> int:
-    """The CRC32C (Castagnoli) checksum, as in iSCSI, ext4 and SSE4.2.
-
-    Args:
-        data: a uint8 tensor of shape (n,), or anything with a contiguous byte buffer.
-        seed: the checksum of what came before: ``crc32c(b, crc32c(a)) == crc32c(a + b)``.
-
-    Raises:
-        KernelError: for an unfit tensor or a seed that is not 32 bits.
-
-    Example:
-        >>> hex(crc32c(b"123456789"))
-        '0xe3069283'
-    """
-    checks.count("seed", seed, 0xFFFFFFFF)
-    if not isinstance(data, torch.Tensor):
-        data = checks.borrowed_bytes(data)
-    checks.byte_vec("data", data)
-    return kernels_for(data).crc32c(data, seed)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from sparsecomm.errors import KernelError, WireError
-from sparsecomm.kernels.api import Described
+from sparsecomm.kernels.api import BodyFormat, Described
 from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
 
 problem: str | None = None
@@ -183,27 +183,25 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
 
 
 def encode_body(
-    index_codec: IndexCodec,
-    value_codec: ValueCodec,
+    form: BodyFormat,
     indices: torch.Tensor,
     values: torch.Tensor,
-    numel: int,
     out: torch.Tensor,
     error: torch.Tensor | None,
 ) -> tuple[int, int, float, int]:
     """See `HostKernels.encode_body`."""
     index_bytes, value_bytes, scale, crc = _core.encode_body(
-        int(index_codec),
-        int(value_codec),
+        int(form.index_codec),
+        int(form.value_codec),
         indices.data_ptr(),
         values.data_ptr(),
         values.numel(),
-        numel,
+        form.numel,
         out.data_ptr(),
         0 if error is None else error.data_ptr(),
     )
     if index_bytes < 0:
-        _refuse_unsorted(index_bytes, indices, numel)
+        _refuse_unsorted(index_bytes, indices, form.numel)
     return index_bytes, value_bytes, scale, crc
 
 

@@ -5,7 +5,7 @@ Used for Triton in its interpreter (tests/kernels/test_triton_pairs.py) and on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class Said:
     index_bytes: int = 0
     value_scale: float = 1.0
     bucket: int = 7
+    body_bytes: int = 0
+    body_crc: int = 0
 
 
 Made = tuple[Said, torch.Tensor]
@@ -52,10 +54,11 @@ def payload(rank: int, index_codec: IndexCodec, value_codec: ValueCodec, nnz: in
     said = Said(rank, index_codec, value_codec, values.numel(), numel)
     most = kernels.max_index_bytes(index_codec, said.nnz, numel) + kernels.max_value_bytes(value_codec, said.nnz)
     out = torch.zeros(HEAD + most, dtype=torch.uint8)
-    said.index_bytes, value_bytes, said.value_scale, _ = kernels.encode_pairs(
-        index_codec, value_codec, indices, values, numel, out, head=HEAD
+    said.index_bytes, value_bytes, said.value_scale, said.body_crc = kernels.encode_pairs(
+        said, indices, values, out, head=HEAD
     )
-    return said, out[HEAD : HEAD + said.index_bytes + value_bytes].clone()
+    said.body_bytes = said.index_bytes + value_bytes
+    return said, out[HEAD : HEAD + said.body_bytes].clone()
 
 
 def together(made: Sequence[Made]) -> list[torch.Tensor]:
@@ -81,14 +84,15 @@ def check_encode(device: str, codecs: tuple[IndexCodec, ValueCodec], nnz: int, n
         out = torch.zeros(HEAD + most, dtype=torch.uint8, pin_memory=device == "cuda")
         mine = put(values)
         error = mine if seed % 2 else put(torch.zeros(values.numel()))
-        sizes = kernels.encode_pairs(index_codec, value_codec, put(indices), mine, numel, out, error, head=HEAD)
+        form = Said(0, index_codec, value_codec, values.numel(), numel)
+        sizes = kernels.encode_pairs(form, put(indices), mine, out, error, head=HEAD)
         return *sizes, out[HEAD : HEAD + sizes[0] + sizes[1]], error
 
     agree(device, call, offset=seed % 4)
 
 
 def check_decode(
-    device: str, said: Sequence[Said], bodies: Sequence[torch.Tensor], check: Callable[[int], None] | None = None
+    device: str, said: Sequence[Said], bodies: Sequence[torch.Tensor], *, verify: bool = False
 ) -> tuple[Any, ...]:
     """Pairs one after the other, or the error and who is to blame; nothing is written beside the outputs."""
     total, edge = sum(s.nnz for s in said), 16
@@ -100,7 +104,7 @@ def check_decode(
         failed: tuple[Any, ...] = ()
         parts = []
         try:
-            parts = kernels.decode_pairs(said, bodies, *room, check=check)
+            parts = kernels.decode_pairs(said, bodies, *room, verify=verify)
         except WireError as error:
             failed = error.rank, error.bucket, error.field, str(error.value), error.reason
         outside = [octets(t[cut]) for t in (indices, values) for cut in (slice(edge), slice(total + edge, None))]

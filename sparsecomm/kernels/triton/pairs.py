@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NoReturn, TypeVar
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from sparsecomm.errors import WireError
-from sparsecomm.kernels.api import Described, Parts
+from sparsecomm.kernels import checksum
+from sparsecomm.kernels.api import BodyFormat, Described, Parts
 from sparsecomm.kernels.reference import indices as reference_indices
 from sparsecomm.kernels.reference import values as reference_values
 from sparsecomm.kernels.sizes import estimate_index_bytes, max_index_bytes, max_value_bytes
@@ -20,7 +21,7 @@ from sparsecomm.kernels.triton.positions import plausible_indices, read_indices
 from sparsecomm.kernels.triton.shared import COLUMNS
 from sparsecomm.kernels.triton.values import half_scale, plausible_values, read_values, scale_bits, write_values
 from sparsecomm.runtime.device import side_of
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import ValueCodec
 
 __all__ = ["decode_pairs", "encode_pairs"]
 
@@ -31,19 +32,18 @@ _K = TypeVar("_K", bound=Hashable)
 
 
 def encode_pairs(
-    index_codec: IndexCodec,
-    value_codec: ValueCodec,
+    form: BodyFormat,
     indices: torch.Tensor,
     values: torch.Tensor,
-    numel: int,
     out: torch.Tensor,
     error: torch.Tensor | None,
     head: int,
 ) -> tuple[int, int, float]:
-    """See `kernels.encode_pairs`. Waits for the device once, twice if positions take far more than expected.
+    """Encodes on the device; waits for it once, or twice if positions take far more bytes than expected.
 
-    What the host must know of the bytes stands in front of them, so that one copy brings both.
+    Lengths, scale and verdict are stored in front of the body, so that one copy brings everything that the host needs.
     """
+    index_codec, value_codec, numel = form.index_codec, form.value_codec, form.numel
     nnz, side = values.numel(), side_of(values.device)
     value_bytes, most = max_value_bytes(value_codec, nnz), max_index_bytes(index_codec, nnz, numel)
     packed = torch.empty(head + most + value_bytes, dtype=torch.uint8, device=values.device)
@@ -71,17 +71,18 @@ def decode_pairs(
     bodies: Sequence[torch.Tensor],
     out_indices: torch.Tensor,
     out_values: torch.Tensor,
-    check: Callable[[int], None],
+    verify: Container[int],
 ) -> Parts:
-    """See `kernels.decode_pairs`. Waits for the device once, for the verdicts."""
+    """Decodes all payloads in the same launches and verifies meanwhile; waits for the device once, for the verdicts."""
     if not all(map(_plausible, payloads, bodies)):
-        _refuse(payloads, bodies, range(len(payloads)), check)
+        _refuse(payloads, bodies, range(len(payloads)), verify)
     verdicts = _launch(payloads, bodies, out_indices, out_values)
-    for i in range(len(payloads)):
-        check(i)
+    for i, (payload, body) in enumerate(zip(payloads, bodies, strict=True)):
+        if i in verify:
+            checksum.check_body(payload, body)
     bad = [i for i, verdict in enumerate(read(verdicts)) if verdict]
     if bad:
-        _refuse(payloads, bodies, bad, lambda _: None)
+        _refuse(payloads, bodies, bad, ())
     starts = accumulate((p.nnz for p in payloads), initial=0)
     return [(out_indices[a:b], out_values[a:b]) for a, b in pairwise(starts)]
 
@@ -101,12 +102,13 @@ def _plausible(payload: Described, body: torch.Tensor) -> bool:
 
 
 def _refuse(
-    payloads: Sequence[Described], bodies: Sequence[torch.Tensor], members: Sequence[int], check: Callable[[int], None]
+    payloads: Sequence[Described], bodies: Sequence[torch.Tensor], members: Sequence[int], verify: Container[int]
 ) -> NoReturn:
-    """Raises the reference's error for the first of some payloads that it finds wrong, as a loop over them would."""
+    """Raises the reference's error for the first of the payloads `members` that a loop over them would refuse."""
     for i in members:
-        check(i)
         payload, host = payloads[i], bodies[i].cpu()
+        if i in verify:
+            checksum.check_body(payload, host)
         nnz, split = payload.nnz, payload.index_bytes
         room = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz)
         try:

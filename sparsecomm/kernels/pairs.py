@@ -119,7 +119,7 @@ def decode_pairs(
     _check_fit(payloads, bodies, out_indices, out_values)
     batch = batch_kernels_for(out_indices, out_values)
     if batch is not None:
-        verified = [i for i in range(len(payloads)) if verify and i != own]
+        verified = {i for i in range(len(payloads)) if verify and i != own}
         return batch.decode_pairs(payloads, bodies, out_indices, out_values, verified)
     host, parts, start = host_kernels(), [], 0
     for i, (payload, body) in enumerate(zip(payloads, bodies, strict=True)):

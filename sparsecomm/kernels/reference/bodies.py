@@ -1,4 +1,4 @@
-"""Positions and values of a payload together, out of the reference's codecs."""
+"""Whole bodies, made of the reference's codecs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encode_body(
     out: torch.Tensor,
     error: torch.Tensor | None,
 ) -> tuple[int, int, float, int]:
-    """See `HostKernels.encode_body`."""
+    """Encodes positions, values and checksum one after the other."""
     index_bytes = encode_indices(form.index_codec, indices, form.numel, out)
     value_bytes, scale = encode_values(form.value_codec, values, out[index_bytes:], error)
     return index_bytes, value_bytes, scale, crc32c(out[: index_bytes + value_bytes], 0)
@@ -28,7 +28,7 @@ def encode_body(
 def decode_body(
     payload: Described, body: torch.Tensor, out_indices: torch.Tensor | None, out_values: torch.Tensor
 ) -> None:
-    """See `HostKernels.decode_body`."""
+    """Decodes the positions, unless they are known, then the values."""
     split, nnz = payload.index_bytes, payload.nnz
     if out_indices is not None:
         decode_indices(payload.index_codec, body[:split], nnz, payload.numel, out_indices)

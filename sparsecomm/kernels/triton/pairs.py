@@ -1,4 +1,4 @@
-"""Whole payloads on a GPU: the host waits once to encode one, and once to decode those of all ranks."""
+"""Whole bodies on a GPU: the host waits once to encode one, and once to decode those of all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsecomm.kernels.sizes import estimate_index_bytes, max_index_bytes, max_
 from sparsecomm.kernels.triton.indices import STATE, refuse_unsorted, write_indices
 from sparsecomm.kernels.triton.launch import read, runs, upload
 from sparsecomm.kernels.triton.positions import plausible_indices, read_indices
-from sparsecomm.kernels.triton.shared import COLUMNS
+from sparsecomm.kernels.triton.shared import COLUMNS, Batch
 from sparsecomm.kernels.triton.values import half_scale, plausible_values, read_values, scale_bits, write_values
 from sparsecomm.runtime.device import side_of
 from sparsecomm.types import ValueCodec
@@ -26,7 +26,7 @@ from sparsecomm.types import ValueCodec
 __all__ = ["decode_pairs", "encode_pairs"]
 
 _SLACK = 4096
-"""Bytes fetched beyond a sixteenth more than the positions are expected to take."""
+"""Bytes fetched in addition to 17/16 of the expected bytes of the positions."""
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -88,13 +88,13 @@ def decode_pairs(
 
 
 def _split(payload: Described, body: torch.Tensor) -> tuple[int, int]:
-    """Bytes of a body that are positions, and that are values, whatever its description promises."""
+    """Returns the bytes of positions and of values that a body really has, whatever its description says."""
     index_bytes = min(payload.index_bytes, body.numel())
     return index_bytes, body.numel() - index_bytes
 
 
 def _plausible(payload: Described, body: torch.Tensor) -> bool:
-    """Whether lengths and scale are such that kernels may look at the bytes."""
+    """Returns whether lengths and scale allow kernels to read the bytes."""
     (index_bytes, value_bytes), nnz = _split(payload, body), payload.nnz
     return plausible_indices(payload.index_codec, index_bytes, nnz, payload.numel) and plausible_values(
         payload.value_codec, value_bytes, nnz, payload.value_scale
@@ -123,7 +123,7 @@ def _refuse(
 def _launch(
     payloads: Sequence[Described], bodies: Sequence[torch.Tensor], out_indices: torch.Tensor, out_values: torch.Tensor
 ) -> torch.Tensor:
-    """Decodes plausible payloads, those of the same codecs in the same launches; returns verdicts on the device."""
+    """Decodes plausible payloads, one set of launches for each codec; returns the verdicts, on the device."""
     data, bases = _gathered(bodies, out_values.device)
     starts = [0, *accumulate(p.nnz for p in payloads)]
     sizes = [_split(payload, body) for payload, body in zip(payloads, bodies, strict=True)]
@@ -140,16 +140,17 @@ def _launch(
     out = out_indices.view(torch.int32)[: starts[-1]]
     for index_codec, members in by_index.items():
         shapes = [(sizes[i][0], payloads[i].nnz) for i in members]
-        read_indices(index_codec, data, table[at:], shapes, out, verdicts)
+        read_indices(index_codec, Batch(data, table[at:], verdicts), shapes, out)
         at += COLUMNS * len(members)
     for value_codec, members in by_value.items():
-        read_values(value_codec, data, table[at:], [payloads[i].nnz for i in members], out_values, verdicts)
+        batch = Batch(data, table[at:], verdicts)
+        read_values(value_codec, batch, [payloads[i].nnz for i in members], out_values)
         at += COLUMNS * len(members)
     return verdicts
 
 
 def _grouped(keys: Sequence[_K | None]) -> dict[_K, list[int]]:
-    """The places of each key, those of None left out."""
+    """Returns the numbers of the elements that have each key, without those of None."""
     found: dict[_K, list[int]] = {}
     for i, key in enumerate(keys):
         if key is not None:
@@ -158,7 +159,7 @@ def _grouped(keys: Sequence[_K | None]) -> dict[_K, list[int]]:
 
 
 def _gathered(bodies: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """All bodies in one tensor on the device, and where each begins there; what lies together is copied at once."""
+    """Returns all bodies in one tensor on the device, and each one's offset; neighbours are copied together."""
     order = sorted((i for i, body in enumerate(bodies) if body.numel()), key=lambda i: bodies[i].data_ptr())
     data = torch.empty(sum(body.numel() for body in bodies), dtype=torch.uint8, device=device)
     bases, at = [0] * len(bodies), 0

@@ -1,4 +1,4 @@
-"""Whole payloads by the Triton kernels, interpreted: the reference's bytes, pairs and errors, and few waits."""
+"""Whole bodies by the Triton kernels, interpreted: the reference's bytes, pairs and errors, with few waits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = ((0, 0), (0, 9), (1, 1), (1, 900), (129, 4000), (300, 1300))
 
 
 class Waits(device.Inline):
-    """The CPU's side, which counts how often the host would wait for a device."""
+    """The CPU's side, which counts the waits that a device would cause."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -175,7 +175,7 @@ def test_neighbours_in_memory_become_one() -> None:
 
 
 class Scalars(TorchDispatchMode):
-    """Counts what makes a number of a tensor behind `Side.read`'s back: item, bool, int, float."""
+    """Counts the conversions of tensors to numbers that bypass `Side.read`: item, bool, int, float."""
 
     count = 0
 
@@ -187,7 +187,7 @@ class Scalars(TorchDispatchMode):
 @interpreted
 @pytest.mark.parametrize("size", [2, 4])
 def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, waits: Waits) -> None:
-    """The first step selects exactly, the second by the threshold found; what is not sent is forgotten, so it fits."""
+    """The first step selects exactly; its threshold fits the second step, because without feedback nothing is kept."""
     cluster, scalars = Cluster(size, 300), Scalars()
     kernels.set_path("triton")
     try:
@@ -205,7 +205,7 @@ def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, w
 
 @interpreted
 def test_one_damaged_payload_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damage that no checksum shows: only what the device finds out can stop it."""
+    """Checksums are switched off, so that only the device's verdict can stop the damage."""
     monkeypatch.setattr(checksum, "check_body", lambda header, body: None)
     n, size = 300, 3
     told = {}
@@ -220,7 +220,7 @@ def test_one_damaged_payload_leaves_everything_as_it_was(monkeypatch: pytest.Mon
 
 
 def damaged_exchange(n: int, size: int, how: Plan) -> str:
-    """Rank 0 gets a damaged body of rank 2; returns its error. Nothing is applied, and its residual is as it was."""
+    """Returns the error of rank 0, which gets a damaged body of rank 2; asserts that rank 0 applies nothing."""
     cluster = Cluster(size, n, bucket=4)
     for r, residual in enumerate(cluster.residuals):
         residual.copy_(gradient("normal", n, torch.float32, 50 + r))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
@@ -115,17 +115,30 @@ def decode_pairs(
     """
     checks.index_vec("out_indices", out_indices)
     checks.value_vec("out_values", out_values)
-    own, positions = known or (-1, out_indices)
     _check_fit(payloads, bodies, out_indices, out_values)
+    own = -1 if known is None else known[0]
+    verified = {i for i in range(len(payloads)) if verify and i != own}
     batch = batch_kernels_for(out_indices, out_values)
     if batch is not None:
-        verified = {i for i in range(len(payloads)) if verify and i != own}
         return batch.decode_pairs(payloads, bodies, out_indices, out_values, verified)
+    return _decode_on_host(payloads, bodies, out_indices, out_values, verified, known or (-1, out_indices))
+
+
+def _decode_on_host(
+    payloads: Sequence[Described],
+    bodies: Sequence[torch.Tensor],
+    out_indices: torch.Tensor,
+    out_values: torch.Tensor,
+    verified: Container[int],
+    known: tuple[int, torch.Tensor],
+) -> Parts:
+    """Verifies and decodes one payload after the other; `known` has the number -1 if no positions are known."""
     host, parts, start = host_kernels(), [], 0
+    own, positions = known
     for i, (payload, body) in enumerate(zip(payloads, bodies, strict=True)):
         end = start + payload.nnz
         values, indices = out_values[start:end], positions if i == own else out_indices[start:end]
-        if verify and i != own:
+        if i in verified:
             checksum.check_body(payload, body)
         try:
             host.decode_body(payload, body, None if i == own else indices, values)

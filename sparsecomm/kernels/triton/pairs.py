@@ -88,7 +88,7 @@ def decode_pairs(
 
 
 def _split(payload: Described, body: torch.Tensor) -> tuple[int, int]:
-    """Returns the bytes of positions and of values that a body really has, whatever its description says."""
+    """Returns the bytes of positions and of values in a body, limited to the bytes that the body really has."""
     index_bytes = min(payload.index_bytes, body.numel())
     return index_bytes, body.numel() - index_bytes
 

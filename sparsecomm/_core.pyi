@@ -1,6 +1,6 @@
-"""The C++ kernels. Addresses and element counts are plain integers; nothing is checked here: use `kernels`.
+"""The C++ kernels. Addresses and element counts are plain integers and are not checked; call `kernels` instead.
 
-Dtype codes: 0 float32, 1 float16, 2 bfloat16. Status codes: see `kernels.native`.
+Dtype codes: 0 float32, 1 float16, 2 bfloat16, -1 no gradient. `kernels.native` turns status codes into errors.
 """
 
 from collections.abc import Sequence

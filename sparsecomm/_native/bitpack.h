@@ -8,7 +8,7 @@ namespace {
 
 inline size_t packed_bytes(size_t count, unsigned width) { return (count * width + 7) / 8; }
 
-// All positions are compile-time constants: the loop unrolls into shifts and stores.
+// All positions are compile-time constants, so the loop unrolls into shifts and stores.
 template <unsigned kWidth>
 void pack_block(const uint32_t* values, uint8_t* out) {
   for (size_t part = 0; part < kBlock / 32; ++part) {
@@ -53,8 +53,8 @@ inline void pack_block<0>(const uint32_t*, uint8_t*) {}
   X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) \
   X(20) X(21) X(22) X(23) X(24) X(25) X(26) X(27) X(28) X(29) X(30) X(31) X(32)
 
-// Writes the low `width` bits (the others must be zero) of `count` values: packed_bytes(count, width) bytes. `values`
-// holds 128, zero from `count` on.
+// Writes the low `width` bits of `count` values, packed_bytes(count, width) bytes. The other bits must be zero.
+// `values` holds 128 values, zero from `count` on.
 inline void pack(const uint32_t* values, size_t count, unsigned width, uint8_t* out) {
   uint8_t partial[kBlock * 4];
   uint8_t* const to = count == kBlock ? out : partial;
@@ -70,7 +70,7 @@ inline void pack(const uint32_t* values, size_t count, unsigned width, uint8_t* 
 #if SC_SIMD
 
 // Calls use(i, vector of values i .. i + W - 1) for a whole block. W values take W * width / 8 whole bytes, at most one
-// vector; each lane picks the two words that its bits may straddle. Reads up to one vector behind the block.
+// vector; each lane picks the two words that may contain its bits. Reads up to one vector behind the block.
 template <class Use>
 void unpack_each(const uint8_t* data, unsigned width, Use use) {
   const size_t step = V::W * width / 8;
@@ -109,7 +109,7 @@ constexpr size_t kOverread = 8;
 
 #endif
 
-// The inverse; reads no byte at or behind `end`, and leaves garbage in values[count..127].
+// Inverse of `pack`. Reads no byte at or behind `end`, and leaves garbage in values[count..127].
 inline void unpack(const uint8_t* data, const uint8_t* end, size_t count, unsigned width, uint32_t* values) {
   uint8_t partial[kBlock * 4 + kOverread];
   if (size_t(end - data) < kBlock / 8 * width + kOverread) {

@@ -1,4 +1,4 @@
-// Which of the paths in this binary the CPU (and the operating system, for the wide registers) can run.
+// Detects the paths in this binary that the CPU and, for the wide registers, the operating system can run.
 #include "kernels.h"
 
 namespace sc {

@@ -1,5 +1,5 @@
-// CRC32C: slicing by eight tables everywhere, the SSE4.2 instruction in three interleaved streams where there is one, and
-// folding by carry-less products (Gopal et al. 2009) of long data where there are 512 bits of these.
+// CRC32C: slicing by eight tables on every CPU, three interleaved streams of the SSE4.2 instruction on CPUs that have
+// it, and for long data folding by carry-less products (Gopal et al. 2009) on CPUs that compute 512 bits at once.
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -101,8 +101,8 @@ uint32_t power_of_x(unsigned n) {
   return v;
 }
 
-// What multiplies the two halves of 128 bits to move them kFolded bytes ahead. A product of reflected numbers is one bit
-// short, hence the odd exponents.
+// Factors of the two halves of 128 bits that move them kFolded bytes ahead. A product of reflected numbers is one bit
+// short, so the exponents are odd.
 struct Folding {
   uint64_t low = uint64_t(power_of_x(8 * kFolded + 63)) << 32, high = uint64_t(power_of_x(8 * kFolded - 1)) << 32;
 };
@@ -114,7 +114,7 @@ SC_FOLDING inline __m512i fold(__m512i x, __m512i by, const uint8_t* next) {
   return _mm512_xor_si512(moved, _mm512_loadu_si512(next));
 }
 
-// Leaves in `left` kFolded bytes that have, from state 0, the state that the first `nbytes` have from `crc`. nbytes: a
+// Writes kFolded bytes to `left` whose CRC from state 0 is the CRC of the first `nbytes` from state `crc`. nbytes is a
 // multiple of kFolded.
 SC_FOLDING void fold_all(const uint8_t* data, size_t nbytes, uint32_t crc, uint8_t* left) {
   static const Folding folding;

@@ -1,6 +1,6 @@
-// Segments of a dense vector in 16 bits on the wire, and sums of them in fp32. Unlike value_codecs.h, NaN and infinity
-// travel: a dense exchange without a residual passes them on as a plain allreduce does. Format and truth:
-// kernels/reference_dense.py.
+// Segments of a dense vector in 16 bits on the wire, and their sums in fp32. Unlike in value_codecs.h, NaN and infinity
+// are kept, because a dense exchange without a residual passes them on as a plain allreduce does. Format and truth:
+// kernels/reference/dense.py.
 #pragma once
 
 #include "scalar.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kScaleBytes = 4;  // in front of the halves of a kValF16 segment
 
-// Largest magnitude among the finite ones, as bits: an integer maximum, which vectorises.
+// Bits of the largest finite magnitude. An integer maximum, which vectorises.
 inline uint32_t largest_finite(const float* v, size_t n) {
   int32_t top = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -29,7 +29,7 @@ inline void pack_f16(const float* v, size_t n, uint8_t* out, float* error) {
   const float scale = half_scale(largest_finite(v, n)), inverse = 1.0f / scale;
   store32(out, bits_of(scale));
   out += kScaleBytes;
-  const bool at_top = scale == 0x1p113f;  // 32768 * 2**113 would be infinite: saturate at the half below
+  const bool at_top = scale == 0x1p113f;  // 32768 * 2**113 is infinite: saturate at the half below
   size_t i = 0;
 #if SC_SIMD
   for (; !at_top && i + V::W <= n; i += V::W) {
@@ -55,7 +55,7 @@ inline void pack_bf16(const float* v, size_t n, uint8_t* out, float* error) {
   for (size_t i = 0; i < n; ++i) {
     const uint32_t x = bits_of(v[i]), m = x & kMagnitude;
     uint32_t rounded = (x + 0x7FFFu + ((x >> 16) & 1u)) >> 16;
-    rounded -= m < kInfBits && (rounded & 0x7FFFu) == 0x7F80u;  // saturate: finite stays finite
+    rounded -= m < kInfBits && (rounded & 0x7FFFu) == 0x7F80u;  // saturate, so that finite values stay finite
     rounded = m > kInfBits ? 0x7FC0u : rounded;
     const uint16_t half = uint16_t(rounded);
     std::memcpy(out + 2 * i, &half, 2);
@@ -63,7 +63,7 @@ inline void pack_bf16(const float* v, size_t n, uint8_t* out, float* error) {
   }
 }
 
-// Writes values as a segment; error becomes what rounding dropped, 0 for NaN and infinity.
+// Writes values as a segment, and rounding errors to `error`, 0 for NaN and infinity.
 inline void pack_dense(int codec, const float* v, size_t n, uint8_t* out, float* error) {
   if (n == 0) return;
   switch (codec) {
@@ -102,7 +102,7 @@ inline void read_bf16(const uint8_t* data, size_t n, float* out) {
   }
 }
 
-// Adds a segment to out, or writes it there.
+// Reads a segment into out, or adds it there.
 inline void unpack_dense(int codec, const uint8_t* data, size_t n, float* out, bool add) {
   if (n == 0) return;
   switch (codec) {

@@ -1,4 +1,4 @@
-// The index codecs. Formats: docs/wire-format.md; truth: kernels/reference_indices.py.
+// The index codecs. Formats: docs/wire-format.md; truth: kernels/reference/indices.py.
 #pragma once
 
 #include "bitpack.h"
@@ -54,7 +54,7 @@ inline size_t encode_bitpack(const uint32_t* idx, size_t nnz, uint8_t* out) {
   return size_t(to - out);
 }
 
-// By integers only, so that every implementation chooses alike: 45426 / 65536 is ln 2.
+// Integers only, so that every implementation chooses the same: 45426 / 65536 is ln 2.
 inline unsigned rice_parameter(const uint32_t* gaps, size_t count) {
   uint64_t sum = 0;
   for (size_t i = 0; i < kBlock; ++i) sum += gaps[i];
@@ -89,7 +89,7 @@ inline size_t encode_rice(const uint32_t* idx, size_t nnz, uint8_t* out) {
     const size_t count = min_of(kBlock, nnz - b * kBlock);
     const unsigned r = out[b];
     for (size_t i = b * kBlock; i < b * kBlock + count; ++i) {
-      uint64_t end = filled + uint64_t((idx[i] - before - 1) >> r);  // where the one goes
+      uint64_t end = filled + uint64_t((idx[i] - before - 1) >> r);  // bit of the one
       before = idx[i];
       while (end >= 64) {
         store64(to, word);
@@ -126,7 +126,7 @@ inline size_t encode_bitmap(const uint32_t* idx, size_t nnz, uint64_t numel, uin
   return bytes;
 }
 
-// Bytes written, or -1 - position of an index that is out of order or out of range.
+// Returns the bytes written, or -1 - the position of an index that is out of order or out of range.
 inline int64_t encode_indices(int codec, const uint32_t* idx, size_t nnz, uint64_t numel, uint8_t* out) {
   const size_t misplaced = first_misplaced(idx, nnz, numel);
   if (misplaced != nnz) return -1 - int64_t(misplaced);
@@ -158,7 +158,7 @@ inline uint64_t count_ones(const uint8_t* data, size_t nbytes) {
   return ones;
 }
 
-// Appends base + position of each one of a word, and returns how many; may write up to kSurplus entries too many.
+// Appends base + position of each one of a word and returns their number; may write up to kSurplus entries more.
 constexpr size_t kSurplus = 16;
 inline size_t append_ones(uint64_t word, uint32_t base, uint32_t* out) {
 #if SC_SIMD
@@ -197,7 +197,7 @@ inline DecodeOut decode_bitmap(const uint8_t* data, size_t nbytes, size_t nnz, u
   return ok();
 }
 
-// The byte a block in front of BITPACK and RICE, and the bytes that the packed blocks take.
+// Checks the parameters in front of BITPACK and RICE, one byte for each block, and sums the bytes of the packed blocks.
 inline DecodeOut read_block_bytes(const uint8_t* data, size_t nbytes, size_t nnz, unsigned most, size_t& packed) {
   const size_t blocks = (nnz + kBlock - 1) / kBlock;
   if (nbytes < blocks) return fail(kTooShort, nbytes, blocks);
@@ -214,7 +214,7 @@ inline bool padding_is_zero(const uint8_t* last, size_t nnz, unsigned width) {
   return used == 0 || *last >> used == 0;
 }
 
-// The first of a block's indices that is out of range, for the error message.
+// Finds the first index of a block that is out of range, for the error message.
 template <class Gap>
 DecodeOut out_of_range(uint64_t next, size_t count, uint64_t numel, Gap gap) {
   for (size_t i = 0; i < count; ++i) {
@@ -234,7 +234,7 @@ inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, 
   if (nnz % kBlock && !padding_is_zero(data + nbytes - 1, nnz, data[blocks - 1]))
     return fail(kPadding, data[nbytes - 1], 0);
   const uint8_t* from = data + blocks;
-  uint64_t next = 0;  // one above the last index so far: 64 bits, which no block can wrap
+  uint64_t next = 0;  // one above the last index so far; no block can wrap 64 bits
   alignas(64) uint32_t gaps[kBlock];
 #if SC_SIMD
   typename V::I last = V::set1(0xFFFFFFFFu);  // the last index in every lane
@@ -246,7 +246,7 @@ inline DecodeOut decode_bitpack(const uint8_t* data, size_t nbytes, size_t nnz, 
     const uint64_t start = next;
     uint32_t* const to = out + b * kBlock;
 #if SC_SIMD
-    // The sum of such a block is below 2**31, so that 32 bits suffice to find it.
+    // The sum of such a block is below 2**31, so 32 bits are enough.
     if (count == kBlock && width <= 24 && size_t(data + nbytes - from) >= kBlock / 8 * width + kOverread) {
       unpack_each(from, width, [&](size_t i, typename V::I gap) {
         const typename V::I sums = V::prefix_sum(V::add(gap, one));
@@ -281,7 +281,7 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
   const DecodeOut head = read_block_bytes(data, nbytes, nnz, 31, packed);
   if (head.status) return head;
   const size_t blocks = (nnz + kBlock - 1) / kBlock, start = blocks + packed;
-  // Valid quotients sum to at most numel - nnz. Checked first, so that no sum below can wrap.
+  // Valid quotients sum to at most numel - nnz. This check comes first, so that no sum below wraps.
   if (nbytes < start + (nnz + 7) / 8 || nbytes > start + (numel + 7) / 8)
     return fail(kRiceBytes, nbytes, start + (nnz + 7) / 8);
   if (nnz % kBlock && !padding_is_zero(data + start - 1, nnz, data[blocks - 1]))
@@ -290,7 +290,8 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
   const uint64_t ones = count_ones(unary, size_t(end - unary));
   if (ones != nnz || (unary < end && end[-1] == 0)) return fail(kUnaryOnes, ones, nnz);
 
-  // where[1..have]: positions of the next ones in the unary stream, modulo 2**32; where[0]: of the last one used.
+  // where[1..have] are the positions of the next ones in the unary stream, modulo 2**32; where[0] is that of the last
+  // one used.
   alignas(64) uint32_t where[1 + kBlock + 64 + kSurplus];
   where[0] = 0xFFFFFFFFu;
   size_t have = 0;
@@ -305,7 +306,7 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
     from += packed_bytes(count, r);
     const uint64_t first = next;
     uint32_t* const to = out + b * kBlock;
-    // A quotient below 2**32 has survived the modulus.
+    // A quotient below 2**32 is exact in spite of the modulus.
     const auto gap = [&](size_t i) { return (uint64_t(where[i + 1] - where[i] - 1) << r) + low[i]; };
 #if SC_SIMD
     if (count == kBlock && r <= 24 && numel <= (uint64_t(1) << 31)) {
@@ -318,7 +319,7 @@ inline DecodeOut decode_rice(const uint8_t* data, size_t nbytes, size_t nnz, uin
         V::store_index(to + i, V::add(last, sums));
         last = V::add(last, V::broadcast_last(sums));
       }
-      // The low parts sum to less than 2**31: what the last index, modulo 2**32, leaves after the known rest.
+      // The low parts sum to less than 2**31, so the last index, known modulo 2**32, minus the known rest is their sum.
       const uint64_t known = (uint64_t(where[kBlock] - where[0] - kBlock) << r) + kBlock;
       next = first + known + uint32_t(to[kBlock - 1] + 1 - uint32_t(first) - uint32_t(known));
     } else

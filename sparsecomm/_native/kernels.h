@@ -1,6 +1,6 @@
-// What every path (AVX-512, AVX2, portable) provides to module.cpp: one table of functions.
+// Table of functions that every path (AVX-512, AVX2, portable) provides to module.cpp.
 //
-// Sizes and pointers are trusted (the Python side has checked them); the content of encoded bytes is not.
+// Sizes and pointers are trusted, because Python has checked them; the content of encoded bytes is not.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ enum GradType : int { kNoGrad = -1, kF32 = 0, kF16 = 1, kBf16 = 2 };
 enum IndexCodec : int { kDense = 0, kRaw = 1, kBitpack = 2, kRice = 3, kBitmap = 4 };
 enum ValueCodec : int { kValF32 = 0, kValF16 = 1, kValBf16 = 2, kValInt8 = 3 };
 
-// The same numbers as in kernels/native.py, which turns them into WireErrors.
+// kernels/native.py turns these numbers into WireErrors.
 enum Status : int {
   kOk = 0,
   kIndexBytes = 1,
@@ -46,7 +46,7 @@ struct TopKOut {
 };
 struct DecodeOut {
   int status;
-  double got;  // exact for all integers that occur (below 2**53) except absurd indices, which are only shown
+  double got;  // exact below 2**53; only absurd indices are larger, and they are only shown
   uint64_t want;
 };
 struct Part {
@@ -77,7 +77,7 @@ struct Kernels {
   uint32_t (*crc32c)(const uint8_t* data, size_t nbytes, uint32_t seed);
 };
 
-// Null where this build or this CPU cannot run the path.
+// Null if this build or this CPU cannot run the path.
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

@@ -1,4 +1,4 @@
-// The Python module sparsecomm._core: addresses and sizes in, counts out. All checks are on the Python side.
+// The Python module sparsecomm._core: addresses and sizes in, counts out. Python makes all checks.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -25,8 +25,8 @@ std::atomic<const sc::Kernels*> current{sc::portable_kernels()};
 
 const sc::Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
 
-// Lets other Python threads run while a kernel works. Not for short work: giving the interpreter up for a microsecond
-// can cost the milliseconds until another thread gives it back.
+// Releases the GIL while a kernel works, so that other Python threads run. Short work keeps it, because releasing it
+// for a microsecond can cost milliseconds until another thread gives it back.
 class FreeGil {
  public:
   explicit FreeGil(size_t bytes) {
@@ -113,7 +113,7 @@ std::tuple<int, double, uint64_t> decode_values(int codec, Address data, size_t 
   return {r.status, r.got, r.want};
 }
 
-// Positions, values behind them, and the checksum of both: one call for what a bucket sends.
+// Writes positions, then values, and returns the checksum of both, so that a bucket is encoded in one call.
 std::tuple<int64_t, size_t, double, uint32_t> encode_body(int index_codec, int value_codec, Address indices,
                                                           Address values, size_t nnz, uint64_t numel, Address out,
                                                           Address error) {
@@ -128,7 +128,7 @@ std::tuple<int64_t, size_t, double, uint32_t> encode_body(int index_codec, int v
   return {index_bytes, value_bytes, static_cast<double>(scale), k.crc32c(body, size_t(index_bytes) + value_bytes, 0)};
 }
 
-// What `encode_body` wrote; positions that are known are passed over.
+// Reads a body that `encode_body` wrote; skips positions that are known.
 std::tuple<int, double, uint64_t> decode_body(int index_codec, int value_codec, Address data, size_t nbytes,
                                               size_t index_bytes, size_t nnz, uint64_t numel, double scale,
                                               bool known, Address out_indices, Address out_values) {

@@ -1,4 +1,4 @@
-// accumulate_norms: residual + grad, and the L1 norm of every chunk of the sum, one pass over memory.
+// accumulate_norms: residual + grad and the L1 norm of every chunk of the sum, in one pass over memory.
 #pragma once
 
 #include "select.h"
@@ -7,9 +7,9 @@ namespace sc {
 namespace {
 
 constexpr size_t kLanes = 32;
-constexpr size_t kPiece = 8192;  // a multiple of kLanes, and short enough to be read again from the cache
+constexpr size_t kPiece = 8192;  // a multiple of kLanes, short enough to be read again from the cache
 
-// lane[j] += |x[j]| + |x[j + 32]| + ...: independent sums, which the compiler turns into vectors.
+// lane[j] += |x[j]| + |x[j + 32]| + ... The sums are independent, so the compiler vectorises them.
 inline void add_magnitudes(float* lanes, const float* x, size_t n) {
   float sum[kLanes];
   std::memcpy(sum, lanes, sizeof sum);

@@ -1,5 +1,5 @@
-// Instantiates all kernels for the instruction set of the including file, which has defined SC_SIMD and, if that is
-// 1, the vector type V.
+// Instantiates all kernels for the instruction set of the including file. That file has defined SC_SIMD and, if SC_SIMD
+// is 1, the vector type V.
 #pragma once
 
 #include "scratch.h"

@@ -1,4 +1,4 @@
-// Compiled with AVX2 flags: nothing here may run, static initialisers included, before the CPU was asked.
+// Compiled with AVX2 flags: nothing here, static initialisers included, may run before the CPU check.
 #include "kernels.h"
 
 #if defined(__AVX2__) && defined(__F16C__) && defined(__BMI2__)

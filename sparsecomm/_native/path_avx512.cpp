@@ -1,4 +1,4 @@
-// Compiled with AVX-512 flags: nothing here may run, static initialisers included, before the CPU was asked.
+// Compiled with AVX-512 flags: nothing here, static initialisers included, may run before the CPU check.
 #include "kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)

@@ -1,4 +1,4 @@
-// Compiled for the baseline of the target: runs everywhere.
+// Compiled for the baseline of the target, so it runs on every CPU.
 #include "kernels.h"
 
 #define SC_SIMD 0

@@ -1,6 +1,6 @@
 // Scalar building blocks of all paths: bit casts, half and bfloat16 conversions. Included once by each path's
-// translation unit, inside an unnamed namespace: code compiled for one instruction set must never be merged by the
-// linker with the same function compiled for another.
+// translation unit, inside an unnamed namespace, so that the linker never merges a function compiled for one
+// instruction set with the same function compiled for another.
 #pragma once
 
 #include <cstddef>
@@ -73,7 +73,7 @@ inline uint16_t half_from(float v) {
     const uint32_t m = a - 0x38000000u;
     return uint16_t(sign | ((m + 0xFFFu + ((m >> 13) & 1u)) >> 13));
   }
-  // Below the smallest normal half: adding 0.5, whose unit in the last place is 2**-24, lets the adder round.
+  // Below the smallest normal half: adding 0.5, whose unit in the last place is 2**-24, makes the adder round.
   return uint16_t(sign | (bits_of(float_of(a) + 0.5f) - bits_of(0.5f)));
 }
 

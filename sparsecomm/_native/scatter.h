@@ -1,4 +1,4 @@
-// Adding sparse and dense vectors into dense ones.
+// Sums of sparse and dense vectors into dense ones.
 #pragma once
 
 #include <optional>
@@ -8,7 +8,7 @@
 namespace sc {
 namespace {
 
-constexpr size_t kAhead = 32;  // indices to look ahead: hides the misses of caches and of address translation
+constexpr size_t kAhead = 32;  // indices to prefetch ahead; hides the misses of caches and of address translation
 
 inline void scatter_add(float* out, const uint32_t* idx, const float* val, size_t nnz) {
   size_t i = 0;
@@ -30,8 +30,8 @@ inline void convert_region(const float* from, size_t n, Bf16* to) {
   for (size_t i = 0; i < n; ++i) to[i].bits = bf16_from(from[i]);
 }
 
-// Adds to `region`, which stands for elements [first, first + n), what the parts have there, in order. A part is
-// consumed as it goes.
+// Adds the parts' elements in [first, first + n) to `region`, which holds these elements, part after part. Each part is
+// advanced behind the elements that were added.
 template <class Note>
 inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size_t nparts, Note note) {
   for (size_t p = 0; p < nparts; ++p) {
@@ -39,7 +39,7 @@ inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size
     const uint32_t* const idx = part.indices;
     const float* const val = part.values;
     size_t i = 0;
-    // Ascending, distinct indices: if the n-th next one is at most n further on, the loop ends by the bound anyway.
+    // Indices are ascending and distinct, so at most n of them are below first + n.
     while (i < part.nnz && idx[i] < first + n) {
       region[idx[i] - first] += val[i];
       note(idx[i] - first);
@@ -51,7 +51,7 @@ inline void add_parts(float* region, uint64_t first, size_t n, Part* parts, size
   }
 }
 
-// Which elements of a region were added to.
+// Elements of a region that received a sum.
 struct Touched {
   uint64_t* seen = nullptr;
   uint32_t* where = nullptr;
@@ -78,7 +78,7 @@ struct Touched {
   }
 };
 
-// Whether a pass over all elements to scale them would take longer than to scale those that are added to.
+// Returns whether scaling all elements would take longer than scaling only those that received a sum.
 inline bool is_sparse(size_t n, const Part* parts, size_t nparts, float scale) {
   size_t pairs = 0;
   for (size_t p = 0; p < nparts; ++p) pairs += parts[p].nnz;
@@ -86,7 +86,7 @@ inline bool is_sparse(size_t n, const Part* parts, size_t nparts, float scale) {
   return scale != 1.0f && keeps_zero && pairs < n / 16;
 }
 
-// Region by region, so that zeroing, adding, scaling and rounding happen in the cache and memory sees one write.
+// Works region by region, so that zeroing, adding, scaling and rounding happen in the cache and memory is written once.
 template <class T>
 void scatter_reduce_typed(T* out, size_t n, Part* parts, size_t nparts, float scale) {
   constexpr bool kInPlace = sizeof(T) == 4;

@@ -32,7 +32,7 @@ void* scratch(ScratchSlot slot, size_t bytes) {
   Buffers& mine = buffers;
   if (mine.size[slot] < bytes) {
     mine.drop(slot);
-    // A little more than asked for, since counts wobble from step to step.
+    // A little more than requested, because counts vary from step to step.
     const size_t want = (bytes + bytes / 8 + 4095) / 4096 * 4096;
     mine.data[slot] = std::aligned_alloc(4096, want);
     if (!mine.data[slot]) throw std::bad_alloc();

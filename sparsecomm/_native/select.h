@@ -1,4 +1,4 @@
-// accumulate_select: residual + grad, take out what reaches a threshold, one pass over memory.
+// accumulate_select: residual + grad, and selection of the sums that reach a threshold, in one pass over memory.
 #pragma once
 
 #include "scalar.h"
@@ -6,7 +6,7 @@
 namespace sc {
 namespace {
 
-// One bit an element whose accumulated value was not finite; `words` is null until the first one is found.
+// One bit for each element, set if its accumulated value is not finite; `words` is null until the first one is found.
 struct BadMap {
   uint64_t* words = nullptr;
   size_t n = 0;
@@ -22,7 +22,7 @@ struct BadMap {
   bool has(size_t i) const { return words[i / 64] >> (i % 64) & 1; }
 };
 
-// Where selected pairs go, and the counts. `overflow` counts what met the threshold and found no room.
+// Output of selected pairs, and counts. `overflow` counts elements that met the threshold but found no room.
 struct Sink {
   uint32_t* indices;
   float* values;
@@ -33,7 +33,7 @@ struct Sink {
   BadMap* bad = nullptr;
 };
 
-// Any element, any capacity: the slow way for tails, for vectors with non-finite lanes, and for the last few places.
+// Handles any element and any capacity, slowly: tails, vectors with non-finite lanes, and the last few places.
 template <class T, bool kScaled>
 __attribute__((noinline)) void select_careful(Sink& sink, const T* grad, float* residual, size_t begin, size_t end,
                                               uint32_t threshold, float scale) {
@@ -60,12 +60,12 @@ __attribute__((noinline)) void select_careful(Sink& sink, const T* grad, float* 
 
 #if SC_SIMD
 
-// Elements [begin, end) of grad and residual. Threshold in bits of a magnitude, at most that of infinity.
+// Handles elements [begin, end). `threshold` holds the bits of a magnitude, at most those of infinity.
 template <class T, bool kScaled>
 void select_range(Sink& sink, const T* grad, float* residual, size_t begin, size_t end, uint32_t threshold,
                   float scale) {
   constexpr bool kHasGrad = sizeof(T) != 1;
-  constexpr size_t W = V::W, kStep = 32, G = kStep / W;  // groups of 32 measured best at all densities
+  constexpr size_t W = V::W, kStep = 32, G = kStep / W;  // groups of 32 were fastest at all densities
   const typename V::I want = V::set1(threshold), inf = V::set1(kInfBits);
   const typename V::F factor = V::set1(scale);
   typename V::I index = V::iota(uint32_t(begin));
@@ -127,8 +127,8 @@ void select_range(Sink& sink, const T* grad, float* residual, size_t begin, size
 
 #else
 
-// Without vector intrinsics: the compiler vectorises the arithmetic of a block, and only blocks that hold something
-// to take are walked element by element, without branches.
+// Without vector intrinsics. The compiler vectorises the arithmetic of a block; only blocks with a selected element are
+// walked element by element, without branches.
 template <class T, bool kScaled>
 void select_range(Sink& sink, const T* grad, float* residual, size_t begin, size_t end, uint32_t threshold,
                   float scale) {

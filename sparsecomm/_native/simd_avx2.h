@@ -46,14 +46,14 @@ struct V {
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I magnitude(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)); }
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
-  // Both at most 2**31 - 1, and b > 0 or the caller wants everything: a >= b is a > b - 1.
+  // a >= b is a > b - 1, because both are at most 2**31 - 1; with b = 0 every lane is chosen.
   static M ge(I a, I b) { return _mm256_cmpgt_epi32(a, _mm256_sub_epi32(b, _mm256_set1_epi32(1))); }
   static unsigned bits(M m) { return unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
   static F zero_where(M m, F v) { return _mm256_andnot_ps(_mm256_castsi256_ps(m), v); }
   static I iota(uint32_t first) {
     return _mm256_add_epi32(_mm256_set1_epi32(int(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  // Stores the chosen lanes first, and garbage in what is left of a whole vector.
+  // Stores the chosen lanes first, and garbage in the rest of a whole vector.
   static void compress(uint32_t* out_i, float* out_v, I index, F value, M m) {
     uint64_t lanes;
     std::memcpy(&lanes, kCompress.lane[bits(m)], 8);
@@ -71,7 +71,7 @@ struct V {
   static I shift_right(I v, I by) { return _mm256_srlv_epi32(v, by); }
   static I shift_left(I v, I by) { return _mm256_sllv_epi32(v, by); }  // 32 and more gives 0
   static I permute(I v, I from) { return _mm256_permutevar8x32_epi32(v, from); }
-  // No permutation of 16-bit words across the register here.
+  // AVX2 has no permutation of 16-bit words across the register.
   static constexpr unsigned kNarrow = 0;
   static I narrow_words(uint32_t) { return set1(0u); }
   static I narrow_shifts(uint32_t) { return set1(0u); }

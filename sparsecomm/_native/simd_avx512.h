@@ -43,8 +43,8 @@ struct V {
     return _mm512_add_epi32(_mm512_set1_epi32(int(first)),
                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   }
-  // Stores the chosen lanes first, and garbage in what is left of a whole vector. Compressing to a register and
-  // storing that is many times faster on Zen 4 than vpcompressd to memory.
+  // Stores the chosen lanes first, and garbage in the rest of a whole vector. Compressing to a register and storing
+  // that is many times faster on Zen 4 than vpcompressd to memory.
   static void compress(uint32_t* out_i, float* out_v, I index, F value, M m) {
     _mm512_storeu_si512(out_i, _mm512_maskz_compress_epi32(m, index));
     _mm512_storeu_ps(out_v, _mm512_maskz_compress_ps(m, value));
@@ -59,7 +59,7 @@ struct V {
   static I shift_right(I v, I by) { return _mm512_srlv_epi32(v, by); }
   static I shift_left(I v, I by) { return _mm512_sllv_epi32(v, by); }  // 32 and more gives 0
   static I permute(I v, I from) { return _mm512_permutexvar_epi32(from, v); }
-  // Lane i of 16 values of up to 17 bits: one permutation of 16-bit words brings all of its bits.
+  // 16 values of up to 17 bits: one permutation of 16-bit words brings all bits of value i to lane i.
   static constexpr unsigned kNarrow = 17;
   static I narrow_words(uint32_t width) {
     const I low = _mm512_srli_epi32(mul_lanes(width), 4);

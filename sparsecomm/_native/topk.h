@@ -1,9 +1,9 @@
 // exact_topk and cut_topk: the k largest magnitudes, exactly, ties to the lowest index.
 //
-// A sample gives a threshold that is safely too low; one fused pass accumulates, takes out the few candidates that
-// reach it and zeroes them; a radix select among the candidates finds the exact cut; the surplus is put back. If the
-// sample misled (or k is a large part of n), a radix select over the whole vector does it in a few more passes:
-// slower, equally exact, and bounded for any input.
+// A sample gives a threshold that is safely too low. One fused pass accumulates, takes out the few candidates that
+// reach it and zeroes them. A radix select among the candidates finds the exact cut, and the surplus is put back. If
+// the sample misled, or k is a large part of n, a radix select over the whole vector takes a few more passes: slower,
+// equally exact, and bounded for any input.
 #pragma once
 
 #include "select.h"
@@ -11,15 +11,15 @@
 namespace sc {
 namespace {
 
-// A cut through magnitudes: everything above `bits` is in, and the first `ties_in` of `ties` elements equal to it.
+// A cut through magnitudes: all elements above `bits` are in, and the first `ties_in` of `ties` elements equal to it.
 struct Cut {
   uint32_t bits;
   size_t ties_in, ties;
 };
 
-// Histogram of the magnitudes whose high bits (above kShift + kBits) equal `prefix`. What does not count goes to a bin
-// of its own instead of around an unpredictable branch. Long vectors use four interleaved copies, since gradients repeat
-// themselves and increments of one counter would wait for each other; short ones are not worth clearing four.
+// Histogram of the magnitudes whose high bits (above kShift + kBits) equal `prefix`. All others go to an extra bin,
+// which avoids an unpredictable branch. Long vectors use four interleaved copies, because gradients repeat values and
+// increments of one counter would wait for each other; for short vectors, clearing four copies costs more.
 template <int kShift, int kBits, bool kAll, size_t kCopies, class Skip>
 void histogram_copies(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip skip) {
   constexpr uint32_t kBins = 1u << kBits;
@@ -51,7 +51,7 @@ void histogram(const float* v, size_t n, uint32_t prefix, size_t* counts, Skip s
     histogram_copies<kShift, kBits, kAll, 4>(v, n, prefix, counts, skip);
 }
 
-// From the top bin down: the bin in which the k-th falls; k becomes its rank within that bin.
+// Returns the bin that contains the k-th largest, searching from the top bin down; k becomes its rank within that bin.
 inline uint32_t find_bin(const size_t* counts, uint32_t top, size_t& k) {
   uint32_t bin = top;
   while (bin > 0 && counts[bin] < k) k -= counts[bin--];
@@ -60,8 +60,8 @@ inline uint32_t find_bin(const size_t* counts, uint32_t top, size_t& k) {
 
 constexpr uint32_t kInfBin = kInfBits >> 20;
 
-// The cut that lets in the k largest finite magnitudes of v; 1 <= k <= number of finite elements not skipped.
-// `zeros` elements equal to zero are left out of the count, if the caller wants to exclude them.
+// Returns the cut that lets in the k largest finite magnitudes of v; 1 <= k <= number of finite elements not skipped.
+// `zeros` elements equal to zero are left out of the count; the caller passes 0 to include zeros.
 template <class Skip>
 Cut find_cut(const float* v, size_t n, size_t k, size_t zeros, const size_t* top_counts, Skip skip) {
   size_t counts[2048];
@@ -85,7 +85,7 @@ inline Cut find_cut(const float* v, size_t n, size_t k) {
   return find_cut(v, n, k, 0, counts, NoSkip{});
 }
 
-// One past the last tie that is let in, so that beyond it the cut is simply bits + 1.
+// Returns one past the last tie that is let in; beyond it the cut is simply bits + 1.
 template <class Skip>
 size_t ties_end(const float* v, size_t n, const Cut& cut, Skip skip) {
   if (cut.ties_in == cut.ties) return n;
@@ -96,7 +96,7 @@ size_t ties_end(const float* v, size_t n, const Cut& cut, Skip skip) {
 }
 
 // Copies pairs [begin, end) that reach `threshold` to the sink, in order; puts the others back into the residual.
-// The sink may be the same arrays: it never overtakes what is read.
+// The sink may use the same arrays, because it never writes ahead of the reads.
 inline void keep_range(Sink& sink, const uint32_t* indices, const float* values, size_t begin, size_t end,
                        uint32_t threshold, float* residual) {
   size_t i = begin, stored = sink.stored;
@@ -147,8 +147,8 @@ inline size_t cut_topk(uint32_t* indices, float* values, size_t count, size_t k,
   return sink.stored;
 }
 
-// A threshold that about `rank` of `m` sampled elements reach, in bits, at least 1. One element at a random place in
-// each of m equal strata: unbiased whatever pattern the layout of the parameters puts into the vector.
+// Returns the bits, at least 1, of a threshold that about `rank` of `m` sampled elements reach. The sample takes one
+// element at a random place in each of m equal strata, so patterns in the layout of the parameters do not bias it.
 inline uint32_t sample_threshold(const void* grad, int type, const float* residual, size_t n, size_t m, size_t rank,
                                  float scale) {
   float* sample = static_cast<float*>(scratch(kSample, m * sizeof(float)));
@@ -216,13 +216,13 @@ TopKOut topk_whole(float* residual, size_t n, size_t k, Sink& sink, Skip skip) {
   return {sink.stored, threshold, 0};
 }
 
-// Accumulates and selects in one go with a sampled threshold. Returns false if that did not settle it: then
-// everything is accumulated, nothing is taken, and `bad` knows what to leave out.
+// Accumulates and selects in one pass with a sampled threshold. Returns false if the threshold was wrong; then
+// everything is accumulated, nothing is taken, and `bad` holds the elements to leave out.
 inline bool topk_sampled(const void* grad, int type, float* residual, size_t n, size_t k, Sink& sink, float scale,
                          BadMap& bad, TopKOut& result) {
   const size_t m = min_of(32768, n / 8);
   const double expected = double(m) * double(k) / double(n);
-  const double rank = expected + 4 * __builtin_sqrt(expected) + 4;  // four deviations below the cut, so that k are left
+  const double rank = expected + 4 * __builtin_sqrt(expected) + 4;  // four deviations, so that at least k reach it
   const double most = (rank + 6 * __builtin_sqrt(rank) + 8) * double(n) / double(m);
   const size_t room = min_of(n, size_t(most)) + 64;  // whole groups of vectors
   const uint32_t low = sample_threshold(grad, type, residual, n, m, min_of(size_t(rank), m), scale);
@@ -236,7 +236,7 @@ inline bool topk_sampled(const void* grad, int type, float* residual, size_t n, 
     for (size_t i = 0; i < found.stored; ++i) residual[indices[i]] = values[i];
     return false;
   }
-  if (found.stored <= k) {  // all that is not zero, or exactly k
+  if (found.stored <= k) {  // all nonzero elements, or exactly k
     if (found.stored) {
       std::memcpy(sink.indices, indices, found.stored * sizeof *indices);
       std::memcpy(sink.values, values, found.stored * sizeof *values);
@@ -264,7 +264,7 @@ inline TopKOut exact_topk(const void* grad, int type, float* residual, size_t n,
   } else {
     Sink none{nullptr, nullptr, 0};
     if (type != kNoGrad) none.bad = &bad;
-    // Without a gradient this only counts what is not finite.
+    // Without a gradient this only counts elements that are not finite.
     select_any(none, grad, type, residual, 0, n, kInfBits, scale);
     result.nonfinite = none.nonfinite;
     if (k == 0) return result;

@@ -1,4 +1,4 @@
-// The value codecs. Formats: docs/wire-format.md; truth: kernels/reference_values.py.
+// The value codecs. Formats: docs/wire-format.md; truth: kernels/reference/values.py.
 #pragma once
 
 #include "scalar.h"
@@ -6,7 +6,7 @@
 namespace sc {
 namespace {
 
-// Largest magnitude, as bits: an integer maximum, which vectorises without -ffast-math.
+// Bits of the largest magnitude. An integer maximum, which vectorises without -ffast-math.
 inline uint32_t largest_magnitude(const float* v, size_t n) {
   int32_t top = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -19,7 +19,7 @@ inline uint32_t largest_magnitude(const float* v, size_t n) {
 // The power of two s with largest / s in [16384, 32768), at least 2**-126; 1 for zero.
 inline float half_scale(uint32_t largest) {
   if (largest == 0) return 1.0f;
-  const int exponent = int(largest >> 23) - 127;  // denormals: some number below -126, clamped below
+  const int exponent = int(largest >> 23) - 127;  // for denormals a number below -126, which the next line clamps
   const int scale = exponent - 14 < -126 ? -126 : exponent - 14;
   return float_of(uint32_t(scale + 127) << 23);
 }
@@ -31,7 +31,7 @@ inline void store16(uint8_t* p, uint16_t v) {
 
 inline void encode_f16(const float* v, size_t n, float scale, uint8_t* out, float* error) {
   const float inverse = 1.0f / scale;  // exact: a power of two
-  // 32768 * 2**113 would be infinite: saturate at the half below.
+  // 32768 * 2**113 is infinite: saturate at the half below.
   const uint16_t limit = scale == 0x1p113f ? 0x77FFu : 0x7BFFu;
   size_t i = 0;
 #if SC_SIMD

@@ -1,24 +1,25 @@
-"""The one entrance to compute kernels: picks the fastest implementation that this machine can run.
+"""Compute kernels: tensors in, tensors out, by the fastest implementation that this machine can run.
 
-All functions take and fill tensors that the caller allocated, so that a training step allocates nothing. Tensors on a
-GPU are worked on there, by the Triton kernels (docs/gpu.md). `reference` (plain numpy) is the truth; every other path
-equals it bit for bit.
+All functions read and fill tensors that the caller allocated, so that a training step allocates nothing. The Triton
+kernels (docs/gpu.md) work on tensors of a GPU. `reference` (plain numpy) is the truth; every other path equals it bit
+for bit.
 
-For CPU tensors the path is chosen once, at first use: avx512 > avx2 > portable > reference, or what the environment
-variable ``SPARSECOMM_KERNELS`` names. A path that is asked for and cannot run is an error, never a silent fallback.
+For CPU tensors the path is chosen once, at first use: the first of avx512, avx2, portable and reference that can run,
+or the one that the environment variable ``SPARSECOMM_KERNELS`` names. If that one cannot run, the call raises an
+error; it never falls back silently.
 
-Every function checks its tensors and raises KernelError, which names the argument and what it held. Tensors are
+Every function checks its tensors and raises KernelError, which names the argument and the offending value. Tensors are
 contiguous, one-dimensional and all on one device; indices are uint32 and strictly ascending; values are float32.
 """
 
 from __future__ import annotations
 
+from sparsecomm.kernels.checksum import check_body, crc32c
 from sparsecomm.kernels.codecs import decode_indices, decode_values, encode_indices, encode_values
 from sparsecomm.kernels.combine import (
     accumulate_dense,
     accumulate_norms,
     add_dense,
-    crc32c,
     scatter_add,
     scatter_reduce,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "accumulate_select",
     "add_dense",
     "available_paths",
+    "check_body",
     "crc32c",
     "current_path",
     "cut_topk",

@@ -1,7 +1,7 @@
 """Argument checks shared by every kernel path.
 
-They run on each call, thousands of times a step for models with many small buckets, so the good case is a few
-attribute look-ups and the explanation is built only when something is wrong.
+They run on every call, thousands of times a step for models with many small buckets. So the good case costs a few
+attribute look-ups, and the explanation is built only when a check fails.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def capacity(out_indices: torch.Tensor, out_values: torch.Tensor) -> int:
 
 
 def count(name: str, value: int, limit: int | None = None) -> None:
-    """Raises KernelError unless 0 <= value, and value <= limit if there is one."""
+    """Raises KernelError unless value is at least 0 and, if a limit is given, at most the limit."""
     if value < 0 or (limit is not None and value > limit):
         most = "" if limit is None else f" and at most {limit}"
         refuse(f"{name} must be at least 0{most}, got {value}")
 
 
 def wire_counts(nnz: int, numel: int) -> None:
-    """Raises WireError unless 0 <= nnz <= numel <= 2**32: both may come from a hostile header."""
+    """Raises WireError unless 0 <= nnz <= numel <= 2**32. Both may come from a hostile header."""
     if not 0 <= numel <= MAX_NUMEL:
         raise WireError("numel", numel, f"must be between 0 and {MAX_NUMEL}")
     if not 0 <= nnz <= numel:
@@ -121,7 +121,7 @@ def wire_counts(nnz: int, numel: int) -> None:
 
 
 def borrowed_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
-    """A uint8 tensor over a byte buffer, without a copy. The buffer may be read-only: never write to the result."""
+    """Returns a uint8 tensor over a byte buffer, without a copy. Never write to it: the buffer may be read-only."""
     view = memoryview(data)
     if not view.c_contiguous:
         refuse("data must be a contiguous buffer")
@@ -129,7 +129,7 @@ def borrowed_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
     address = array.__array_interface__["data"][0]
     if array.flags.writeable or not len(array):
         return torch.from_numpy(array.copy() if not len(array) else array)
-    # torch warns of read-only memory; the kernels only read this one, so borrow it as if it were writable.
+    # torch warns about read-only memory. The kernels only read this tensor, so the memory is passed as writable.
     borrowed = (ctypes.c_uint8 * len(array)).from_address(address)
     tensor = torch.frombuffer(borrowed, dtype=torch.uint8)
     tensor.sparsecomm_owner = data  # type: ignore[attr-defined]  # keeps the memory alive

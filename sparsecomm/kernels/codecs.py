@@ -1,4 +1,4 @@
-"""Indices and values to bytes and back. Formats: docs/wire-format.md."""
+"""Positions and values to bytes and back. Formats: docs/wire-format.md."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
     """Writes ascending positions as bytes, in the format that docs/wire-format.md specifies.
 
     Args:
-        codec: how to write them.
+        codec: index codec.
         indices: uint32, shape (nnz,), strictly ascending, below numel; for DENSE exactly 0..numel-1.
         numel: length of the dense vector, at most 2**32.
-        out: uint8, at least ``max_index_bytes(codec, nnz, numel)`` long. Bytes behind what is returned may be
+        out: uint8, at least ``max_index_bytes(codec, nnz, numel)`` long. Mutated; bytes behind the encoded ones may be
             overwritten with anything.
 
     Returns:
@@ -47,14 +47,14 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
-    """Reads positions written by `encode_indices`; trusts nothing in `data`, `nnz` and `numel`.
+    """Reads positions that `encode_indices` wrote; trusts nothing in `data`, `nnz` and `numel`.
 
     Args:
-        codec: how they were written.
+        codec: index codec.
         data: uint8, exactly the encoded bytes.
         nnz: number of positions, from the header.
         numel: length of the dense vector, from the header.
-        out_indices: uint32, at least nnz long; the first nnz are filled, or hold garbage after an error.
+        out_indices: uint32, at least nnz long. The first nnz are filled; after an error they hold garbage.
 
     Raises:
         WireError: if the bytes are not a strictly ascending list of nnz positions below numel in this codec: wrong
@@ -77,14 +77,14 @@ def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, 
 def encode_values(
     codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None = None
 ) -> tuple[int, float]:
-    """Writes values as bytes, and what the rounding cost to `error`, so that it can return to the residual.
+    """Writes values as bytes, and their rounding errors to `error`, so that these can return to the residual.
 
     Args:
-        codec: how to write them.
+        codec: value codec.
         values: float32, shape (nnz,), finite.
         out: uint8, at least ``max_value_bytes(codec, nnz)`` long. Mutated.
-        error: float32, at least nnz long, receives value minus decoded value (in float32; exact for FP16 and BF16);
-            None if nobody wants it. May be `values` itself.
+        error: float32, at least nnz long, or None. Mutated: receives value minus decoded value (in float32; exact for
+            FP16 and BF16). May be `values` itself.
 
     Returns:
         Bytes written, and the scale that `decode_values` needs (a power of two for FP16, else 1).
@@ -110,14 +110,14 @@ def encode_values(
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
-    """Reads values written by `encode_values`; trusts nothing in `data` and `scale`.
+    """Reads values that `encode_values` wrote; trusts nothing in `data` and `scale`.
 
     Args:
-        codec: how they were written.
+        codec: value codec.
         data: uint8, exactly the encoded bytes.
         nnz: number of values.
-        scale: what `encode_values` returned; only FP16 looks at it.
-        out_values: float32, at least nnz long; the first nnz are filled, or hold garbage after an error.
+        scale: scale that `encode_values` returned; only FP16 uses it.
+        out_values: float32, at least nnz long. The first nnz are filled; after an error they hold garbage.
 
     Raises:
         WireError: for a wrong length, a scale that is not finite and positive (INT8 block scales may be 0), an INT8

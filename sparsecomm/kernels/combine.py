@@ -1,4 +1,4 @@
-"""Adding sparse and dense vectors up, and the checksum of payloads."""
+"""Adding sparse and dense vectors up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from sparsecomm.kernels import checks
 from sparsecomm.kernels.paths import kernels_for
 
-__all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "crc32c", "scatter_add", "scatter_reduce"]
+__all__ = ["accumulate_dense", "accumulate_norms", "add_dense", "scatter_add", "scatter_reduce"]
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -17,7 +17,7 @@ def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) 
 
     Args:
         out: float32, shape (n,). Mutated.
-        indices: uint32, shape (nnz,), strictly ascending, below n: trusted, not checked.
+        indices: uint32, shape (nnz,), strictly ascending, below n; trusted, not checked.
         values: float32, shape (nnz,).
 
     Raises:
@@ -38,14 +38,14 @@ def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) 
 def scatter_reduce(
     out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], *, scale: float = 1.0
 ) -> None:
-    """Sets a dense vector to the scaled sum of sparse ones, in their order, so that all ranks agree bit for bit.
+    """Sets a dense vector to the scaled sum of sparse ones, added in their order, so that ranks agree bit for bit.
 
-    Each element starts as float32 0, each part that has it is added in the order given, the sum is multiplied by
+    Each element starts as float32 0. Each part that contains it is added in the order given; the sum is multiplied by
     `scale` and rounded to nearest even into the dtype of `out`.
 
     Args:
         out: float32, float16 or bfloat16, shape (n,). Overwritten.
-        parts: pairs of indices (uint32, strictly ascending, below n: trusted) and values (float32).
+        parts: pairs of indices (uint32, strictly ascending, below n; trusted, not checked) and values (float32).
         scale: factor on the sums, taken as float32.
 
     Raises:
@@ -67,7 +67,7 @@ def scatter_reduce(
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
-    """Adds a dense vector, or its bytes as they came off the wire: ``out += data``.
+    """Adds a dense vector, or its bytes as they were received: ``out += data``.
 
     Args:
         out: float32, shape (n,). Mutated.
@@ -92,7 +92,7 @@ def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float = 1.0) -> int:
-    """Adds a gradient to the residual and selects nothing: ``residual += grad * scale`` where that is finite.
+    """Adds a gradient to the residual and selects nothing: ``residual += grad * scale`` where the sum is finite.
 
     Args:
         grad: shape (n,), float32, float16 or bfloat16.
@@ -100,7 +100,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float
         scale: factor on the gradient, taken as float32.
 
     Returns:
-        How many sums were NaN or infinite; there the residual is left as it was.
+        Number of sums that are NaN or infinite; at those elements the residual is left unchanged.
 
     Raises:
         KernelError: for unfit tensors.
@@ -119,17 +119,17 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, *, scale: float
 def accumulate_norms(
     grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, *, scale: float = 1.0
 ) -> int:
-    """Adds a gradient to the residual as `accumulate_dense` does, and takes the L1 norm of every chunk, in one pass.
+    """Adds a gradient to the residual as `accumulate_dense` does, and computes the L1 norm of every chunk.
 
     Args:
         grad: shape (n,), float32, float16 or bfloat16.
         residual: shape (n,), float32. Mutated.
-        chunk: elements of a chunk, at least 1; the last one may be shorter.
-        norms: float32, shape (ceil(n / chunk),). Overwritten with sums of ``|residual|`` as it is afterwards.
+        chunk: elements of a chunk, at least 1; the last chunk may be shorter.
+        norms: float32, shape (ceil(n / chunk),). Overwritten with the sums of ``|residual|`` after the addition.
         scale: factor on the gradient, taken as float32.
 
     Returns:
-        How many sums were NaN or infinite; there the residual is left as it was.
+        Number of sums that are NaN or infinite; at those elements the residual is left unchanged.
 
     Raises:
         KernelError: for unfit tensors or a chunk below 1.
@@ -147,24 +147,3 @@ def accumulate_norms(
     if checks.value_vec("norms", norms) != -(-n // chunk):
         checks.refuse(f"norms has {norms.numel()} elements, {n} elements in chunks of {chunk} need {-(-n // chunk)}")
     return kernels_for(grad, residual, norms).accumulate_norms(grad, residual, chunk, norms, scale)
-
-
-def crc32c(data: torch.Tensor | bytes | bytearray | memoryview, seed: int = 0) -> int:
-    """The CRC32C (Castagnoli) checksum, as in iSCSI, ext4 and SSE4.2.
-
-    Args:
-        data: a uint8 tensor of shape (n,), or anything with a contiguous byte buffer.
-        seed: the checksum of what came before: ``crc32c(b, crc32c(a)) == crc32c(a + b)``.
-
-    Raises:
-        KernelError: for an unfit tensor or a seed that is not 32 bits.
-
-    Example:
-        >>> hex(crc32c(b"123456789"))
-        '0xe3069283'
-    """
-    checks.count("seed", seed, 0xFFFFFFFF)
-    if not isinstance(data, torch.Tensor):
-        data = checks.borrowed_bytes(data)
-    checks.byte_vec("data", data)
-    return kernels_for(data).crc32c(data, seed)

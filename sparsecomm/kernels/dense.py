@@ -1,7 +1,7 @@
 """Segments of a dense vector on the wire: 32 or 16 bits a value, summed in float32.
 
-NaN and infinity travel, unlike in the values of a sparse payload: a dense exchange that keeps no residual passes them
-on as a plain allreduce does.
+NaN and infinity are kept, unlike in the values of a sparse payload, because a dense exchange that keeps no residual
+passes them on as a plain allreduce does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _SCALE_BYTES = 4
 
 
 def packed_bytes(codec: ValueCodec, n: int) -> int:
-    """Bytes of a segment of n values; 0 for none.
+    """Returns the bytes of a segment of n values; 0 for n = 0.
 
-    FP32 and BF16 are the values, little-endian. FP16 has a float32 scale in front, a power of two, so that neither end
-    of the range is lost: the largest finite magnitude becomes a half in [16384, 32768].
+    FP32 and BF16 store the values, little-endian. FP16 stores a float32 scale in front of them, a power of two, so that
+    neither end of the range is lost: the largest finite magnitude becomes a half in [16384, 32768].
 
     Raises:
-        KernelError: for a codec that a dense vector cannot travel in.
+        KernelError: for a codec that cannot encode a dense vector.
 
     Example:
         >>> packed_bytes(ValueCodec.FP16, 3), packed_bytes(ValueCodec.BF16, 3), packed_bytes(ValueCodec.FP16, 0)
@@ -44,7 +44,7 @@ def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error
         codec: FP32, FP16 or BF16.
         values: float32, shape (n,).
         out: uint8, shape (packed_bytes(codec, n),). Overwritten.
-        error: float32, shape (n,), or None. Overwritten with what rounding dropped; 0 for NaN and infinity.
+        error: float32, shape (n,), or None. Overwritten with the rounding errors; 0 for NaN and infinity.
 
     Raises:
         KernelError: for unfit tensors.
@@ -70,7 +70,7 @@ def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, *, ad
         codec: FP32, FP16 or BF16.
         data: uint8, shape (packed_bytes(codec, n),), at any alignment.
         out: float32, shape (n,). Mutated.
-        add: whether to add to what is there.
+        add: whether to add to `out` instead of overwriting it.
 
     Raises:
         KernelError: for unfit tensors.

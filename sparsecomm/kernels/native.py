@@ -1,7 +1,8 @@
 """The C++ kernels: three builds of the same code in one binary, chosen by `set_path`.
 
-Importable without them: then `problem` says why they are missing. Arguments arrive checked (see `dispatch`), and go
-down as raw addresses and lengths, the cheapest call there is; the GIL is released in every one.
+The module can be imported without the binary; `problem` then says why it is missing. The functions of
+`sparsecomm.kernels` have checked the arguments, which are passed to C++ as raw addresses and lengths, the cheapest kind
+of call. C++ releases the GIL for work on 64 KiB and more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from sparsecomm.errors import KernelError, WireError
-from sparsecomm.kernels.api import Described
+from sparsecomm.kernels.api import BodyFormat, Described
 from sparsecomm.types import IndexCodec, SelectResult, TopKResult, ValueCodec
 
 problem: str | None = None
@@ -48,17 +49,17 @@ __all__ = [
 ]
 
 _RICE_BYTES = 9
-_VALUES = 20  # statuses from here on are those of values
+_VALUES = 20  # the first status that concerns values
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def supported_paths() -> tuple[str, ...]:
-    """The paths that the binary has and this CPU can run, fastest first; empty if there is no binary."""
+    """Returns the paths of the binary that this CPU can run, fastest first; none if there is no binary."""
     return () if problem else tuple(_core.paths())
 
 
 def set_path(name: str) -> None:
-    """Makes all functions of this module run the code of one of `supported_paths()`, in every thread."""
+    """Switches all functions of this module, in every thread, to one of `supported_paths()`."""
     _core.set_path(name)
 
 
@@ -70,7 +71,7 @@ def accumulate_select(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> SelectResult:
-    """See `kernels.accumulate_select`."""
+    """Accumulates and selects in one fused pass of the C++ code."""
     return SelectResult(
         *_core.accumulate_select(
             grad.data_ptr(),
@@ -94,7 +95,7 @@ def exact_topk(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> TopKResult:
-    """See `kernels.exact_topk`."""
+    """Selects in one pass with a threshold from a sample; where that fails, by radix select over the whole vector."""
     return TopKResult(
         *_core.exact_topk(
             0 if grad is None else grad.data_ptr(),
@@ -111,14 +112,14 @@ def exact_topk(
 
 
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
-    """See `kernels.cut_topk`."""
+    """Finds the cut by radix select and compacts the pairs in place."""
     if k >= count:
         return count
     return _core.cut_topk(indices.data_ptr(), values.data_ptr(), count, k, residual.data_ptr())
 
 
 def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
-    """See `kernels.encode_indices`."""
+    """Calls the C++ encoder and raises KernelError for the first position that it finds out of order."""
     written = _core.encode_indices(int(codec), indices.data_ptr(), indices.numel(), numel, out.data_ptr())
     if written < 0:
         _refuse_unsorted(written, indices, numel)
@@ -131,7 +132,7 @@ def _refuse_unsorted(written: int, indices: torch.Tensor, numel: int) -> NoRetur
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
-    """See `kernels.decode_indices`."""
+    """Calls the C++ decoder and turns its status into the reference's WireError."""
     status, got, want = _core.decode_indices(
         int(codec), data.data_ptr(), data.numel(), nnz, numel, out_indices.data_ptr()
     )
@@ -167,14 +168,14 @@ def _raise_wire(status: int, got: float, want: int, nnz: int = 0, numel: int = 0
 def encode_values(
     codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
 ) -> tuple[int, float]:
-    """See `kernels.encode_values`."""
+    """Rounds, writes and computes the rounding errors in one pass of the C++ code."""
     return _core.encode_values(
         int(codec), values.data_ptr(), values.numel(), out.data_ptr(), 0 if error is None else error.data_ptr()
     )
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
-    """See `kernels.decode_values`."""
+    """Calls the C++ decoder and turns its status into the reference's WireError."""
     status, got, want = _core.decode_values(
         int(codec), data.data_ptr(), data.numel(), nnz, scale, out_values.data_ptr()
     )
@@ -183,34 +184,32 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
 
 
 def encode_body(
-    index_codec: IndexCodec,
-    value_codec: ValueCodec,
+    form: BodyFormat,
     indices: torch.Tensor,
     values: torch.Tensor,
-    numel: int,
     out: torch.Tensor,
     error: torch.Tensor | None,
 ) -> tuple[int, int, float, int]:
-    """See `HostKernels.encode_body`."""
+    """Writes positions, values and checksum in one call into C++."""
     index_bytes, value_bytes, scale, crc = _core.encode_body(
-        int(index_codec),
-        int(value_codec),
+        int(form.index_codec),
+        int(form.value_codec),
         indices.data_ptr(),
         values.data_ptr(),
         values.numel(),
-        numel,
+        form.numel,
         out.data_ptr(),
         0 if error is None else error.data_ptr(),
     )
     if index_bytes < 0:
-        _refuse_unsorted(index_bytes, indices, numel)
+        _refuse_unsorted(index_bytes, indices, form.numel)
     return index_bytes, value_bytes, scale, crc
 
 
 def decode_body(
     payload: Described, body: torch.Tensor, out_indices: torch.Tensor | None, out_values: torch.Tensor
 ) -> None:
-    """See `HostKernels.decode_body`."""
+    """Reads positions and values in one call into C++."""
     nbytes, nnz, numel = body.numel(), payload.nnz, payload.numel
     status, got, want = _core.decode_body(
         int(payload.index_codec),
@@ -230,34 +229,34 @@ def decode_body(
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """See `kernels.scatter_add`."""
+    """Adds in a C++ loop that prefetches the elements ahead."""
     _core.scatter_add(out.data_ptr(), indices.data_ptr(), values.data_ptr(), indices.numel())
 
 
 def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float = 1.0) -> None:
-    """See `kernels.scatter_reduce`."""
+    """Works region by region, so that zeroing, adding, scaling and rounding happen in the cache."""
     addresses = [(idx.data_ptr(), val.data_ptr(), val.numel()) for idx, val in parts]
     _core.scatter_reduce(out.data_ptr(), _DTYPE_CODE[out.dtype], out.numel(), addresses, scale)
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
-    """See `kernels.add_dense`."""
+    """Adds in a vectorised C++ loop that reads `data` at any alignment."""
     _core.add_dense(out.data_ptr(), data.data_ptr(), out.numel())
 
 
 def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None) -> None:
-    """See `kernels.pack_dense`."""
+    """Rounds and writes in one pass of the C++ code, and one more for the scale of FP16."""
     to = 0 if error is None else error.data_ptr()
     _core.pack_dense(int(codec), values.data_ptr(), values.numel(), out.data_ptr(), to)
 
 
 def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """See `kernels.unpack_dense`."""
+    """Decodes, and adds if asked to, in one pass of the C++ code."""
     _core.unpack_dense(int(codec), data.data_ptr(), out.numel(), out.data_ptr(), add)
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:
-    """See `kernels.accumulate_dense`."""
+    """Accumulates in one pass of the C++ code, with an infinite threshold."""
     code = _DTYPE_CODE[grad.dtype]
     return _core.accumulate_dense(grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale)
 
@@ -265,7 +264,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
 def accumulate_norms(
     grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
 ) -> int:
-    """See `kernels.accumulate_norms`."""
+    """Accumulates and sums up piece by piece, while the piece is in the cache."""
     code = _DTYPE_CODE[grad.dtype]
     return _core.accumulate_norms(
         grad.data_ptr(), code, residual.data_ptr(), residual.numel(), scale, chunk, norms.data_ptr()
@@ -273,16 +272,16 @@ def accumulate_norms(
 
 
 def crc32c(data: torch.Tensor, seed: int = 0) -> int:
-    """See `kernels.crc32c`."""
+    """Uses the fastest of tables, the SSE4.2 instruction and carry-less products that the CPU has."""
     return _core.crc32c(data.data_ptr(), data.numel(), seed)
 
 
 def scratch_bytes() -> int:
-    """See `kernels.scratch_bytes`."""
+    """Returns the work space that the C++ selection holds over all threads; 0 without the extension."""
     return 0 if problem else _core.scratch_bytes()
 
 
 def release_scratch() -> None:
-    """See `kernels.release_scratch`."""
+    """Frees the C++ work space of the calling thread; does nothing without the extension."""
     if not problem:
         _core.release_scratch()

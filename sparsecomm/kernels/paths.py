@@ -1,4 +1,4 @@
-"""Which implementation the kernels use: one of the C++ paths, the reference, or Triton for tensors on a GPU."""
+"""Choice of the implementation: one of the C++ paths, the reference, or Triton for tensors on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 PATHS = ("avx512", "avx2", "portable", "reference", "triton")
-"""All kernel paths for CPU tensors, fastest first; triton, the only one for tensors on a GPU, is interpreted there."""
+"""All kernel paths for CPU tensors, fastest first. Triton, the only path on a GPU, is interpreted on the CPU."""
 
 _ENV = "SPARSECOMM_KERNELS"
 _path: str | None = None
@@ -36,18 +36,18 @@ _impl: Kernels | None = None
 
 
 def available_paths() -> tuple[str, ...]:
-    """The paths that can run CPU tensors here, fastest first; triton is among them under ``TRITON_INTERPRET=1``."""
+    """Returns the paths that can run CPU tensors here, fastest first; with triton only if ``TRITON_INTERPRET=1``."""
     interpreted = ("triton",) if interpreter_problem() is None else ()
     return (*native.supported_paths(), "reference", *interpreted)
 
 
 def native_problem() -> str | None:
-    """Why the native kernels cannot be used, or None if they can."""
+    """Returns the reason why the native kernels cannot be used, or None if they can."""
     return native.problem
 
 
 def current_path() -> str:
-    """The path in use; chooses one if none was chosen yet.
+    """Returns the path in use; chooses one if none has been chosen yet.
 
     Raises:
         ConfigError: if ``SPARSECOMM_KERNELS`` names a path that cannot run here.
@@ -58,10 +58,10 @@ def current_path() -> str:
 
 
 def set_path(name: str | None) -> None:
-    """Switches all kernels, in every thread, to another path: for tests and benches.
+    """Switches all kernels, in every thread, to another path. For tests and benches.
 
     Args:
-        name: one of `available_paths()`, or None for the default choice (environment variable, else the fastest).
+        name: one of `available_paths()`, or None for the default: the environment variable's, else the fastest.
 
     Raises:
         ConfigError: if that path does not exist or cannot run here.
@@ -92,10 +92,10 @@ def _triton() -> BatchKernels:
 
 
 def kernels_for(*tensors: torch.Tensor) -> Kernels:
-    """The implementation for these tensors: Triton's on a GPU, else the one in use.
+    """Returns the implementation for these tensors: Triton on a GPU, else the one in use.
 
     Raises:
-        KernelError: if they are not all on one device, or on a GPU without Triton.
+        KernelError: if the tensors are on several devices, or on a GPU and Triton is not installed.
     """
     for tensor in tensors:
         if tensor.is_cuda:
@@ -104,7 +104,7 @@ def kernels_for(*tensors: torch.Tensor) -> Kernels:
 
 
 def batch_kernels_for(*tensors: torch.Tensor) -> BatchKernels | None:
-    """The implementation for these tensors if it works on many payloads at a time, as Triton's does; else None.
+    """Returns the implementation for these tensors if it handles many payloads in one call, as Triton does; else None.
 
     Raises:
         KernelError: as `kernels_for`.
@@ -127,7 +127,7 @@ def _on_gpu(tensors: tuple[torch.Tensor, ...]) -> BatchKernels:
 
 
 def kernels() -> Kernels:
-    """The implementation in use for CPU tensors; chooses one if none was chosen yet."""
+    """Returns the implementation in use for CPU tensors; chooses one if none has been chosen yet."""
     if _impl is None:
         set_path(None)
         assert _impl is not None
@@ -135,12 +135,15 @@ def kernels() -> Kernels:
 
 
 def host_kernels() -> HostKernels:
-    """The implementation in use for CPU tensors where `batch_kernels_for` has none."""
+    """Returns the implementation in use for CPU tensors for which `batch_kernels_for` returns None."""
     return reference if kernels() is reference else native
 
 
 def scratch_bytes() -> int:
-    """Bytes of work space that the native kernels hold over all threads: it only grows, up to about 10 bytes * k."""
+    """Returns the bytes of work space that the native kernels hold over all threads.
+
+    It only grows, up to about 10 bytes * k.
+    """
     return native.scratch_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Taking elements out of a gradient and its residual: by threshold, the k largest, and cutting a selection."""
+"""Selection from a gradient plus its residual: by threshold, the k largest, and cutting a selection to k."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def accumulate_select(
     *,
     scale: float = 1.0,
 ) -> SelectResult:
-    """Adds a gradient to the residual and takes out what reaches the threshold, in one pass over memory.
+    """Adds a gradient to the residual and takes out the elements that reach the threshold, in one pass over memory.
 
-    For every element ``acc = residual + grad * scale`` (product rounded to float32, then the sum: no fused
-    multiply-add). If ``acc`` is NaN or infinite the residual is left as it was and the element is counted.
+    For every element ``acc = residual + grad * scale``: the product is rounded to float32 before the sum, without a
+    fused multiply-add. If ``acc`` is NaN or infinite, the residual is left unchanged and the element is counted.
     Otherwise, if ``|acc| >= threshold`` and the output has room, the pair is written and the residual becomes 0;
     else the residual becomes ``acc``.
 
     Args:
         grad: shape (n,), float32, float16 or bfloat16.
         residual: shape (n,), float32. Mutated.
-        threshold: >= 0, may be inf (selects nothing: a plain accumulate), not NaN. 0 selects zeros too.
+        threshold: >= 0, not NaN. inf selects nothing, so the call only accumulates; 0 selects zeros too.
         out_indices: uint32, shape (capacity,). First `stored` entries are filled, ascending; the rest may be
             overwritten with anything.
-        out_values: float32, shape (capacity,). Likewise.
+        out_values: float32, shape (capacity,). Filled in the same way.
         scale: factor on the gradient, taken as float32.
 
     Returns:
-        How many pairs were stored, how many elements met the threshold, how many were not finite.
+        Number of pairs stored, of elements that met the threshold, and of elements that were not finite.
 
     Raises:
         KernelError: for tensors of the wrong dtype, shape, device or layout, or a bad threshold.
@@ -71,21 +71,21 @@ def exact_topk(
 ) -> TopKResult:
     """Adds a gradient to the residual and takes out exactly the k largest magnitudes.
 
-    ``acc`` is as in `accumulate_select`; NaN and infinities are never selected, and neither are zeros. Among equal
-    magnitudes the lowest index wins. The residual becomes 0 where an element was taken and ``acc`` elsewhere, except
-    where ``acc`` is not finite: there it is left as it was.
+    ``acc`` is as in `accumulate_select`. NaN, infinities and zeros are never selected. Among equal magnitudes the
+    lowest index wins. The residual becomes 0 where an element was taken and ``acc`` elsewhere, but is left unchanged
+    where ``acc`` is not finite.
 
     Args:
-        grad: shape (n,), float32, float16 or bfloat16; None selects from the residual as it is.
+        grad: shape (n,), float32, float16 or bfloat16; None selects from the residual alone.
         residual: shape (n,), float32. Mutated.
-        k: >= 0; more than n is the same as n.
+        k: >= 0; more than n means n.
         out_indices: uint32, shape (capacity,), capacity >= min(k, n). First `stored` entries are filled, ascending;
             the rest may be overwritten with anything.
-        out_values: float32, shape (capacity,). Likewise.
+        out_values: float32, shape (capacity,). Filled in the same way.
         scale: factor on the gradient, taken as float32.
 
     Returns:
-        How many were stored, the smallest selected magnitude, how many elements were not finite.
+        Number of pairs stored, the smallest selected magnitude, and the number of elements that were not finite.
 
     Raises:
         KernelError: for tensors of the wrong dtype, shape, device or layout, a negative k, or too little room.
@@ -113,14 +113,14 @@ def exact_topk(
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
     """Keeps the k largest magnitudes of the first `count` pairs and puts the others back into the residual.
 
-    Among equal magnitudes the lowest index wins. What is kept is compacted in place, in order.
+    Among equal magnitudes the lowest index wins. The pairs that are kept are compacted in place, in order.
 
     Args:
         indices: uint32, shape (capacity,), the first `count` ascending and below residual.numel(). Mutated.
         values: float32, shape (capacity,). Mutated.
         count: number of pairs.
-        k: how many to keep.
-        residual: float32, shape (n,). ``residual[index] = value`` for what is dropped. Mutated.
+        k: number of pairs to keep.
+        residual: float32, shape (n,). Mutated: ``residual[index] = value`` for the pairs that are dropped.
 
     Returns:
         The new number of pairs, min(count, k).

@@ -1,6 +1,6 @@
-"""How many bytes the codecs need: upper bounds for buffers, expected sizes for choosing.
+"""Sizes of encoded positions and values in bytes: upper bounds for buffers, expected sizes for choosing a codec.
 
-Pure arithmetic on counts, cached, because a training step asks the same few questions again and again.
+Pure arithmetic on counts, cached because every training step asks for the same few sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _check(nnz: int, numel: int) -> None:
 
 @lru_cache(maxsize=4096)
 def max_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
-    """Most bytes `encode_indices` can write for any `nnz` positions among `numel`.
+    """Returns the most bytes that `encode_indices` can write for any `nnz` positions among `numel`.
 
     Args:
         codec: index codec.
@@ -32,8 +32,8 @@ def max_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
         numel: length of the dense vector, at most 2**32.
 
     Returns:
-        Bytes. Exact for DENSE, RAW and BITMAP; for BITPACK and RICE the worst case over all placements,
-        a few bytes above what the worst placement really takes.
+        Bytes. Exact for DENSE, RAW and BITMAP. For BITPACK and RICE a bound over all placements, a few bytes above the
+        worst one.
 
     Raises:
         KernelError: unless 0 <= nnz <= numel <= 2**32.
@@ -55,8 +55,8 @@ def max_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
     blocks = -(-nnz // BLOCK)
     if codec == IndexCodec.BITPACK:
         full, rest = divmod(nnz, BLOCK)
-        # Width w in a block takes one gap of at least 2**(w-1), so the first bit costs 1 of the slack, the second
-        # 1 more, then 2, 4, ...; ever dearer, so the worst placement widens all blocks evenly.
+        # A block gets width w from one gap of at least 2**(w-1). So the first bit costs 1 of the slack, the second
+        # 1 more, then 2, 4, ... Because each bit costs more, the worst placement widens all blocks evenly.
         budget, total = slack, blocks
         for width in range(1, 33):
             price = 1 if width == 1 else 1 << (width - 2)
@@ -65,8 +65,8 @@ def max_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
             total += bought * BLOCK // 8
         return total + -(-rest * slack.bit_length() // 8)
     if codec == IndexCodec.RICE:
-        # A block takes the best of its parameters, so it is never longer than at any fixed r, where all blocks
-        # together take nnz * (1 + r) + sum(gap >> r) bits. Two partial bytes end the two streams.
+        # The encoder takes the best parameter of each block, so the result is never longer than with any fixed r, with
+        # which all blocks together need nnz * (1 + r) + sum(gap >> r) bits. Both streams end in a partial byte.
         bits = min(nnz * (1 + r) + (slack >> r) for r in range(32))
         return blocks + bits // 8 + 2
     raise KernelError(f"unknown index codec {codec!r}")
@@ -74,10 +74,10 @@ def max_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
 
 @lru_cache(maxsize=4096)
 def estimate_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
-    """Expected bytes of `encode_indices` if the positions are uniformly random.
+    """Returns the expected bytes of `encode_indices` for uniformly random positions.
 
-    Gradients are clustered rather than uniform, which makes the true size a little smaller. Meant for choosing a
-    codec; never for sizing a buffer.
+    Positions of real gradients are clustered, which makes the true size a little smaller. For choosing a codec, never
+    for sizing a buffer.
 
     Args:
         codec: index codec.
@@ -112,7 +112,7 @@ def estimate_index_bytes(codec: IndexCodec, nnz: int, numel: int) -> int:
 
 
 def _mean_width(log_miss: float, gaps: int) -> float:
-    """Expected bits of the largest of some gaps."""
+    """Returns the expected bits of the largest of `gaps` gaps."""
     if gaps == 0:
         return 0.0
     mean = 0.0
@@ -123,7 +123,7 @@ def _mean_width(log_miss: float, gaps: int) -> float:
 
 
 def max_value_bytes(codec: ValueCodec, nnz: int) -> int:
-    """Bytes that `encode_values` writes for `nnz` values: exact, it does not depend on the values.
+    """Returns the bytes that `encode_values` writes for `nnz` values. Exact: the values do not matter.
 
     Args:
         codec: value codec.
@@ -148,7 +148,9 @@ def max_value_bytes(codec: ValueCodec, nnz: int) -> int:
 
 
 def entropy_bits(nnz: int, numel: int) -> float:
-    """Least bits a nonzero that any code needs on average for uniform positions: numel * H(nnz / numel) / nnz.
+    """Returns the entropy of uniform positions in bits a nonzero: numel * H(nnz / numel) / nnz.
+
+    No code needs fewer bits on average.
 
     Example:
         >>> round(entropy_bits(1, 10), 2), round(entropy_bits(1, 1000), 2)

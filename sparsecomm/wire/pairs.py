@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.errors import WireError
+from sparsecomm.kernels import check_body
 from sparsecomm.types import Codecs, IndexCodec, ValueCodec
 from sparsecomm.wire.header import FLAG_ERROR, HEADER_BYTES, MAX_ERROR_BYTES, Header, write_header
 
@@ -56,7 +56,7 @@ def encode_payload(
     """
     header.nnz = values.numel()
     header.index_bytes, header.value_bytes, header.value_scale, header.body_crc = kernels.encode_pairs(
-        header.index_codec, header.value_codec, indices, values, header.numel, out, error, head=HEADER_BYTES
+        header, indices, values, out, error, head=HEADER_BYTES
     )
     write_header(header, out)
 
@@ -79,20 +79,6 @@ def encode_error(header: Header, message: str, out: torch.Tensor) -> None:
     header.value_scale = 1.0
     header.body_crc = kernels.crc32c(out[HEADER_BYTES : HEADER_BYTES + len(text)])
     write_header(header, out)
-
-
-def check_body(header: Header, body: torch.Tensor) -> None:
-    """Checks a body's length and checksum against its header.
-
-    Raises:
-        WireError: names the sender and bucket.
-    """
-    where = {"rank": header.rank, "bucket": header.bucket}
-    if body.numel() != header.body_bytes:
-        raise WireError("length", body.numel(), f"the header announces {header.body_bytes} bytes", **where)
-    crc = kernels.crc32c(body)
-    if crc != header.body_crc:
-        raise WireError("body_crc", hex(header.body_crc), f"the body's checksum is {crc:#x}", **where)
 
 
 def decode_body(header: Header, body: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -134,9 +120,7 @@ def decode_bodies(
         WireError: names field, value, sender and bucket of the first that is damaged. Nothing but the two outputs was
             touched.
     """
-    return kernels.decode_pairs(
-        headers, bodies, indices, values, check=lambda i: check_body(headers[i], bodies[i]), known=own
-    )
+    return kernels.decode_pairs(headers, bodies, indices, values, verify=True, known=own)
 
 
 def body_bytes(nnz: int, numel: int, codecs: Codecs) -> int:

@@ -1,4 +1,4 @@
-"""Everything here needs a GPU that Triton compiles for; without one it is skipped, and says so."""
+"""All tests here need a GPU that Triton compiles for; without one they are skipped, with the reason."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from sparsecomm import kernels
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "kernels"))  # the cases that the interpreter runs, too
+sys.path.insert(0, str(HERE.parent / "kernels"))  # cases that tests/kernels runs in the interpreter
 
 
 def missing() -> str | None:
-    """Why nothing here can run, or None."""
+    """Returns the reason why these tests cannot run, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     return kernels.triton_problem()

@@ -1,4 +1,4 @@
-"""What a GPU computes equals the reference bit for bit."""
+"""The results of a GPU equal the reference bit for bit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 def test_more_than_two_to_the_31_elements() -> None:
-    """A few large elements, some of them above 2**31, in a vector of zeros: no offset may wrap."""
+    """Some large elements of a vector of zeros have indices above 2**31, so that an offset in 32 bits would wrap."""
     n = 2**31 + 4099
     if torch.cuda.mem_get_info()[0] < 9 * n:
         pytest.skip(f"needs {9 * n / 2**30:.0f} GiB of free GPU memory")

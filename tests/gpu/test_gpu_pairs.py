@@ -1,4 +1,4 @@
-"""Whole payloads on a GPU: the reference's bytes, pairs and errors, and an exchange that waits three times."""
+"""Whole bodies on a GPU: the reference's bytes, pairs and errors, and an exchange that waits three times."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_damaged_payloads_get_the_verdict_of_a_loop_over_the_reference() -> None
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch itself raises if anything but an event makes the host wait; and the averages are those of the CPU."""
+    """Torch raises an error if the host waits for anything but an event; the averages are those of the CPU."""
     fetched, fetch = [], CudaSide.fetch
     monkeypatch.setattr(CudaSide, "fetch", lambda *args: fetched.append(1) or fetch(*args))
     averages = {}
@@ -67,7 +67,7 @@ def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, m
 
 
 def exchanged(size: int, device: str, fetched: list[int]) -> list[torch.Tensor]:
-    """Three steps: an exact one, one that warms up the other kernels, and one that is watched."""
+    """Runs three steps: an exact one, one that warms up the other kernels, and one that torch watches for waits."""
     n, cluster, out = 5000, Cluster(size, 5000), []
     arenas = [Arena(pinned=device == "cuda") for _ in range(size)]
     memories = [Arena(device) for _ in range(size)]

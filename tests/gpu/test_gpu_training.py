@@ -1,4 +1,4 @@
-"""Two ranks on one GPU average as two ranks on the CPU do, bit for bit, and what cannot be is refused."""
+"""Two ranks on one GPU average as two ranks on the CPU do, bit for bit; CUDA graphs are refused."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_averages_and_residuals_are_those_of_the_cpu(
     collective: str, compressor: str, dtype: str, tmp_path: Path
 ) -> None:
     for device in ("cpu", "cuda"):
-        what = "allgather" if collective == "auto" and device == "cpu" else collective
-        command = [*mpirun_command(2), sys.executable, JOB, device, what, compressor, dtype, tmp_path]
+        chosen = "allgather" if collective == "auto" and device == "cpu" else collective
+        command = [*mpirun_command(2), sys.executable, JOB, device, chosen, compressor, dtype, tmp_path]
         job = run_job(command, deadline=240, env=job_environment())
         assert job.code == 0, str(job)
     for rank in range(2):

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def by_reference(path: str, call: Callable[[], T]) -> T:
-    """Runs a call on the reference, then goes back to the path under test."""
+    """Runs a call on the reference, then switches back to the path under test."""
     kernels.set_path("reference")
     try:
         return call()

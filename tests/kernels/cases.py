@@ -1,4 +1,4 @@
-"""The same calls on a device and on the reference, whose results must be the same bits.
+"""Kernel calls on a device and on the reference; their results must be the same bits.
 
 Used for Triton in its interpreter (tests/kernels/test_triton.py) and on a GPU (tests/gpu).
 """
@@ -23,12 +23,12 @@ SCALES = (1.0, 0.5, 1 / 3)
 
 
 def octets(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes, on the host."""
+    """Returns a tensor's bytes, on the host."""
     return torch.from_numpy(np.frombuffer(tensor.cpu().numpy().tobytes(), dtype=np.uint8).copy())
 
 
 def placed(device: str, offset: int) -> Put:
-    """Copies tensors to a device, to an address that is not aligned."""
+    """Returns a function that copies tensors to a device, `offset` elements behind an aligned address."""
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
         room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
@@ -39,7 +39,7 @@ def placed(device: str, offset: int) -> Put:
 
 
 def agree(device: str, call: Callable[[Put], tuple[Any, ...]], *, offset: int = 0) -> tuple[Any, ...]:
-    """Makes a call on the device's Triton kernels and on the reference; the results are the same, bit for bit."""
+    """Makes a call on the device's Triton kernels and on the reference; asserts that the results are the same bits."""
     if device == "cpu":
         kernels.set_path("triton")
     try:
@@ -65,7 +65,7 @@ def room_for(put: Put, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_select(device: str, n: int, kind: str, seed: int) -> None:
-    """accumulate_select, with dtype, threshold, room, scale and alignment from the seed."""
+    """Checks accumulate_select, with dtype, threshold, room, scale and alignment from the seed."""
     dtype, scale = DTYPES[seed % 3], SCALES[seed // 3 % 3]
     threshold, capacity = THRESHOLDS[seed % 7], (0, 1, 17, n, n)[seed % 5]
     grad, before = vector(kind, n, seed, dtype), vector("normal", n, seed + 1)
@@ -79,7 +79,7 @@ def check_select(device: str, n: int, kind: str, seed: int) -> None:
 
 
 def check_topk(device: str, n: int, kind: str, seed: int, k: int) -> None:
-    """exact_topk, from the residual alone for every fourth seed."""
+    """Checks exact_topk, from the residual alone for every fourth seed."""
     dtype, scale, alone = DTYPES[seed % 3], SCALES[seed // 3 % 3], seed % 4 == 0
     grad, before = vector(kind, n, seed, dtype), vector(kind if alone else "normal", n, seed + 1)
 
@@ -104,7 +104,7 @@ def check_cut(device: str, count: int, kind: str, k: int) -> None:
 
 
 def check_adding(device: str, n: int, chunk: int, seed: int) -> None:
-    """accumulate_dense, accumulate_norms, scatter_add and add_dense."""
+    """Checks accumulate_dense, accumulate_norms, scatter_add and add_dense."""
     grad, before = vector("nonfinite", n, seed, DTYPES[seed % 3]), vector("wide", n, seed + 1)
     some = positions(n, n // 3, seed)
 
@@ -134,7 +134,7 @@ def check_reduce(device: str, n: int, dtype: torch.dtype, scale: float, sizes: t
 
 
 def positions(numel: int, nnz: int, seed: int, *, clustered: bool = False) -> torch.Tensor:
-    """Ascending positions below numel, about nnz of them, the last one possible among them."""
+    """Returns about nnz ascending positions below numel; numel - 1 is among them if nnz exceeds 4."""
     rng = np.random.default_rng(seed)
     start = int(rng.integers(0, numel - nnz + 1))
     chosen = np.arange(start, start + nnz) if clustered else rng.integers(0, numel, nnz) if nnz < numel // 2 else None
@@ -146,7 +146,7 @@ def positions(numel: int, nnz: int, seed: int, *, clustered: bool = False) -> to
 
 
 def check_index_codec(device: str, codec: IndexCodec, indices: torch.Tensor, numel: int) -> None:
-    """Encoded bytes and what is read of them."""
+    """Checks encoded bytes and the positions decoded from them."""
 
     def call(put: Put) -> tuple[Any, ...]:
         out = put(torch.zeros(kernels.max_index_bytes(codec, indices.numel(), numel), dtype=torch.uint8))
@@ -159,7 +159,7 @@ def check_index_codec(device: str, codec: IndexCodec, indices: torch.Tensor, num
 
 
 def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> None:
-    """Encoded bytes, rounding errors (in place, too), scale, and what is read of them; then those of a dense vector."""
+    """Checks bytes, rounding errors (also in place), scale and decoded values, for sparse and for dense vectors."""
     n = values.numel()
 
     def sparse(put: Put) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> N
 
 
 def check_hostile_indices(device: str, codec: IndexCodec, rounds: int) -> int:
-    """Damaged bytes get the reference's verdict; only the output is written. Returns how many are refused."""
+    """Checks that damaged bytes get the reference's verdict and write only the output; returns how many are refused."""
     rng, refused = np.random.default_rng(int(codec)), 0
     for _ in range(rounds):
         numel = int(rng.choice([9, 128, 1000, 20_000]))
@@ -213,7 +213,7 @@ def check_hostile_indices(device: str, codec: IndexCodec, rounds: int) -> int:
 
 
 def check_hostile_values(device: str) -> None:
-    """Bad lengths, scales and values get the reference's verdict."""
+    """Checks that bad lengths, scales and values get the reference's verdict."""
     nan, cases = octets(torch.tensor([1.0, math.nan])), []
     cases.append((ValueCodec.FP32, nan, 2, 1.0))
     cases.append((ValueCodec.FP32, nan[:7], 2, 1.0))
@@ -234,7 +234,7 @@ def check_hostile_values(device: str) -> None:
 
 
 def check_unsorted(device: str) -> None:
-    """Positions that do not ascend are refused, with the reference's words."""
+    """Checks that positions that do not ascend are refused with the reference's message."""
     for codec in (IndexCodec.RAW, IndexCodec.BITPACK, IndexCodec.RICE, IndexCodec.BITMAP):
         for bad in ([1, 5, 5], [3, 2, 9], [1, 2, 10]):
 

@@ -1,6 +1,6 @@
 """Every test that takes `path` runs on each kernel path that this machine has, against the reference.
 
-But for Triton's interpreter, which takes milliseconds a block: test_triton.py has fewer and smaller cases for it.
+Triton's interpreter is left out, because it takes milliseconds a block; test_triton.py has fewer and smaller cases.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whole payloads on a device and on the reference, whose bytes, pairs and errors must be the same.
+"""Whole bodies on a device and on the reference; their bytes, pairs and errors must be the same.
 
 Used for Triton in its interpreter (tests/kernels/test_triton_pairs.py) and on a GPU (tests/gpu).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ HEAD = 88
 
 @dataclass
 class Said:
-    """What a decoder is told of a payload."""
+    """Description of a payload."""
 
     rank: int
     index_codec: IndexCodec
@@ -33,13 +33,15 @@ class Said:
     index_bytes: int = 0
     value_scale: float = 1.0
     bucket: int = 7
+    body_bytes: int = 0
+    body_crc: int = 0
 
 
 Made = tuple[Said, torch.Tensor]
 
 
 def pairs(nnz: int, numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions, about nnz of them, and finite values, of a kind from the seed."""
+    """Returns about nnz positions, and finite values of a kind that the seed chooses."""
     everything = torch.arange(numel).to(torch.uint32)
     indices = everything if nnz == numel else positions(numel, nnz, seed, clustered=seed % 3 == 0)
     kind = ("normal", "wide", "zeros", "denormal")[seed % 4]
@@ -47,19 +49,20 @@ def pairs(nnz: int, numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def payload(rank: int, index_codec: IndexCodec, value_codec: ValueCodec, nnz: int, numel: int) -> Made:
-    """A payload as a rank would send it; all positions if the codec can only do that."""
+    """Returns a payload as a rank would send it; with all positions for the DENSE codec."""
     indices, values = pairs(numel if index_codec == IndexCodec.DENSE else nnz, numel, 10 * rank + int(index_codec))
     said = Said(rank, index_codec, value_codec, values.numel(), numel)
     most = kernels.max_index_bytes(index_codec, said.nnz, numel) + kernels.max_value_bytes(value_codec, said.nnz)
     out = torch.zeros(HEAD + most, dtype=torch.uint8)
-    said.index_bytes, value_bytes, said.value_scale, _ = kernels.encode_pairs(
-        index_codec, value_codec, indices, values, numel, out, head=HEAD
+    said.index_bytes, value_bytes, said.value_scale, said.body_crc = kernels.encode_pairs(
+        said, indices, values, out, head=HEAD
     )
-    return said, out[HEAD : HEAD + said.index_bytes + value_bytes].clone()
+    said.body_bytes = said.index_bytes + value_bytes
+    return said, out[HEAD : HEAD + said.body_bytes].clone()
 
 
 def together(made: Sequence[Made]) -> list[torch.Tensor]:
-    """Bodies as they arrive: the others' one after the other in one buffer, this rank's, the second, in its own."""
+    """Returns bodies as they arrive: the second, which is this rank's, alone; the others one after the other."""
     own = min(1, len(made) - 1)
     others = torch.cat([torch.empty(0, dtype=torch.uint8), *(body for i, (_, body) in enumerate(made) if i != own)])
     bodies, at = [], 0
@@ -70,7 +73,7 @@ def together(made: Sequence[Made]) -> list[torch.Tensor]:
 
 
 def check_encode(device: str, codecs: tuple[IndexCodec, ValueCodec], nnz: int, numel: int, seed: int) -> None:
-    """Bytes on the host, and rounding errors where the values are, in place for every second seed."""
+    """Checks the bytes, and the rounding errors, which replace the values for every second seed."""
     index_codec, value_codec = codecs
     indices, values = pairs(numel if index_codec == IndexCodec.DENSE else nnz, numel, seed)
     most = kernels.max_index_bytes(index_codec, values.numel(), numel) + kernels.max_value_bytes(
@@ -81,16 +84,17 @@ def check_encode(device: str, codecs: tuple[IndexCodec, ValueCodec], nnz: int, n
         out = torch.zeros(HEAD + most, dtype=torch.uint8, pin_memory=device == "cuda")
         mine = put(values)
         error = mine if seed % 2 else put(torch.zeros(values.numel()))
-        sizes = kernels.encode_pairs(index_codec, value_codec, put(indices), mine, numel, out, error, head=HEAD)
+        form = Said(0, index_codec, value_codec, values.numel(), numel)
+        sizes = kernels.encode_pairs(form, put(indices), mine, out, error, head=HEAD)
         return *sizes, out[HEAD : HEAD + sizes[0] + sizes[1]], error
 
     agree(device, call, offset=seed % 4)
 
 
 def check_decode(
-    device: str, said: Sequence[Said], bodies: Sequence[torch.Tensor], check: Callable[[int], None] | None = None
+    device: str, said: Sequence[Said], bodies: Sequence[torch.Tensor], *, verify: bool = False
 ) -> tuple[Any, ...]:
-    """Pairs one after the other, or the error and who is to blame; nothing is written beside the outputs."""
+    """Checks pairs or error, and that only the outputs are written; returns the results of the reference."""
     total, edge = sum(s.nnz for s in said), 16
 
     def call(put: Put) -> tuple[Any, ...]:
@@ -100,7 +104,7 @@ def check_decode(
         failed: tuple[Any, ...] = ()
         parts = []
         try:
-            parts = kernels.decode_pairs(said, bodies, *room, check=check)
+            parts = kernels.decode_pairs(said, bodies, *room, verify=verify)
         except WireError as error:
             failed = error.rank, error.bucket, error.field, str(error.value), error.reason
         outside = [octets(t[cut]) for t in (indices, values) for cut in (slice(edge), slice(total + edge, None))]
@@ -110,13 +114,13 @@ def check_decode(
 
 
 def check_decoded(device: str, made: Sequence[Made]) -> None:
-    """Good payloads."""
+    """Checks that undamaged payloads are decoded."""
     truth = check_decode(device, [said for said, _ in made], together(made))
     assert isinstance(truth[0], torch.Tensor), truth[:5]
 
 
 def damaged(made: Made, way: int, seed: int) -> Made:
-    """A payload of which something is wrong, or at least changed."""
+    """Returns a payload with one change, which usually makes it invalid."""
     said, body = made[0], made[1].clone()
     rng = np.random.default_rng(seed)
     if way == 0 and body.numel():

@@ -65,7 +65,7 @@ def test_the_rows_of_a_gpu_as_the_interpreter_makes_them() -> None:
 
 
 def test_what_the_hook_adds() -> None:
-    """In a process of its own, since it starts a world."""
+    """Runs in a new process, because it starts a world."""
     code = (
         "from sparsecomm.tools.benches import gpu_hook as g; "
         "r = g.run((0.1,), 8, 2, 'cpu', 16); g.print_table(r); print(r)"

@@ -1,4 +1,4 @@
-"""Whole payloads on every path: the reference's bytes, pairs and errors, whatever comes."""
+"""Whole bodies on every path, damaged or not: the same bytes, pairs and errors as the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 def decoded(said: Said, body: torch.Tensor, positions: torch.Tensor | None) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """What comes of a payload: the error, if any, and the pairs."""
+    """Returns the error of decoding a payload, if any, and the pairs."""
     indices, values = torch.zeros(said.nnz, dtype=torch.uint32), torch.zeros(said.nnz)
     try:
         kernels.decode_pairs([said], [body], indices, values, known=None if positions is None else (0, positions))
@@ -62,7 +62,7 @@ def test_damaged_payloads_are_refused_in_the_references_words(
 
 @pytest.mark.parametrize("index_codec", list(IndexCodec))
 def test_no_pairs_are_no_excuse_for_bytes(path: str, index_codec: IndexCodec) -> None:
-    """An empty output has no address: that must not pass for positions which are known."""
+    """An empty output has address 0, which must not be taken for known positions."""
     said = Said(0, index_codec, ValueCodec.FP32, 0, 16)
     said.index_bytes = 5
     with pytest.raises(WireError):

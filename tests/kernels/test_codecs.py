@@ -1,4 +1,4 @@
-"""Codecs on every path equal the reference byte for byte, stay within their bounds, and survive hostile bytes."""
+"""Codecs on every path equal the reference byte for byte, keep their size bounds, and survive hostile bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPARSE = tuple(c for c in IndexCodec if c != IndexCodec.DENSE)
 
 
 def positions(numel: int, nnz: int, seed: int, *, clustered: bool = False) -> torch.Tensor:
-    """nnz ascending positions below numel."""
+    """Returns nnz ascending positions below numel."""
     rng = np.random.default_rng(seed)
     if clustered and nnz:
         start = int(rng.integers(0, numel - nnz + 1))
@@ -63,7 +63,7 @@ def test_indices_round_trip_and_equal_the_reference(
 ) -> None:
     indices, numel = case
     if codec == IndexCodec.BITMAP and numel > 10**6:
-        return  # 512 MB of bitmap prove nothing more
+        return  # a bitmap of 512 MB tests nothing more
     data = encode(codec, indices, numel)
     assert torch.equal(data, by_reference(path, lambda: encode(codec, indices, numel)))
     assert data.numel() <= kernels.max_index_bytes(codec, indices.numel(), numel)
@@ -101,7 +101,7 @@ def test_sizes_are_near_the_entropy_and_estimated_well(path: str, density: float
 
 
 def test_hostile_index_bytes_are_refused_or_valid(path: str) -> None:
-    """Flips, cuts, extensions and noise: a WireError or a valid list, never anything else. 4,000 a path."""
+    """Flips, cuts, extensions and noise give a WireError or a valid list, nothing else; 4,000 cases for each path."""
     rng = np.random.default_rng(7)
     tried = refused = 0
     for trial in range(1000):

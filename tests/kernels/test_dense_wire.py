@@ -1,4 +1,4 @@
-"""Dense segments: the same bytes and sums on every path, and what rounding drops."""
+"""Dense segments: the same bytes, sums and rounding errors on every path."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from sparsecomm import kernels
 
 
-@pytest.mark.parametrize("module", ["select", "codecs", "combine", "dense", "sizes"])
+@pytest.mark.parametrize("module", ["select", "checksum", "codecs", "combine", "dense", "pairs", "sizes"])
 def test_docstrings(path: str, module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"sparsecomm.kernels.{module}"))
     assert result.attempted > 0

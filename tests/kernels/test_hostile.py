@@ -1,4 +1,4 @@
-"""Decoders judge bad bytes exactly as the reference does, and write nowhere but into their output."""
+"""Decoders raise the reference's errors for bad bytes, and write only to their output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def u8(*octets: int) -> torch.Tensor:
 
 
 def verdict_on_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int) -> tuple[object, ...]:
-    """The indices, or the error's field, value and reason; checks that the words around the output stay."""
+    """Returns the indices, or the error's field, value and reason; checks that the words around the output stay."""
     room = torch.full((nnz + 64,), GUARD, dtype=torch.int64).to(torch.uint32)
     try:
         kernels.decode_indices(codec, data, nnz, numel, room[32 : 32 + nnz])

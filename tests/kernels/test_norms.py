@@ -28,7 +28,7 @@ many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthChe
 def test_norms_equal_the_reference_and_the_residual_is_that_of_accumulate_dense(
     path: str, n: int, kind: str, seed: int, dtype: torch.dtype, offset: int, chunk: int, scale: float
 ) -> None:
-    if chunk < 100:  # chunk after chunk, the reference takes its time
+    if chunk < 100:  # the reference is slow for many small chunks
         n = min(n, 4097)
     grad, before = vector(kind, n, seed, dtype, offset=offset), vector("normal", n, seed + 1, offset=offset)
     mine, truth, plain = before.clone(), before.clone(), before.clone()

@@ -1,4 +1,4 @@
-"""Which path runs is what was asked for, or an error."""
+"""The requested path runs, or an error says why not."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_the_environment_forces_a_path(name: str) -> None:
 
 
 def test_the_native_kernels_are_here() -> None:
-    """The suite is to test them: a build that failed silently would leave only the reference."""
+    """The suite must test them; after a build that failed silently only the reference would run."""
     assert kernels.native_problem() is None
     assert "portable" in kernels.available_paths()

@@ -1,4 +1,4 @@
-"""Adding decoded payloads: the same bits on every path, in the order given."""
+"""Sums of decoded payloads: the same bits on every path, added in the order given."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def empty(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accumulated(grad: torch.Tensor, residual: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each element's sum is, and where it is finite."""
+    """Returns the sums and where they are finite."""
     acc = residual + grad.float() * torch.tensor(scale, dtype=torch.float32)
     return acc, torch.isfinite(acc)
 

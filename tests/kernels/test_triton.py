@@ -1,7 +1,6 @@
 """The Triton kernels, run by Triton's interpreter on the CPU, equal the reference bit for bit.
 
-What this shows is their logic. That they compile for a GPU is shown by test_triton_compiles.py, and what a GPU computes
-by tests/gpu.
+This tests their logic. test_triton_compiles.py shows that they compile for a GPU; tests/gpu checks a GPU's results.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def test_selecting_by_threshold(n: int, kind: str) -> None:
 @interpreted
 @pytest.mark.parametrize("kind", ["normal", "clustered", "equal"])
 def test_selecting_from_several_groups_of_blocks(kind: str) -> None:
-    cases.check_select("cpu", 40_000, kind, 3)  # everything: no block's slot holds that
+    cases.check_select("cpu", 40_000, kind, 3)  # everything is selected, which overflows every slot
     cases.check_select("cpu", 40_000, kind, 4)
 
 
@@ -77,7 +76,7 @@ def test_reducing_parts_in_order(dtype: torch.dtype, sizes: tuple[int, ...]) -> 
 @pytest.mark.parametrize("numel", [1, 129, 5_000, 2**31 + 5, 2**32])
 def test_index_codecs(codec: IndexCodec, numel: int) -> None:
     if codec == IndexCodec.BITMAP and numel > 10**6:
-        numel = 20_000  # 512 MB of bitmap prove nothing more
+        numel = 20_000  # a bitmap of 512 MB tests nothing more
     for nnz in (0, 1, 128, 129, 400):
         for clustered in (False, True):
             indices = cases.positions(numel, min(nnz, numel), nnz, clustered=clustered)

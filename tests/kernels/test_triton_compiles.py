@@ -1,7 +1,8 @@
-"""Triton's compiler and ptxas turn every kernel, in every form in which it is started, into code for an H100 or H200.
+"""Triton's compiler and ptxas compile every kernel, in every form in which it is started, for an H100 or H200.
 
-No GPU is needed for that. Kernels are not run here, only compiled, in a process of its own: in this one they are
-interpreted. What is looked at beside success: nothing is fused (the reference rounds products), nothing spills much.
+No GPU is needed, because kernels are only compiled, not run. A new process compiles them, because in this one they are
+interpreted. The test also checks that no product is fused with a sum, because the reference rounds products, and that
+the kernels that pass over memory do not spill registers.
 """
 
 from __future__ import annotations

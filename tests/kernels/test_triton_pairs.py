@@ -1,4 +1,4 @@
-"""Whole payloads by the Triton kernels, interpreted: the reference's bytes, pairs and errors, and few waits."""
+"""Whole bodies by the Triton kernels, interpreted: the reference's bytes, pairs and errors, with few waits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sparsecomm import kernels
 from sparsecomm.compress import ThresholdTopK
 from sparsecomm.errors import KernelError, WireError
 from sparsecomm.exchange import Plan
+from sparsecomm.kernels import checksum
 from sparsecomm.kernels.triton.launch import joined, runs
 from sparsecomm.runtime import device
 from sparsecomm.types import IndexCodec, ValueCodec
-from sparsecomm.wire import pairs as wire_payload
 
 interpreted = pytest.mark.skipif(
     "triton" not in kernels.available_paths(),
@@ -29,7 +29,7 @@ SIZES = ((0, 0), (0, 9), (1, 1), (1, 900), (129, 4000), (300, 1300))
 
 
 class Waits(device.Inline):
-    """The CPU's side, which counts how often the host would wait for a device."""
+    """The CPU's side, which counts the waits that a device would cause."""
 
     def __init__(self) -> None:
         self.fetched: list[int] = []
@@ -106,11 +106,11 @@ def test_the_first_damaged_payload_is_named_and_checks_come_first() -> None:
     said, bodies = [s for s, _ in made], [b for _, b in made]
     assert pair_cases.check_decode("cpu", said, bodies)[:3] == (1, 7, "index_params")
 
-    def check(i: int) -> None:
-        if i == 1:
-            raise WireError("body_crc", "0x0", "another", rank=1)
-
-    assert pair_cases.check_decode("cpu", said, bodies, check)[2] == "body_crc"
+    for i in (0, 2, 3):
+        said[i].body_crc = kernels.crc32c(bodies[i])
+    assert pair_cases.check_decode("cpu", said, bodies, verify=True)[:3] == (1, 7, "body_crc")
+    said[1].body_bytes += 1
+    assert pair_cases.check_decode("cpu", said, bodies, verify=True)[:3] == (1, 7, "length")
 
 
 @interpreted
@@ -148,6 +148,7 @@ def test_a_long_code_takes_a_second_copy(waits: Waits, monkeypatch: pytest.Monke
 @interpreted
 def test_what_does_not_fit_is_refused() -> None:
     made = pair_cases.payload(0, IndexCodec.RAW, ValueCodec.FP32, 3, 9)
+    raw, rice = (pair_cases.Said(0, codec, ValueCodec.FP32, 3, 9) for codec in (IndexCodec.RAW, IndexCodec.RICE))
     indices, values = pair_cases.pairs(3, 9, 1)
     out = torch.zeros(200, dtype=torch.uint8)
     kernels.set_path("triton")
@@ -155,11 +156,11 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(KernelError, match="have 2 and 2 elements, need 3"):
             kernels.decode_pairs([made[0]], [made[1]], indices[:2].clone(), values[:2].clone())
         with pytest.raises(KernelError, match="head must be at least 32"):
-            kernels.encode_pairs(IndexCodec.RAW, ValueCodec.FP32, indices, values, 9, out, head=24)
+            kernels.encode_pairs(raw, indices, values, out, head=24)
         with pytest.raises(KernelError, match="out has 20 bytes on cpu"):
-            kernels.encode_pairs(IndexCodec.RAW, ValueCodec.FP32, indices, values, 9, out[:20], head=88)
+            kernels.encode_pairs(raw, indices, values, out[:20], head=88)
         with pytest.raises(KernelError, match="is not above its predecessor"):
-            kernels.encode_pairs(IndexCodec.RICE, ValueCodec.FP32, indices[[2, 1, 0]], values, 9, out, head=88)
+            kernels.encode_pairs(rice, indices[[2, 1, 0]], values, out, head=88)
     finally:
         kernels.set_path(None)
 
@@ -174,7 +175,7 @@ def test_neighbours_in_memory_become_one() -> None:
 
 
 class Scalars(TorchDispatchMode):
-    """Counts what makes a number of a tensor behind `Side.read`'s back: item, bool, int, float."""
+    """Counts the conversions of tensors to numbers that bypass `Side.read`: item, bool, int, float."""
 
     count = 0
 
@@ -186,7 +187,7 @@ class Scalars(TorchDispatchMode):
 @interpreted
 @pytest.mark.parametrize("size", [2, 4])
 def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, waits: Waits) -> None:
-    """The first step selects exactly, the second by the threshold found; what is not sent is forgotten, so it fits."""
+    """The first step selects exactly; its threshold fits the second step, because without feedback nothing is kept."""
     cluster, scalars = Cluster(size, 300), Scalars()
     kernels.set_path("triton")
     try:
@@ -204,8 +205,8 @@ def test_an_exchange_waits_three_times_whatever_the_number_of_ranks(size: int, w
 
 @interpreted
 def test_one_damaged_payload_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damage that no checksum shows: only what the device finds out can stop it."""
-    monkeypatch.setattr(wire_payload, "check_body", lambda header, body: None)
+    """Checksums are switched off, so that only the device's verdict can stop the damage."""
+    monkeypatch.setattr(checksum, "check_body", lambda header, body: None)
     n, size = 300, 3
     told = {}
     for path in ("triton", "reference"):
@@ -219,7 +220,7 @@ def test_one_damaged_payload_leaves_everything_as_it_was(monkeypatch: pytest.Mon
 
 
 def damaged_exchange(n: int, size: int, how: Plan) -> str:
-    """Rank 0 gets a damaged body of rank 2; returns its error. Nothing is applied, and its residual is as it was."""
+    """Returns the error of rank 0, which gets a damaged body of rank 2; asserts that rank 0 applies nothing."""
     cluster = Cluster(size, n, bucket=4)
     for r, residual in enumerate(cluster.residuals):
         residual.copy_(gradient("normal", n, torch.float32, 50 + r))

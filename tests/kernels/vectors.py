@@ -1,4 +1,4 @@
-"""Awkward vectors, made from a seed."""
+"""Difficult vectors, generated from a seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ seeds = st.integers(0, 2**31)
 
 
 def vector(kind: str, n: int, seed: int, dtype: torch.dtype = torch.float32, *, offset: int = 0) -> torch.Tensor:
-    """A vector of n elements; `offset` elements into its storage, so that its address is not aligned."""
+    """Returns a vector of n elements that begins `offset` elements into its storage, so that it is not aligned."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n + offset, generator=g)
     if kind == "zeros":
@@ -49,11 +49,11 @@ def vector(kind: str, n: int, seed: int, dtype: torch.dtype = torch.float32, *, 
         x[torch.randint(0, n + offset, (max(n // 10, 1),), generator=g)] = float("-inf")
     elif kind == "wide":
         x *= torch.exp(20 * torch.randn(n + offset, generator=g))
-    elif kind == "tail":  # a strided sample of it misleads
+    elif kind == "tail":  # a strided sample of it is misleading
         x[:: max(n // 64, 1)] = 0.0
     return x.to(dtype)[offset:]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree bit for bit."""
+    """Returns whether two tensors agree bit for bit."""
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,8 +1,8 @@
 """CRC32C (Castagnoli, reflected, polynomial 0x1EDC6F41) in numpy.
 
-A CRC is linear over GF(2), so the data is cut into lanes of equal length that advance together, eight bytes a step
-by table look-up, and are then joined pairwise: the checksum of a lane followed by m bytes is its checksum times a
-fixed 32 x 32 bit matrix ("append m zero bytes"), plus that of what follows.
+A CRC is linear over GF(2). So the data is cut into lanes of equal length, which advance together, eight bytes a step
+by table look-up, and are then joined pairwise. The checksum of a lane followed by m bytes is the lane's checksum times
+a fixed 32 x 32 bit matrix ("append m zero bytes"), plus the checksum of those m bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["crc32c"]
 
 _U32 = npt.NDArray[np.uint32]
 _LANE = 1024
-"""Bytes a lane."""
+"""Bytes of a lane."""
 
 
 @lru_cache(maxsize=1)
 def _tables() -> _U32:
-    """Shape (8, 256): row j is the effect of a byte followed by j zero bytes."""
+    """Returns tables of shape (8, 256): row j holds the effect of a byte followed by j zero bytes."""
     crc = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         crc = (crc >> np.uint32(1)) ^ (np.uint32(0x82F63B78) * (crc & np.uint32(1)))
@@ -35,7 +35,7 @@ def _tables() -> _U32:
 
 
 def _apply(operator: _U32, states: _U32) -> _U32:
-    """Applies a linear operator given as four byte tables, shape (4, 256), to many states at once."""
+    """Applies a linear operator, given as byte tables of shape (4, 256), to many states at once."""
     out: _U32 = operator[0][states & np.uint32(0xFF)]
     for byte in range(1, 4):
         out = out ^ operator[byte][(states >> np.uint32(8 * byte)) & np.uint32(0xFF)]
@@ -44,7 +44,7 @@ def _apply(operator: _U32, states: _U32) -> _U32:
 
 @lru_cache(maxsize=40)
 def _append_lanes(level: int) -> _U32:
-    """The operator "append 2**level lanes of zero bytes", as byte tables of shape (4, 256)."""
+    """Returns the operator "append 2**level lanes of zero bytes" as byte tables of shape (4, 256)."""
     if level == 0:
         states = (np.arange(256, dtype=np.uint32)[None, :] << (8 * np.arange(4, dtype=np.uint32))[:, None]).ravel()
         zeros = np.zeros(len(states), dtype=np.uint32)
@@ -56,7 +56,7 @@ def _append_lanes(level: int) -> _U32:
 
 
 def _step(states: _U32, low: _U32, high: _U32) -> _U32:
-    """Advances each state by eight bytes given as two little-endian words."""
+    """Advances each state by eight bytes, given as two little-endian words."""
     t = _tables()
     byte = np.uint32(0xFF)
     a, b = states ^ low, high
@@ -67,7 +67,7 @@ def _step(states: _U32, low: _U32, high: _U32) -> _U32:
 
 
 def crc32c(data: torch.Tensor, seed: int = 0) -> int:
-    """See `kernels.crc32c`."""
+    """Advances lanes of 1024 bytes together and joins them pairwise; fewer than 4 bytes go one by one."""
     octets: npt.NDArray[np.uint8] = data.detach().numpy()
     init = np.uint32(~seed & 0xFFFFFFFF)
     if len(octets) < 4:
@@ -75,7 +75,7 @@ def crc32c(data: torch.Tensor, seed: int = 0) -> int:
         for octet in octets:
             crc = (crc >> 8) ^ int(_tables()[0][(crc ^ int(octet)) & 0xFF])
         return ~crc & 0xFFFFFFFF
-    # A zero state is not moved by zero bytes, so put the initial state into the data and pad in front.
+    # Zero bytes leave a zero state unchanged, so the initial state goes into the data and the padding in front.
     lanes = -(-len(octets) // _LANE)
     levels = (lanes - 1).bit_length()
     padded = np.zeros(lanes * _LANE, dtype=np.uint8)

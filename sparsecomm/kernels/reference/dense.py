@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparsecomm.kernels.reference.arrays import array
 from sparsecomm.kernels.reference.values import bf16_from_f32, half_scale
 from sparsecomm.types import ValueCodec
 
 __all__ = ["pack_dense", "unpack_dense"]
 
 _F32 = npt.NDArray[np.float32]
-_TOP_SCALE = 2.0**113  # 32768 times this would be infinite
+_TOP_SCALE = 2.0**113  # 32768 times this is infinite
 _TOP_HALF = np.float16(32752)
-
-
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor.detach().numpy()
 
 
 def _pack_f16(values: _F32, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
@@ -33,7 +28,7 @@ def _pack_f16(values: _F32, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.uin
 
 def _pack_bf16(values: _F32, finite: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     halves = bf16_from_f32(values)
-    halves -= finite & ((halves & np.uint16(0x7FFF)) == 0x7F80)  # saturate: finite stays finite
+    halves -= finite & ((halves & np.uint16(0x7FFF)) == 0x7F80)  # saturate, so that finite values stay finite
     return halves.astype("<u2").view(np.uint8)
 
 
@@ -48,10 +43,10 @@ def _read(codec: ValueCodec, data: npt.NDArray[np.uint8]) -> _F32:
 
 
 def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None) -> None:
-    """See `kernels.pack_dense`."""
+    """Rounds with numpy; the scale of FP16 comes from the largest finite magnitude."""
     if not values.numel():
         return
-    val: _F32 = _array(values)
+    val: _F32 = array(values)
     finite = np.isfinite(val)
     with np.errstate(all="ignore"):
         if codec == ValueCodec.FP16:
@@ -61,15 +56,15 @@ def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error
         else:
             packed = val.astype("<f4").view(np.uint8)
         if error is not None:
-            _array(error)[:] = np.where(finite, val - _read(codec, packed), np.float32(0))
-    _array(out)[:] = packed
+            array(error)[:] = np.where(finite, val - _read(codec, packed), np.float32(0))
+    array(out)[:] = packed
 
 
 def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """See `kernels.unpack_dense`."""
+    """Decodes into a temporary array, then copies it or adds it."""
     if not out.numel():
         return
-    target: _F32 = _array(out)
+    target: _F32 = array(out)
     with np.errstate(all="ignore"):
-        values = _read(codec, np.array(_array(data)))
+        values = _read(codec, np.array(array(data)))
         target[:] = target + values if add else values

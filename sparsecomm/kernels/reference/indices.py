@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sparsecomm.errors import KernelError, WireError
+from sparsecomm.kernels.reference.arrays import array
 from sparsecomm.kernels.sizes import BLOCK
 from sparsecomm.types import IndexCodec
 
@@ -19,16 +18,12 @@ _U32 = npt.NDArray[np.uint32]
 _U64 = npt.NDArray[np.uint64]
 _I64 = npt.NDArray[np.int64]
 _CHUNK = 2048
-"""Blocks unpacked to bits at a time, so that temporary memory stays small."""
-
-
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor.detach().numpy()
+"""Blocks that are unpacked to bits at a time; bounds the temporary memory."""
 
 
 def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
-    """See `kernels.encode_indices`."""
-    idx: _U32 = _array(indices)
+    """Encodes with numpy, block by block for BITPACK and RICE."""
+    idx: _U32 = array(indices)
     _check_ascending(idx, numel)
     if codec == IndexCodec.DENSE:
         return 0
@@ -41,7 +36,7 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
     else:
         gaps = _blocks_of_gaps(idx)
         encoded = _encode_bitpack(gaps, len(idx)) if codec == IndexCodec.BITPACK else _encode_rice(gaps, len(idx))
-    _array(out)[: len(encoded)] = encoded
+    array(out)[: len(encoded)] = encoded
     return len(encoded)
 
 
@@ -53,7 +48,7 @@ def _check_ascending(idx: _U32, numel: int) -> None:
 
 
 def _blocks_of_gaps(idx: _U32) -> _U64:
-    """Gaps minus one, shape (blocks, 128), the last block padded with zeros."""
+    """Returns gaps minus one, shape (blocks, 128), the last block padded with zeros."""
     gaps = np.zeros(-(-len(idx) // BLOCK) * BLOCK, dtype=np.uint64)
     gaps[: len(idx)] = idx
     gaps[1 : len(idx)] -= idx[:-1].astype(np.uint64) + np.uint64(1)
@@ -66,7 +61,7 @@ def _bit_length(values: _U64) -> _I64:
 
 
 def _packed_sizes(widths: _I64, nnz: int) -> _I64:
-    """Bytes of each packed block."""
+    """Returns the bytes of each packed block."""
     sizes = widths * (BLOCK // 8)
     if nnz % BLOCK:
         sizes[-1] = -(-(nnz % BLOCK) * int(widths[-1]) // 8)
@@ -74,7 +69,7 @@ def _packed_sizes(widths: _I64, nnz: int) -> _I64:
 
 
 def _pack(gaps: _U64, widths: _I64, nnz: int) -> _U8:
-    """The low `widths[b]` bits of each gap of block b, least significant first, a byte boundary after each block."""
+    """Packs the low `widths[b]` bits of each gap of block b, least significant first; blocks begin on a byte."""
     sizes = _packed_sizes(widths, nnz)
     starts = np.cumsum(sizes) - sizes
     out = np.zeros(int(sizes.sum()) + BLOCK * 4, dtype=np.uint8)  # the padding of the last block spills here
@@ -89,7 +84,7 @@ def _pack(gaps: _U64, widths: _I64, nnz: int) -> _U8:
 
 
 def _unpack(data: _U8, widths: _I64, nnz: int) -> _U64:
-    """The inverse of `_pack`, shape (blocks, 128); checks the zero bits that pad the last block."""
+    """Returns the gaps that `_pack` packed, shape (blocks, 128). The caller has checked length and padding."""
     sizes = _packed_sizes(widths, nnz)
     starts = np.cumsum(sizes) - sizes
     data = np.concatenate([data, np.zeros(BLOCK * 4, dtype=np.uint8)])
@@ -115,7 +110,7 @@ def _encode_bitpack(gaps: _U64, nnz: int) -> _U8:
 
 
 def _rice_parameters(gaps: _U64, nnz: int) -> _I64:
-    """The Rice parameter of each block, by integers only so that every implementation agrees."""
+    """Returns the Rice parameter of each block. Integers only, so that every implementation chooses the same."""
     counts = np.full(len(gaps), BLOCK, dtype=np.uint64)
     if nnz % BLOCK:
         counts[-1] = nnz % BLOCK
@@ -141,9 +136,9 @@ def _encode_rice(gaps: _U64, nnz: int) -> _U8:
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
-    """See `kernels.decode_indices`."""
-    octets: _U8 = _array(data)
-    out = _array(out_indices)[:nnz]
+    """Decodes with numpy; every check comes before the read that relies on it."""
+    octets: _U8 = array(data)
+    out = array(out_indices)[:nnz]
     if codec == IndexCodec.DENSE:
         if nnz != numel:
             raise WireError("nnz", nnz, f"must be numel = {numel} for the dense codec")
@@ -173,7 +168,7 @@ def _check_length(octets: _U8, want: int) -> None:
 
 
 def _block_bytes(octets: _U8, nnz: int, most: int) -> _I64:
-    """The byte a block that opens the BITPACK and RICE formats."""
+    """Returns the parameters at the start of the BITPACK and RICE formats, one byte for each block."""
     blocks = -(-nnz // BLOCK)
     if len(octets) < blocks:
         raise WireError("index_bytes", len(octets), f"must be at least {blocks}, one byte a block")
@@ -194,7 +189,7 @@ def _decode_bitpack(octets: _U8, nnz: int) -> _U64:
 def _decode_rice(octets: _U8, nnz: int, numel: int) -> _U64:
     params = _block_bytes(octets, nnz, 31)
     start = len(params) + int(_packed_sizes(params, nnz).sum())
-    # The quotients of valid data sum to at most numel - nnz. Checking that first keeps the sums below from wrapping.
+    # The quotients of valid data sum to at most numel - nnz. This check comes first, so that no sum below wraps.
     least, most = start + -(-nnz // 8), start + -(-numel // 8)
     if not least <= len(octets) <= most:
         raise WireError("index_bytes", len(octets), f"must be between {least} and {most} with these parameters")
@@ -211,8 +206,8 @@ def _decode_rice(octets: _U8, nnz: int, numel: int) -> _U64:
 
 
 def _check_gaps(gaps: _U64, numel: int, out: _U32) -> None:
-    # Before the first index that is out of range no sum can wrap: at most 2**32 terms below 2**32 for BITPACK; for
-    # RICE every term is below 2**63 + 2**32, so stop at the first large one.
+    # No sum wraps before the first index that is out of range. BITPACK adds at most 2**32 terms below 2**32. Terms of
+    # RICE are below 2**63 + 2**32, so the sum stops at the first large one.
     huge = np.flatnonzero(gaps >= np.uint64(1 << 32))
     terms = gaps[: int(huge[0]) + 1] if len(huge) else gaps
     idx = np.cumsum(terms + np.uint64(1), dtype=np.uint64) - np.uint64(1)

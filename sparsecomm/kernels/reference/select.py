@@ -1,18 +1,18 @@
-"""The truth: every kernel in plain numpy, readable rather than fast.
+"""Selection, accumulation and sums in numpy.
 
-All other paths equal this one bit for bit. It is also the fallback where the package was installed without a
-compiler, so it is vectorised, but it may allocate.
+This is also the fallback where the package was installed without a compiler, so the code is vectorised; it may
+allocate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sparsecomm.kernels.reference.arrays import array
 from sparsecomm.kernels.reference.values import bf16_from_f32
 from sparsecomm.types import SelectResult, TopKResult
 
@@ -34,18 +34,13 @@ _F32 = npt.NDArray[np.float32]
 _U32 = npt.NDArray[np.uint32]
 
 
-def array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The tensor's memory as a numpy array: writing to it writes the tensor."""
-    return tensor.detach().numpy()
-
-
 def magnitude_bits(values: _F32) -> _U32:
-    """The bits of |v|: ordered like the magnitudes, with infinities and NaN above everything finite."""
+    """Returns the bits of |v|, which are ordered like the magnitudes; infinities and NaN come last."""
     return values.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
 def threshold_bits(threshold: float) -> np.uint32:
-    """Bits of the smallest float32 that is not below the threshold, so that rounding never lets more through."""
+    """Returns the bits of the smallest float32 not below the threshold, so that rounding never selects more."""
     with np.errstate(over="ignore"):
         rounded = np.float32(threshold)
     if float(rounded) < threshold:
@@ -70,7 +65,7 @@ def accumulate_select(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> SelectResult:
-    """See `kernels.accumulate_select`."""
+    """Computes all sums into a temporary array, then picks the hits from it."""
     res = array(residual)
     acc = _accumulated(grad, res, scale)
     bits = magnitude_bits(acc)
@@ -86,7 +81,7 @@ def accumulate_select(
 
 
 def _largest(bits: _U32, k: int) -> npt.NDArray[np.intp]:
-    """Positions, ascending, of the k largest of `bits`; among equals the first. Needs 0 < k <= len(bits)."""
+    """Returns the positions, ascending, of the k largest of `bits`, the first among equals; 0 < k <= len(bits)."""
     cut = np.partition(bits, len(bits) - k)[len(bits) - k]
     above = np.flatnonzero(bits > cut)
     ties = np.flatnonzero(bits == cut)[: k - len(above)]
@@ -101,7 +96,7 @@ def exact_topk(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> TopKResult:
-    """See `kernels.exact_topk`."""
+    """Computes all sums into a temporary array, then partitions the magnitudes of the eligible ones."""
     res = array(residual)
     acc = res.copy() if grad is None else _accumulated(grad, res, scale)
     bits = magnitude_bits(acc)
@@ -120,7 +115,7 @@ def exact_topk(
 
 
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
-    """See `kernels.cut_topk`."""
+    """Marks the pairs to keep, then compacts them with a mask."""
     if k >= count:
         return count
     idx, val, res = array(indices)[:count], array(values)[:count], array(residual)
@@ -133,13 +128,13 @@ def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, re
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """See `kernels.scatter_add`."""
+    """Adds by numpy's fancy indexing, which is exact because the positions are distinct."""
     with np.errstate(all="ignore"):
         array(out)[array(indices)] += array(values)
 
 
 def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float = 1.0) -> None:
-    """See `kernels.scatter_reduce`."""
+    """Adds into a temporary float32 vector, scales it, then rounds it into `out`."""
     acc = np.zeros(out.numel(), dtype=np.float32)
     with np.errstate(all="ignore"):
         for indices, values in parts:
@@ -153,13 +148,13 @@ def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
-    """See `kernels.add_dense`."""
+    """Adds with numpy in place."""
     with np.errstate(all="ignore"):
         np.add(array(out), array(data).view(np.float32), out=array(out))
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:
-    """See `kernels.accumulate_dense`."""
+    """Computes all sums into a temporary array, then copies the finite ones."""
     res = array(residual)
     acc = _accumulated(grad, res, scale)
     finite = magnitude_bits(acc) < _INF_BITS
@@ -170,7 +165,7 @@ def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 
 def accumulate_norms(
     grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
 ) -> int:
-    """See `kernels.accumulate_norms`. A chunk is added up in 32 lanes, one element each in turn, then their halves."""
+    """Adds a chunk up in 32 lanes, which take its elements in turn, then adds the halves of the lanes."""
     nonfinite = accumulate_dense(grad, residual, scale)
     magnitudes = np.abs(array(residual))
     with np.errstate(over="ignore"):
@@ -186,9 +181,9 @@ def accumulate_norms(
 
 
 def scratch_bytes() -> int:
-    """Always 0: nothing is kept between calls."""
+    """Returns 0: nothing is kept between calls."""
     return 0
 
 
 def release_scratch() -> None:
-    """Nothing to release."""
+    """Does nothing, because nothing is kept."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from sparsecomm.errors import WireError
+from sparsecomm.kernels.reference.arrays import array
 from sparsecomm.kernels.sizes import BLOCK, max_value_bytes
 from sparsecomm.types import ValueCodec
 
@@ -20,12 +21,8 @@ _U16 = npt.NDArray[np.uint16]
 _F32 = npt.NDArray[np.float32]
 
 
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor.detach().numpy()
-
-
 def bf16_from_f32(values: _F32) -> _U16:
-    """Bits of the nearest bfloat16, ties to even; NaN becomes 0x7FC0."""
+    """Returns the bits of the nearest bfloat16, ties to even; NaN becomes 0x7FC0."""
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(values), np.uint64(0x7FC0), rounded).astype(np.uint16)
@@ -36,14 +33,14 @@ def _f32_from_bf16(halves: _U16) -> _F32:
 
 
 def half_scale(largest: float) -> float:
-    """The power of two s with largest / s in [16384, 32768), at least 2**-126; 1 for 0."""
+    """Returns the power of two s with largest / s in [16384, 32768), at least 2**-126; 1 for 0."""
     if largest == 0.0:
         return 1.0
     return math.ldexp(1.0, max(math.frexp(largest)[1] - 15, -126))
 
 
 def _blocks(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Shape (blocks, 128), padded with zeros."""
+    """Returns the values in shape (blocks, 128), padded with zeros."""
     padded = np.zeros(-(-len(values) // BLOCK) * BLOCK, dtype=values.dtype)
     padded[: len(values)] = values
     return padded.reshape(-1, BLOCK)
@@ -67,8 +64,8 @@ def _decode_int8(scales: _F32, q: npt.NDArray[np.int8]) -> _F32:
 def encode_values(
     codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
 ) -> tuple[int, float]:
-    """See `kernels.encode_values`."""
-    val: _F32 = _array(values)
+    """Rounds with numpy and computes the errors from the decoded values."""
+    val: _F32 = array(values)
     scale = 1.0
     with np.errstate(all="ignore"):
         if codec == ValueCodec.FP32:
@@ -80,7 +77,7 @@ def encode_values(
         elif codec == ValueCodec.FP16:
             scale = half_scale(float(np.abs(val).max(initial=0)))
             f16 = (val * np.float32(1.0 / scale)).astype(np.float16)
-            if scale == 2.0**113:  # 32768 * 2**113 would be infinite: saturate at the half below
+            if scale == 2.0**113:  # 32768 * 2**113 is infinite: saturate at the half below
                 f16 = np.clip(f16, np.float16(-32752), np.float16(32752))
             decoded, encoded = f16.astype(np.float32) * np.float32(scale), f16.astype("<f2").view(np.uint8)
         else:
@@ -88,14 +85,14 @@ def encode_values(
             decoded = _decode_int8(scales, q)
             encoded = np.concatenate([scales.astype("<f4").view(np.uint8), q.view(np.uint8)])
         if error is not None:
-            _array(error)[: len(val)] = val - decoded
-    _array(out)[: len(encoded)] = encoded
+            array(error)[: len(val)] = val - decoded
+    array(out)[: len(encoded)] = encoded
     return len(encoded), scale
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
-    """See `kernels.decode_values`."""
-    octets: _U8 = _array(data)
+    """Decodes into a temporary array and copies it once all values are known to be finite."""
+    octets: _U8 = array(data)
     want = max_value_bytes(codec, nnz)
     if len(octets) != want:
         raise WireError("value_bytes", len(octets), f"must be {want}")
@@ -122,4 +119,4 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
     bad = ~np.isfinite(decoded)
     if bad.any():
         raise WireError("values", float(decoded[bad][0]), "must be finite")
-    _array(out_values)[:nnz] = decoded
+    array(out_values)[:nnz] = decoded

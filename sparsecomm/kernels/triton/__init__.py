@@ -1,1 +1,1 @@
-"""Kernels for GPUs, in Triton. Only this package imports it."""
+"""Kernels for GPUs, in Triton. No other package imports Triton."""

@@ -1,4 +1,4 @@
-"""Adding sparse and dense vectors up on a GPU, always in the same order, without atomics."""
+"""Sums of sparse and dense vectors on a GPU, always in the same order, without atomics."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _scatter_add(out, indices, values, n, TILE: tl.constexpr):
 
 
 def scatter_add(out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """See `kernels.scatter_add`. Never waits for the device."""
+    """Adds in one launch; never waits for the device."""
     n = values.numel()
     launch(_scatter_add, ceil_div(n, _TILE), out, indices.view(torch.int32), values, n, TILE=_TILE)
 
 
 @triton.jit
 def _bounds(indices, starts, bounds, regions, parts, REGION: tl.constexpr, TILE: tl.constexpr):
-    """Where each region begins in each part: the first of its positions that is not below the region's."""
+    """Finds where each region begins in each part: at the first position that is not below the region's start."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = i < parts * (regions + 1)
     part, region = i // (regions + 1), i % (regions + 1)
@@ -55,13 +55,13 @@ def _reduce(
     acc, out, n, indices, values, bounds, regions, parts, scale, KIND: tl.constexpr, SCALED: tl.constexpr,
     REGION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a region of the output and adds the parts there one after the other."""
+    """Adds the parts one after the other; each program owns one region of the output."""
     region = tl.program_id(0).to(tl.int64)
     place = region * REGION + tl.arange(0, REGION)
     mask = place < n
     tl.store(acc + place, tl.zeros((REGION,), dtype=tl.float32), mask=mask)
     for part in range(parts):
-        tl.debug_barrier()  # what other threads of this program have stored must be there
+        tl.debug_barrier()  # the stores of this program's other threads must be visible
         first = tl.load(bounds + part * (regions + 1) + region)
         last = tl.load(bounds + part * (regions + 1) + region + 1)
         for start in range(first, last, TILE):
@@ -84,7 +84,7 @@ def _reduce(
 
 
 def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float = 1.0) -> None:
-    """See `kernels.scatter_reduce`. Never waits for the device."""
+    """Adds region by region in two launches; never waits for the device."""
     n, device = out.numel(), out.device
     regions = ceil_div(n, _REGION)
     indices = joined([i.view(torch.int32) for i, _ in parts], torch.empty(0, dtype=torch.int32, device=device))
@@ -101,7 +101,7 @@ def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.
 
 
 def add_dense(out: torch.Tensor, data: torch.Tensor) -> None:
-    """See `kernels.add_dense`."""
+    """Adds with torch; bytes that are not aligned are copied first."""
     if not out.numel():
         return
     if data.dtype is torch.uint8:

@@ -1,10 +1,10 @@
 """Positions to bytes on a GPU. The byte formats are specified in docs/wire-format.md.
 
-BITPACK and RICE: a program a block of 128 gaps; where a block's bytes go is a scan of their lengths. RICE's unary
-stream is set bit by bit in whole words (an atomic or of integers: no order matters).
+For BITPACK and RICE each program encodes one block of 128 gaps; a scan of the blocks' lengths tells where the bytes of
+each go. RICE's unary stream is set bit by bit in whole words, by an atomic or of integers, whose order is irrelevant.
 
-How long the bytes are, and whether positions ascend, stays on the device, in a state of `STATE` int64 that whoever
-writes values behind them reads there: the host learns both when it fetches the bytes.
+The number of bytes, and whether positions ascend, stay on the device in a state of `STATE` int64. The kernels that
+write the values behind the positions read it there; the host learns both when it fetches the bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sparsecomm.types import IndexCodec
 __all__ = ["STATE", "encode_indices", "refuse_unsorted", "write_indices"]
 
 STATE = 4
-"""int64 in the state of an encoding: whether positions are wrong, bytes that they take, largest magnitude, unused."""
+"""int64 in the state of an encoding: whether positions are wrong, their bytes, the largest magnitude, unused."""
 
 _TILE = 1024
 
 
 @triton.jit
 def _gaps(indices, nnz, block, BLOCK: tl.constexpr):
-    """Gaps minus one of a block, zeros after the last, and whether the positions ascend."""
+    """Returns the gaps minus one of a block, zeros after the last, with their mask and the positions."""
     i = block * BLOCK + tl.arange(0, BLOCK)
     mask = i < nnz
     here = tl.load(indices + i, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
@@ -40,7 +40,7 @@ def _gaps(indices, nnz, block, BLOCK: tl.constexpr):
 
 @triton.jit
 def _ascending(indices, i, nnz, numel, state):
-    """Positions, and which there are; notes whether they are wrong."""
+    """Returns positions and their mask; sets the state's flag if they do not ascend below numel."""
     mask = i < nnz
     here = tl.load(indices + i, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
     prior = tl.load(indices + i - 1, mask=mask & (i > 0), other=0).to(tl.int64) & 0xFFFFFFFF
@@ -52,7 +52,7 @@ def _ascending(indices, i, nnz, numel, state):
 
 @triton.jit
 def _measure(indices, nnz, numel, params, sizes, quotients, state, RICE: tl.constexpr, BLOCK: tl.constexpr):
-    """The parameter, packed bytes and sum of quotients of each block."""
+    """Computes the parameter, the packed bytes and the bits of the quotients of each block."""
     block = tl.program_id(0).to(tl.int64)
     gaps, mask, here = _gaps(indices, nnz, block, BLOCK)
     wrong = mask & ((gaps < 0) | (here >= numel))
@@ -85,7 +85,7 @@ def _pack(
     indices, nnz, params, ends, sizes, out, low, unary_ends, quotients, unary, state, RICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The low bits of a block's gaps to bytes, and its quotients to the unary stream."""
+    """Writes the low bits of a block's gaps as bytes, and its quotients into the unary stream."""
     if tl.load(state) == 0:
         block = tl.program_id(0).to(tl.int64)
         param = tl.load(params + block).to(tl.int64)
@@ -110,7 +110,7 @@ def _pack(
 
 @triton.jit
 def _close(ends, unary_ends, blocks, unary, out, state, RICE: tl.constexpr, TILE: tl.constexpr):
-    """The unary stream behind the packed bits, and the length of all."""
+    """Copies the unary stream behind the packed bits and stores the length of everything."""
     if tl.load(state) == 0:
         low = tl.load(ends + blocks - 1)
         size = low * 0
@@ -144,14 +144,14 @@ def write_indices(
     """Writes positions as `kernels.encode_indices` does; never waits for the device.
 
     Args:
-        codec: how to write them.
+        codec: index codec.
         indices: uint32, shape (nnz,).
         numel: length of the dense vector.
         out: uint8, at least `max_index_bytes` long. Mutated.
         state: int64, shape (STATE,), zeros, on the device. Mutated: whether positions are wrong; bytes written.
 
     Returns:
-        Bytes written where that does not depend on the positions; the state then leaves them 0.
+        Bytes written if they do not depend on the positions, in which case the state says 0; else None.
     """
     nnz, raw = indices.numel(), indices.view(torch.int32)
     if codec in (IndexCodec.BITPACK, IndexCodec.RICE):
@@ -176,7 +176,7 @@ def _write_gaps(raw: torch.Tensor, numel: int, out: torch.Tensor, state: torch.T
     sums = torch.empty((2, blocks), dtype=torch.int64, device=device)
     launch(_measure, blocks, raw, nnz, numel, out, sums[0], sums[1], state, RICE=rice, BLOCK=BLOCK)
     ends = torch.cumsum(sums, 1)
-    # The worst placement's bytes, since how many they are is known on the device alone.
+    # Room for the worst placement, because only the device knows the real number of bytes.
     most = max_index_bytes(IndexCodec.RICE, nnz, numel) if rice else 0
     unary = torch.zeros(ceil_div(most, 4), dtype=torch.int32, device=device)
     low = torch.empty(blocks * BLOCK, dtype=torch.int64, device=device)
@@ -188,7 +188,7 @@ def _write_gaps(raw: torch.Tensor, numel: int, out: torch.Tensor, state: torch.T
 
 
 def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: torch.Tensor) -> int:
-    """See `kernels.encode_indices`. Waits for the device once, for the length and whether positions ascend."""
+    """Encodes on the device; waits for it once, for the length and whether positions ascend."""
     state = torch.zeros(STATE, dtype=torch.int64, device=indices.device)
     known = write_indices(codec, indices, numel, out, state)
     wrong, length, *_ = read(state)
@@ -198,7 +198,7 @@ def encode_indices(codec: IndexCodec, indices: torch.Tensor, numel: int, out: to
 
 
 def refuse_unsorted(codec: IndexCodec, indices: torch.Tensor, numel: int) -> None:
-    """Raises the reference's error for positions that the device has found wrong."""
+    """Raises the reference's error for positions that the device has refused."""
     room = torch.empty(max_index_bytes(codec, indices.numel(), numel), dtype=torch.uint8)
     reference_indices.encode_indices(codec, indices.cpu(), numel, room)
     raise AssertionError("the reference finds nothing wrong with positions that the device refused")

@@ -29,25 +29,25 @@ __all__ = [
 ]
 
 ACCUMULATE_BLOCK = 4096
-"""Elements a program takes of a dense vector at a time: 16 a thread of 256, four 16-byte loads of each input."""
+"""Elements of a dense vector that a program takes at a time: 16 for each of 256 threads, four 16-byte loads each."""
 
 PROGRAMS = 528
-"""Programs of a kernel that loops: four for each of an H100's or H200's 132 multiprocessors."""
+"""Programs of a kernel that loops: four for each of the 132 multiprocessors of an H100 or H200."""
 
 KIND = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-"""What a kernel is told of the gradient; bfloat16 arrives as int16."""
+"""Kernels' number for the dtype of the gradient, 0 for none; bfloat16 is passed as int16."""
 
 
 @lru_cache(maxsize=1)
 def triton_problem() -> str | None:
-    """Why Triton cannot be used at all, or None. Does not import it."""
+    """Returns the reason why Triton cannot be used at all, or None. Does not import it."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
 
 
 def interpreter_problem() -> str | None:
-    """Why Triton kernels cannot run on CPU tensors, or None."""
+    """Returns the reason why Triton kernels cannot run on CPU tensors, or None."""
     missing = triton_problem()
     if missing is None and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels run on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1"
@@ -60,16 +60,16 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def bits_of(grad: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
-    """What a kernel gets for a gradient: itself, its bits if bfloat16, any tensor if there is none."""
+    """Returns the kernel argument for a gradient: itself, its bits if it is bfloat16, `otherwise` if there is none."""
     if grad is None:
         return otherwise
     return grad.view(torch.int16) if grad.dtype is torch.bfloat16 else grad
 
 
 def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Starts a kernel on the current stream of its tensors' device; nothing happens for no programs.
+    """Starts a kernel on the current stream of its tensors' device; does nothing for 0 programs.
 
-    Products are never fused with sums: the reference rounds both.
+    Products are never fused with sums, because the reference rounds both.
     """
     if programs == 0:
         return
@@ -83,18 +83,18 @@ def launch(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: 
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Returns int64 numbers on a device. From pinned memory: a copy from any other would wait for the device."""
+    """Returns int64 numbers on a device, copied from pinned memory; any other copy would wait for the device."""
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 def read(numbers: torch.Tensor) -> Any:
-    """Returns a few numbers from a device as `tolist` does; the host waits for them."""
+    """Returns a few numbers of a device as `tolist` does, after waiting for them."""
     return side_of(numbers.device).read(numbers)
 
 
 def runs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns tensors over the memory of 1-D ones, in order; those that follow each other in a storage become one."""
+    """Returns 1-D tensors in order, with neighbours in one storage merged; no data is copied."""
     found: list[tuple[torch.Tensor, int]] = []
     end = base = 0
     for tensor in tensors:
@@ -110,7 +110,7 @@ def runs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def joined(tensors: Sequence[torch.Tensor], otherwise: torch.Tensor) -> torch.Tensor:
-    """Returns 1-D tensors as one, copied only if they do not lie one after the other; `otherwise` for no elements."""
+    """Returns 1-D tensors as one, copied only if they are not adjacent in memory; `otherwise` for no elements."""
     whole = runs(tensors)
     if not whole:
         return otherwise

@@ -1,8 +1,8 @@
-"""Whole payloads on a GPU: the host waits once to encode one, and once to decode those of all ranks."""
+"""Whole bodies on a GPU: the host waits once to encode one, and once to decode those of all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from itertools import accumulate, chain, pairwise
 from typing import NoReturn, TypeVar
 
@@ -10,40 +10,40 @@ import numpy as np
 import torch
 
 from sparsecomm.errors import WireError
-from sparsecomm.kernels.api import Described, Parts
+from sparsecomm.kernels import checksum
+from sparsecomm.kernels.api import BodyFormat, Described, Parts
 from sparsecomm.kernels.reference import indices as reference_indices
 from sparsecomm.kernels.reference import values as reference_values
 from sparsecomm.kernels.sizes import estimate_index_bytes, max_index_bytes, max_value_bytes
 from sparsecomm.kernels.triton.indices import STATE, refuse_unsorted, write_indices
 from sparsecomm.kernels.triton.launch import read, runs, upload
 from sparsecomm.kernels.triton.positions import plausible_indices, read_indices
-from sparsecomm.kernels.triton.shared import COLUMNS
+from sparsecomm.kernels.triton.shared import COLUMNS, Batch
 from sparsecomm.kernels.triton.values import half_scale, plausible_values, read_values, scale_bits, write_values
 from sparsecomm.runtime.device import side_of
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import ValueCodec
 
 __all__ = ["decode_pairs", "encode_pairs"]
 
 _SLACK = 4096
-"""Bytes fetched beyond a sixteenth more than the positions are expected to take."""
+"""Bytes fetched in addition to 17/16 of the expected bytes of the positions."""
 
 _K = TypeVar("_K", bound=Hashable)
 
 
 def encode_pairs(
-    index_codec: IndexCodec,
-    value_codec: ValueCodec,
+    form: BodyFormat,
     indices: torch.Tensor,
     values: torch.Tensor,
-    numel: int,
     out: torch.Tensor,
     error: torch.Tensor | None,
     head: int,
 ) -> tuple[int, int, float]:
-    """See `kernels.encode_pairs`. Waits for the device once, twice if positions take far more than expected.
+    """Encodes on the device; waits for it once, or twice if positions take far more bytes than expected.
 
-    What the host must know of the bytes stands in front of them, so that one copy brings both.
+    Lengths, scale and verdict are stored in front of the body, so that one copy brings everything that the host needs.
     """
+    index_codec, value_codec, numel = form.index_codec, form.value_codec, form.numel
     nnz, side = values.numel(), side_of(values.device)
     value_bytes, most = max_value_bytes(value_codec, nnz), max_index_bytes(index_codec, nnz, numel)
     packed = torch.empty(head + most + value_bytes, dtype=torch.uint8, device=values.device)
@@ -71,29 +71,30 @@ def decode_pairs(
     bodies: Sequence[torch.Tensor],
     out_indices: torch.Tensor,
     out_values: torch.Tensor,
-    check: Callable[[int], None],
+    verify: Container[int],
 ) -> Parts:
-    """See `kernels.decode_pairs`. Waits for the device once, for the verdicts."""
+    """Decodes all payloads in the same launches and verifies meanwhile; waits for the device once, for the verdicts."""
     if not all(map(_plausible, payloads, bodies)):
-        _refuse(payloads, bodies, range(len(payloads)), check)
+        _refuse(payloads, bodies, range(len(payloads)), verify)
     verdicts = _launch(payloads, bodies, out_indices, out_values)
-    for i in range(len(payloads)):
-        check(i)
+    for i, (payload, body) in enumerate(zip(payloads, bodies, strict=True)):
+        if i in verify:
+            checksum.check_body(payload, body)
     bad = [i for i, verdict in enumerate(read(verdicts)) if verdict]
     if bad:
-        _refuse(payloads, bodies, bad, lambda _: None)
+        _refuse(payloads, bodies, bad, ())
     starts = accumulate((p.nnz for p in payloads), initial=0)
     return [(out_indices[a:b], out_values[a:b]) for a, b in pairwise(starts)]
 
 
 def _split(payload: Described, body: torch.Tensor) -> tuple[int, int]:
-    """Bytes of a body that are positions, and that are values, whatever its description promises."""
+    """Returns the bytes of positions and of values in a body, limited to the bytes that the body really has."""
     index_bytes = min(payload.index_bytes, body.numel())
     return index_bytes, body.numel() - index_bytes
 
 
 def _plausible(payload: Described, body: torch.Tensor) -> bool:
-    """Whether lengths and scale are such that kernels may look at the bytes."""
+    """Returns whether lengths and scale allow kernels to read the bytes."""
     (index_bytes, value_bytes), nnz = _split(payload, body), payload.nnz
     return plausible_indices(payload.index_codec, index_bytes, nnz, payload.numel) and plausible_values(
         payload.value_codec, value_bytes, nnz, payload.value_scale
@@ -101,12 +102,13 @@ def _plausible(payload: Described, body: torch.Tensor) -> bool:
 
 
 def _refuse(
-    payloads: Sequence[Described], bodies: Sequence[torch.Tensor], members: Sequence[int], check: Callable[[int], None]
+    payloads: Sequence[Described], bodies: Sequence[torch.Tensor], members: Sequence[int], verify: Container[int]
 ) -> NoReturn:
-    """Raises the reference's error for the first of some payloads that it finds wrong, as a loop over them would."""
+    """Raises the reference's error for the first of the payloads `members` that a loop over them would refuse."""
     for i in members:
-        check(i)
         payload, host = payloads[i], bodies[i].cpu()
+        if i in verify:
+            checksum.check_body(payload, host)
         nnz, split = payload.nnz, payload.index_bytes
         room = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz)
         try:
@@ -121,7 +123,7 @@ def _refuse(
 def _launch(
     payloads: Sequence[Described], bodies: Sequence[torch.Tensor], out_indices: torch.Tensor, out_values: torch.Tensor
 ) -> torch.Tensor:
-    """Decodes plausible payloads, those of the same codecs in the same launches; returns verdicts on the device."""
+    """Decodes plausible payloads, one set of launches for each codec; returns the verdicts, on the device."""
     data, bases = _gathered(bodies, out_values.device)
     starts = [0, *accumulate(p.nnz for p in payloads)]
     sizes = [_split(payload, body) for payload, body in zip(payloads, bodies, strict=True)]
@@ -138,16 +140,17 @@ def _launch(
     out = out_indices.view(torch.int32)[: starts[-1]]
     for index_codec, members in by_index.items():
         shapes = [(sizes[i][0], payloads[i].nnz) for i in members]
-        read_indices(index_codec, data, table[at:], shapes, out, verdicts)
+        read_indices(index_codec, Batch(data, table[at:], verdicts), shapes, out)
         at += COLUMNS * len(members)
     for value_codec, members in by_value.items():
-        read_values(value_codec, data, table[at:], [payloads[i].nnz for i in members], out_values, verdicts)
+        batch = Batch(data, table[at:], verdicts)
+        read_values(value_codec, batch, [payloads[i].nnz for i in members], out_values)
         at += COLUMNS * len(members)
     return verdicts
 
 
 def _grouped(keys: Sequence[_K | None]) -> dict[_K, list[int]]:
-    """The places of each key, those of None left out."""
+    """Returns the numbers of the elements that have each key, without those of None."""
     found: dict[_K, list[int]] = {}
     for i, key in enumerate(keys):
         if key is not None:
@@ -156,7 +159,7 @@ def _grouped(keys: Sequence[_K | None]) -> dict[_K, list[int]]:
 
 
 def _gathered(bodies: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """All bodies in one tensor on the device, and where each begins there; what lies together is copied at once."""
+    """Returns all bodies in one tensor on the device, and each one's offset; neighbours are copied together."""
     order = sorted((i for i, body in enumerate(bodies) if body.numel()), key=lambda i: bodies[i].data_ptr())
     data = torch.empty(sum(body.numel() for body in bodies), dtype=torch.uint8, device=device)
     bases, at = [0] * len(bodies), 0

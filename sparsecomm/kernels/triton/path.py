@@ -1,4 +1,4 @@
-"""The Triton kernels as one path. Importing this loads Triton: only `paths` does, when a tensor or the user asks."""
+"""The Triton kernels as one path. Only `paths` imports it, once a GPU tensor or the user needs Triton."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ __all__ = [
 
 
 def crc32c(data: torch.Tensor, seed: int = 0) -> int:
-    """See `kernels.crc32c`. Computed by the host: a checksum is of bytes that travel, and those are there anyway."""
+    """Computes on the host, because checksums are of bytes to be sent, which the host has anyway."""
     host = data.cpu()
     return reference.crc32c(host, seed) if native.problem else native.crc32c(host, seed)
 
 
 def scratch_bytes() -> int:
-    """Always 0: work space is torch's caching allocator's."""
+    """Returns 0: work space belongs to torch's caching allocator."""
     return 0
 
 
 def release_scratch() -> None:
-    """Nothing to release."""
+    """Does nothing, because nothing is kept."""

@@ -1,11 +1,11 @@
 """Bytes to positions on a GPU, many payloads in one launch. The byte formats are specified in docs/wire-format.md.
 
-BITPACK and RICE: a program a block of 128 gaps, which finds its bytes by a scan of the blocks' lengths; RICE's unary
-stream is read by finding its ones, 4,096 bits a program, wherever blocks begin in it.
+For BITPACK and RICE each program decodes one block of 128 gaps; a scan of the blocks' lengths tells where its bytes
+begin. RICE's unary stream is read by finding its ones, 4,096 bits a program, wherever blocks begin in it.
 
-Nothing in the bytes is trusted: kernels read only inside a payload's bytes, write only inside its part of the output,
-and leave a verdict for each payload on the device. If that is bad, the reference judges the same bytes again, so that
-the error is the reference's own.
+Nothing in the bytes is trusted. Kernels read only inside a payload's bytes, write only inside its part of the output,
+and leave a verdict for each payload on the device. If a verdict is bad, the reference decodes the same bytes again and
+raises its error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsecomm.errors import WireError
 from sparsecomm.kernels.reference import indices as reference_indices
 from sparsecomm.kernels.sizes import BLOCK
 from sparsecomm.kernels.triton.launch import ceil_div, launch, read, upload
-from sparsecomm.kernels.triton.shared import COLUMNS, load_bytes, part_of
+from sparsecomm.kernels.triton.shared import COLUMNS, Batch, load_bytes, part_of
 from sparsecomm.types import IndexCodec
 
 __all__ = ["decode_indices", "plausible_indices", "read_indices"]
@@ -31,7 +31,7 @@ _TILE = 1024
 
 @triton.jit
 def _sizes(data, table, tiles, most, sizes, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Bytes of each packed block, zeros for those that a payload does not have."""
+    """Computes the bytes of each packed block; 0 for blocks that a payload does not have."""
     payload, tile, row = part_of(table, tiles)
     base, length, nnz = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     block = tile * TILE + tl.arange(0, TILE)
@@ -43,7 +43,7 @@ def _sizes(data, table, tiles, most, sizes, BLOCK: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def _unpack(data, table, most, ends, sizes, low, bad, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """The packed bits of a block: `low`, and whether parameter and padding are in order."""
+    """Unpacks the bits of a block into `low` and checks its parameter and padding."""
     payload, block, row = part_of(table, most)
     base, length, nnz = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     if block * BLOCK < nnz:
@@ -71,7 +71,7 @@ def _unpack(data, table, most, ends, sizes, low, bad, LARGEST: tl.constexpr, BLO
 
 @triton.jit
 def _first_bit(row, payload, most, ends, RICE: tl.constexpr, BLOCK: tl.constexpr):
-    """The byte in which a payload's stream of single bits begins."""
+    """Returns the byte in which a payload's stream of single bits begins."""
     start = payload * 0
     if RICE:
         blocks = (tl.load(row + 2) + BLOCK - 1) // BLOCK
@@ -95,7 +95,7 @@ def _find_ones(
     data, table, chunks, most, ends, counts, found, ones, bad, RICE: tl.constexpr, BLOCK: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
-    """Where the ones are: of RICE what `_sum_gaps` will look at, of BITMAP the positions themselves."""
+    """Writes where the ones are: for BITMAP these are the positions, for RICE the input of `_sum_gaps`."""
     payload, chunk, row = part_of(table, chunks)
     base, length, nnz = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     count = tl.load(counts + payload * chunks + chunk)
@@ -122,7 +122,7 @@ def _find_ones(
 def _sum_gaps(
     data, table, most, ends, low, chunks, found, ones, totals, bad, RICE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Whole gaps into `low` as sums inside the block, and the block's total; past any position all is the same."""
+    """Writes running sums of a block's gaps to `low`, and its total; gaps are capped at 2**32, above any position."""
     payload, block, row = part_of(table, most)
     base, length, nnz, at = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 4)
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +164,7 @@ def _place(table, most, low, totals, ends, out, bad, BLOCK: tl.constexpr):
 
 @triton.jit
 def _plain(data, table, tiles, out, bad, DENSE: tl.constexpr, TILE: tl.constexpr):
-    """RAW and DENSE."""
+    """Reads RAW and DENSE positions."""
     _payload, tile, row = part_of(table, tiles)
     base, nnz = tl.load(row), tl.load(row + 2)
     i = tile * TILE + tl.arange(0, TILE)
@@ -180,7 +180,7 @@ def _plain(data, table, tiles, out, bad, DENSE: tl.constexpr, TILE: tl.constexpr
 
 
 def plausible_indices(codec: IndexCodec, length: int, nnz: int, numel: int) -> bool:
-    """Whether that many bytes can be a payload's positions: what kernels rely on, and all that can be wrong of some."""
+    """Returns whether `length` bytes can be a payload's positions; the kernels rely on that and check the rest."""
     if codec == IndexCodec.DENSE:
         return nnz == numel and not length
     if codec == IndexCodec.RAW:
@@ -190,63 +190,52 @@ def plausible_indices(codec: IndexCodec, length: int, nnz: int, numel: int) -> b
     return length >= ceil_div(nnz, BLOCK) if nnz else not length
 
 
-def read_indices(
-    codec: IndexCodec,
-    data: torch.Tensor,
-    table: torch.Tensor,
-    sizes: Sequence[tuple[int, int]],
-    out: torch.Tensor,
-    bad: torch.Tensor,
-) -> None:
+def read_indices(codec: IndexCodec, batch: Batch, sizes: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
     """Reads the positions of many payloads, each plausible and none without bytes or pairs; never waits for the device.
 
     Args:
-        codec: how all of them were written.
-        data: uint8, on the device.
-        table: int64, there: a row for each payload.
-        sizes: bytes and pairs of each.
-        out: int32, there. Mutated where the table says.
-        bad: int64, there: verdicts, zero for good. Mutated.
+        codec: index codec of all of them.
+        batch: the payloads. Mutated: verdicts.
+        sizes: bytes and pairs of each payload.
+        out: int32, on the device. Mutated where the table says.
     """
     if codec in (IndexCodec.BITPACK, IndexCodec.RICE):
-        _read_gaps(data, table, sizes, out, bad, rice=codec == IndexCodec.RICE)
+        _read_gaps(batch, sizes, out, rice=codec == IndexCodec.RICE)
     elif codec == IndexCodec.BITMAP:
         chunks = max(ceil_div(8 * length, _BITS) for length, _ in sizes)
-        _find(data, table, (len(sizes), chunks), table, 0, out, bad, rice=False)
+        _find(batch, (len(sizes), chunks), batch.table, 0, out, rice=False)
     else:
-        tiles = max(ceil_div(nnz, _TILE) for _, nnz in sizes)
-        launch(_plain, len(sizes) * tiles, data, table, tiles, out, bad, DENSE=codec == IndexCodec.DENSE, TILE=_TILE)
+        tiles, how = max(ceil_div(nnz, _TILE) for _, nnz in sizes), {"DENSE": codec == IndexCodec.DENSE, "TILE": _TILE}
+        launch(_plain, len(sizes) * tiles, batch.data, batch.table, tiles, out, batch.bad, **how)
 
 
 def _find(
-    data: torch.Tensor,
-    table: torch.Tensor,
-    shape: tuple[int, int],
-    ends: torch.Tensor,
-    most: int,
-    ones: torch.Tensor,
-    bad: torch.Tensor,
-    *,
-    rice: bool,
+    batch: Batch, shape: tuple[int, int], ends: torch.Tensor, most: int, ones: torch.Tensor, *, rice: bool
 ) -> torch.Tensor:
-    """Finds the ones of all payloads, `shape` being these and chunks of each; returns how many up to each chunk."""
+    """Finds the ones of all payloads.
+
+    Args:
+        batch: the payloads. Mutated: verdicts.
+        shape: number of payloads, and chunks of each.
+        ends: for RICE, ends of the packed blocks, shape (payloads, most); else not read.
+        most: blocks of the largest payload.
+        ones: output of `_find_ones`. Mutated.
+        rice: whether the ones are those of RICE's unary stream, not of a bitmap.
+
+    Returns:
+        int64, of that shape: number of ones up to the end of each chunk.
+    """
+    data, table = batch.data, batch.table
     counts = torch.empty(shape, dtype=torch.int32, device=data.device)
     programs, chunks, how = counts.numel(), shape[1], {"RICE": rice, "BLOCK": BLOCK, "BITS": _BITS}
     launch(_count_ones, programs, data, table, chunks, most, ends, counts, **how)
     found = torch.cumsum(counts, 1, dtype=torch.int64)
-    launch(_find_ones, programs, data, table, chunks, most, ends, counts, found, ones, bad, **how)
+    launch(_find_ones, programs, data, table, chunks, most, ends, counts, found, ones, batch.bad, **how)
     return found
 
 
-def _read_gaps(
-    data: torch.Tensor,
-    table: torch.Tensor,
-    shapes: Sequence[tuple[int, int]],
-    out: torch.Tensor,
-    bad: torch.Tensor,
-    *,
-    rice: bool,
-) -> None:
+def _read_gaps(batch: Batch, shapes: Sequence[tuple[int, int]], out: torch.Tensor, *, rice: bool) -> None:
+    data, table, bad = batch.data, batch.table, batch.bad
     payloads, device = len(shapes), data.device
     most = max(ceil_div(nnz, BLOCK) for _, nnz in shapes)
     sizes = torch.empty((payloads, most), dtype=torch.int64, device=device)
@@ -258,10 +247,10 @@ def _read_gaps(
     launch(_unpack, programs, data, table, most, ends, sizes, low, bad, LARGEST=largest, BLOCK=BLOCK)
     chunks, ones, found = 0, low, ends
     if rice:
-        # As if all of a payload but its parameters were the unary stream: where that begins only the device knows.
+        # Enough chunks for a payload that is all unary stream, because only the device knows where the stream begins.
         chunks = max(1, max(ceil_div(8 * (length - ceil_div(nnz, BLOCK)), _BITS) for length, nnz in shapes))
         ones = torch.empty(out.numel(), dtype=torch.int64, device=device)
-        found = _find(data, table, (payloads, chunks), ends, most, ones, bad, rice=True)
+        found = _find(batch, (payloads, chunks), ends, most, ones, rice=True)
     totals = torch.empty((payloads, most), dtype=torch.int64, device=device)
     how = {"RICE": rice, "BLOCK": BLOCK}
     launch(_sum_gaps, programs, data, table, most, ends, low, chunks, found, ones, totals, bad, **how)
@@ -269,13 +258,13 @@ def _read_gaps(
 
 
 def decode_indices(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int, out_indices: torch.Tensor) -> None:
-    """See `kernels.decode_indices`. Waits for the device once, for the verdict."""
+    """Decodes on the device; waits for it once, for the verdict."""
     length = data.numel()
     good = plausible_indices(codec, length, nnz, numel)
     if good and (length or nnz):
         table = upload([0, length, nnz, numel, 0, 0, 0], data.device)
         verdict = table[COLUMNS:]
-        read_indices(codec, data, table, [(length, nnz)], out_indices.view(torch.int32)[:nnz], verdict)
+        read_indices(codec, Batch(data, table, verdict), [(length, nnz)], out_indices.view(torch.int32)[:nnz])
         good = read(verdict) == [0]
     if not good:
         reference_indices.decode_indices(codec, data.cpu(), nnz, numel, torch.empty(nnz, dtype=torch.uint32))

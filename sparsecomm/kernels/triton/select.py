@@ -1,25 +1,23 @@
-"""Accumulate, select and update the residual on a GPU: two kernels and a scan of block counts between them.
+"""Accumulate, select and update the residual on a GPU: two kernels, and a scan of block counts between them.
 
-`_select` moves the 12 bytes an element that must be moved: it reads gradient and residual, writes the residual, and
-leaves what its block selects, in order, in a slot of the block's own. The scan tells where each slot goes, and
-`_gather` moves the slots there: of the order of k elements. So positions come out sorted without atomics and without
+`_select` moves 12 bytes an element, the minimum: it reads gradient and residual, writes the residual, and stores the
+pairs that its block selects, in order, in a slot reserved for the block. The scan tells where each slot goes, and
+`_gather` moves the slots there, of the order of k elements. So positions are sorted without atomics and without
 programs that wait for each other. A block that selects more than its slot holds writes nothing at first; `_gather`
-then does it again, whole, when its place is known.
+selects from the whole block again once its place is known.
 """
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from sparsecomm.kernels.reference.select import threshold_bits
 from sparsecomm.kernels.triton.launch import ACCUMULATE_BLOCK, KIND, bits_of, ceil_div, launch, read, upload
 from sparsecomm.types import SelectResult
 
-__all__ = ["accumulate_dense", "accumulate_norms", "accumulate_select", "accumulated", "select", "threshold_bits"]
+__all__ = ["accumulate_dense", "accumulate_norms", "accumulate_select", "accumulated", "select"]
 
 INF_BITS = 0x7F800000
 EVERY_TIE = 2**62
@@ -30,7 +28,7 @@ _LANES = 32
 
 @triton.jit
 def accumulated(grad, residual, at, mask, scale, KIND: tl.constexpr, SCALED: tl.constexpr):
-    """Residual plus scaled gradient, the product rounded before the sum."""
+    """Returns residual plus scaled gradient; the product is rounded before the sum."""
     acc = tl.load(residual + at, mask=mask, other=0.0)
     if KIND != 0:
         g = tl.load(grad + at, mask=mask, other=0)
@@ -51,20 +49,10 @@ def _magnitude(values):
 
 @triton.jit
 def _select(
-    grad,
-    residual,
-    n,
-    scale,
-    rule,
-    counts,
-    blocks,
-    slot_at,
-    slot_values,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLOT: tl.constexpr,
-):
+    grad, residual, n, scale, rule, counts, blocks, slot_at, slot_values, KIND: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT: tl.constexpr,
+):  # fmt: skip
+    """Selects from one block into its slot, and counts; a block that overflows its slot writes only the counts."""
     block = tl.program_id(0).to(tl.int64)
     local = tl.arange(0, BLOCK)
     at = block * BLOCK + local
@@ -88,25 +76,10 @@ def _select(
 
 @triton.jit
 def _gather(
-    grad,
-    residual,
-    n,
-    scale,
-    rule,
-    counts,
-    ends,
-    blocks,
-    slot_at,
-    slot_values,
-    out_indices,
-    out_values,
-    capacity,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLOT: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    grad, residual, n, scale, rule, counts, ends, blocks, slot_at, slot_values, out_indices, out_values, capacity,
+    KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr, SLOT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Moves the slots of GROUP blocks to their places, and selects again from blocks that overflowed their slots."""
     threshold = tl.load(rule).to(tl.int32)
     need = tl.load(rule + 1)
     first = tl.program_id(0).to(tl.int64) * GROUP
@@ -160,18 +133,18 @@ def select(
     out_values: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Takes what lies above a threshold, and so many of its ties, in order; does not wait for the device.
+    """Takes all elements above a threshold and the first few that equal it, in order; never waits for the device.
 
     Args:
         grad: the gradient, or None.
         residual: float32, shape (n,), n > 0. Mutated.
-        rule: int64, on the device: bits of the threshold, how many elements that equal it are taken, the first ones.
+        rule: int64, on the device: bits of the threshold, and the number of elements equal to it that are taken.
         out_indices: uint32, shape (capacity,). Mutated.
         out_values: float32, shape (capacity,). Mutated.
         scale: factor on the gradient.
 
     Returns:
-        int64, shape (3,), on the device: elements that reach the threshold, that equal it, that are not finite.
+        int64, shape (3,), on the device: number of elements that reach the threshold, equal it, are not finite.
     """
     n, device = residual.numel(), residual.device
     blocks = ceil_div(n, ACCUMULATE_BLOCK)
@@ -209,15 +182,6 @@ def select(
     return ends[:, -1]
 
 
-def threshold_bits(threshold: float) -> int:
-    """Bits of the smallest float32 that is not below the threshold."""
-    with np.errstate(over="ignore"):
-        rounded = np.float32(threshold)
-    if float(rounded) < threshold:
-        rounded = np.nextafter(rounded, np.float32(math.inf))
-    return int(rounded.view(np.uint32)) & 0x7FFFFFFF
-
-
 def accumulate_select(
     grad: torch.Tensor,
     residual: torch.Tensor,
@@ -226,10 +190,10 @@ def accumulate_select(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> SelectResult:
-    """See `kernels.accumulate_select`. Waits for the device once, for the counts."""
+    """Selects in two launches and a scan; waits for the device once, for the counts."""
     if not residual.numel():
         return SelectResult(0, 0, 0)
-    rule = upload([threshold_bits(threshold), EVERY_TIE], residual.device)
+    rule = upload([int(threshold_bits(threshold)), EVERY_TIE], residual.device)
     total, _, nonfinite = read(select(grad, residual, rule, out_indices, out_values, scale))
     return SelectResult(min(total, out_indices.numel()), total, nonfinite)
 
@@ -246,7 +210,7 @@ def _accumulate(grad, residual, n, scale, counts, KIND: tl.constexpr, SCALED: tl
 
 
 def accumulate_dense(grad: torch.Tensor, residual: torch.Tensor, scale: float = 1.0) -> int:
-    """See `kernels.accumulate_dense`."""
+    """Accumulates in one launch; waits for the device once, for the number of sums that are not finite."""
     n = residual.numel()
     blocks = ceil_div(n, ACCUMULATE_BLOCK)
     counts = torch.empty(blocks, dtype=torch.int32, device=residual.device)
@@ -266,7 +230,7 @@ def _norms(residual, n, chunk, norms, chunks, ROWS: tl.constexpr, LANES: tl.cons
         at = step + lane
         here = at[None, :] < length[:, None]
         lanes += tl.abs(tl.load(residual + start[:, None] + at[None, :], mask=here, other=0.0))
-    # Halves, as the reference adds them: lane i with lane i + 16, then i + 8, ...
+    # Adds halves in the reference's order: lane i with lane i + 16, then i + 8, ...
     lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, 16)), axis=1)
     lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, 8)), axis=1)
     lanes = tl.sum(tl.reshape(lanes, (ROWS, 2, 4)), axis=1)
@@ -277,7 +241,7 @@ def _norms(residual, n, chunk, norms, chunks, ROWS: tl.constexpr, LANES: tl.cons
 def accumulate_norms(
     grad: torch.Tensor, residual: torch.Tensor, chunk: int, norms: torch.Tensor, scale: float = 1.0
 ) -> int:
-    """See `kernels.accumulate_norms`. Two passes: the order of a chunk's sum leaves one warp to each."""
+    """Makes two passes, because the order of a chunk's sum allows only one warp to each chunk; waits once."""
     nonfinite = accumulate_dense(grad, residual, scale)
     n, chunks = residual.numel(), norms.numel()
     launch(_norms, ceil_div(chunks, 4), residual, n, min(chunk, n), norms, chunks, ROWS=4, LANES=_LANES)

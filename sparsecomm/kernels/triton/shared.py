@@ -1,26 +1,44 @@
-"""What several Triton kernels are made of: single bytes, and programs for many payloads in one launch.
+"""Parts of several Triton kernels: loads and stores of single bytes, and launches over many payloads.
 
-A launch for many payloads is given a table on the device, `COLUMNS` int64 a payload, and as many programs for each
-payload as the largest needs:
+A launch over many payloads reads a table on the device, with a row of `COLUMNS` int64 for each payload. Each payload
+gets as many programs as the largest one needs. The columns are:
 
-    0 where its bytes begin      1 how many there are      2 its number of pairs
-    3 numel of its positions, or the bits of the scale of its values
-    4 where its pairs begin in the output                  5 its place among the verdicts
+    0 offset of its bytes      1 number of its bytes      2 number of its pairs
+    3 numel for positions, or the bits of the scale for values
+    4 offset of its pairs in the output                   5 its number among the verdicts
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["COLUMNS", "load_bytes", "part_of", "store_bytes"]
+__all__ = ["COLUMNS", "Batch", "load_bytes", "part_of", "store_bytes"]
 
 COLUMNS = 6
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Payloads that one launch decodes; all tensors are on the device.
+
+    Attributes:
+        data: uint8, bytes of all payloads.
+        table: int64, a row for each payload.
+        bad: int64, verdicts; zero means good.
+    """
+
+    data: torch.Tensor
+    table: torch.Tensor
+    bad: torch.Tensor
+
+
 @triton.jit
 def part_of(table, programs):
-    """Which payload a program works on, which of the payload's programs it is, and the payload's row."""
+    """Returns the payload of a program, the number of the program in that payload, and the payload's row."""
     program = tl.program_id(0).to(tl.int64)
     payload = program // programs
     return payload, program % programs, table + 6 * payload

@@ -1,10 +1,10 @@
-"""Exact top-k on a GPU: the exact threshold first, then one pass of `triton_select.select` with it.
+"""Exact top-k on a GPU: the exact threshold first, then one pass of `select.select` with it.
 
-The k-th largest magnitude is found by radix select on the bits, digits of 8, 8, 8 and 7 bits. Over the whole vector
-that would be four passes; so a sample first gives a bound that a little more than k elements exceed, one pass that only
-reads (8 bytes an element) collects these, and the radix select works on them. Where the sample misleads, a flag on
-the device says so, and the radix select over the whole vector, launched in any case, does not return at once. So
-nothing waits for the device until the end, and all in all 20 bytes an element are moved.
+Radix select on the bits finds the k-th largest magnitude, with digits of 8, 8, 8 and 7 bits. Over the whole vector that
+would take four passes. So a sample first gives a bound that a little more than k elements exceed; one pass that only
+reads (8 bytes an element) collects them, and the radix select works on those. The radix select over the whole vector is
+launched in any case, but returns at once unless a flag on the device says that the sample misled. So nothing waits for
+the device until the end, and 20 bytes an element are moved in total.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _SIGMAS = 4.0
 
 @triton.jit
 def _eligible(values):
-    """Bits of finite magnitudes, 0 for all others."""
+    """Returns the bits of finite magnitudes, and 0 for NaN and infinity."""
     bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.where(bits < 0x7F800000, bits, 0)
 
 
 @triton.jit
 def _prefix(counts, rank, LEVEL: tl.constexpr):
-    """The leading LEVEL digits of the rank-th largest, and its rank among those that begin so."""
+    """Returns the leading LEVEL digits of the rank-th largest, and its rank among the values with these digits."""
     prefix = rank * 0
     for level in tl.static_range(LEVEL):
         bins = tl.load(counts + level * 256 + tl.arange(0, 256))
@@ -53,22 +53,10 @@ def _prefix(counts, rank, LEVEL: tl.constexpr):
 
 @triton.jit
 def _count_digits(
-    grad,
-    residual,
-    n,
-    scale,
-    found,
-    counts,
-    state,
-    rank,
-    programs,
-    LEVEL: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LISTED: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, residual, n, scale, found, counts, state, rank, programs, LEVEL: tl.constexpr, WHOLE: tl.constexpr,
+    LISTED: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Counts digit LEVEL of the magnitudes that share the leading digits of the rank-th largest."""
     go = tl.load(state + 2) == (1 if WHOLE else 0)
     if LISTED:
         n = tl.minimum(n, tl.load(state + 3))
@@ -101,11 +89,11 @@ def _count_digits(
 
 @triton.jit
 def _resolve(counts, state, rank, room, MODE: tl.constexpr):
-    """Writes what the digits' counts tell into the state."""
+    """Computes the rank-th largest from the digits' counts; writes it, and whether the sample misled, to the state."""
     misled = tl.load(state + 2)
     total = tl.sum(tl.load(counts + tl.arange(0, 256)), axis=0)
     value, left = _prefix(counts, tl.minimum(rank, total), 4)
-    if MODE == 0:  # of the sample: too few there means that everything but zeros may be among the k
+    if MODE == 0:  # of the sample: with too few nonzeros in it, any nonzero element may be among the k
         tl.store(state + 4, tl.where(total < rank, 1, value))
     else:
         value = tl.where(total == 0, 0x7F800000, value)
@@ -121,7 +109,7 @@ def _resolve(counts, state, rank, room, MODE: tl.constexpr):
 
 @triton.jit
 def _sample(grad, residual, n, scale, found, many, KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """One element of each of `many` stretches, at a place that looks random, so that no stride of the data matters."""
+    """Takes one element of each of `many` stretches, at a pseudo-random place that no stride in the data can hit."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < many
     stretch = n // many
@@ -135,7 +123,7 @@ def _sample(grad, residual, n, scale, found, many, KIND: tl.constexpr, SCALED: t
 def _collect(
     grad, residual, n, scale, found, state, room, KIND: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Collects what reaches the bound, in any order: only how often each value occurs will matter."""
+    """Collects the elements that reach the bound, in any order, because only the values' counts matter."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = _eligible(accumulated(grad, residual, at, at < n, scale, KIND, SCALED))
     bound = tl.load(state + 4)
@@ -154,13 +142,13 @@ def _radix(
     rank: int,
     kind: Mapping[str, object],
 ) -> None:
-    """Finds the rank-th largest of the vector, or of `found`, into the state."""
+    """Finds the rank-th largest of the vector, or of `found`, and writes it to the state."""
     grad, residual, n, scale = args
     if mode != _WHOLE:
-        grad, kind = residual, {"KIND": 0, "SCALED": False}  # not looked at: one form for all
+        grad, kind = residual, {"KIND": 0, "SCALED": False}  # not read, so one compiled form serves all
     counts = torch.zeros(len(_SHIFTS) * _BINS, dtype=torch.int64, device=state.device)
     many = n if mode == _WHOLE else found.numel()
-    # The interpreter runs programs one after the other: two suffice to see that they add up.
+    # The interpreter runs programs one after the other; two are enough to test that their counts add up.
     programs = min(PROGRAMS if state.is_cuda else 2, ceil_div(many, ACCUMULATE_BLOCK))
     how = {"WHOLE": mode == _WHOLE, "LISTED": mode == _LIST, "BLOCK": ACCUMULATE_BLOCK, **kind}
     for level in range(len(_SHIFTS)):
@@ -184,7 +172,7 @@ def _radix(
 
 
 def _find_threshold(grad: torch.Tensor | None, residual: torch.Tensor, k: int, scale: float) -> torch.Tensor:
-    """Returns the state, int64, on the device: bits of the k-th largest magnitude, how many of that one to take, ..."""
+    """Returns the state, int64, on the device: bits of the k-th largest magnitude, number of its ties to take, ..."""
     n, device = residual.numel(), residual.device
     state = torch.zeros(8, dtype=torch.int64, device=device)
     args = (bits_of(grad, residual), residual, n, scale)
@@ -217,7 +205,7 @@ def exact_topk(
     out_values: torch.Tensor,
     scale: float = 1.0,
 ) -> TopKResult:
-    """See `kernels.exact_topk`. Waits for the device once, for the counts."""
+    """Finds the exact threshold, then selects with it; waits for the device once, for the counts."""
     n = residual.numel()
     k = min(k, n)
     if k == 0:
@@ -247,7 +235,7 @@ def _cut(indices, values, count, keep, to, kept_indices, kept_values, residual, 
 
 
 def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, residual: torch.Tensor) -> int:
-    """See `kernels.cut_topk`. Never waits for the device."""
+    """Cuts by radix select on the device; never waits for it."""
     if k >= count:
         return count
     bits = values[:count].view(torch.int32) & 0x7FFFFFFF
@@ -257,7 +245,7 @@ def cut_topk(indices: torch.Tensor, values: torch.Tensor, count: int, k: int, re
         state[_COUNT].fill_(count)
         _radix(_LIST, args, bits, state, k, {"KIND": 0, "SCALED": False})
         tie = bits == state[_THRESHOLD]
-        # Zeros are none of the magnitudes that the radix select counts: the first of them fill up what is missing.
+        # The radix select does not count zeros. If fewer than k pairs are left, the first zeros fill up the rest.
         keep = (bits > state[_THRESHOLD]) | (tie & (torch.cumsum(tie, 0) <= state[_NEED]))
         zero = (bits == 0) & ~keep
         keep |= zero & (torch.cumsum(zero, 0) <= k - keep.sum())

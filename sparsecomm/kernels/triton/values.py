@@ -1,7 +1,7 @@
 """Value codecs on a GPU. The byte formats are specified in docs/wire-format.md.
 
-Values go to and come from bytes at any address, so kernels move single bytes. They are written behind the positions,
-whose length may be known on the device alone; what decoders leave there is a verdict for each payload.
+Values are stored at any address, so kernels move single bytes. They are written behind the positions, whose length may
+be known on the device alone. Decoders leave a verdict for each payload on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsecomm.kernels.reference import values as reference_values
 from sparsecomm.kernels.sizes import BLOCK, max_value_bytes
 from sparsecomm.kernels.triton.indices import STATE
 from sparsecomm.kernels.triton.launch import ceil_div, launch, read, upload
-from sparsecomm.kernels.triton.shared import COLUMNS, load_bytes, part_of, store_bytes
+from sparsecomm.kernels.triton.shared import COLUMNS, Batch, load_bytes, part_of, store_bytes
 from sparsecomm.types import ValueCodec
 
 __all__ = [
@@ -39,7 +39,7 @@ _TILE = 1024
 
 @triton.jit
 def _bf16_bits(values):
-    """Bits of the nearest bfloat16, ties to even; NaN becomes 0x7FC0."""
+    """Returns the bits of the nearest bfloat16, ties to even; NaN becomes 0x7FC0."""
     bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int32)
@@ -47,14 +47,14 @@ def _bf16_bits(values):
 
 @triton.jit
 def _half_exponent(largest):
-    """The exponent field of the power of two that halves are scaled by, from the bits of the largest magnitude."""
+    """Returns the exponent field of the scale of halves, a power of two, from the bits of the largest magnitude."""
     field = tl.maximum((largest >> 23) - 14, 1)
     return tl.where(largest == 0, 127, field)
 
 
 @triton.jit
 def _largest(values, n, state, TILE: tl.constexpr):
-    """Bits of the largest finite magnitude, 0 for none."""
+    """Writes the bits of the largest finite magnitude to the state, 0 if there is none."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     bits = tl.load(values + at, mask=at < n, other=0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(state + 2, tl.max(tl.where(bits < 0x7F800000, bits, 0), axis=0).to(tl.int64))
@@ -62,7 +62,7 @@ def _largest(values, n, state, TILE: tl.constexpr):
 
 @triton.jit
 def _write(values, n, state, out, error, CODEC: tl.constexpr, ERROR: tl.constexpr, TILE: tl.constexpr):
-    """FP32, FP16 or BF16; finite values stay finite. `error` may be `values`."""
+    """Writes FP32, FP16 or BF16; finite values stay finite. `error` may be `values`."""
     out += tl.load(state + 1)
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = at < n
@@ -80,7 +80,7 @@ def _write(values, n, state, out, error, CODEC: tl.constexpr, ERROR: tl.constexp
         field = _half_exponent(tl.load(state + 2).to(tl.int32))
         half = (value * ((254 - field) << 23).to(tl.float32, bitcast=True)).to(tl.float16)
         bits = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        # 32768 * 2**113 would be infinite: saturate at the half below
+        # 32768 * 2**113 is infinite: saturate at the half below
         bits -= (finite & (field == 240) & ((bits & 0x7FFF) == 0x7800)).to(tl.int32)
         decoded = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         decoded = decoded * (field << 23).to(tl.float32, bitcast=True)
@@ -91,7 +91,7 @@ def _write(values, n, state, out, error, CODEC: tl.constexpr, ERROR: tl.constexp
 
 @triton.jit
 def _decoded(data, at, mask, scale, CODEC: tl.constexpr):
-    """Values of FP32, FP16 or BF16, and how many of them are not finite."""
+    """Returns values of FP32, FP16 or BF16, and how many of them are not finite."""
     if CODEC == 0:
         value = load_bytes(data, at, mask, 4).to(tl.float32, bitcast=True)
     elif CODEC == 2:
@@ -105,7 +105,7 @@ def _decoded(data, at, mask, scale, CODEC: tl.constexpr):
 
 @triton.jit
 def _read(data, table, tiles, out, bad, CODEC: tl.constexpr, TILE: tl.constexpr):
-    """Values of many payloads."""
+    """Reads the values of many payloads."""
     _payload, tile, row = part_of(table, tiles)
     i = tile * TILE + tl.arange(0, TILE)
     mask = i < tl.load(row + 2)
@@ -118,7 +118,7 @@ def _read(data, table, tiles, out, bad, CODEC: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def _read_dense(data, n, scale, out, CODEC: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr):
-    """A dense vector: NaN and infinity travel."""
+    """Reads a segment of a dense vector, with NaN and infinity."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = at < n
     factor = 1.0
@@ -143,7 +143,7 @@ def _write_int8(values, n, state, out, error, blocks, ERROR: tl.constexpr, BLOCK
     bits -= (((scale * 127.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000).to(tl.int32)
     scale = bits.to(tl.float32, bitcast=True)
     q = tl.div_rn(value, tl.where(scale == 0.0, float("inf"), scale) + value * 0.0)
-    # To the nearest integer, ties to even: this sum has no bits below the point.
+    # Rounds to the nearest integer, ties to even, because the sum has no fractional bits.
     q = (tl.minimum(tl.maximum(q, -127.0), 127.0) + 12582912.0) - 12582912.0
     store_bytes(out, block, bits, block < blocks, 4)
     tl.store(out + 4 * blocks + at, q.to(tl.int32).to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
@@ -153,7 +153,7 @@ def _write_int8(values, n, state, out, error, blocks, ERROR: tl.constexpr, BLOCK
 
 @triton.jit
 def _read_int8(data, table, most, out, bad, BLOCK: tl.constexpr):
-    """Values of many payloads, in blocks with a scale each."""
+    """Reads the values of many payloads, in blocks with a scale each."""
     _payload, block, row = part_of(table, most)
     base, n = tl.load(row), tl.load(row + 2)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -175,11 +175,11 @@ def write_values(
     """Writes values as `kernels.encode_values` does; never waits for the device.
 
     Args:
-        codec: how to write them.
+        codec: value codec.
         values: float32, shape (n,).
-        out: uint8. Mutated from where the state says that positions end.
-        state: int64, on the device, as `write_indices` leaves it. Mutated: FP16 puts the largest magnitude there.
-        error: receives what rounding drops, or None.
+        out: uint8. Mutated from the end of the positions on, an offset that the state holds.
+        state: int64, on the device, as `write_indices` leaves it. Mutated: FP16 stores the largest magnitude there.
+        error: float32, shape (n,), or None. Mutated: receives the rounding errors.
     """
     n = values.numel()
     tiles, target, how = ceil_div(n, _TILE), values if error is None else error, {"ERROR": error is not None}
@@ -193,14 +193,14 @@ def write_values(
 
 
 def half_scale(largest: int) -> float:
-    """The scale of halves, from the bits of the largest magnitude."""
+    """Returns the scale of halves, from the bits of the largest magnitude."""
     return math.ldexp(1.0, max((largest >> 23) - 14, 1) - 127) if largest else 1.0
 
 
 def encode_values(
     codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None
 ) -> tuple[int, float]:
-    """See `kernels.encode_values`. Waits for the device only with FP16, for the scale."""
+    """Encodes on the device; waits for it only with FP16, for the scale."""
     n = values.numel()
     state = torch.zeros(STATE, dtype=torch.int64, device=values.device)
     write_values(codec, values, out, state, error)
@@ -209,37 +209,28 @@ def encode_values(
 
 
 def scale_bits(scale: float) -> int:
-    """The bits of a scale as float32."""
+    """Returns the bits of a scale as float32."""
     with np.errstate(over="ignore"):
         return int(np.float32(scale).view(np.int32))
 
 
 def plausible_values(codec: ValueCodec, length: int, nnz: int, scale: float) -> bool:
-    """Whether that many bytes and that scale can be a payload's values: what kernels rely on."""
+    """Returns whether `length` bytes and a scale can be a payload's values; the kernels rely on that."""
     return length == max_value_bytes(codec, nnz) and (codec != ValueCodec.FP16 or 0 < scale_bits(scale) < 0x7F800000)
 
 
-def read_values(
-    codec: ValueCodec,
-    data: torch.Tensor,
-    table: torch.Tensor,
-    counts: Sequence[int],
-    out: torch.Tensor,
-    bad: torch.Tensor,
-) -> None:
+def read_values(codec: ValueCodec, batch: Batch, counts: Sequence[int], out: torch.Tensor) -> None:
     """Reads the values of many payloads, each plausible; never waits for the device.
 
     Args:
-        codec: how all of them were written.
-        data: uint8, on the device.
-        table: int64, there: a row for each payload.
-        counts: values of each.
-        out: float32, there. Mutated where the table says.
-        bad: int64, there: verdicts, zero for good. Mutated.
+        codec: value codec of all of them.
+        batch: the payloads. Mutated: verdicts.
+        counts: number of values of each payload.
+        out: float32, on the device. Mutated where the table says.
     """
     size = BLOCK if codec == ValueCodec.INT8 else _TILE
     most = ceil_div(max(counts), size)
-    args = (len(counts) * most, data, table, most, out, bad)
+    args = (len(counts) * most, batch.data, batch.table, most, out, batch.bad)
     if codec == ValueCodec.INT8:
         launch(_read_int8, *args, BLOCK=BLOCK)
     else:
@@ -247,12 +238,12 @@ def read_values(
 
 
 def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float, out_values: torch.Tensor) -> None:
-    """See `kernels.decode_values`. Waits for the device once, for the verdict."""
+    """Decodes on the device; waits for it once, for the verdict."""
     good = plausible_values(codec, data.numel(), nnz, scale)
     if good and nnz:
         table = upload([0, data.numel(), nnz, scale_bits(scale), 0, 0, 0], data.device)
         verdict = table[COLUMNS:]
-        read_values(codec, data, table, [nnz], out_values, verdict)
+        read_values(codec, Batch(data, table, verdict), [nnz], out_values)
         good = read(verdict) == [0]
     if not good:
         reference_values.decode_values(codec, data.cpu(), nnz, scale, torch.empty(nnz))
@@ -260,7 +251,7 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
 
 
 def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor | None) -> None:
-    """See `kernels.pack_dense`. Never waits for the device."""
+    """Packs on the device; never waits for it."""
     if not values.numel():
         return
     head = 4 if codec == ValueCodec.FP16 else 0
@@ -273,7 +264,7 @@ def pack_dense(codec: ValueCodec, values: torch.Tensor, out: torch.Tensor, error
 
 
 def unpack_dense(codec: ValueCodec, data: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """See `kernels.unpack_dense`. Never waits for the device."""
+    """Unpacks on the device; never waits for it."""
     n = out.numel()
     if not n:
         return

@@ -143,7 +143,7 @@ def _at(device: torch.device, n: int, density: float, repeats: int) -> list[dict
 
 @dataclass(slots=True)
 class _Said:
-    """What a decoder is told of a payload."""
+    """Description of a payload, for encoders and decoders; its body is not verified."""
 
     rank: int
     nnz: int
@@ -151,6 +151,8 @@ class _Said:
     index_bytes: int
     value_scale: float
     bucket: int = 0
+    body_bytes: int = 0
+    body_crc: int = 0
     index_codec: IndexCodec = _INDEX
     value_codec: ValueCodec = _VALUE
 
@@ -166,12 +168,12 @@ def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: 
     room = _HEAD + kernels.max_index_bytes(_INDEX, k, n) + kernels.max_value_bytes(_VALUE, k)
     payload = torch.empty(room, dtype=torch.uint8, pin_memory=device.type == "cuda")
     arrived = torch.empty(_PAYLOADS * room, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    error = torch.empty_like(values)
+    error, form = torch.empty_like(values), _Said(0, k, n, 0, 1.0)
     got_indices = torch.empty(_PAYLOADS * k, dtype=torch.uint32, device=device)
     got_values = torch.empty(_PAYLOADS * k, device=device)
 
     def encode() -> tuple[int, int, float, int]:
-        return kernels.encode_pairs(_INDEX, _VALUE, indices, values, n, payload, error, head=_HEAD)
+        return kernels.encode_pairs(form, indices, values, payload, error, head=_HEAD)
 
     index_bytes, value_bytes, scale, _ = encode()
     size = index_bytes + value_bytes
@@ -193,11 +195,11 @@ def _encoding(device: torch.device, n: int, density: float, repeats: int) -> dic
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
     room = indices.numel()
     most = _HEAD + kernels.max_index_bytes(_INDEX, room, n) + kernels.max_value_bytes(_VALUE, room)
-    payload = torch.empty(most, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    payload, form = torch.empty(most, dtype=torch.uint8, pin_memory=device.type == "cuda"), _Said(0, k, n, 0, 1.0)
 
     def encode() -> None:
         k = kernels.accumulate_select(grad, residual, threshold, indices, values).stored
-        kernels.encode_pairs(_INDEX, _VALUE, indices[:k], values[:k], n, payload, values[:k], head=_HEAD)
+        kernels.encode_pairs(form, indices[:k], values[:k], payload, values[:k], head=_HEAD)
 
     took = _times(device, {"encode": encode}, repeats, residual.zero_)["encode"]
     return _row("select + encode", took, "ms", took.seconds * 1e3, 1.0 if n == _DRAGONN else None)

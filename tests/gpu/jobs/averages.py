@@ -1,4 +1,4 @@
-"""Averages given gradients by DDP and the hook on a device, and writes averages and state of each rank to a folder.
+"""Averages given gradients by DDP and the hook on a device; writes the averages and state of each rank to a folder.
 
 averages.py DEVICE COLLECTIVE COMPRESSOR DTYPE FOLDER [STEPS LONGEST]
 """
@@ -19,7 +19,7 @@ COMPRESSORS = {"topk": sc.TopK(0.05), "threshold": sc.ThresholdTopK(0.05, interv
 
 
 class Sum(nn.Module):
-    """Three vectors whose gradients are whatever the weighted sum is weighted with: exact on every device."""
+    """Three vectors in a weighted sum; their gradients are the weights, exactly, on every device."""
 
     def __init__(self, dtype: torch.dtype, longest: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def main() -> None:
     device, collective, compressor, kind, folder, *less = sys.argv[1:]
     dtype, (steps, longest) = getattr(torch, kind), map(int, less or (6, 70_001))
     world = sc.init()
-    # NCCL wants a GPU a rank; Gloo carries what DDP itself sends at its start.
+    # NCCL needs one GPU for each rank; Gloo sends the messages with which DDP starts.
     group = dist.new_group(backend="gloo")
     ddp = DistributedDataParallel(Sum(dtype, longest).to(device), process_group=group, bucket_cap_mb=0.1)
     state = sc.SparseState(COMPRESSORS[compressor], collective=collective, value_codec="fp16")

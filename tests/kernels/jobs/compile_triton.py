@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, each form in which the kernels are started; prints them as JSON."""
+"""Compiles each form in which the kernels are started, without a GPU; prints the forms as JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FORMS: dict[tuple[Any, ...], tuple[ASTSource, dict[str, Any]]] = {}
 
 
 def only_note(kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
-    """Takes the place of `launch`: notes in which form a kernel would be started."""
+    """Replaces `launch`: records the form in which a kernel would be started."""
     if programs == 0:
         return
     signature, attributes = {}, {}
@@ -82,7 +82,7 @@ def compiled(number: int) -> dict[str, Any]:
 
 
 def resources(ptx: str) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, as ptxas reports them."""
+    """Returns registers of a thread and bytes spilled, as ptxas reports them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
@@ -108,14 +108,14 @@ def resources(ptx: str) -> tuple[int, int]:
 def main() -> None:
     for module in (triton_select, triton_topk, triton_indices, triton_positions, triton_values, triton_combine):
         module.launch = only_note
-    # Nothing is computed, so what comes back means nothing, and decoders may refuse what they "read".
+    # Nothing is computed, so results are meaningless, and decoders may refuse the bytes that they "read".
     n, k, path = 70_000, 100, triton_path
     residual, values, out = torch.zeros(n), torch.zeros(k), torch.zeros(8 * n, dtype=torch.uint8)
     indices = torch.arange(k).to(torch.uint32)
     for dtype in GRAD_DTYPES:
         grad, scale = torch.zeros(n, dtype=dtype), 0.5 if dtype is torch.float16 else 1.0
         path.accumulate_select(grad, residual, 1.0, indices, values, scale)
-        if dtype is torch.float32:  # what differs for others is `accumulated`, compiled for all just above
+        if dtype is torch.float32:  # other dtypes differ only in `accumulated`, which has just been compiled for all
             path.exact_topk(grad, residual, k, indices, values, scale)
         path.accumulate_dense(grad, residual, scale)
         path.scatter_reduce(grad, [(indices, values)], scale)
@@ -136,7 +136,7 @@ def main() -> None:
         if value_codec != ValueCodec.INT8:
             path.pack_dense(value_codec, values, out, None)
             path.unpack_dense(value_codec, out, values, True)
-    # Processes that are forks of this one have the forms, too.
+    # Forked processes inherit the forms.
     with multiprocessing.get_context("fork").Pool(min(4, os.cpu_count() or 1)) as pool:
         print(json.dumps(pool.map(compiled, range(len(FORMS)), chunksize=1)))
 

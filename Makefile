@@ -70,7 +70,7 @@ bench: install
 bench-peers: install
 	$(BIN)/sparsecomm bench peers --json runs/bench/peers.json --plot runs/bench
 
-# the README's table and pictures, from the newest kept result
+# the table and pictures of docs/results.md, from the newest kept result
 readme: install
 	$(BIN)/python bench/readme.py $(lastword $(sort $(wildcard bench/results/*_peers.json)))
 

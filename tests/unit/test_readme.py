@@ -1,4 +1,4 @@
-"""`make readme`: every row of a result of `bench peers` is in the table, the losing and the failed ones too."""
+"""`make readme`: every row of a result of `bench peers` is in the table, also if it lost or failed."""
 
 from __future__ import annotations
 

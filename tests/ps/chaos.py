@@ -222,7 +222,9 @@ def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range =
         for row, step in enumerate(steps):
             grad = gradient(worker, step, NUMEL)[spec.start : spec.end].clone()
             whole = part.bucket.residual + grad
-            part.encode(part.take(grad, step), False, step)
+            taken = part.take(grad, step)
+            part.encode(taken, step)
+            part.commit(taken)
             out[row, spec.start : spec.end] = whole - part.bucket.residual
     return out
 

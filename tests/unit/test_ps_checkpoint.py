@@ -11,7 +11,7 @@ from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.server.checkpoint import newest_complete
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 
 def network(hidden: int = 5) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from simulated_job import SimulatedJob
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 STEPS, NUMEL = 6, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
@@ -67,12 +67,12 @@ def train_all(job: SimulatedJob, kill: Callable[[int], None]) -> dict[int, int]:
 def finish(job: SimulatedJob) -> None:
     for _ in range(10):
         job.serve()
-    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
 
 
 def shards_of(job: SimulatedJob) -> dict[int, Any]:
     """By index, each from the server that answers for it, or its copy if that died after its work was done."""
-    alive = [server for server in job.servers if server.mailbox.rank not in job.office.dead]
+    alive = [server for server in job.servers if server.mailbox.rank not in job.mailboxes.dead]
     found: dict[int, Any] = {}
     for server in alive:
         found |= server.copies.shards
@@ -108,7 +108,7 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
 
         def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(victim, lose=lose)
+                job.mailboxes.kill(victim, lose=lose)
 
         acknowledged = train_all(job, kill)
         finish(job)
@@ -133,14 +133,14 @@ def test_one_death_while_messages_and_news_are_late(
     """Ranks hear of each other and of deaths in any order that MPI allows."""
     victim = data.draw(st.integers(0 if workers > 1 else 1, workers + servers - 1), "victim")
     job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
-    job.office.late = random.Random(seed)
+    job.mailboxes.late = random.Random(seed)
 
     def kill(now: int) -> None:
         if now == turn:
-            job.office.kill(victim, lose=lose)
+            job.mailboxes.kill(victim, lose=lose)
 
     acknowledged = train_all(job, kill)
-    job.office.late = None
+    job.mailboxes.late = None
     finish(job)
     check(job, victim if victim < workers else None, acknowledged)
 
@@ -156,7 +156,7 @@ def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: s
 
         def kill(now: int, job: SimulatedJob = job, victim: int | None = victim) -> None:
             if now == 8 and victim is not None:
-                job.office.kill(victim)
+                job.mailboxes.kill(victim)
 
         out = job.run([training(link, acknowledged) for link in job.links], between=kill)
         assert not any(isinstance(result, BaseException) for result in out), out
@@ -172,7 +172,7 @@ def test_two_servers_die_one_after_the_other() -> None:
 
             def kill(now: int, job: SimulatedJob = job, deaths: dict[int, int] = deaths) -> None:
                 if now in deaths:
-                    job.office.kill(deaths[now])
+                    job.mailboxes.kill(deaths[now])
 
             acknowledged = train_all(job, kill)
             check(job, None, acknowledged)
@@ -191,13 +191,13 @@ def test_two_servers_die_while_messages_and_news_are_late(
 ) -> None:
     """A shard may be lost with its server and its backup: then it is named, and nobody goes on with another."""
     job = SimulatedJob(2, 3, optimizer=sgd, mode=mode)
-    job.office.late = random.Random(seed)
+    job.mailboxes.late = random.Random(seed)
     acknowledged: dict[int, int] = {}
 
     def kill(now: int) -> None:
         for turn, victim in zip(turns, victims, strict=False):
             if now == turn:
-                job.office.kill(victim, lose=lose)
+                job.mailboxes.kill(victim, lose=lose)
 
     out = job.run([training(link, acknowledged) for link in job.links], between=kill)
     failed = [result for result in out if isinstance(result, BaseException)]
@@ -205,7 +205,7 @@ def test_two_servers_die_while_messages_and_news_are_late(
         assert isinstance(error, sc.RemoteError)
         assert "shard" in str(error)
     if not failed:
-        job.office.late = None
+        job.mailboxes.late = None
         finish(job)
         check(job, None, acknowledged)
 
@@ -215,8 +215,8 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
 
     def kill(now: int) -> None:
         if now == 6:
-            job.office.kill(1)
-            job.office.kill(2)
+            job.mailboxes.kill(1)
+            job.mailboxes.kill(2)
 
     (error,) = job.run([training(job.links[0])], between=kill)
     assert isinstance(error, sc.RemoteError)
@@ -228,7 +228,7 @@ def test_a_server_without_backup_takes_its_shard_along() -> None:
 
     def kill(now: int) -> None:
         if now == 8:
-            job.office.kill(2)
+            job.mailboxes.kill(2)
 
     out = job.run([training(link) for link in job.links], between=kill)
     assert any(isinstance(e, sc.RemoteError) and "shard = 0: is lost: its server is dead" in str(e) for e in out)
@@ -299,7 +299,7 @@ def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
 
 def test_another_mode_is_refused() -> None:
     job = SimulatedJob(1, 1, optimizer=sgd)
-    link = Link(job.office.mailboxes[0], (1,), (0,), 2, sc.ps.Asynchronous())
+    link = Link(job.mailboxes.by_rank[0], (1,), (0,), 2, sc.ps.Asynchronous())
     assert "Asynchronous(), 1 servers" in refused(job, [training(link)])
 
 
@@ -339,7 +339,7 @@ class Hostile:
 
     def __init__(self) -> None:
         self.job = SimulatedJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
-        self.mailbox = self.job.office.mailboxes[1]
+        self.mailbox = self.job.mailboxes.by_rank[1]
         self.task = training(self.job.links[0])
         worker = sc.ps.Worker(Flat(), sc.TopK(0.1), link=self.job.links[1])
         self.worker = worker
@@ -368,7 +368,7 @@ class Hostile:
     def push(self) -> torch.Tensor:
         """The message of a good push."""
         part = self.worker._parts[0]
-        payload, _ = part.encode(part.take(gradient(1, 0), 0), False, 0)
+        payload, _ = part.encode(part.take(gradient(1, 0), 0), 0)
         return ms.pack(Envelope(Kind.PUSH, 0, 1, clock=0, version=0), payload)
 
 
@@ -415,13 +415,13 @@ def test_a_message_that_does_not_fit_is_refused_by_name(
 def test_a_model_that_cannot_be_is_refused(shape: Any) -> None:
     job = SimulatedJob(2, 1, optimizer=sgd)
     said = {"model": [["weight", shape]], "values": "", "shards": 1, "mode": str(job.rules.mode)}
-    job.office.mailboxes[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
+    job.mailboxes.by_rank[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
     job.serve()
-    arrived = job.office.mailboxes[1].receive()
+    arrived = job.mailboxes.by_rank[1].receive()
     assert arrived is not None
     assert "model" in ms.read_text(ms.unpack(arrived[1], 2)[1])
     tasks = [training(job.links[0]), iter(())]
-    job.office.kill(1)
+    job.mailboxes.kill(1)
     assert isinstance(job.run(tasks)[0], torch.Tensor)  # type: ignore[arg-type]
 
 

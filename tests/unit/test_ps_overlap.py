@@ -13,7 +13,7 @@ from simulated_job import SimulatedJob
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 STEPS = 5
 
@@ -221,7 +221,7 @@ def test_a_server_dies_between_an_early_push_and_its_end(victim: int) -> None:
 
         def kill(now: int, job: SimulatedJob, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(victim)
+                job.mailboxes.kill(victim)
 
         for a, b in zip(trained(between=kill), expected, strict=True):
             assert torch.equal(a[0], b[0])
@@ -256,4 +256,4 @@ def test_an_end_without_a_push_is_refused() -> None:
         yield from worker.stepping()
 
     (error,) = job.run([task(job.links[0])])
-    assert "clock = 0: no push of it is held here" in str(error)
+    assert "clock = 0: no push of it is pending here" in str(error)

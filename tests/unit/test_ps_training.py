@@ -9,7 +9,7 @@ import torch
 from simulated_job import SimulatedJob
 
 import sparsecomm as sc
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(2), sc.ps.Asynchronous()]
 
@@ -53,7 +53,7 @@ def training(
 def finish(job: SimulatedJob) -> None:
     for _ in range(5):
         job.serve()
-    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
 
 
 def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 from sparsecomm.ps.worker.puller import Puller
 from sparsecomm.ps.worker.window import read_board
 
@@ -165,8 +165,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
         def update() -> None:
             server.shards[0].values.add_(1.0)
             server.shards[0].version += 1
-            served = server._served[0]
-            served.show()
+            server._answers[0].show()
 
         window.during = update
         yield from worker.pulling()

@@ -63,20 +63,28 @@ def run(
     Args:
         train: Training function of a worker.
         optimizer: Makes the optimizer of a shard from 1-D parameters with the attributes `ps_name` and `ps_shape` of
-            the parameter that each is a piece of. A shard may cut tensors, so it must work element by element.
+            the parameter that each is a piece of. It must work element by element, since a shard may cut tensors.
         servers: Number of ranks that serve.
-        mode: `Synchronous()` (default), `StaleSynchronous(bound)` or `Asynchronous()`.
-        pull: Compressor of the changes sent to a worker; the rest comes later. None sends whole shards in float32.
-        pull_codec: Codec of sparse pulls: "fp16", "fp32", "bf16" or "int8".
-        pull_by: "asked": servers answer, as `pull` says. "one_sided": workers read whole shards by MPI Get, which ULFM
-            rules out. "auto": each worker takes the way with the least predicted time (`Worker.explain`).
+        mode: `Synchronous()` (default), `StaleSynchronous(bound)` or `Asynchronous()`. In the last two every push is an
+            update with 1 / workers of its gradient.
+        pull: Compressor of the changes that a pull brings; changes that it leaves out come later. None sends whole
+            shards in float32.
+        pull_codec: Codec of the values of sparse pulls: "fp16", "fp32", "bf16" or "int8".
+        pull_by: "asked": servers answer pulls, sparse or whole. "one_sided": workers read whole shards from windows by
+            MPI Get, which is not possible under ULFM. "auto": each worker takes the way with the least predicted time,
+            by bytes and by measurements when it begins (`Worker.explain`).
         rate: Learning rate by number of updates done; None leaves the optimizer's.
-        fault_tolerant: Whether the job goes on when a rank dies. True insists on ULFM (`mpirun --with-ft ulfm --mca pml
-            ob1`), None uses it if it is there.
-        replicate: Whether each update is on the next server before it is acknowledged; None: if fault tolerant.
+        fault_tolerant: Whether the job goes on when a rank dies, which needs ULFM (`mpirun --with-ft ulfm --mca pml
+            ob1`). True insists on ULFM, None uses it if it is there. Without ULFM a death ends the job.
+        replicate: Whether the next server stores each update before it is acknowledged. None does so if the job is
+            fault tolerant and has more than one server.
         checkpoints: Where servers save their shards, and whether they resume.
-        rendezvous: Where workers that `join` later find the servers; None admits none.
-        timeout: Seconds to wait for anybody; None: SPARSECOMM_TIMEOUT, or 300. Longer than all workers ever compute.
+        rendezvous: Where workers that `join` later find the servers; None admits no such workers.
+        timeout: Seconds to wait for anybody; None takes SPARSECOMM_TIMEOUT, or 300. It must be longer than the longest
+            time in which all workers only compute.
+
+    Returns:
+        The end of the job on this rank.
 
     Raises:
         ConfigError: If an option is wrong, or there are no workers or servers.
@@ -98,7 +106,17 @@ def _run(train: Callable[[int, int], Any], options: JobOptions) -> Outcome:
     servers = tuple(range(len(rules.workers), world))
     window = open_window if pulls.has_windows(mailbox) else None
     if mailbox.rank in rules.workers:
-        link = Link(mailbox, servers, rules.workers, world, rules.mode, pulls.compressor, pulls.codec, pulls.by, window)
+        link = Link(
+            mailbox,
+            servers,
+            rules.workers,
+            world,
+            rules.mode,
+            sparse=pulls.compressor,
+            pull_codec=pulls.codec,
+            pull_by=pulls.by,
+            open_window=window,
+        )
         return Outcome("worker", mailbox.rank, result=work(link, train, timeout))
     listener = None
     if options.rendezvous is not None:
@@ -124,7 +142,10 @@ def join(train: Callable[[int, int], Any], rendezvous: str | Path, *, timeout: f
     Args:
         train: Training function as for `run`; the number of this worker comes after all others.
         rendezvous: Folder of the job's `Rendezvous`.
-        timeout: Seconds to wait for anybody; None: SPARSECOMM_TIMEOUT, or 300.
+        timeout: Seconds to wait for anybody; None takes SPARSECOMM_TIMEOUT, or 300.
+
+    Returns:
+        The end of the job for this worker.
 
     Raises:
         LaunchError: If no server is found there, or none answers.

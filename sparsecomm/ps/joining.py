@@ -1,4 +1,4 @@
-"""Joining a running job: a process that MPI did not start finds the servers through files and connects to them by TCP.
+"""Joins a running job: a process that MPI did not start finds the servers through files and connects to them by TCP.
 
 MPI would not do. Under ULFM a process made by MPI_Comm_spawn can talk to its parent, but when it dies mpirun ends with
 an error although all others go on (Open MPI 5.0.11: status 137). The child would also have to be connected to the other

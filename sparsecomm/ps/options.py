@@ -36,7 +36,7 @@ def seconds_of(timeout: float | None) -> float:
 
 @dataclass(frozen=True)
 class PullOptions:
-    """The arguments of `run` about pulls. Its docstring describes them.
+    """The arguments of `run` about pulls, as documented there.
 
     Attributes:
         compressor: The argument `pull`.
@@ -86,7 +86,7 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The arguments of `run`, in their order, with those about pulls in one. Its docstring describes them."""
+    """The arguments of `run`, as documented there, with those about pulls joined in `pulls`."""
 
     optimizer: OptimizerFactory
     servers: int

@@ -71,7 +71,7 @@ def finish(job: SimulatedJob) -> None:
 
 
 def shards_of(job: SimulatedJob) -> dict[int, Any]:
-    """By index, each from the server that answers for it, or its copy if that died after its work was done."""
+    """Returns each shard, by index, from its owner, or its copy if the owner died after its work was done."""
     alive = [server for server in job.servers if server.mailbox.rank not in job.mailboxes.dead]
     found: dict[int, Any] = {}
     for server in alive:
@@ -82,7 +82,7 @@ def shards_of(job: SimulatedJob) -> dict[int, Any]:
 
 
 def check(job: SimulatedJob, victim: int | None, acknowledged: dict[int, int]) -> None:
-    """Every shard is there and holds what it counts: all pushes of the living, the acknowledged ones of the dead."""
+    """Checks that every shard holds the pushes that it counts: all of the living, the acknowledged ones of the dead."""
     shards = shards_of(job)
     assert sorted(shards) == list(range(len(job.servers)))
     workers = job.rules.workers
@@ -130,7 +130,7 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
 def test_one_death_while_messages_and_news_are_late(
     seed: int, workers: int, servers: int, mode: sc.ps.Mode, turn: int, lose: bool, data: st.DataObject
 ) -> None:
-    """Ranks hear of each other and of deaths in any order that MPI allows."""
+    """Messages and news of deaths arrive in any order that MPI allows."""
     victim = data.draw(st.integers(0 if workers > 1 else 1, workers + servers - 1), "victim")
     job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
     job.mailboxes.late = random.Random(seed)
@@ -149,7 +149,7 @@ def test_one_death_while_messages_and_news_are_late(
 @pytest.mark.parametrize("workers", range(1, 7))
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: sc.ps.Mode) -> None:
-    """With no death, a worker's in the middle, and a server's."""
+    """Runs without a death, with a worker's in the middle, and with a server's."""
     for victim in [None, *([0] if workers > 1 else []), *([workers + servers - 1] if servers > 1 else [])]:
         job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
         acknowledged: dict[int, int] = {}
@@ -189,7 +189,7 @@ def test_two_servers_die_one_after_the_other() -> None:
 def test_two_servers_die_while_messages_and_news_are_late(
     seed: int, mode: sc.ps.Mode, turns: tuple[int, int], victims: list[int], lose: bool
 ) -> None:
-    """A shard may be lost with its server and its backup: then it is named, and nobody goes on with another."""
+    """A shard may be lost with its server and its backup. Then the error names it, and nobody goes on with another."""
     job = SimulatedJob(2, 3, optimizer=sgd, mode=mode)
     job.mailboxes.late = random.Random(seed)
     acknowledged: dict[int, int] = {}
@@ -223,7 +223,7 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
     assert "shard 0 is lost: all servers are dead or have ended (rank 1, 2)" in str(error)
 
 
-def test_a_server_without_backup_takes_its_shard_along() -> None:
+def test_a_shard_without_backup_is_lost_with_its_server() -> None:
     job = SimulatedJob(2, 2, optimizer=sgd, replicate=False)
 
     def kill(now: int) -> None:
@@ -252,7 +252,7 @@ def test_copies_equal_their_shards_bit_for_bit() -> None:
             assert torch.equal(mine, theirs)
 
 
-# --- workers that do not fit ---
+# --- workers that are refused ---
 
 
 def refused(job: SimulatedJob, tasks: list[Steps[Any]]) -> str:
@@ -288,7 +288,7 @@ def test_a_worker_with_another_model_is_refused_and_the_rest_train(other: Callab
 
 
 def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
-    """Leaves, whatever else is refused meanwhile."""
+    """Leaves, and ignores refusals meanwhile."""
     while True:
         try:
             yield from worker.leaving(why)
@@ -335,7 +335,7 @@ def test_a_bad_bound(bound: Any) -> None:
 
 
 class Hostile:
-    """A job of one good worker (rank 0) and one (rank 1) whose messages are made by hand."""
+    """A job of a good worker (rank 0) and one whose messages are made by hand (rank 1)."""
 
     def __init__(self) -> None:
         self.job = SimulatedJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
@@ -352,7 +352,7 @@ class Hostile:
             self.job.serve()
 
     def answer(self, message: torch.Tensor) -> tuple[Envelope, str]:
-        """Sends bytes and returns what the server says to them."""
+        """Sends bytes and returns the server's answer."""
         self.mailbox.send(2, message)
         self.job.serve()
         arrived = self.mailbox.receive()
@@ -366,14 +366,14 @@ class Hostile:
         assert self.job.servers[0].shards[0].tallies[0].pushes == STEPS
 
     def push(self) -> torch.Tensor:
-        """The message of a good push."""
+        """Returns the message of a good push."""
         part = self.worker._parts[0]
         payload, _ = part.encode(part.take(gradient(1, 0), 0), 0)
         return ms.pack(Envelope(Kind.PUSH, 0, 1, clock=0, version=0), payload)
 
 
 def altered(message: torch.Tensor, **fields: Any) -> torch.Tensor:
-    """The same body in another envelope."""
+    """Returns the same body in another envelope."""
     envelope, body = ms.unpack(message, None)
     kept = {name: getattr(envelope, name) for name in Envelope.__slots__}
     return ms.pack(Envelope(**(kept | fields)), body)

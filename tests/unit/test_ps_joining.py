@@ -1,4 +1,4 @@
-"""Workers that join a running job of the parameter server, in one process; and the mailbox that lets them in."""
+"""Workers that join a running job of the parameter server, in one process, and the mailbox that admits them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL) -> Steps[sc.ps.Worker]:
-    """Trains until the clock is STEPS; begins after so many turns."""
+    """Trains until the clock is STEPS; begins after `after` turns."""
     for _ in range(after):
-        yield "its time to come"
+        yield "the turn in which it begins"
     model = Flat(numel, start)
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     yield from worker.connecting()
@@ -64,7 +64,7 @@ def ended(job: SimulatedJob, tasks: list[Steps[Any]], **options: Any) -> list[An
 
 
 def check(job: SimulatedJob, joined_at: int) -> None:
-    """Every shard holds the pushes of the first two workers, and those of the third from the clock at which it came."""
+    """Checks that shards hold all pushes of the first two workers, and those of the third since it joined."""
     alive = [s for s in job.servers if s.mailbox.rank not in job.mailboxes.dead]
     shards = {i: s for server in alive for i, s in (server.copies.shards | server.shards).items()}
     shards |= {i: s for server in alive for i, s in server.shards.items()}
@@ -120,7 +120,7 @@ def test_the_others_go_on_when_a_joiner_dies() -> None:
         assert all(server.shards[i].version == STEPS for i, server in enumerate(job.servers))
 
 
-def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
+def test_joiners_have_different_numbers() -> None:
     job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = ended(job, [training(job.links[0]), training(job.links[1], 3), training(job.links[2], 5)])
     assert [w.rank for w in out] == [0, 1, 2]
@@ -129,7 +129,7 @@ def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
     assert job.servers[0].shards[0].averaged == {1: at[1], 2: at[2] - at[1], 3: STEPS - at[2]}
 
 
-def test_a_joiner_that_cannot_join_is_told_why() -> None:
+def test_a_joiner_that_cannot_join_gets_the_reason() -> None:
     job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = job.run([training(job.links[0]), training(job.links[1], 3, numel=7), training(job.links[2], 60)])
     assert isinstance(out[0], sc.ps.Worker)
@@ -193,23 +193,23 @@ def test_messages_pass_both_ways_and_a_death_is_noticed(tmp_path: Path) -> None:
     second.close()
 
 
-@pytest.mark.parametrize("what", ["token", "world", "rank", "rank again", "length", "silence"])
-def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("wrong", ["token", "world", "rank", "rank again", "length", "silence"])
+def test_strangers_are_refused(tmp_path: Path, wrong: str) -> None:
     _, listener = opened(tmp_path)
     said = json.loads((tmp_path / "server-0.json").read_text())
-    token = bytes(16) if what == "token" else bytes.fromhex(said["token"])
-    rank, size = 1 if what == "rank" else 2, 3 if what == "world" else 2
-    first = TCPMailbox(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if what == "rank again" else None
+    token = bytes(16) if wrong == "token" else bytes.fromhex(said["token"])
+    rank, size = 1 if wrong == "rank" else 2, 3 if wrong == "world" else 2
+    first = TCPMailbox(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if wrong == "rank again" else None
     if first is not None:
         first.send(1, torch.zeros(1, dtype=torch.uint8))
         received(listener.mailbox)
     with socket.create_connection(("127.0.0.1", said["port"])) as sock:
         sock.settimeout(0.01)
-        if what == "length":
+        if wrong == "length":
             sock.sendall(token + struct.pack("<II", rank, size) + struct.pack("<Q", 1 << 62))
-        elif what != "silence":
+        elif wrong != "silence":
             sock.sendall(token + struct.pack("<II", rank, size))
-        end, answer = time.monotonic() + (0.3 if what == "silence" else 20), b"open"
+        end, answer = time.monotonic() + (0.3 if wrong == "silence" else 20), b"open"
         while time.monotonic() < end and answer:
             assert listener.mailbox.receive() is None
             listener.mailbox.lost()
@@ -219,13 +219,13 @@ def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
                 continue
             except ConnectionResetError:
                 answer = b""
-        assert (answer == b"open") == (what == "silence")
+        assert (answer == b"open") == (wrong == "silence")
     listener.close()
     if first is not None:
         first.close()
 
 
-def test_what_is_wrong_with_a_rendezvous_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_rendezvous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(sc.LaunchError, match=f"no server has left its address in {tmp_path}: has the job begun"):
         connect(tmp_path, 0.1)
     _, listener = opened(tmp_path)

@@ -1,1 +1,1 @@
-"""What workers and servers share: messages, payloads, shards, ranks, and the layout of a server's window."""
+"""Definitions that workers and servers share: messages, payloads, shards, ranks, and the layout of servers' windows."""

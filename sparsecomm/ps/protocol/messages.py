@@ -15,9 +15,9 @@
 | 11 EVENT | server -> its backup | a PUSH or JOIN as it came, or a BYE in a worker's name | STORED |
 | 12 SNAPSHOT | server -> its backup | a whole shard with its optimizer and open rounds | STORED |
 | 13 STORED | backup -> server | | |
-| 14 DONE | server -> other servers | | |
-| 15 JOIN | worker -> server | | ACK; its flag 1 means too late, its clock is the one offered |
-| 16 COMMIT | worker -> server | | the ACK of the PUSH that it completes |
+| 14 DONE | server -> other servers | none: all workers have left the sender's shards | |
+| 15 JOIN | later worker -> server | none: the clock is its first one | ACK; flag 1 for too late, with a clock offered |
+| 16 COMMIT | worker -> server | none: the PUSH of this clock counts | the ACK of the PUSH that it completes |
 | 17 PING | worker -> server | | PING with as many zero bytes as the question's clock says |
 
 Rules:

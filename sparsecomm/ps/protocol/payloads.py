@@ -30,7 +30,7 @@ _EXPECTED = ("collective", "rank", "world", "bucket", "step", "numel", "layout_h
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a payload comes from: the header names it, and the receiver checks it.
+    """Sender, shard and step of a payload. The header names them, and the receiver checks them.
 
     Attributes:
         kind: PUSH or PULL.
@@ -93,7 +93,9 @@ def encode(
 
 
 def decode(origin: Origin, data: torch.Tensor) -> tuple[Pairs, bool]:
-    """Reads a payload and checks that it comes from where it must.
+    """Reads a payload and checks its origin.
+
+    It decodes to new tensors and not straight into a sum, since damage at the end of a payload must change nothing.
 
     Args:
         origin: The sender, shard and step that the payload must name.

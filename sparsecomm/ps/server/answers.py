@@ -1,4 +1,4 @@
-"""A server's unfinished business: open requests, pushes that do not count yet, messages that must wait."""
+"""State of requests that a server has not answered yet, and the answers to them."""
 
 from __future__ import annotations
 

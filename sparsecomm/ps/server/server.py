@@ -1,4 +1,4 @@
-"""A server: it handles messages, changes its shards and answers. It never waits, and no message of a worker stops it.
+"""A server handles messages, changes its shards and answers. It never waits, and no message of a worker stops it.
 
 `Server.__init__` lists the handler of each kind of message.
 """

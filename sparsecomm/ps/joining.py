@@ -1,8 +1,9 @@
-"""Joining a running job: a process that MPI did not start finds the servers through files and talks TCP to them.
+"""Joins a running job: a process that MPI did not start finds the servers through files and connects to them by TCP.
 
-Why not MPI: under ULFM a process made by MPI_Comm_spawn can talk to whoever spawned it, but when it dies mpirun ends
-with an error though all others went on (Open MPI 5.0.11: status 137); and MPI_Comm_connect from another mpirun blocks,
-and wants a runtime that both of them share.
+MPI would not do. Under ULFM a process made by MPI_Comm_spawn can talk to its parent, but when it dies mpirun ends with
+an error although all others go on (Open MPI 5.0.11: status 137). The child would also have to be connected to the other
+servers by a collective call, in which ranks may die. MPI_Comm_connect from another mpirun blocks, and needs a runtime
+that both share.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from sparsecomm.errors import ConfigError, LaunchError, TransportError
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, OpenMailbox, TCPMailbox
 
-__all__ = ["Door", "Entrance", "Rendezvous", "enter"]
+__all__ = ["JoinListener", "Rendezvous", "RunningJob", "connect"]
 
-_PATIENCE = 10.0  # seconds for servers to be found
+_PATIENCE = 10.0  # seconds to look for servers
 _FIELDS = {
     "host": str,
     "port": int,
@@ -41,8 +42,8 @@ class Rendezvous:
     """Where servers leave their addresses for workers that join later.
 
     Attributes:
-        folder: that servers and joiners can write to. Whoever can read it can join the job.
-        host: name or address at which a server listens; that of the machine's name, or localhost, if None.
+        folder: Folder that servers and joiners can write to. Everybody who can read it can join the job.
+        host: Name or address at which a server listens. If None, the address of the machine's name, or localhost.
     """
 
     folder: str | Path
@@ -53,17 +54,20 @@ class Rendezvous:
             raise ConfigError(f"Rendezvous.folder must be a path, got {self.folder!r}")
 
 
-class Door:
-    """A server's open door, with its address in the folder until it is closed.
+class JoinListener:
+    """Lets workers join through a server, whose address is in the folder until `close`.
 
     Args:
-        rendezvous: where.
-        mailbox: of the server.
-        index: of the server.
-        facts: what a joiner must know of the job: ranks of `servers` and `workers`, `world`, `mode`.
+        rendezvous: Where to listen, and where to leave the address.
+        mailbox: Mailbox of the server.
+        index: Index of the server.
+        facts: Facts of the job for joiners: ranks of `servers` and `workers`, `world`, `mode`.
 
     Raises:
-        LaunchError: if it cannot listen there, or write to the folder.
+        LaunchError: If the server cannot listen there, or cannot write to the folder.
+
+    Attributes:
+        mailbox: Mailbox of the server that also serves the workers that have joined.
     """
 
     def __init__(self, rendezvous: Rendezvous, mailbox: Mailbox, index: int, facts: dict[str, Any]) -> None:
@@ -86,13 +90,12 @@ class Door:
                 json.dump(said, file)
             os.replace(written, self._path)
         except OSError as error:
-            where = f"{rendezvous.folder} ({host})"
             raise LaunchError(
-                f"server rank {mailbox.rank} cannot open a door for joiners at {where}: {error}"
+                f"server rank {mailbox.rank} cannot listen for joiners at {rendezvous.folder} ({host}): {error}"
             ) from error
 
     def close(self) -> None:
-        """Takes the address away and hangs up."""
+        """Removes the address and closes all connections."""
         with contextlib.suppress(OSError):
             self._path.unlink()
         self.mailbox.close()
@@ -106,19 +109,19 @@ def _own_host() -> str:
 
 
 def _job_name() -> str:
-    """Returns a name that the servers of a job share: who starts again must not meet the claims of the job before."""
+    """Returns a name that the servers of a job share. With it a job ignores the files of an earlier one."""
     return os.environ.get("PMIX_NAMESPACE") or os.environ.get("PMI_JOBID") or str(os.getppid())
 
 
 @dataclass(frozen=True)
-class Entrance:
-    """A joiner's way in.
+class RunningJob:
+    """A running job, as a joiner sees it.
 
     Attributes:
-        mailbox: connected to the servers.
-        servers: their ranks, by index.
-        workers: ranks of the workers at the start.
-        mode: text of the servers' mode.
+        mailbox: Mailbox of the joiner, connected to the servers.
+        servers: Ranks of the servers, by index.
+        workers: Ranks of the workers at the start.
+        mode: Text of the servers' mode.
     """
 
     mailbox: TCPMailbox
@@ -127,38 +130,38 @@ class Entrance:
     mode: str
 
 
-def enter(folder: Path, timeout: float) -> Entrance:
+def connect(folder: Path, timeout: float) -> RunningJob:
     """Connects to the servers whose addresses are in a folder.
 
     Args:
-        folder: of the job's `Rendezvous`.
-        timeout: seconds to wait for each server's address and answer, 10 at most.
+        folder: Folder of the job's `Rendezvous`.
+        timeout: Seconds to wait for each server's address and answer, 10 at most.
 
     Raises:
-        LaunchError: if there is no address, or none of the servers answers.
+        LaunchError: If there is no address, or none of the servers answers.
     """
     patience = min(timeout, _PATIENCE)
-    job, doors = _doors(folder, patience)
+    job, listed = _addresses(folder, patience)
     servers = tuple(job["servers"])
     rank = _claim(folder, job["job"], job["world"])
-    addresses = {servers[i]: (d["host"], d["port"], bytes.fromhex(d["token"])) for i, d in doors.items()}
+    addresses = {servers[i]: (d["host"], d["port"], bytes.fromhex(d["token"])) for i, d in listed.items()}
     try:
         mailbox = TCPMailbox(rank, job["world"], addresses, patience)
     except TransportError as error:
         raise LaunchError(f"cannot join the job of {folder}: {error}") from error
-    return Entrance(mailbox, servers, tuple(job["workers"]), job["mode"])
+    return RunningJob(mailbox, servers, tuple(job["workers"]), job["mode"])
 
 
-def _doors(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Returns what the newest server there says, and that of all servers of its job, by index."""
+def _addresses(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """Returns the content of the newest address file, and those of all servers of its job, by index."""
     end = time.monotonic() + patience
     while True:
         found = {path: _read(path) for path in folder.glob("server-*.json")}
         if found:
             newest = found[max(found, key=lambda path: path.stat().st_mtime)]
-            doors = {int(p.stem.split("-")[1]): d for p, d in found.items() if d["job"] == newest["job"]}
-            if len(doors) == len(newest["servers"]) or time.monotonic() > end:
-                return newest, doors
+            listed = {int(p.stem.split("-")[1]): d for p, d in found.items() if d["job"] == newest["job"]}
+            if len(listed) == len(newest["servers"]) or time.monotonic() > end:
+                return newest, listed
         elif time.monotonic() > end:
             raise LaunchError(
                 f"no server has left its address in {folder}: has the job begun, with "
@@ -168,7 +171,7 @@ def _doors(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dic
 
 
 def _claim(folder: Path, job: str, world: int) -> int:
-    """Returns the first rank behind the job's own that no other joiner has had, and takes it."""
+    """Takes the first rank after the job's ranks that no other joiner has had. Ranks are never used twice."""
     rank = world
     name = "".join(c if c.isalnum() else "-" for c in job)
     while True:

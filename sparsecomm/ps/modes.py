@@ -1,4 +1,4 @@
-"""How far workers may run apart."""
+"""Modes of training: how far workers may run apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Asynchronous", "Mode", "StaleSynchronous", "Synchronous"]
 
 @dataclass(frozen=True)
 class Synchronous:
-    """Bulk-synchronous: an update is the average of one push of every living worker; all wait for the slowest."""
+    """Bulk-synchronous: each update is the average of one push of every living worker, and all wait for the slowest."""
 
     rounds: ClassVar[bool] = True
     lead: ClassVar[int | None] = 0
@@ -20,10 +20,10 @@ class Synchronous:
 
 @dataclass(frozen=True)
 class StaleSynchronous:
-    """Stale-synchronous (Ho et al. 2013): every push is an update of its own; none runs ahead by more than `bound`.
+    """Stale-synchronous (Ho et al. 2013): each push is an update, and no worker runs ahead by more than `bound`.
 
     Attributes:
-        bound: how many pushes a worker may be ahead of the slowest living one when it pulls.
+        bound: Number of pushes that a worker may be ahead of the slowest living one when it pulls.
     """
 
     bound: int = 3
@@ -36,17 +36,17 @@ class StaleSynchronous:
 
     @property
     def lead(self) -> int | None:
-        """How far a worker may be ahead."""
+        """Number of pushes that a worker may be ahead of the slowest."""
         return self.bound
 
 
 @dataclass(frozen=True)
 class Asynchronous:
-    """Every push is an update of its own, and nobody waits for anybody."""
+    """Asynchronous: each push is an update, and no worker waits for another."""
 
     rounds: ClassVar[bool] = False
     lead: ClassVar[int | None] = None
 
 
 Mode = Synchronous | StaleSynchronous | Asynchronous
-"""Any of them."""
+"""Any of the three modes. `rounds`: whether updates average a round of pushes; `lead`: pushes a worker may be ahead."""

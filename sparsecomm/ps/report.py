@@ -1,4 +1,4 @@
-"""What is said of a server when something is wrong."""
+"""Descriptions of a server's state for error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["deserted", "waits_for"]
 
 
 def waits_for(server: Server) -> str:
-    """Says whom a server waits for, for error messages."""
+    """Names the ranks that a server waits for."""
     alive = sorted({w for s in server.shards.values() for w in s.clocks} or server.roster.living_workers)
     if alive:
         return f"messages of worker{'s' * (len(alive) > 1)} at rank {', '.join(map(str, alive))}"
@@ -16,5 +16,5 @@ def waits_for(server: Server) -> str:
 
 
 def deserted(server: Server) -> bool:
-    """Returns whether no worker has ended its training: all have died or failed."""
+    """Returns whether all workers have died or failed, so that none has ended its training."""
     return not any(why == "ended" for shard in server.shards.values() for why in shard.gone.values())

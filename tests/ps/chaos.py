@@ -1,13 +1,13 @@
-"""Kills ranks of small parameter-server jobs at random moments and holds the survivors to what must be true.
+"""Kills ranks of small parameter-server jobs at random moments and checks the survivors' parameters.
 
     python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
-    python tests/ps/chaos.py --workers 0 --servers 10 --seed 1 --first 21      # goes on with the 21st
+    python tests/ps/chaos.py --workers 0 --servers 10 --seed 1 --first 21      # continues with trial 21
     python tests/ps/chaos.py --grid                                            # 1, 2, 4 servers x 1 to 6 workers
 
-Each trial is one mpirun under ULFM, in which one rank SIGKILLs itself at a moment of the run drawn from its seed: in
-start-up, or in a step, told by the workers' own progress. The job must end with status 0. Then all pushes are computed
-once more: every shard must be there, and hold exactly the updates that survivors pushed, and of a dead worker at least
-those that were acknowledged. A kill that came after the last step tested nothing: it is counted as late.
+Each trial is one mpirun under ULFM, in which one rank SIGKILLs itself at a moment drawn from the seed: during start-up,
+or at a step of the fastest worker. The job must end with status 0. Then all pushes are computed once more. Every shard
+must be there and hold exactly the updates that survivors pushed, and at least the acknowledged pushes of a dead worker.
+A kill after the last step tests nothing, so it is counted as late.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Trial:
     """One job and at most one death.
 
     Attributes:
-        name: of the draw.
+        name: Name of the draw.
         victim: "worker", "server" or "nobody".
-        rank: that dies, or -1.
-        at: when: below 1 in start-up, else when the fastest worker has done so many steps, and a part of one.
+        rank: Rank that dies, or -1.
+        at: Moment of the death: below 1 during start-up, else the steps that the fastest worker has done.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Trial:
 
     @classmethod
     def draw(cls, name: str, victim: str, workers: int = 0, servers: int = 0) -> Trial:
-        """Draws all that is not given from a name."""
+        """Draws everything that is not given from a name."""
         r = random.Random(f"{victim} {name}")
-        # Small jobs more often: most of a trial is importing torch, once a rank.
+        # Small jobs are drawn more often, since every rank spends most of a trial importing torch.
         drawn = r.choice([2, 2, 3]), r.choice([1, 1, 2, 3]) if victim == "worker" else r.choice([2, 2, 3])
         workers, servers = workers or drawn[0], servers or drawn[1]
         rank = r.randrange(workers) if victim == "worker" else workers + r.randrange(servers)
@@ -90,12 +90,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial went.
+    """Result of a trial.
 
     Attributes:
-        outcome: one of `OUTCOMES`.
-        landed: whether the rank died before all workers had done their last step.
-        said: details.
+        outcome: One of `OUTCOMES`.
+        landed: Whether the rank died before all workers had done their last step.
+        said: Details.
     """
 
     trial: Trial
@@ -106,7 +106,7 @@ class Result:
 
 
 def run(trial: Trial, deadline: float = DEADLINE) -> Result:
-    """Runs a trial and checks what it left."""
+    """Runs a trial and checks the files that it leaves."""
     began = time.monotonic()
 
     def result(outcome: str, said: str) -> Result:
@@ -165,7 +165,7 @@ def landed(trial: Trial, folder: Path) -> bool:
 
 
 def verify(trial: Trial, folder: Path) -> str:
-    """Holds what the servers have to what the workers pushed."""
+    """Checks the servers' shards against the workers' pushes."""
     pushed = [pushes_of(w, trial) for w in range(trial.workers)]
     acknowledged = [progress_of(folder, w)[0] for w in range(trial.workers)]
     start = torch.cat([p.detach().reshape(-1) for p in Model().parameters()])
@@ -206,11 +206,11 @@ def check_shard(
         assert state["version"] == sum(counts)
     applied = start[low:high].double() - state["values"].double()
     worst = float((applied - expected).abs().max())
-    assert worst < 1e-4, f"what was applied differs from what was pushed by {worst}"
+    assert worst < 1e-4, f"the applied updates differ from the pushed ones by {worst}"
 
 
 def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range = range(STEPS)) -> torch.Tensor:
-    """Computes what a worker pushes in these steps: shape (len(steps), NUMEL)."""
+    """Computes the pushes of a worker in these steps, shape (len(steps), NUMEL)."""
     layout = ModelLayout.of(Model())
     out = torch.zeros(len(steps), NUMEL)
     rank = worker if rank is None else rank
@@ -222,13 +222,15 @@ def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range =
         for row, step in enumerate(steps):
             grad = gradient(worker, step, NUMEL)[spec.start : spec.end].clone()
             whole = part.bucket.residual + grad
-            part.encode(part.take(grad, step), False, step)
+            taken = part.take(grad, step)
+            part.encode(taken, step)
+            part.commit(taken)
             out[row, spec.start : spec.end] = whole - part.bucket.residual
     return out
 
 
 def grid() -> list[Trial]:
-    """Every number of servers and workers that must work, with no death, a worker's and a server's."""
+    """Returns trials of all supported numbers of servers and workers, without a death, with a worker's, a server's."""
     drawn = []
     for servers in (1, 2, 4):
         for workers in range(1, 7):
@@ -238,7 +240,7 @@ def grid() -> list[Trial]:
 
 
 def summary(results: Sequence[Result]) -> Table:
-    """Counts, by who was killed and in all."""
+    """Returns the counts, by victim and in total."""
     table = Table("killed", *("runs", "landed", "late", *OUTCOMES, "s a run"))
     groups = [(v, [r for r in results if r.trial.victim == v]) for v in VICTIMS]
     for name, group in [*((v, g) for v, g in groups if g), ("in all", list(results))]:
@@ -257,7 +259,7 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=30, help="trials in which a server dies")
     parser.add_argument("--grid", action="store_true", help="all numbers of servers and workers in place of these")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for a job; more on a busy machine")
-    parser.add_argument("--seed", type=int, default=1, help="what all trials are drawn from")
+    parser.add_argument("--seed", type=int, default=1, help="from which all trials are drawn")
     parser.add_argument("--first", type=int, default=1, help="number of the first trial, to go on where a run ended")
     parser.add_argument("--jobs", type=int, default=2, help="at the same time")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The parameter server under mpirun: real processes, really killed."""
+"""The parameter server under mpirun, with processes that are killed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SMALL = Path(__file__).parent / "jobs" / "small.py"
 
 
 @pytest.mark.parametrize("victim", ["worker", "server"])
-def test_the_rest_goes_on_when_one_is_killed(victim: str) -> None:
-    """A moment that differs from run to run; `make chaos` tries many."""
+def test_the_others_go_on_when_a_rank_is_killed(victim: str) -> None:
+    """The moment of the death differs from run to run; `make chaos` tries many."""
     seed = int.from_bytes(os.urandom(3), "little")
     result = chaos.run(chaos.Trial.draw(f"test {seed}", victim, workers=2, servers=1 if victim == "worker" else 2))
     assert (result.outcome, result.landed) == ("finished", True), result
@@ -38,7 +38,7 @@ def test_four_servers_and_six_workers_share_two_cores_and_a_worker_dies() -> Non
 
 
 @pytest.mark.parametrize(("servers", "workers"), [(1, 1), (3, 2)])
-def test_servers_and_workers_in_other_numbers_without_ulfm(tmp_path: Path, servers: int, workers: int) -> None:
+def test_other_numbers_of_servers_and_workers_without_ulfm(tmp_path: Path, servers: int, workers: int) -> None:
     job = run_job(
         [
             *mpirun_command(servers + workers),
@@ -61,7 +61,7 @@ def test_servers_and_workers_in_other_numbers_without_ulfm(tmp_path: Path, serve
 
 
 def test_workers_join_a_running_job_and_one_of_them_is_killed(tmp_path: Path) -> None:
-    """Two workers run; two more are started by themselves. When one is killed the others go on, without ULFM, too."""
+    """Two workers run, and two join from outside of mpirun. One of these is killed; the others go on without ULFM."""
     steps, dying, meeting = 60, 40, tmp_path / "meeting"
     options = ["--folder", tmp_path, "--servers", "1", "--steps", str(steps), "--rendezvous", meeting]
     options += ["--pause", "0.02", "--timeout", "100"]
@@ -83,7 +83,7 @@ def test_workers_join_a_running_job_and_one_of_them_is_killed(tmp_path: Path) ->
     (dead,) = (rank for rank in began if f"worker rank {rank} died" in job.err)
     (alive,) = set(began) - {dead}
     assert {dead, alive} == {3, 4}
-    assert all(3 < at < dying for at in began.values()), "they came in the middle"
+    assert all(3 < at < dying for at in began.values()), "they joined in the middle"
     assert all(f"worker rank {rank} joins shard 0 at clock {at}" in job.err for rank, at in began.items())
     assert (pushes[0], pushes[1], pushes[alive]) == (steps, steps, steps - began[alive])
     assert dying - 1 - began[dead] <= pushes[dead] <= dying - began[dead]
@@ -91,7 +91,7 @@ def test_workers_join_a_running_job_and_one_of_them_is_killed(tmp_path: Path) ->
 
 
 def check_sums(state: dict[str, Any], began: dict[int, int]) -> None:
-    """The shard lost what its workers, by rank, pushed from their first steps on, averaged by round."""
+    """Checks that the shard's updates are the averages, by round, of the pushes since each worker began."""
     trial = chaos.Trial("", "nobody", 2, 1, "sync", 0.0, "asked", -1, 0.0)
     rounds: list[list[torch.Tensor]] = [[] for _ in range(state["version"])]
     for rank, first in began.items():
@@ -142,7 +142,9 @@ def test_without_ulfm_a_death_ends_the_job(tmp_path: Path) -> None:
         (2, ["--servers", "1", "--pull-by", "maybe"], "pull_by must be one of asked, one_sided, auto, got 'maybe'"),
     ],
 )
-def test_what_cannot_work_is_said_at_once(tmp_path: Path, ranks: int, options: list[str], text: str) -> None:
+def test_options_that_cannot_work_are_refused_at_once(
+    tmp_path: Path, ranks: int, options: list[str], text: str
+) -> None:
     job = run_job([*mpirun_command(ranks), sys.executable, SMALL, "--folder", tmp_path, *options], deadline=200)
     assert job.code != 0, job
     assert text in job.err, job

@@ -1,4 +1,4 @@
-"""Checkpoints of servers: whole versions, read by any number of servers, refused where they do not belong."""
+"""Checkpoints of servers: complete versions that any number of servers can read, and refusal of all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simulated_job import SimulatedJob
 
 import sparsecomm as sc
 from sparsecomm.ps.server.checkpoint import newest_complete
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 
 def network(hidden: int = 5) -> torch.nn.Module:
@@ -59,9 +59,9 @@ def test_a_job_resumes_with_another_number_of_servers(tmp_path: Path, before: in
 
 def test_only_whole_versions_count_and_old_ones_go(tmp_path: Path) -> None:
     train(2, 9, sc.ps.Checkpoints(folder=str(tmp_path), every=2))
-    left = {p.name for p in tmp_path.iterdir()}
-    assert {"version-000000006", "version-000000008"} <= left
-    assert "version-000000002" not in left
+    folders = {p.name for p in tmp_path.iterdir()}
+    assert {"version-000000006", "version-000000008"} <= folders
+    assert "version-000000002" not in folders
     assert newest_complete(tmp_path) == tmp_path / "version-000000008"
     (tmp_path / "version-000000008" / "shard-0-of-2.pt").unlink()
     assert newest_complete(tmp_path) == tmp_path / "version-000000006"

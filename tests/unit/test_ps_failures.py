@@ -16,7 +16,7 @@ from simulated_job import SimulatedJob
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 STEPS, NUMEL = 6, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
@@ -67,12 +67,12 @@ def train_all(job: SimulatedJob, kill: Callable[[int], None]) -> dict[int, int]:
 def finish(job: SimulatedJob) -> None:
     for _ in range(10):
         job.serve()
-    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
 
 
 def shards_of(job: SimulatedJob) -> dict[int, Any]:
-    """By index, each from the server that answers for it, or its copy if that died after its work was done."""
-    alive = [server for server in job.servers if server.mailbox.rank not in job.office.dead]
+    """Returns each shard, by index, from its owner, or its copy if the owner died after its work was done."""
+    alive = [server for server in job.servers if server.mailbox.rank not in job.mailboxes.dead]
     found: dict[int, Any] = {}
     for server in alive:
         found |= server.copies.shards
@@ -82,7 +82,7 @@ def shards_of(job: SimulatedJob) -> dict[int, Any]:
 
 
 def check(job: SimulatedJob, victim: int | None, acknowledged: dict[int, int]) -> None:
-    """Every shard is there and holds what it counts: all pushes of the living, the acknowledged ones of the dead."""
+    """Checks that every shard holds the pushes that it counts: all of the living, the acknowledged ones of the dead."""
     shards = shards_of(job)
     assert sorted(shards) == list(range(len(job.servers)))
     workers = job.rules.workers
@@ -108,7 +108,7 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
 
         def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(victim, lose=lose)
+                job.mailboxes.kill(victim, lose=lose)
 
         acknowledged = train_all(job, kill)
         finish(job)
@@ -130,17 +130,17 @@ def test_one_death_at_every_turn(victim: int, mode: sc.ps.Mode, lose: bool) -> N
 def test_one_death_while_messages_and_news_are_late(
     seed: int, workers: int, servers: int, mode: sc.ps.Mode, turn: int, lose: bool, data: st.DataObject
 ) -> None:
-    """Ranks hear of each other and of deaths in any order that MPI allows."""
+    """Messages and news of deaths arrive in any order that MPI allows."""
     victim = data.draw(st.integers(0 if workers > 1 else 1, workers + servers - 1), "victim")
     job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
-    job.office.late = random.Random(seed)
+    job.mailboxes.late = random.Random(seed)
 
     def kill(now: int) -> None:
         if now == turn:
-            job.office.kill(victim, lose=lose)
+            job.mailboxes.kill(victim, lose=lose)
 
     acknowledged = train_all(job, kill)
-    job.office.late = None
+    job.mailboxes.late = None
     finish(job)
     check(job, victim if victim < workers else None, acknowledged)
 
@@ -149,14 +149,14 @@ def test_one_death_while_messages_and_news_are_late(
 @pytest.mark.parametrize("workers", range(1, 7))
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_number_of_servers_and_workers(workers: int, servers: int, mode: sc.ps.Mode) -> None:
-    """With no death, a worker's in the middle, and a server's."""
+    """Runs without a death, with a worker's in the middle, and with a server's."""
     for victim in [None, *([0] if workers > 1 else []), *([workers + servers - 1] if servers > 1 else [])]:
         job = SimulatedJob(workers, servers, optimizer=sgd, mode=mode)
         acknowledged: dict[int, int] = {}
 
         def kill(now: int, job: SimulatedJob = job, victim: int | None = victim) -> None:
             if now == 8 and victim is not None:
-                job.office.kill(victim)
+                job.mailboxes.kill(victim)
 
         out = job.run([training(link, acknowledged) for link in job.links], between=kill)
         assert not any(isinstance(result, BaseException) for result in out), out
@@ -172,7 +172,7 @@ def test_two_servers_die_one_after_the_other() -> None:
 
             def kill(now: int, job: SimulatedJob = job, deaths: dict[int, int] = deaths) -> None:
                 if now in deaths:
-                    job.office.kill(deaths[now])
+                    job.mailboxes.kill(deaths[now])
 
             acknowledged = train_all(job, kill)
             check(job, None, acknowledged)
@@ -189,15 +189,15 @@ def test_two_servers_die_one_after_the_other() -> None:
 def test_two_servers_die_while_messages_and_news_are_late(
     seed: int, mode: sc.ps.Mode, turns: tuple[int, int], victims: list[int], lose: bool
 ) -> None:
-    """A shard may be lost with its server and its backup: then it is named, and nobody goes on with another."""
+    """A shard may be lost with its server and its backup. Then the error names it, and nobody goes on with another."""
     job = SimulatedJob(2, 3, optimizer=sgd, mode=mode)
-    job.office.late = random.Random(seed)
+    job.mailboxes.late = random.Random(seed)
     acknowledged: dict[int, int] = {}
 
     def kill(now: int) -> None:
         for turn, victim in zip(turns, victims, strict=False):
             if now == turn:
-                job.office.kill(victim, lose=lose)
+                job.mailboxes.kill(victim, lose=lose)
 
     out = job.run([training(link, acknowledged) for link in job.links], between=kill)
     failed = [result for result in out if isinstance(result, BaseException)]
@@ -205,7 +205,7 @@ def test_two_servers_die_while_messages_and_news_are_late(
         assert isinstance(error, sc.RemoteError)
         assert "shard" in str(error)
     if not failed:
-        job.office.late = None
+        job.mailboxes.late = None
         finish(job)
         check(job, None, acknowledged)
 
@@ -215,20 +215,20 @@ def test_all_servers_dead_is_an_error_that_names_the_shard() -> None:
 
     def kill(now: int) -> None:
         if now == 6:
-            job.office.kill(1)
-            job.office.kill(2)
+            job.mailboxes.kill(1)
+            job.mailboxes.kill(2)
 
     (error,) = job.run([training(job.links[0])], between=kill)
     assert isinstance(error, sc.RemoteError)
     assert "shard 0 is lost: all servers are dead or have ended (rank 1, 2)" in str(error)
 
 
-def test_a_server_without_backup_takes_its_shard_along() -> None:
+def test_a_shard_without_backup_is_lost_with_its_server() -> None:
     job = SimulatedJob(2, 2, optimizer=sgd, replicate=False)
 
     def kill(now: int) -> None:
         if now == 8:
-            job.office.kill(2)
+            job.mailboxes.kill(2)
 
     out = job.run([training(link) for link in job.links], between=kill)
     assert any(isinstance(e, sc.RemoteError) and "shard = 0: is lost: its server is dead" in str(e) for e in out)
@@ -252,7 +252,7 @@ def test_copies_equal_their_shards_bit_for_bit() -> None:
             assert torch.equal(mine, theirs)
 
 
-# --- workers that do not fit ---
+# --- workers that are refused ---
 
 
 def refused(job: SimulatedJob, tasks: list[Steps[Any]]) -> str:
@@ -288,7 +288,7 @@ def test_a_worker_with_another_model_is_refused_and_the_rest_train(other: Callab
 
 
 def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
-    """Leaves, whatever else is refused meanwhile."""
+    """Leaves, and ignores refusals meanwhile."""
     while True:
         try:
             yield from worker.leaving(why)
@@ -299,7 +299,7 @@ def leave(worker: sc.ps.Worker, why: str) -> Steps[None]:
 
 def test_another_mode_is_refused() -> None:
     job = SimulatedJob(1, 1, optimizer=sgd)
-    link = Link(job.office.mailboxes[0], (1,), (0,), 2, sc.ps.Asynchronous())
+    link = Link(job.mailboxes.by_rank[0], (1,), (0,), 2, sc.ps.Asynchronous())
     assert "Asynchronous(), 1 servers" in refused(job, [training(link)])
 
 
@@ -335,11 +335,11 @@ def test_a_bad_bound(bound: Any) -> None:
 
 
 class Hostile:
-    """A job of one good worker (rank 0) and one (rank 1) whose messages are made by hand."""
+    """A job of a good worker (rank 0) and one whose messages are made by hand (rank 1)."""
 
     def __init__(self) -> None:
         self.job = SimulatedJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
-        self.mailbox = self.job.office.mailboxes[1]
+        self.mailbox = self.job.mailboxes.by_rank[1]
         self.task = training(self.job.links[0])
         worker = sc.ps.Worker(Flat(), sc.TopK(0.1), link=self.job.links[1])
         self.worker = worker
@@ -352,7 +352,7 @@ class Hostile:
             self.job.serve()
 
     def answer(self, message: torch.Tensor) -> tuple[Envelope, str]:
-        """Sends bytes and returns what the server says to them."""
+        """Sends bytes and returns the server's answer."""
         self.mailbox.send(2, message)
         self.job.serve()
         arrived = self.mailbox.receive()
@@ -366,14 +366,14 @@ class Hostile:
         assert self.job.servers[0].shards[0].tallies[0].pushes == STEPS
 
     def push(self) -> torch.Tensor:
-        """The message of a good push."""
+        """Returns the message of a good push."""
         part = self.worker._parts[0]
-        payload, _ = part.encode(part.take(gradient(1, 0), 0), False, 0)
+        payload, _ = part.encode(part.take(gradient(1, 0), 0), 0)
         return ms.pack(Envelope(Kind.PUSH, 0, 1, clock=0, version=0), payload)
 
 
 def altered(message: torch.Tensor, **fields: Any) -> torch.Tensor:
-    """The same body in another envelope."""
+    """Returns the same body in another envelope."""
     envelope, body = ms.unpack(message, None)
     kept = {name: getattr(envelope, name) for name in Envelope.__slots__}
     return ms.pack(Envelope(**(kept | fields)), body)
@@ -415,13 +415,13 @@ def test_a_message_that_does_not_fit_is_refused_by_name(
 def test_a_model_that_cannot_be_is_refused(shape: Any) -> None:
     job = SimulatedJob(2, 1, optimizer=sgd)
     said = {"model": [["weight", shape]], "values": "", "shards": 1, "mode": str(job.rules.mode)}
-    job.office.mailboxes[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
+    job.mailboxes.by_rank[1].send(2, ms.pack(Envelope(Kind.HELLO, 0, 1), ms.json_body(said)))
     job.serve()
-    arrived = job.office.mailboxes[1].receive()
+    arrived = job.mailboxes.by_rank[1].receive()
     assert arrived is not None
     assert "model" in ms.read_text(ms.unpack(arrived[1], 2)[1])
     tasks = [training(job.links[0]), iter(())]
-    job.office.kill(1)
+    job.mailboxes.kill(1)
     assert isinstance(job.run(tasks)[0], torch.Tensor)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Workers that join a running job of the parameter server, in one process; and the mailbox that lets them in."""
+"""Workers that join a running job of the parameter server, in one process, and the mailbox that admits them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from simulated_job import SimulatedJob
 from simulated_mailbox import SimulatedMailboxes
 
 import sparsecomm as sc
-from sparsecomm.ps.joining import Door, enter
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.joining import JoinListener, connect
+from sparsecomm.ps.worker.link import Link, Steps
 from sparsecomm.transport.mailbox.tcp import TCPMailbox
 
 STEPS, NUMEL = 12, 60
@@ -38,9 +38,9 @@ def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL) -> Steps[sc.ps.Worker]:
-    """Trains until the clock is STEPS; begins after so many turns."""
+    """Trains until the clock is STEPS; begins after `after` turns."""
     for _ in range(after):
-        yield "its time to come"
+        yield "the turn in which it begins"
     model = Flat(numel, start)
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     yield from worker.connecting()
@@ -59,13 +59,13 @@ def ended(job: SimulatedJob, tasks: list[Steps[Any]], **options: Any) -> list[An
             raise each
     for _ in range(10):
         job.serve()
-    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
     return out
 
 
 def check(job: SimulatedJob, joined_at: int) -> None:
-    """Every shard holds the pushes of the first two workers, and those of the third from the clock at which it came."""
-    alive = [s for s in job.servers if s.mailbox.rank not in job.office.dead]
+    """Checks that shards hold all pushes of the first two workers, and those of the third since it joined."""
+    alive = [s for s in job.servers if s.mailbox.rank not in job.mailboxes.dead]
     shards = {i: s for server in alive for i, s in (server.copies.shards | server.shards).items()}
     shards |= {i: s for server in alive for i, s in server.shards.items()}
     newcomer = job.links[2].mailbox.rank
@@ -102,7 +102,7 @@ def test_a_server_dies_while_one_joins(victim: int) -> None:
 
         def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(victim)
+                job.mailboxes.kill(victim)
 
         tasks = [training(job.links[0]), training(job.links[1]), training(job.links[2], 5)]
         check(job, ended(job, tasks, between=kill)[2].metrics().joined_at)
@@ -114,13 +114,13 @@ def test_the_others_go_on_when_a_joiner_dies() -> None:
 
         def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(4)
+                job.mailboxes.kill(4)
 
         ended(job, [training(job.links[0]), training(job.links[1]), training(job.links[2], 3)], between=kill)
         assert all(server.shards[i].version == STEPS for i, server in enumerate(job.servers))
 
 
-def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
+def test_joiners_have_different_numbers() -> None:
     job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = ended(job, [training(job.links[0]), training(job.links[1], 3), training(job.links[2], 5)])
     assert [w.rank for w in out] == [0, 1, 2]
@@ -129,7 +129,7 @@ def test_joiners_one_after_the_other_have_numbers_of_their_own() -> None:
     assert job.servers[0].shards[0].averaged == {1: at[1], 2: at[2] - at[1], 3: STEPS - at[2]}
 
 
-def test_a_joiner_that_cannot_join_is_told_why() -> None:
+def test_a_joiner_that_cannot_join_gets_the_reason() -> None:
     job = SimulatedJob(1, 1, joiners=2, optimizer=sgd)
     out = job.run([training(job.links[0]), training(job.links[1], 3, numel=7), training(job.links[2], 60)])
     assert isinstance(out[0], sc.ps.Worker)
@@ -140,10 +140,10 @@ def test_a_joiner_that_cannot_join_is_told_why() -> None:
 # --- over TCP ---
 
 
-def opened(folder: Path) -> tuple[SimulatedMailboxes, Door]:
-    office = SimulatedMailboxes(2)
+def opened(folder: Path) -> tuple[SimulatedMailboxes, JoinListener]:
+    mailboxes = SimulatedMailboxes(2)
     facts = {"servers": [1], "workers": [0], "world": 2, "mode": "Synchronous()"}
-    return office, Door(sc.ps.Rendezvous(folder, host="127.0.0.1"), office.mailboxes[1], 0, facts)
+    return mailboxes, JoinListener(sc.ps.Rendezvous(folder, host="127.0.0.1"), mailboxes.by_rank[1], 0, facts)
 
 
 def received(mailbox: Any) -> tuple[int, torch.Tensor]:
@@ -165,82 +165,82 @@ def until_lost(mailbox: Any, rank: int) -> None:
 
 
 def test_messages_pass_both_ways_and_a_death_is_noticed(tmp_path: Path) -> None:
-    office, door = opened(tmp_path)
-    entrance = enter(tmp_path, 5.0)
-    mailbox = entrance.mailbox
-    assert (mailbox.rank, mailbox.size, entrance.servers, entrance.mode) == (2, 2, (1,), "Synchronous()")
+    mailboxes, listener = opened(tmp_path)
+    running = connect(tmp_path, 5.0)
+    mailbox = running.mailbox
+    assert (mailbox.rank, mailbox.size, running.servers, running.mode) == (2, 2, (1,), "Synchronous()")
     sent = [torch.full((n,), n % 251, dtype=torch.uint8) for n in (0, 1, 3_000_000, 5)]
     for message in sent:
         mailbox.send(1, message)
-    office.mailboxes[0].send(1, torch.ones(3, dtype=torch.uint8))
+    mailboxes.by_rank[0].send(1, torch.ones(3, dtype=torch.uint8))
     got = []
     while len(got) < len(sent) + 1:
         mailbox.flushed()
-        found = door.mailbox.receive()
+        found = listener.mailbox.receive()
         got += [] if found is None else [found]
     assert [source for source, _ in got].count(0) == 1
     assert all(torch.equal(a, b) for a, b in zip(sent, [m for s, m in got if s == 2], strict=True))
-    door.mailbox.send(2, torch.arange(9, dtype=torch.uint8))
+    listener.mailbox.send(2, torch.arange(9, dtype=torch.uint8))
     assert received(mailbox)[1].tolist() == list(range(9))
     mailbox.close()
-    until_lost(door.mailbox, 2)
-    second = enter(tmp_path, 5.0).mailbox
+    until_lost(listener.mailbox, 2)
+    second = connect(tmp_path, 5.0).mailbox
     assert second.rank == 3, "a rank is never used twice"
     second.send(1, torch.zeros(1, dtype=torch.uint8))
-    assert received(door.mailbox)[0] == 3
-    door.close()
+    assert received(listener.mailbox)[0] == 3
+    listener.close()
     until_lost(second, 1)
     second.close()
 
 
-@pytest.mark.parametrize("what", ["token", "world", "rank", "rank again", "length", "silence"])
-def test_strangers_are_turned_away(tmp_path: Path, what: str) -> None:
-    _, door = opened(tmp_path)
+@pytest.mark.parametrize("wrong", ["token", "world", "rank", "rank again", "length", "silence"])
+def test_strangers_are_refused(tmp_path: Path, wrong: str) -> None:
+    _, listener = opened(tmp_path)
     said = json.loads((tmp_path / "server-0.json").read_text())
-    token = bytes(16) if what == "token" else bytes.fromhex(said["token"])
-    rank, size = 1 if what == "rank" else 2, 3 if what == "world" else 2
-    first = TCPMailbox(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if what == "rank again" else None
+    token = bytes(16) if wrong == "token" else bytes.fromhex(said["token"])
+    rank, size = 1 if wrong == "rank" else 2, 3 if wrong == "world" else 2
+    first = TCPMailbox(2, 2, {1: ("127.0.0.1", said["port"], token)}, 5.0) if wrong == "rank again" else None
     if first is not None:
         first.send(1, torch.zeros(1, dtype=torch.uint8))
-        received(door.mailbox)
+        received(listener.mailbox)
     with socket.create_connection(("127.0.0.1", said["port"])) as sock:
         sock.settimeout(0.01)
-        if what == "length":
+        if wrong == "length":
             sock.sendall(token + struct.pack("<II", rank, size) + struct.pack("<Q", 1 << 62))
-        elif what != "silence":
+        elif wrong != "silence":
             sock.sendall(token + struct.pack("<II", rank, size))
-        end, answer = time.monotonic() + (0.3 if what == "silence" else 20), b"open"
+        end, answer = time.monotonic() + (0.3 if wrong == "silence" else 20), b"open"
         while time.monotonic() < end and answer:
-            assert door.mailbox.receive() is None
-            door.mailbox.lost()
+            assert listener.mailbox.receive() is None
+            listener.mailbox.lost()
             try:
                 answer = sock.recv(1)
             except TimeoutError:
                 continue
             except ConnectionResetError:
                 answer = b""
-        assert (answer == b"open") == (what == "silence")
-    door.close()
+        assert (answer == b"open") == (wrong == "silence")
+    listener.close()
     if first is not None:
         first.close()
 
 
-def test_what_is_wrong_with_a_rendezvous_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_rendezvous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(sc.LaunchError, match=f"no server has left its address in {tmp_path}: has the job begun"):
-        enter(tmp_path, 0.1)
-    _, door = opened(tmp_path)
+        connect(tmp_path, 0.1)
+    _, listener = opened(tmp_path)
     path = tmp_path / "server-0.json"
     kept = path.read_text()
-    door.close()
+    listener.close()
     assert not path.exists()
     path.write_text(kept)  # as a killed server leaves it
     with pytest.raises(sc.LaunchError, match=r"no server answers; has the job ended\? rank 1 at 127.0.0.1"):
-        enter(tmp_path, 0.5)
+        connect(tmp_path, 0.5)
     path.write_text('{"host": 3}')
     with pytest.raises(sc.LaunchError, match="is no address of a server"):
-        enter(tmp_path, 0.5)
+        connect(tmp_path, 0.5)
     with pytest.raises(sc.ConfigError, match=r"Rendezvous\.folder"):
         sc.ps.Rendezvous("")
     monkeypatch.setattr(socket, "gethostname", lambda: "no.such.host.invalid")
-    with pytest.raises(sc.LaunchError, match="cannot open a door for joiners"):
-        Door(sc.ps.Rendezvous(tmp_path, host="no.such.host.invalid"), SimulatedMailboxes(2).mailboxes[1], 0, {})
+    with pytest.raises(sc.LaunchError, match="cannot listen for joiners"):
+        JoinListener(sc.ps.Rendezvous(tmp_path, host="no.such.host.invalid"), SimulatedMailboxes(2).by_rank[1], 0, {})

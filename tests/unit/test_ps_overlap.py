@@ -1,4 +1,4 @@
-"""Pushes that leave in backward: the same bits as those that leave after it, whatever happens to gradients between."""
+"""Pushes that leave in backward have the same result as those that leave after it, even if gradients change between."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from simulated_job import SimulatedJob
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 STEPS = 5
 
 
 class Network(torch.nn.Module):
-    """Layers of one size; the third shares the second's weight, the fourth is not used, the fifth frozen."""
+    """Layers of one size. By kind, the third shares the second's weight, the fourth is unused or the fifth frozen."""
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_bytes_leave_before_backward_ends() -> None:
     def compute(worker: sc.ps.Worker, step: int) -> None:
         traffic = worker.link.mailbox.traffic
         before = traffic.bytes_sent
-        # The first layer's gradient is the last one to be computed; this runs before it is there.
+        # The first layer's gradient is computed last; this hook runs before it is stored.
         handle = worker.model.layers[0].weight.register_hook(  # type: ignore[union-attr, operator]
             lambda _: seen.append((before, traffic.bytes_sent))
         )
@@ -168,7 +168,7 @@ def test_bytes_leave_before_backward_ends() -> None:
     trained(compute, servers=3, compressor=sc.Dense())
     assert len(seen) == 2 * STEPS
     third = 4 * sum(p.numel() for p in Network().parameters()) // 3
-    assert all(then - before > third for before, then in seen), "at least the last layers' shard is on its way"
+    assert all(then - before > third for before, then in seen), "at least the last layers' shard has left"
 
 
 def test_accumulated_gradients_are_pushed_once() -> None:
@@ -215,13 +215,13 @@ def test_other_modes(mode: sc.ps.Mode) -> None:
 
 
 @pytest.mark.parametrize("victim", [2, 3, 4])
-def test_a_server_dies_between_an_early_push_and_its_end(victim: int) -> None:
+def test_a_server_dies_between_an_early_push_and_its_commit(victim: int) -> None:
     expected = trained()
     for turn in range(2, 40):
 
         def kill(now: int, job: SimulatedJob, turn: int = turn) -> None:
             if now == turn:
-                job.office.kill(victim)
+                job.mailboxes.kill(victim)
 
         for a, b in zip(trained(between=kill), expected, strict=True):
             assert torch.equal(a[0], b[0])
@@ -245,7 +245,7 @@ def test_a_worker_may_leave_between_backward_and_step() -> None:
     assert all(s.shards[i].version == 0 for i, s in enumerate(job.servers))
 
 
-def test_an_end_without_a_push_is_refused() -> None:
+def test_a_commit_without_a_push_is_refused() -> None:
     job = SimulatedJob(1, 1, optimizer=sgd)
 
     def task(link: Link) -> Steps[None]:
@@ -256,4 +256,4 @@ def test_an_end_without_a_push_is_refused() -> None:
         yield from worker.stepping()
 
     (error,) = job.run([task(job.links[0])])
-    assert "clock = 0: no push of it is held here" in str(error)
+    assert "clock = 0: no push of it is pending here" in str(error)

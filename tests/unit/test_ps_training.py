@@ -1,4 +1,4 @@
-"""The parameter server in one process: what it computes, in every mode, against training without it."""
+"""The parameter server in one process: its results in every mode, compared with training without it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from simulated_job import SimulatedJob
 
 import sparsecomm as sc
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(2), sc.ps.Asynchronous()]
 
@@ -36,7 +36,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 def training(
     link: Link, steps: int, compressor: Any, grads: list[torch.Tensor] | None = None, **options: Any
 ) -> Steps[tuple[torch.Tensor, sc.ps.Worker]]:
-    """What each simulated worker does; collects its gradients."""
+    """Steps of a simulated worker, which collects its gradients."""
     model = network()
     worker = sc.ps.Worker(model, compressor, link=link, **options)
     yield from worker.connecting()
@@ -53,7 +53,7 @@ def training(
 def finish(job: SimulatedJob) -> None:
     for _ in range(5):
         job.serve()
-    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.office.dead)
+    assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
 
 
 def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -106,7 +106,7 @@ def test_no_server_holds_the_whole_model_and_shards_are_balanced() -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
-def test_what_is_not_applied_is_in_the_residuals(mode: sc.ps.Mode, codec: str) -> None:
+def test_values_that_are_not_applied_are_in_the_residuals(mode: sc.ps.Mode, codec: str) -> None:
     job = SimulatedJob(3, 2, optimizer=sgd, mode=mode)
     grads: list[list[torch.Tensor]] = [[], [], []]
     tasks = [training(link, 9, sc.TopK(0.1), g, value_codec=codec) for link, g in zip(job.links, grads, strict=True)]
@@ -120,7 +120,7 @@ def test_what_is_not_applied_is_in_the_residuals(mode: sc.ps.Mode, codec: str) -
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
-def test_what_a_sparse_pull_leaves_out_comes_later(codec: str) -> None:
+def test_values_that_a_sparse_pull_leaves_out_come_later(codec: str) -> None:
     job = SimulatedJob(2, 2, optimizer=adamw, pull=sc.TopK(0.2), pull_codec=sc.types.ValueCodec[codec.upper()])
 
     def task(link: Link) -> Steps[tuple[torch.Tensor, torch.Tensor]]:
@@ -140,7 +140,7 @@ def test_what_a_sparse_pull_leaves_out_comes_later(codec: str) -> None:
     out = job.run([task(link) for link in job.links])
     truth = torch.cat([job.servers[i].shards[i].values for i in range(2)])
     for behind, later in out:
-        assert not torch.allclose(behind, truth, atol=1e-4), "20% of what Adam changes was sent"
+        assert not torch.allclose(behind, truth, atol=1e-4), "only 20% of the values that Adam changes were sent"
         assert torch.allclose(later, truth, atol=1e-6)
 
 
@@ -196,7 +196,7 @@ def test_nobody_runs_further_ahead_than_the_mode_allows(mode: sc.ps.Mode) -> Non
     if mode.lead is None:
         assert worst[0] > 5
     else:
-        assert worst[0] <= mode.lead + 1  # the slow one's push may be in before its step ends
+        assert worst[0] <= mode.lead + 1  # the slow worker's push may be applied before its step ends
     stale = [w.metrics().mean_staleness for w in out]
     assert max(w.metrics().stalest for w in out) == (0 if mode.rounds else pytest.approx(out[2].metrics().stalest))
     assert mode.rounds or stale[2] > stale[0], "the slow worker's gradients are the stalest"

@@ -1,4 +1,4 @@
-"""Pulls that read a shard from a window: the same values as asked ones, and no torn read is ever used."""
+"""Pulls that read a shard from a window bring the same values as other pulls, and never use a torn read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
-from sparsecomm.ps.worker.client import Link, Steps
+from sparsecomm.ps.worker.link import Link, Steps
 from sparsecomm.ps.worker.puller import Puller
 from sparsecomm.ps.worker.window import read_board
 
@@ -64,7 +64,7 @@ def test_synchronous_workers_see_the_same_bits_as_when_they_ask() -> None:
 
 
 @pytest.mark.parametrize("mode", [sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()], ids=str)
-def test_other_modes_end_with_what_the_servers_have(mode: sc.ps.Mode) -> None:
+def test_other_modes_end_with_the_values_of_the_servers(mode: sc.ps.Mode) -> None:
     job, out = trained(mode, windows=True)
     truth = torch.cat([job.servers[i].shards[i].values for i in range(2)])
     assert any(torch.equal(seen[-1], truth) for seen, _ in out)
@@ -86,8 +86,8 @@ def board(numel: int = NUMEL) -> tuple[SimulatedWindow, Board, Shard]:
 
 
 def read(window: SimulatedWindow, slowest: int | None = None) -> tuple[int | None, torch.Tensor, int, int]:
-    out, again = torch.full((NUMEL,), -1.0), [0]
-    steps = read_board(window, 0, out, slowest, "server rank 0", again)
+    out, torn = torch.full((NUMEL,), -1.0), [0]
+    steps = read_board(window, 0, out, slowest, "server rank 0", torn)
     yields = 0
     while True:
         try:
@@ -95,24 +95,24 @@ def read(window: SimulatedWindow, slowest: int | None = None) -> tuple[int | Non
             yields += 1
             assert yields < 100
         except StopIteration as stop:
-            return stop.value, out, again[0], yields
+            return stop.value, out, torn[0], yields
 
 
 @pytest.mark.parametrize("updates", range(8))
 def test_a_read_that_meets_updates_is_done_again(updates: int) -> None:
     window, made, shard = board()
-    left = [updates]
+    remaining = [updates]
 
     def update() -> None:
-        if left[0]:
-            left[0] -= 1
+        if remaining[0]:
+            remaining[0] -= 1
             shard.values.add_(1.0)
             shard.version += 1
             made.show(shard)
 
     window.during = update
-    version, out, again, _ = read(window)
-    assert (version, again) == (updates, updates)
+    version, out, torn, _ = read(window)
+    assert (version, torn) == (updates, updates)
     assert torch.equal(out, torch.full((NUMEL,), float(updates)))
 
 
@@ -125,17 +125,17 @@ def test_a_read_that_always_meets_updates_is_given_up() -> None:
         made.show(shard)
 
     window.during = update
-    version, out, again, _ = read(window)
-    assert (version, again) == (None, 8)
-    assert out.min() != out.max(), "it would have been torn"
+    version, out, torn, _ = read(window)
+    assert (version, torn) == (None, 8)
+    assert out.min() != out.max(), "a torn read"
 
 
 def test_an_update_that_is_not_finished_is_not_read() -> None:
     window, _, _ = board()
     window.memory[:8].view(torch.int64).add_(1)
-    version, out, again, _ = read(window)
-    assert (version, again) == (None, 8)
-    assert bool((out == -1.0).all()), "it was not even read"
+    version, out, torn, _ = read(window)
+    assert (version, torn) == (None, 8)
+    assert bool((out == -1.0).all()), "the values were not read"
 
 
 def test_a_reader_waits_for_the_slowest_worker() -> None:
@@ -165,8 +165,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
         def update() -> None:
             server.shards[0].values.add_(1.0)
             server.shards[0].version += 1
-            served = server._served[0]
-            served.show()
+            server._answers[0].show()
 
         window.during = update
         yield from worker.pulling()
@@ -185,7 +184,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
 
 
 @pytest.mark.parametrize("density", [None, 0.01])
-def test_a_choice_says_what_it_is_made_of(density: float | None) -> None:
+def test_a_choice_explains_its_costs(density: float | None) -> None:
     job = SimulatedJob(1, 2, optimizer=sgd, windows=True, pull=None if density is None else sc.TopK(density))
 
     def task(link: Link) -> Steps[sc.ps.Worker]:

@@ -1,1 +1,1 @@
-"""Messages, shards and ranks: what workers and servers have in common."""
+"""Definitions that workers and servers share: messages, payloads, shards, ranks, and the layout of servers' windows."""

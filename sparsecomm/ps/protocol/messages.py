@@ -1,4 +1,60 @@
-"""What workers and servers say to each other: a fixed envelope and a body, as docs/parameter-server.md specifies."""
+"""The messages between workers and servers: an envelope of 56 bytes, then a body.
+
+| kind | sender -> receiver | body | answer |
+|---|---|---|---|
+| 1 HELLO | worker -> server | JSON: names and shapes, hash of the initial values, number of shards, mode | WELCOME |
+| 2 WELCOME | server -> worker | | INIT, if flag 1 is set: the worker must send the shard's first values |
+| 3 INIT | worker -> server | payload: the shard's first values; another worker is asked if this one dies | ACK |
+| 4 PUSH | worker -> server | payload (docs/wire-format.md, collective 12) | ACK; with the flag PENDING, at COMMIT |
+| 5 ACK | server -> worker | | |
+| 6 PULL | worker -> server | | VALUES, as soon as the mode allows |
+| 7 VALUES | server -> worker | payload (docs/wire-format.md, collective 13) | |
+| 8 BYE | worker -> server | text: why the worker leaves; empty at the end of training | ACK |
+| 9 STATS | worker -> server | | STATS with JSON |
+| 10 REJECT | server -> worker | text: why a message was refused | |
+| 11 EVENT | server -> its backup | a PUSH or JOIN as it came, or a BYE in a worker's name | STORED |
+| 12 SNAPSHOT | server -> its backup | a whole shard with its optimizer and open rounds | STORED |
+| 13 STORED | backup -> server | | |
+| 14 DONE | server -> other servers | none: all workers have left the sender's shards | |
+| 15 JOIN | later worker -> server | none: the clock is its first one | ACK; flag 1 for too late, with a clock offered |
+| 16 COMMIT | worker -> server | none: the PUSH of this clock counts | the ACK of the PUSH that it completes |
+| 17 PING | worker -> server | | PING with as many zero bytes as the question's clock says |
+
+Rules:
+
+- Workers ask and servers answer. A request that is refused is answered by REJECT and changes nothing.
+- A worker has at most one request of a kind open per shard. When the shard's server dies, the worker sends its open
+  requests to the next server, so a request that arrives twice must have the same effect as one.
+- Answers to PUSH and PULL repeat the request's clock. A worker ignores an answer to any but its open request.
+- An answer that shows a change of a shard leaves only after the shard's backup has stored that change.
+- A server believes nothing in a message before both checksums fit and every position and value has been decoded.
+
+To add a message, add its kind here and to the table, a handler to `Server` (server/server.py), and a call of
+`Client.ask` (worker/client.py), where `_REQUEST_OF` says which request an answer belongs to. A number is never reused.
+
+The envelope, little-endian:
+
+| offset | bytes | field | content |
+|---|---|---|---|
+| 0 | 4 | magic | "SPPS" |
+| 4 | 1 | version | 2 |
+| 5 | 1 | kind | see above |
+| 6 | 2 | flags | see below |
+| 8 | 4 | shard | |
+| 12 | 4 | sender | rank; must be the rank that the message came from |
+| 16 | 8 | clock | pushes that the worker did before this message; in a WELCOME to a joiner the clock offered |
+| 24 | 8 | version | see below |
+| 32 | 8 | seq | number of an event between servers; of an ACK the kind that it acknowledges |
+| 40 | 8 | body bytes | |
+| 48 | 4 | body crc | CRC32C; 0 in INIT, PUSH, VALUES and EVENT, whose bodies carry checksums themselves |
+| 52 | 4 | envelope crc | CRC32C of bytes 0..51 |
+
+Flags: PENDING of a PUSH, WHOLE of a PULL, READY of a PING. WELCOME: 1 asks for INIT. VALUES: 1 says that the body is a
+whole shard. ACK: the staleness of a PUSH in updates, at most 65535; of a JOIN 1 for too late. Otherwise 0.
+
+Versions of the shard: PUSH the one that the gradient was computed on; PULL the one that the worker has plus 1, or 0 for
+none; ACK and VALUES the current one. Otherwise 0.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +72,9 @@ from sparsecomm.errors import WireError
 __all__ = [
     "ENVELOPE_BYTES",
     "FROM_SERVERS",
-    "HELD",
     "MAX_PING",
     "NOTHING",
+    "PENDING",
     "READY",
     "SEALED",
     "WHOLE",
@@ -42,7 +98,7 @@ NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class Kind(IntEnum):
-    """What a message is. See docs/parameter-server.md for who sends it when, and for its body."""
+    """Kinds of messages, as in the table at the top of this file."""
 
     HELLO = 1
     WELCOME = 2
@@ -63,22 +119,23 @@ class Kind(IntEnum):
     PING = 17
 
 
-HELD = 1
-"""Flag of a PUSH: it counts only when a COMMIT has come."""
+PENDING = 1
+"""Flag of a PUSH that counts only once a COMMIT has come."""
 
 WHOLE = 1
-"""Flag of a PULL: the whole shard is wanted, whatever the worker has."""
+"""Flag of a PULL that asks for the whole shard, whatever the worker has."""
 
 READY = 1
-"""Flag of a PING: to be answered when all workers have said HELLO and the shard has values."""
+"""Flag of a PING that is answered once all workers have said HELLO and the shard has values."""
 
 MAX_PING = 1 << 20
+"""Most bytes that a PING may ask for."""
 
 SEALED = frozenset({Kind.INIT, Kind.PUSH, Kind.VALUES, Kind.EVENT})
-"""Messages whose bodies have checksums of their own all through: no second pass over them."""
+"""Kinds whose whole body is covered by checksums inside it, so that the envelope does not need one."""
 
 FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
-"""What only a server may send to a server."""
+"""Kinds that only a server may send, and only to a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +143,13 @@ class Envelope:
     """The fixed part of a message.
 
     Attributes:
-        kind: what it is.
-        shard: which shard it is about.
-        sender: rank of whoever sent it.
-        clock: a worker's clock: pushes it had done before.
-        version: a version of the shard: updates it has seen; of a PUSH the one that the gradient was computed on.
-        seq: number of a replicated event; 0 otherwise.
-        flags: of a PUSH `HELD`, of a PULL `WHOLE`, of a PING `READY`, or 0; of an ACK how it was; else 0.
+        kind: Kind of the message.
+        shard: Index of the shard that it concerns.
+        sender: Rank of its sender.
+        clock: Pushes that the worker had done before.
+        version: Version of the shard; of a PUSH the one that the gradient was computed on.
+        seq: Number of a replicated event; of an ACK the kind that it acknowledges; else 0.
+        flags: `PENDING` of a PUSH, `WHOLE` of a PULL, `READY` of a PING, the staleness in an ACK of a PUSH; else 0.
     """
 
     kind: Kind
@@ -105,7 +162,7 @@ class Envelope:
 
 
 def pack(envelope: Envelope, body: torch.Tensor = NOTHING) -> torch.Tensor:
-    """Returns a message: uint8, ENVELOPE_BYTES + body.numel() long."""
+    """Returns a message of `ENVELOPE_BYTES + body.numel()` bytes, uint8."""
     e = envelope
     out = torch.empty(ENVELOPE_BYTES + body.numel(), dtype=torch.uint8)
     out[ENVELOPE_BYTES:] = body
@@ -122,13 +179,13 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
 
     Args:
         message: uint8, as it arrived.
-        source: the rank that the transport says it came from; None inside another message.
+        source: Rank that the transport names as the sender; None for a message inside another one.
 
     Returns:
-        The envelope, and the body as a view.
+        The envelope, and the body as a view of `message`.
 
     Raises:
-        WireError: names the first field that is wrong, its value and the source.
+        WireError: If a field is wrong. It names the first such field, its value and the source.
     """
 
     def bad(field: str, value: object, reason: str) -> WireError:
@@ -166,26 +223,31 @@ _KINDS = {int(k) for k in Kind}
 
 
 def json_body(content: Any) -> torch.Tensor:
-    """Returns JSON in UTF-8 as a body."""
+    """Returns a body with JSON in UTF-8."""
     return torch.frombuffer(bytearray(json.dumps(content, separators=(",", ":")).encode()), dtype=torch.uint8)
 
 
 def text(content: str) -> torch.Tensor:
-    """Returns a string as a body: UTF-8, cut to 4096 bytes."""
+    """Returns a body with a string in UTF-8, cut to 4096 bytes."""
     data = content.encode(errors="replace")[:4096]
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else NOTHING
 
 
 def read_text(body: torch.Tensor) -> str:
-    """Returns what `text` made, whatever it holds."""
+    """Returns the string in a body that `text` made; bytes that are not UTF-8 are replaced."""
     return bytes(body.numpy()).decode(errors="replace")
 
 
 def unpack_json(body: torch.Tensor, fields: dict[str, type], source: int) -> dict[str, Any]:
     """Reads a JSON object with exactly these fields.
 
+    Args:
+        body: Body of a message.
+        fields: Type of each field, by name.
+        source: Rank of the sender, for errors.
+
     Raises:
-        WireError: if it is something else; names the source.
+        WireError: If the body is anything else. It names the source.
     """
     try:
         content = json.loads(bytes(body.numpy()).decode())

@@ -1,13 +1,15 @@
-"""Selections of a shard to payloads of wire/ and back, each checked against what the receiver expects."""
+"""Payloads of pushes and pulls: pairs of a shard to bytes, and bytes that are checked back to pairs."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from sparsecomm.errors import WireError
 from sparsecomm.ps.protocol.sharding import ShardSpec
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.types import Codecs, Pairs
 from sparsecomm.wire import (
     FLAG_ERROR,
     FLAG_NONFINITE,
@@ -23,11 +25,7 @@ from sparsecomm.wire import (
     register_rules,
 )
 
-__all__ = ["PULL", "PUSH", "Selected", "decode", "encode", "everything"]
-
-Selected = tuple[torch.Tensor, torch.Tensor]
-"""Indices (uint32, ascending, relative to the shard) and values (float32)."""
-
+__all__ = ["PULL", "PUSH", "Origin", "all_positions", "decode", "encode"]
 
 PUSH = HeaderRules(12, "PUSH", check_pairs)
 """Headers of a worker's push."""
@@ -41,91 +39,92 @@ register_rules(PULL)
 _EXPECTED = ("collective", "rank", "world", "bucket", "step", "numel", "layout_hash")
 
 
-def everything(numel: int) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Sender, shard and step of a payload. The header names them, and the receiver checks them.
+
+    Attributes:
+        kind: PUSH or PULL.
+        spec: The shard.
+        rank: Rank of the sender.
+        world: Number of ranks, as the sender counts them.
+        step: Clock of the worker that pushes; version to which a pull brings the worker.
+    """
+
+    kind: HeaderRules
+    spec: ShardSpec
+    rank: int
+    world: int
+    step: int
+
+
+def all_positions(numel: int) -> torch.Tensor:
     """Returns all positions of a shard, uint32, shape (numel,)."""
     return torch.arange(numel, dtype=torch.int64).to(torch.uint32)
 
 
 def encode(
-    kind: HeaderRules,
-    spec: ShardSpec,
-    selected: Selected,
-    codec: ValueCodec,
-    arena: Arena,
-    *,
-    rank: int,
-    world: int,
-    step: int,
-    nonfinite: bool = False,
-    index_codec: IndexCodec | None = None,
+    origin: Origin, pairs: Pairs, codecs: Codecs, arena: Arena, *, nonfinite: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes a payload.
 
     Args:
-        kind: PUSH or PULL.
-        spec: the shard.
-        selected: what to write.
-        codec: how to write the values.
-        arena: gives the buffers.
-        rank: sender.
-        world: ranks in all.
-        step: of a push the worker's clock, of a pull the version that it brings the worker to.
-        nonfinite: whether the gradient was not finite; then nothing is selected.
-        index_codec: how to write the positions; None for the smallest.
+        origin: Sender, shard and step.
+        pairs: Positions in the shard, and their values.
+        codecs: Codecs of positions and values.
+        arena: Gives the buffers.
+        nonfinite: Whether the gradient was not finite; `pairs` is then empty.
 
     Returns:
-        The payload, uint8, and what rounding dropped, float32, shape (nnz,): both in the arena.
+        The payload, uint8, and the values' rounding errors, float32, shape (nnz,). Both lie in the arena.
     """
-    indices, values = selected
-    nnz = values.numel()
-    index_codec = choose_index_codec(nnz, spec.numel, index_codec)
+    indices, values = pairs
+    nnz, spec = values.numel(), origin.spec
+    index_codec = choose_index_codec(nnz, spec.numel, codecs.indices)
     header = Header(
         flags=FLAG_NONFINITE if nonfinite else 0,
-        collective=kind.number,
-        value_codec=codec,
+        collective=origin.kind.number,
+        value_codec=codecs.values,
         index_codec=index_codec,
-        rank=rank,
-        world=world,
+        rank=origin.rank,
+        world=origin.world,
         bucket=spec.index,
-        step=step,
+        step=origin.step,
         layout_hash=spec.hash,
         numel=spec.numel,
         nnz=nnz,
         index_bytes=0,
         value_bytes=0,
     )
-    most = max_payload_bytes(index_codec, codec, nnz, spec.numel)
+    most = max_payload_bytes(index_codec, codecs.values, nnz, spec.numel)
     out = arena.get(("payload", spec.index), most, torch.uint8)
-    error = arena.get(("rounding", spec.index), nnz, torch.float32)
-    encode_payload(header, indices, values, out, error)
-    return out[: HEADER_BYTES + header.body_bytes], error
+    rounding = arena.get(("rounding", spec.index), nnz, torch.float32)
+    encode_payload(header, indices, values, out, rounding)
+    return out[: HEADER_BYTES + header.body_bytes], rounding
 
 
-def decode(
-    kind: HeaderRules, spec: ShardSpec, data: torch.Tensor, *, rank: int, world: int, step: int
-) -> tuple[Selected, bool]:
-    """Reads and checks a payload: nothing is believed that does not fit the shard and the sender.
+def decode(origin: Origin, data: torch.Tensor) -> tuple[Pairs, bool]:
+    """Reads a payload and checks its origin.
+
+    It decodes to new tensors and not straight into a sum, since damage at the end of a payload must change nothing.
 
     Args:
-        kind: what it must be.
-        spec: the shard it must be of.
-        data: uint8, the whole payload.
-        rank: the sender it must name.
-        world: the number of ranks it must name.
-        step: the step it must name.
+        origin: The sender, shard and step that the payload must name.
+        data: The whole payload, uint8.
 
     Returns:
-        The selection, in new tensors, and whether the sender's gradient was not finite.
+        The pairs, in new tensors, and whether the sender's gradient was not finite.
 
     Raises:
-        WireError: names field, value, sender and shard.
+        WireError: If anything does not fit. It names field, value, sender and shard.
     """
+    spec, rank = origin.spec, origin.rank
     try:
         header = read_header(data)
     except WireError as error:
         raise error.at(rank=rank, bucket=spec.index) from None
     found = [getattr(header, field) for field in _EXPECTED]
-    expected = [kind.number, rank, world, spec.index, step, spec.numel, spec.hash]
+    expected = [origin.kind.number, rank, origin.world, spec.index, origin.step, spec.numel, spec.hash]
     if found != expected:
         field, is_, should = next(t for t in zip(_EXPECTED, found, expected, strict=True) if t[1] != t[2])
         raise WireError(field, is_, f"expected {should!r}", rank=rank, bucket=spec.index)

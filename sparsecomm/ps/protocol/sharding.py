@@ -1,4 +1,4 @@
-"""Cutting a model's parameters into contiguous shards of equal bytes, whatever tensors they fall into."""
+"""Cuts a model's parameters into contiguous shards of equal size, without regard to the tensors' borders."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of one parameter.
+    """The part of one parameter that lies in a shard.
 
     Attributes:
-        name: the parameter.
-        shape: of the whole parameter.
-        start: first element, in the parameter's row-major order.
-        end: one past the last.
-        offset: where it starts in the shard.
+        name: Name of the parameter.
+        shape: Shape of the whole parameter.
+        start: First element of the piece, in the parameter's row-major order.
+        end: One past its last element.
+        offset: Position of its first element in the shard.
     """
 
     name: str
@@ -41,8 +41,8 @@ class ModelLayout:
     """Trainable parameters in the model's order, laid out as one flat float32 vector, each in row-major order.
 
     Attributes:
-        names: parameter names.
-        shapes: their shapes.
+        names: Names of the parameters.
+        shapes: Shapes of the parameters.
     """
 
     names: tuple[str, ...]
@@ -53,7 +53,7 @@ class ModelLayout:
         """Returns the layout of a model's trainable parameters.
 
         Raises:
-            ConfigError: for a model that has none, or one that is not float32, float16 or bfloat16 on the CPU.
+            ConfigError: If there is none, or one that is not float32, float16 or bfloat16 on the CPU.
         """
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         for name, p in named:
@@ -68,10 +68,11 @@ class ModelLayout:
 
     @classmethod
     def from_json(cls, content: Any, source: int) -> ModelLayout:
-        """Reads what `to_json` made.
+        """Reads the JSON that `to_json` made.
 
         Raises:
-            WireError: if it is anything else; names the source.
+            WireError: If `content` is anything else, or describes more elements than this machine's memory holds. It
+                names the source.
         """
         good = isinstance(content, list) and bool(content)
         good = good and all(isinstance(c, list) and len(c) == 2 and isinstance(c[0], str) for c in content)
@@ -84,25 +85,25 @@ class ModelLayout:
         return cls(tuple(c[0] for c in content), tuple(tuple(c[1]) for c in content))
 
     def to_json(self) -> list[Any]:
-        """Returns names and shapes as JSON."""
+        """Returns names and shapes as a value that JSON can hold."""
         return [[n, list(s)] for n, s in zip(self.names, self.shapes, strict=True)]
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters together."""
+        """Number of elements of all parameters together."""
         return sum(math.prod(s) for s in self.shapes)
 
     @property
     def hash(self) -> int:
-        """64 bits, equal for equal layouts."""
+        """Hash of 64 bits that is equal for equal layouts."""
         digest = hashlib.blake2b(repr((self.names, self.shapes)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
     def shard(self, index: int, shards: int) -> ShardSpec:
-        """Returns the index-th of so many shards.
+        """Returns shard `index` of `shards`.
 
         Raises:
-            ConfigError: for more shards than elements.
+            ConfigError: If there are more shards than elements.
         """
         start, end = shard_spans(self.numel, shards)[index]
         pieces, at = [], 0
@@ -115,7 +116,7 @@ class ModelLayout:
         return ShardSpec(index, shards, start, end, tuple(pieces), self.hash)
 
     def difference(self, other: ModelLayout) -> str:
-        """Returns the first thing in which another layout differs, in words."""
+        """Describes the first difference between this layout and another one."""
         mine, theirs = self.to_json(), other.to_json()
         for i, (a, b) in enumerate(zip(mine, theirs, strict=False)):
             if a != b:
@@ -125,15 +126,15 @@ class ModelLayout:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which part of a model a shard is.
+    """The part of a model that a shard holds.
 
     Attributes:
-        index: number of the shard.
-        shards: how many there are.
-        start: its first element in the model's flat vector.
-        end: one past the last.
-        pieces: of the parameters in it.
-        model_hash: of the model's layout.
+        index: Index of the shard.
+        shards: Number of shards.
+        start: First element of the shard in the model's flat vector.
+        end: One past its last element.
+        pieces: Pieces of parameters in the shard.
+        model_hash: Hash of the model's layout.
     """
 
     index: int
@@ -145,26 +146,29 @@ class ShardSpec:
 
     @property
     def numel(self) -> int:
-        """Elements in the shard."""
+        """Number of elements in the shard."""
         return self.end - self.start
 
     @cached_property
     def hash(self) -> int:
-        """64 bits, equal iff model and place in it are: what a payload carries as its layout hash."""
+        """Hash of 64 bits over the model and the place in it. Payloads carry it as their layout hash."""
         text = repr((self.model_hash, self.index, self.shards, self.start, self.end)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _most_elements() -> int:
-    """How many float32 this machine's memory holds: what a stranger's message may make a server allocate."""
+    """Returns how many float32 this machine's memory holds. A message may not make a server allocate more."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def shard_spans(numel: int, shards: int) -> Sequence[tuple[int, int]]:
-    """Cuts numel float32 elements into so many contiguous stretches whose lengths differ by one at most.
+    """Cuts `numel` elements into contiguous spans whose lengths differ by at most one.
+
+    Returns:
+        First element and one past the last, by shard.
 
     Raises:
-        ConfigError: for more shards than elements, or none.
+        ConfigError: If there are more shards than elements, or no shards.
     """
     if shards < 1:
         raise ConfigError(f"servers = {shards!r}: at least 1")

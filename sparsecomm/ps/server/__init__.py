@@ -1,1 +1,1 @@
-"""A server: holds shards and runs their optimizers."""
+"""The server's side: shards and their optimizers, answers to workers, copies for other servers, checkpoints."""

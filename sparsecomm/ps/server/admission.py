@@ -1,4 +1,4 @@
-"""What a worker must say to take part: the same model, initial values and mode as the first one that said HELLO."""
+"""Admission of workers: all must have the model, the initial values and the mode of the first one that said HELLO."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "m
 
 @dataclass(frozen=True)
 class Hello:
-    """What a worker has said."""
+    """The content of a HELLO.
+
+    Attributes:
+        worker: Rank of its sender.
+        layout: Layout of the worker's model.
+        values: Hash of the worker's initial values.
+    """
 
     worker: int
     layout: ModelLayout
@@ -26,14 +32,14 @@ class Hello:
 
 
 class Admission:
-    """Compares what workers say with what the first one said.
+    """Compares each HELLO with the first one.
 
     Args:
-        rules: of the job.
-        shards: how many there are.
+        rules: Rules of the job.
+        shards: Number of shards.
 
     Attributes:
-        first: what the first worker said; None before that.
+        first: The first HELLO; None before there was one.
     """
 
     def __init__(self, rules: Rules, shards: int) -> None:
@@ -42,10 +48,15 @@ class Admission:
         self._shards = shards
 
     def check(self, worker: int, body: torch.Tensor, *, joins: bool) -> Hello:
-        """Reads a HELLO. Whoever joins later gets the values of the job, so its own may be any.
+        """Reads a HELLO and returns the first one.
+
+        Args:
+            worker: Rank of the sender.
+            body: Body of the HELLO.
+            joins: Whether the worker came after the start. It gets the job's values, so its initial ones may differ.
 
         Raises:
-            WireError: names what differs, and from whom.
+            WireError: If something differs. It names the difference and the worker.
         """
         said = ms.unpack_json(body, HELLO_FIELDS, worker)
         hello = Hello(worker, ModelLayout.from_json(said["model"], worker), said["values"])

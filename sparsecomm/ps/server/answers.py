@@ -1,24 +1,34 @@
-"""What a server keeps beside the shards themselves: open requests, pushes that are not final, messages not for it."""
+"""State of requests that a server has not answered yet, and the answers to them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from sparsecomm.errors import WireError
-from sparsecomm.ps.protocol.messages import Envelope
-from sparsecomm.ps.protocol.payloads import Selected
+from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.messages import Envelope, Kind
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Mirror
 from sparsecomm.ps.server.shard import Shard
+from sparsecomm.types import Pairs
 
-__all__ = ["Answers", "Held", "PendingPush"]
+__all__ = ["Answers", "Deferred", "PendingPush"]
 
 
 @dataclass
-class Held:
-    """A message for a shard that another server has."""
+class Deferred:
+    """A message that this server cannot handle yet.
+
+    Most are about a shard of another server: their sender has heard of that server's death before this one has.
+
+    Attributes:
+        since: Time at which it was put aside, in seconds.
+        source: Rank of its sender.
+        message: The message, uint8.
+    """
 
     since: float
     source: int
@@ -27,62 +37,101 @@ class Held:
 
 @dataclass
 class PendingPush:
-    """A push that counts when its worker says so (COMMIT): the end of its gradient is still being computed."""
+    """A push that counts once its worker sends COMMIT: the rest of the gradient is still being computed.
+
+    Attributes:
+        envelope: Envelope of the PUSH.
+        body: Body of the PUSH.
+        pairs: The gradient, decoded.
+        nonfinite: Whether the gradient was not finite.
+    """
 
     envelope: Envelope
     body: torch.Tensor
-    selected: Selected
+    pairs: Pairs
     nonfinite: bool
 
 
 @dataclass
 class Answers:
-    """A shard that this server answers for.
+    """A shard that this server owns, and the answers that it owes to workers.
 
     Attributes:
-        shard: itself.
-        mirror: tells its backup.
-        pulls: open requests, by worker.
-        early: pushes that are not final, by worker.
-        greeted: workers that may be asked for first values.
-        asked: the one that was.
-        board: the shard in a window.
+        shard: The shard.
+        mirror: Sends its changes to its backup.
+        rank: Rank of this server.
+        pulls: Open pulls, by worker.
+        pending: Pushes that wait for COMMIT, by worker.
+        greeted: Workers that have said HELLO and may be asked for the first values.
+        initializer: The worker that was asked for the first values.
+        board: The window that shows the shard; None without windows.
     """
 
     shard: Shard
     mirror: Mirror
+    rank: int
     pulls: dict[int, Envelope] = field(default_factory=dict)
-    early: dict[int, PendingPush] = field(default_factory=dict)
+    pending: dict[int, PendingPush] = field(default_factory=dict)
     greeted: list[int] = field(default_factory=list)
-    asked: int | None = None
+    initializer: int | None = None
     board: Board | None = None
 
     def complete(self, workers: tuple[int, ...]) -> bool:
-        """Returns whether all workers of the start have said HELLO, and there are values."""
+        """Returns whether the shard has values and all of these workers have said HELLO."""
         return self.shard.ready and set(workers) <= set(self.greeted)
 
     def show(self) -> None:
-        """Lets those see the shard who read its window."""
+        """Brings the shard's window up to date."""
         if self.board is not None:
             self.board.show(self.shard)
 
     def drop(self, worker: int) -> None:
-        """Forgets what a worker has open."""
+        """Forgets a worker's requests."""
         self.pulls.pop(worker, None)
-        self.early.pop(worker, None)
+        self.pending.pop(worker, None)
         if worker in self.greeted:
             self.greeted.remove(worker)
 
-    def final(self, commit: Envelope) -> PendingPush | None:
-        """Returns the push that a COMMIT is about; None if that was applied before.
+    def commit(self, commit: Envelope) -> PendingPush | None:
+        """Returns the push that a COMMIT completes and forgets it; None if that push was applied before.
 
         Raises:
-            WireError: if there is none.
+            WireError: If there is no such push.
         """
         worker, clock = commit.sender, commit.clock
-        early = self.early.pop(worker, None)
-        if early is not None and early.envelope.clock == clock:
-            return early
+        push = self.pending.pop(worker, None)
+        if push is not None and push.envelope.clock == clock:
+            return push
         if clock < self.shard.clocks.get(worker, 0):
             return None
-        raise WireError("clock", clock, "no push of it is held here", rank=worker, bucket=self.shard.spec.index)
+        raise WireError("clock", clock, "no push of it is pending here", rank=worker, bucket=self.shard.spec.index)
+
+    def apply(self, push: PendingPush) -> None:
+        """Applies a push, acknowledges it and answers the pulls that waited for it."""
+        request = push.envelope
+        stale = self.shard.push(request.sender, request.clock, request.version, push.pairs, push.nonfinite)
+        if stale is not None:
+            self.mirror.pass_on(request, push.body)
+        self.show()  # before the ACK, after which the worker may read the window
+        self.acknowledge(request, flags=min(stale or 0, 65535))
+        self.answer_pulls()
+
+    def answer_pulls(self) -> None:
+        """Answers every pull that the mode lets go on."""
+        self.show()
+        for worker, request in list(self.pulls.items()):
+            if self.shard.may_pull(request.clock):
+                del self.pulls[worker]
+                dense = bool(request.flags & ms.WHOLE)
+                payload, whole = self.shard.pull(worker, request.version - 1, self.rank, dense=dense)
+                fields = {"clock": request.clock, "version": self.shard.version, "flags": int(whole)}
+                self.send(worker, Kind.VALUES, payload, **fields)
+
+    def acknowledge(self, request: Envelope, flags: int = 0, clock: int | None = None) -> None:
+        """Sends the ACK of a request, with the request's clock unless another one is given."""
+        clock, version = request.clock if clock is None else clock, self.shard.version
+        self.send(request.sender, Kind.ACK, clock=clock, version=version, seq=request.kind, flags=flags)
+
+    def send(self, worker: int, kind: Kind, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
+        """Sends an answer once the backup has stored all changes that the shard has seen so far."""
+        self.mirror.after(worker, ms.pack(Envelope(kind, self.shard.spec.index, self.rank, **fields), body))

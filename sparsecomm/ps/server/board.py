@@ -1,8 +1,4 @@
-"""A shard in a window, where workers read it without asking, and the check that no torn read is used (a seqlock).
-
-In front of the values are three int64: a count that is odd while the values change, the version, and the clock of the
-slowest worker. A reader takes the values if the count was even and is the same before and after.
-"""
+"""Shows a shard in a window, where workers read it without asking. protocol/board.py has the layout."""
 
 from __future__ import annotations
 
@@ -16,11 +12,11 @@ __all__ = ["Board"]
 
 
 class Board:
-    """The writing side.
+    """Writes a shard to a window.
 
     Args:
-        window: of the server, at least `board_bytes` long. Its memory is mutated.
-        numel: elements of the shard.
+        window: Window of the server, at least `board_bytes(numel)` long. Its memory is mutated.
+        numel: Number of elements of the shard.
     """
 
     def __init__(self, window: Window, numel: int) -> None:
@@ -31,11 +27,11 @@ class Board:
         self._shown = -1
 
     def show(self, shard: Shard) -> None:
-        """Brings the window up to date."""
+        """Brings the window up to date; copies the values only if the version is new."""
         self._head[2] = min(shard.clocks.values(), default=EVERYBODY)
         if shard.ready and shard.version != self._shown:
             self._head[0] += 1
-            self._window.sync()
+            self._window.sync()  # orders the writes: MPI promises no order without it
             self._values.copy_(shard.values)
             self._head[1] = self._shown = shard.version
             self._window.sync()

@@ -1,4 +1,8 @@
-"""Checkpoints of the servers: one file a shard and version, whole or not there, for any number of servers."""
+"""Checkpoints of the servers: one file per shard and version.
+
+A file is written under another name and renamed, so it is either whole or not there. Any number of servers can read
+the files of a version.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,16 @@ _FILE = re.compile(r"shard-(\d+)-of-(\d+)\.pt")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """Where servers keep their shards, and how often.
+    """Where and how often servers save their shards.
 
-    A version is complete when all its shards' files are there; each of them holds the parameters after exactly so many
-    updates, and what the optimizer knew then. Residuals stay with the workers.
+    A version is complete when the files of all shards are there. Each file holds a shard's parameters after exactly
+    that many updates, and the state of its optimizer. The workers' residuals are not saved.
 
     Attributes:
-        folder: that all servers can write to.
-        every: updates between two checkpoints; 0 saves none.
-        keep: complete versions that are kept.
-        resume: whether to begin with the newest complete version, if there is one.
+        folder: Folder that all servers can write to.
+        every: Updates between two checkpoints; 0 saves none.
+        keep: Number of complete versions to keep.
+        resume: Whether to begin with the newest complete version, if there is one.
     """
 
     folder: str
@@ -48,33 +52,36 @@ class Checkpoints:
                 raise ConfigError(f"Checkpoints.{name} must be a whole number >= {least}, got {value!r}")
 
     def saved(self, shard: Shard) -> None:
-        """Saves a shard if its version is due."""
+        """Saves a shard if a checkpoint of its version is due."""
         if self.every and shard.version % self.every == 0:
             _write(Path(self.folder) / f"version-{shard.version:09d}", shard)
             self._prune(shard)
 
     def restore(self, shard: Shard) -> None:
-        """Gives a new shard the newest complete version, if it is to resume and there is one.
+        """Loads the newest complete version into a new shard, if `resume` is set and there is one.
+
+        Args:
+            shard: Mutated.
 
         Raises:
-            StateError: for a checkpoint of another model, or a damaged one.
+            StateError: If the checkpoint is damaged or of another model.
         """
         found = newest_complete(Path(self.folder)) if self.resume else None
         if found is not None:
             _read(found, shard)
 
     def _prune(self, shard: Shard) -> None:
-        """Removes this shard's files of versions older than those kept."""
+        """Removes this shard's files of all versions older than the ones to keep."""
         versions = _versions(Path(self.folder))
         complete = [v for v in versions if _complete(v)]
         for folder in versions[: versions.index(complete[-self.keep])] if len(complete) >= self.keep else ():
             (folder / _name(shard)).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another shard's server has a file there, or was faster
+            with contextlib.suppress(OSError):  # another server has a file there, or has removed the folder
                 folder.rmdir()
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """Returns the folder of the newest version of which every shard is there, or None."""
+    """Returns the folder of the newest complete version, or None."""
     return next((v for v in reversed(_versions(folder)) if _complete(v)), None)
 
 
@@ -84,7 +91,7 @@ def _versions(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Returns each shard's number of shards and file, by index."""
+    """Returns, for each shard's index, the number of shards that its file's name gives, and the file."""
     try:
         matches = [(_FILE.fullmatch(p.name), p) for p in folder.iterdir()]
     except FileNotFoundError:  # another server has just removed an old version
@@ -136,7 +143,7 @@ def _load(path: Path, shard: Shard) -> dict[str, Any]:
 
 
 def _read(folder: Path, shard: Shard) -> None:
-    """Puts a shard together from those parts of a version that overlap it."""
+    """Fills a shard from the files of a version that overlap it."""
     spec = shard.spec
     values = torch.empty(spec.numel)
     olds: list[tuple[list[Any], dict[str, Any]]] = []
@@ -153,7 +160,10 @@ def _read(folder: Path, shard: Shard) -> None:
 
 
 def _state_of(piece: Piece, olds: list[tuple[list[Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Puts the optimizer's state of a piece together; what is not elementwise (a step count) is the same everywhere."""
+    """Returns the optimizer's state of a piece, joined from the old pieces that overlap it.
+
+    State that is not elementwise, such as a step count, is the same in all of them.
+    """
     state: dict[str, Any] = {}
     for (name, start, end, _), old in olds:
         low, high = max(start, piece.start), min(end, piece.end)

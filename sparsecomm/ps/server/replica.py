@@ -1,4 +1,4 @@
-"""Keeping a shard on the next server: what changes it travels there, and answers wait until it has arrived."""
+"""Replication of a shard to the next server: the owner sends every change there before it answers for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import PUSH, decode
+from sparsecomm.ps.protocol.payloads import decode
 from sparsecomm.ps.protocol.roster import ring
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
@@ -18,14 +18,14 @@ __all__ = ["Copies", "Mirror", "apply_event"]
 
 
 class Mirror:
-    """The sending side: of one shard, on the server that answers for it.
+    """Sends the changes of one shard from its owner to its backup.
 
-    Every change has a number. An answer to a worker leaves when the backup has stored every change that the shard had
-    seen when it was made, so whatever a worker knows of survives this server.
+    Every change has a number. An answer to a worker leaves once the backup has stored every change that the shard had
+    seen when the answer was made. So every change that a worker knows of survives the owner's death.
 
     Args:
-        mailbox: this server's mailbox.
-        index: the shard.
+        mailbox: Mailbox of the owner.
+        index: Index of the shard.
     """
 
     def __init__(self, mailbox: Mailbox, index: int) -> None:
@@ -39,11 +39,11 @@ class Mirror:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing is on its way to the backup."""
+        """Whether the backup has stored everything and no answer waits."""
         return not self._waiting and (self._backup is None or self._stored >= self._seq)
 
     def moved(self, backup: int | None, shard: Shard) -> None:
-        """Notes who the backup is now; a new one is sent the whole shard."""
+        """Takes note of the current backup. A new one is sent the whole shard."""
         if backup == self._backup:
             return
         self._backup, self._begun = backup, False
@@ -54,29 +54,29 @@ class Mirror:
             self.snapshot(shard)
 
     def snapshot(self, shard: Shard) -> None:
-        """Sends the whole shard."""
+        """Sends the whole shard to the backup."""
         self._begun = True
         self._tell(Kind.SNAPSHOT, shard.snapshot())
 
     def pass_on(self, envelope: Envelope, body: torch.Tensor) -> None:
-        """Passes a worker's PUSH or JOIN on."""
+        """Sends a worker's PUSH or JOIN to the backup."""
         if self._begun:
             self._tell(Kind.EVENT, ms.pack(envelope, body))
 
     def leave(self, worker: int, why: str) -> None:
-        """Says that a worker is gone."""
+        """Tells the backup that a worker is gone."""
         if self._begun:
             self._tell(Kind.EVENT, ms.pack(Envelope(Kind.BYE, self._index, worker), ms.text(why)))
 
     def after(self, dest: int, message: torch.Tensor) -> None:
-        """Sends a message to a worker when the backup has all that was told so far."""
+        """Sends a message to a worker once the backup has stored all that it has been told so far."""
         if self._backup is None or self._stored >= self._seq:
             self._mailbox.send(dest, message)
         else:
             self._waiting.append((self._seq, dest, message))
 
     def stored(self, sender: int, seq: int) -> None:
-        """Notes that the backup has all changes up to a number."""
+        """Takes note that the backup has stored all changes up to number `seq`."""
         if sender == self._backup:
             self._stored = max(self._stored, min(seq, self._seq))
             self._release()
@@ -95,11 +95,11 @@ class Mirror:
 
 
 class Copies:
-    """The receiving side: copies of other servers' shards.
+    """Copies of other servers' shards on their backup.
 
     Args:
-        servers: ranks of all servers, by index.
-        rules: of the job.
+        servers: Ranks of all servers, by index.
+        rules: Rules of the job.
     """
 
     def __init__(self, servers: tuple[int, ...], rules: Rules) -> None:
@@ -108,11 +108,11 @@ class Copies:
         self._kept: dict[int, tuple[int, Shard]] = {}
 
     def take_in(self, envelope: Envelope, body: torch.Tensor) -> bool:
-        """Takes a SNAPSHOT or an EVENT; returns False for one of an owner that has died since."""
+        """Applies a SNAPSHOT or an EVENT; returns False if its sender is an owner that has died since."""
         return self._replace(envelope, body) if envelope.kind == Kind.SNAPSHOT else self._change(envelope, body)
 
     def _replace(self, envelope: Envelope, body: torch.Tensor) -> bool:
-        """Takes a SNAPSHOT; returns False for one of an owner that has died since."""
+        """Applies a SNAPSHOT; returns False if its sender is an owner that has died since."""
         index, sender = envelope.shard, envelope.sender
         order = ring(self._servers, index)
         owner, _ = self._kept.get(index, (sender, None))
@@ -122,10 +122,10 @@ class Copies:
         return True
 
     def _change(self, envelope: Envelope, body: torch.Tensor) -> bool:
-        """Takes an EVENT; returns False for one of an owner that has died since.
+        """Applies an EVENT; returns False if its sender is an owner that has died since.
 
         Raises:
-            WireError: if it does not fit; the copy is as it was.
+            WireError: If the event does not fit. The copy is unchanged.
         """
         owner, copy = self._kept.get(envelope.shard, (None, None))
         if copy is None or owner != envelope.sender:
@@ -134,7 +134,7 @@ class Copies:
         return True
 
     def take(self, index: int) -> Shard | None:
-        """Hands a copy over, because its owner has died."""
+        """Removes and returns the copy of a shard whose owner has died; None if there is none."""
         return self._kept.pop(index, (None, None))[1]
 
     @property
@@ -144,21 +144,21 @@ class Copies:
 
 
 def apply_event(replica: Shard, event: torch.Tensor) -> None:
-    """Does to a copy what was done to the shard.
+    """Applies a change of a shard to its copy.
 
     Args:
-        replica: Mutated.
-        event: body of an EVENT: the worker's PUSH or JOIN as it came, or a BYE in its name.
+        replica: The copy. Mutated.
+        event: Body of an EVENT: a worker's PUSH or JOIN as it came, or a BYE in a worker's name.
 
     Raises:
-        WireError: if it does not fit; the copy is as it was.
+        WireError: If the event does not fit. The copy is unchanged.
     """
     inner, body = ms.unpack(event, None)
+    worker, clock = inner.sender, inner.clock
     if inner.kind == Kind.JOIN:
-        replica.join(inner.sender, inner.clock)
+        replica.join(worker, clock)
     elif inner.kind == Kind.PUSH:
-        world = replica.rules.world_of(inner.sender)
-        selected, nonfinite = decode(PUSH, replica.spec, body, rank=inner.sender, world=world, step=inner.clock)
-        replica.push(inner.sender, inner.clock, inner.version, selected, nonfinite)
+        pairs, nonfinite = decode(replica.rules.push_origin(replica.spec, worker, clock), body)
+        replica.push(worker, clock, inner.version, pairs, nonfinite)
     else:
-        replica.leave(inner.sender, ms.read_text(body))
+        replica.leave(worker, ms.read_text(body))

@@ -1,7 +1,7 @@
-"""One shard of the parameters: its optimizer, its open rounds, and what it knows of every worker.
+"""One shard of the parameters, with its optimizer, its open rounds and its record of every worker.
 
-No messages here. What changes a shard (`start`, `push`, `leave`) is deterministic, so that a backup that is told the
-same things in the same order holds the same bits.
+It knows no messages. `start`, `push`, `leave` and `join` change a shard deterministically, so a backup that makes the
+same calls in the same order holds the same bits.
 """
 
 from __future__ import annotations
@@ -17,32 +17,49 @@ from sparsecomm import kernels
 from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import WireError
-from sparsecomm.ps.protocol.payloads import PULL, Selected, decode, encode, everything
+from sparsecomm.ps.protocol.payloads import PULL, Origin, all_positions, decode, encode
 from sparsecomm.ps.protocol.sharding import Piece, ShardSpec
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.types import ValueCodec
+from sparsecomm.types import Codecs, Pairs, ValueCodec
 
 __all__ = ["Shard", "Tally"]
 
 
-class Shard:
-    """See the module's docstring.
-
-    Args:
-        spec: which part of the model.
-        rules: of the job.
+@dataclass
+class Tally:
+    """One worker's contributions to a shard.
 
     Attributes:
-        values: the parameters, float32, shape (numel,).
-        ready: whether they have been given their first values.
-        version: updates applied.
-        clocks: pushes done, by living worker.
-        gone: why each other worker is gone.
-        tallies: by worker.
-        joined: clock at which each worker began that came after the start.
-        averaged: rounds by number of pushes in them.
-        on_version: called with the shard after every update.
+        pushes: Pushes that were applied or wait in an open round.
+        nonfinite: Pushes among these whose gradient was not finite.
+        stale: Sum over its pushes of the updates that the shard had seen since the worker's pull.
+        stalest: Largest number of such updates of one push.
+    """
+
+    pushes: int = 0
+    nonfinite: int = 0
+    stale: int = 0
+    stalest: int = 0
+
+
+class Shard:
+    """One shard of the parameters.
+
+    Args:
+        spec: The part of the model that it holds.
+        rules: Rules of the job.
+
+    Attributes:
+        values: The parameters, float32, shape (numel,).
+        ready: Whether the shard has its first values.
+        version: Number of updates applied.
+        clocks: Pushes done, by living worker.
+        gone: Reason why a worker is gone, by worker.
+        tallies: Tally of each worker.
+        joined: Clock at which a worker joined, by worker that came after the start.
+        averaged: Number of rounds, by number of pushes in them.
+        on_version: Called with the shard after every update.
     """
 
     def __init__(self, spec: ShardSpec, rules: Rules) -> None:
@@ -58,45 +75,45 @@ class Shard:
         self.averaged: dict[int, int] = {}
         self.on_version: Callable[[Shard], None] | None = None
         self._round = 0
-        self._open: dict[int, dict[int, Selected | None]] = {}
-        self._views: dict[int, tuple[int, torch.Tensor]] = {}
+        self._open_rounds: dict[int, dict[int, Pairs | None]] = {}  # by clock, then worker
+        self._views: dict[int, tuple[int, torch.Tensor]] = {}  # by worker: the values that it has, and their version
         self._memories: dict[int, SelectorMemory] = {}
         self._arena = Arena()
-        self._all = everything(spec.numel)
+        self._positions = all_positions(spec.numel)
         self._grad = torch.zeros(spec.numel)
         self._parameters = [self._parameter(p) for p in spec.pieces]
         self.optimizer = rules.optimizer(self._parameters)
 
-    def _parameter(self, piece: Any) -> torch.nn.Parameter:
+    def _parameter(self, piece: Piece) -> torch.nn.Parameter:
         span = slice(piece.offset, piece.offset + piece.end - piece.start)
         parameter = torch.nn.Parameter(self.values[span])
         parameter.grad = self._grad[span]
         parameter.ps_name, parameter.ps_shape = piece.name, piece.shape  # type: ignore[attr-defined]
         return parameter
 
-    # --- what changes it, in the same order on its backup ---
+    # --- changes, made on the backup in the same order ---
 
     def start(self, values: torch.Tensor) -> None:
-        """Gives it its first values; does nothing if it has some."""
+        """Sets the first values; does nothing if the shard has values."""
         if not self.ready:
             self.values.copy_(values)
             self.ready = True
 
-    def push(self, worker: int, clock: int, based_on: int, selected: Selected, nonfinite: bool) -> int | None:
-        """Takes a worker's gradient: applies it, or lets it wait for its round.
+    def push(self, worker: int, clock: int, based_on: int, pairs: Pairs, nonfinite: bool) -> int | None:
+        """Applies a worker's gradient, or keeps it until its round closes.
 
         Args:
-            worker: rank.
-            clock: pushes that the worker has done before.
-            based_on: version that the gradient was computed on.
-            selected: the gradient.
-            nonfinite: whether it was not finite: then it counts as done but changes nothing.
+            worker: Rank of the worker.
+            clock: Pushes that the worker has done before.
+            based_on: Version that the gradient was computed on.
+            pairs: The gradient.
+            nonfinite: Whether the gradient was not finite. Such a push is counted but changes no values.
 
         Returns:
-            Its staleness in updates; None for one that was already here (sent again after a failure).
+            Staleness of the push in updates; None if it was applied before and sent again after a failure.
 
         Raises:
-            WireError: for a push out of turn, or by a worker that is gone.
+            WireError: If the push is out of turn, or the worker is gone.
         """
         self.check_turn(worker, clock, based_on)
         if clock < self.clocks[worker]:
@@ -109,57 +126,59 @@ class Shard:
         tally.stalest = max(tally.stalest, stale)
         self.clocks[worker] = clock + 1
         if self.rules.mode.rounds:
-            self._open.setdefault(clock, {})[worker] = None if nonfinite else selected
+            self._open_rounds.setdefault(clock, {})[worker] = None if nonfinite else pairs
             self._close_rounds()
         elif nonfinite:
-            self._count()
+            self._count_update()
         else:
-            self._update([selected], 1.0 / len(self.rules.workers))
+            self._update([pairs], 1.0 / len(self.rules.workers))
         return stale
 
     def check_turn(self, worker: int, clock: int, based_on: int) -> None:
         """Checks that a push may come now.
 
         Raises:
-            WireError: names the worker and what is wrong.
+            WireError: If it may not. It names the worker and the reason.
         """
-        where = {"rank": worker, "bucket": self.spec.index}
         if not self.ready:
-            raise WireError("shard", self.spec.index, "has no values here: its server and its backup are dead", **where)
+            reason = "has no values here: its server and its backup are dead"
+            raise self._error("shard", self.spec.index, reason, worker)
         if worker not in self.clocks:
             why = self.gone.get(worker, "never one of this job")
-            raise WireError("sender", worker, f"not a worker any more: {why}", **where)
+            raise self._error("sender", worker, f"not a worker any more: {why}", worker)
         if clock > self.clocks[worker]:
-            raise WireError("clock", clock, f"this worker has done {self.clocks[worker]} pushes", **where)
+            raise self._error("clock", clock, f"this worker has done {self.clocks[worker]} pushes", worker)
         if based_on > self.version:
-            raise WireError("version", based_on, f"the shard is at version {self.version}", **where)
+            raise self._error("version", based_on, f"the shard is at version {self.version}", worker)
+
+    def _error(self, field: str, value: object, reason: str, worker: int) -> WireError:
+        return WireError(field, value, reason, rank=worker, bucket=self.spec.index)
 
     def leave(self, worker: int, why: str) -> None:
-        """Lets a worker go. What it has pushed stays; rounds close without it."""
+        """Removes a worker. Its pushes stay, and rounds close without it."""
         if self.clocks.pop(worker, None) is not None:
             self.gone[worker] = why
             self._views.pop(worker, None)
             self._close_rounds()
 
     def join(self, worker: int, clock: int) -> bool:
-        """Lets a new worker in; until its first push it may name another clock.
+        """Admits a new worker. Until its first push it may call again with another clock.
 
         Args:
-            worker: rank, of nobody who was here at the start.
-            clock: number of its first push: rounds before that one close without it.
+            worker: Rank of the worker, which was not there at the start.
+            clock: Clock of its first push. Earlier rounds close without it.
 
         Returns:
-            Whether it may begin then; False if that round has closed.
+            Whether it may begin at that clock; False if that round has closed.
 
         Raises:
-            WireError: if it was here and is gone, or nobody is left to join.
+            WireError: If the worker was here before and is gone, or all workers have left.
         """
-        where = {"rank": worker, "bucket": self.spec.index}
         if worker in self.gone or not self.clocks:
             why = self.gone.get(worker, "all workers have left: the job has ended")
-            raise WireError("sender", worker, f"cannot join: {why}", **where)
+            raise self._error("sender", worker, f"cannot join: {why}", worker)
         if worker in self.tallies and (worker not in self.joined or self.tallies[worker].pushes):
-            raise WireError("sender", worker, "is at work already", **where)
+            raise self._error("sender", worker, "is at work already", worker)
         if self.rules.mode.rounds and clock < self._round:
             return False
         self.clocks[worker] = self.joined[worker] = clock
@@ -173,9 +192,9 @@ class Shard:
         return self._round if self.rules.mode.rounds else min(self.clocks.values(), default=0)
 
     def _close_rounds(self) -> None:
-        """Applies every round that all living workers have pushed to; the last ones when nobody is left."""
-        while self._open and all(c > self._round for c in self.clocks.values()):
-            pushes = self._open.pop(self._round, {})
+        """Applies every round that all living workers have pushed to; all open rounds if no worker is left."""
+        while self._open_rounds and all(c > self._round for c in self.clocks.values()):
+            pushes = self._open_rounds.pop(self._round, {})
             self._round += 1
             if not pushes:
                 continue
@@ -185,26 +204,26 @@ class Shard:
             if finite:
                 self._update(finite, 1.0 / len(parts))
             else:
-                self._count()
+                self._count_update()
 
-    def _update(self, parts: Sequence[Selected], scale: float) -> None:
-        """One step of the optimizer on the scaled sum of gradients."""
+    def _update(self, parts: Sequence[Pairs], scale: float) -> None:
+        """Makes one step of the optimizer on the scaled sum of gradients."""
         kernels.scatter_reduce(self._grad, parts, scale=scale)
         if self.rules.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rules.rate(self.version)
         self.optimizer.step()
-        self._count()
+        self._count_update()
 
-    def _count(self) -> None:
+    def _count_update(self) -> None:
         self.version += 1
         if self.on_version is not None:
             self.on_version(self)
 
-    # --- what answers workers ---
+    # --- pulls ---
 
     def may_pull(self, clock: int) -> bool:
-        """Returns whether a worker that has done so many pushes may go on: nobody alive is too far behind."""
+        """Returns whether the mode lets a worker that has done `clock` pushes go on."""
         lead = self.rules.mode.lead
         return self.ready and (lead is None or not self.clocks or min(self.clocks.values()) >= clock - lead)
 
@@ -212,48 +231,32 @@ class Shard:
         """Returns the payload that brings a worker to this version, as far as the pull's density allows.
 
         Args:
-            worker: whom it is for.
-            have: the version that it was last brought to; another one than was sent last gets the whole shard.
-            rank: of this server.
-            dense: whether the worker wants the whole shard in any case.
+            worker: Rank of the worker.
+            have: Version that the worker has. If another one was sent to it last, it gets the whole shard.
+            rank: Rank of this server.
+            dense: Whether the worker asks for the whole shard.
 
         Returns:
-            The payload, in memory that the next pull reuses, and whether it replaces what the worker has.
+            The payload, in memory that the next pull reuses, and whether it is the whole shard. The worker adds any
+            other payload to the values that it has.
         """
-        sent, view = self._views.get(worker, (-1, None))
-        compressor, codec, selected = (
-            None if dense else self.rules.pull,
-            self.rules.pull_codec,
-            (self._all, self.values),
-        )
-        whole = compressor is None or view is None or sent != have
-        if whole:
-            codec = ValueCodec.FP32
-        else:
-            assert compressor is not None
-            assert view is not None
-            selected = self._changes(worker, view, compressor)
-        payload, _ = encode(
-            PULL,
-            self.spec,
-            selected,
-            codec,
-            self._arena,
-            rank=rank,
-            world=self.rules.world,
-            step=self.version,
-        )
-        if compressor is not None:
-            if whole or view is None:
-                view = self.values.clone()
-            else:
-                sending, _ = decode(PULL, self.spec, payload, rank=rank, world=self.rules.world, step=self.version)
-                kernels.scatter_add(view, *sending)
-            self._views[worker] = (self.version, view)
-        return payload, whole
+        version, view = self._views.get(worker, (-1, None))
+        compressor = None if dense else self.rules.pull
+        origin = Origin(PULL, self.spec, rank, self.rules.world, self.version)
+        if compressor is None or view is None or version != have:
+            payload, _ = encode(origin, (self._positions, self.values), Codecs(ValueCodec.FP32, None), self._arena)
+            if compressor is not None:
+                self._views[worker] = (self.version, self.values.clone())
+            return payload, True
+        changes = self._changes(worker, view, compressor)
+        payload, _ = encode(origin, changes, Codecs(self.rules.pull_codec, None), self._arena)
+        rounded, _ = decode(origin, payload)
+        kernels.scatter_add(view, *rounded)
+        self._views[worker] = (self.version, view)
+        return payload, False
 
-    def _changes(self, worker: int, view: torch.Tensor, compressor: Compressor) -> Selected:
-        """Selects the largest differences between the shard and what a worker has; the others stay differences."""
+    def _changes(self, worker: int, view: torch.Tensor, compressor: Compressor) -> Pairs:
+        """Selects the largest differences between the shard and a worker's view; the others come in a later pull."""
         numel = self.spec.numel
         k = compressor.k_for(numel, self.version)
         capacity = compressor.capacity(k, numel)
@@ -265,10 +268,10 @@ class Shard:
         chosen = compressor.select(self.values, behind, k, memory, out)
         return out.indices[: chosen.nnz], out.values[: chosen.nnz]
 
-    # --- what its backup, its checkpoint and its statistics keep ---
+    # --- state for backups, checkpoints and statistics ---
 
     def facts(self) -> dict[str, Any]:
-        """Returns what has happened to it, as JSON."""
+        """Returns the shard's history as a value that JSON can hold."""
         return {
             "shard": self.spec.index,
             "version": self.version,
@@ -280,7 +283,7 @@ class Shard:
         }
 
     def snapshot(self) -> torch.Tensor:
-        """Returns all that a backup needs, as bytes."""
+        """Returns all state that a backup needs, as bytes, uint8."""
         s = self.spec
         state = {
             "spec": [s.index, s.shards, s.start, s.end, s.model_hash],
@@ -295,9 +298,9 @@ class Shard:
             "averaged": self.averaged,
             "tallies": {w: vars(t) for w, t in self.tallies.items()},
             "open": [
-                (clock, worker, None if s is None else (s[0].to(torch.int64), s[1]))
-                for clock, pushes in self._open.items()
-                for worker, s in pushes.items()
+                (clock, worker, None if pairs is None else (pairs[0].to(torch.int64), pairs[1]))
+                for clock, pushes in self._open_rounds.items()
+                for worker, pairs in pushes.items()
             ],
             "optimizer": self.optimizer.state_dict(),
         }
@@ -307,7 +310,7 @@ class Shard:
 
     @classmethod
     def from_snapshot(cls, rules: Rules, data: torch.Tensor) -> Shard:
-        """Returns the shard that a snapshot was made of; workers' views are not in it: they are sent all once more."""
+        """Returns the shard of a snapshot. Workers' views are not in it: their next pull brings the whole shard."""
         state = torch.load(io.BytesIO(bytes(data.numpy())), weights_only=True)
         index, shards, start, end, model_hash = state["spec"]
         pieces = tuple(Piece(name, tuple(shape), *rest) for name, shape, *rest in state["pieces"])
@@ -318,41 +321,25 @@ class Shard:
         made.joined = state["joined"]
         made.tallies = {w: Tally(**t) for w, t in state["tallies"].items()}
         for clock, worker, s in state["open"]:
-            made._open.setdefault(clock, {})[worker] = None if s is None else (s[0].to(torch.uint32), s[1])
+            pairs = None if s is None else (s[0].to(torch.uint32), s[1])
+            made._open_rounds.setdefault(clock, {})[worker] = pairs
         made.optimizer.load_state_dict(state["optimizer"])
         return made
 
     def piece_states(self) -> list[dict[str, Any]]:
-        """Returns what the optimizer keeps of each piece: its live state."""
+        """Returns the optimizer's live state of each piece."""
         return [self.optimizer.state.setdefault(p, {}) for p in self._parameters]
 
     def restore(self, values: torch.Tensor, version: int, states: Sequence[dict[str, Any]]) -> None:
-        """Continues from a checkpoint, before any worker has begun.
+        """Sets the state from a checkpoint, before any worker has begun.
 
         Args:
-            values: float32, shape (numel,).
-            version: that they are of.
-            states: of the optimizer, by piece.
+            values: Parameters, float32, shape (numel,).
+            version: Version of these values.
+            states: State of the optimizer, by piece.
         """
         self.values.copy_(values)
         for parameter, state in zip(self._parameters, states, strict=True):
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.ready = version, True
-
-
-@dataclass
-class Tally:
-    """What one worker has done to a shard.
-
-    Attributes:
-        pushes: applied, or waiting in an open round.
-        nonfinite: of these, those whose gradient was not finite.
-        stale: sum over its pushes of updates that the shard had seen since the worker's pull.
-        stalest: the largest of these.
-    """
-
-    pushes: int = 0
-    nonfinite: int = 0
-    stale: int = 0
-    stalest: int = 0

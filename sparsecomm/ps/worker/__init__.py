@@ -1,1 +1,1 @@
-"""A worker: pushes gradients, pulls parameters."""
+"""The worker's side: pushing gradients, pulling parameters, and the requests that both make."""

@@ -1,4 +1,4 @@
-"""Noticing in backward which parts of the gradient are complete, so that their push can leave before it ends."""
+"""Notices in backward which parts of the gradient are complete, so that their push can leave before it ends."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """Hooks on all parameters; a part is complete when each parameter in it has its gradient of this pass.
+    """Calls `complete` for each part as soon as every parameter in it has its gradient of this pass.
 
-    A parameter that is shared gets its hook called once, with the sum; one that is not used, or frozen since, never,
-    and its part is left to `Worker.push`.
+    The hook of a shared parameter runs once, with the sum. The hook of a parameter that is unused, or that has been
+    frozen since, never runs, and `Worker.push` sends its part.
 
     Args:
-        parameters: of the model.
-        parts: for each part, which of them it has a piece of.
-        complete: called with the number of a part, in the thread that made this.
+        parameters: Parameters of the model.
+        parts: For each part, the numbers of the parameters that it has a piece of.
+        complete: Called with the number of a part, in the thread that made this object.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Watch:
         ]
 
     def start(self) -> None:
-        """Begins a new step: no gradient is there."""
+        """Begins a new step, in which no gradient has been computed yet."""
         self._missing = [set(part) for part in self._parts]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Lets backward passes go by whose gradients are not all of the step's."""
+        """Ignores backward passes inside the context. Their gradients are only a part of the step's."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -53,13 +53,13 @@ class Watch:
             self._paused = before
 
     def close(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _arrived(self, parameter: int, _: torch.Tensor) -> None:
-        if self._paused or threading.get_ident() != self._thread:  # only one thread may talk
+        if self._paused or threading.get_ident() != self._thread:  # only one thread may use the mailbox
             return
         for part in self._of[parameter]:
             missing = self._missing[part]

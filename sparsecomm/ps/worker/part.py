@@ -1,4 +1,4 @@
-"""One shard as a worker sees it: error feedback on its gradient, and the payloads it pushes."""
+"""One shard of a worker's gradient: its error feedback, and the payloads that carry it to the server."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from sparsecomm.feedback import (
     take_all,
     take_some,
 )
-from sparsecomm.ps.protocol.payloads import PUSH, Selected, encode, everything
+from sparsecomm.ps.protocol.payloads import PUSH, Origin, all_positions, encode
 from sparsecomm.ps.protocol.sharding import ShardSpec
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.types import ValueCodec
+from sparsecomm.types import Codecs, Pairs, ValueCodec
 
 __all__ = ["Part"]
 
 
 class Part:
-    """See the module's docstring.
+    """One shard of a worker's gradient.
+
+    A push is `take`, then `encode`, then `commit`; `Taken.undo` in place of `commit` puts everything back.
 
     Args:
-        spec: the shard.
-        config: how to compress.
-        sender: rank of the worker and number of ranks.
-        clip: square of the share of `clip_norm` that this part of the gradient gets.
-        arena: gives the buffers.
+        spec: The shard.
+        config: Options of compression.
+        sender: Rank of the worker, and number of ranks.
+        clip: Square of the share of `clip_norm` that this part of the gradient gets.
+        arena: Gives the buffers.
 
     Attributes:
-        version: what was pulled last; -1 before the first pull.
-        bucket: what was not sent yet, and the moments.
+        version: Version pulled last; -1 before the first pull.
+        bucket: Residual and moments of the shard.
     """
 
     def __init__(
@@ -62,14 +64,14 @@ class Part:
         self._arena = arena
         self._clip = None if limit is None else float(limit) * math.sqrt(clip)
         self._all: torch.Tensor | None = None
-        self._dropped = torch.empty(0)
+        self._rounding = torch.empty(0)
 
     def take(self, grad: torch.Tensor, clock: int) -> Taken:
-        """Adds a gradient to the residual and takes out what to send; `encode`, or `settle`, ends that.
+        """Adds a gradient to the residual and takes out the values to send. `commit` or `Taken.undo` must follow.
 
         Args:
-            grad: float32, shape (spec.numel,); must last until then.
-            clock: pushes done before.
+            grad: float32, shape (spec.numel,). Must not change until then.
+            clock: Pushes done before.
         """
         config, n = self._config, self.spec.numel
         incoming = Incoming(grad, config.feedback, clip_norm=self._clip)
@@ -80,71 +82,48 @@ class Part:
             return taken
         return take_some(self.bucket, incoming, config.compressor, config.compressor.k_for(n, clock), self._arena)
 
-    def encode(self, taken: Taken, nonfinite: bool, clock: int) -> tuple[torch.Tensor, int]:
-        """Writes what was taken, and makes that final: `write` and `settle` in one.
+    def encode(self, taken: Taken, clock: int) -> tuple[torch.Tensor, int]:
+        """Returns the payload of the values taken, in the arena, and its number of nonzeros.
 
         Args:
-            taken: committed; or undone, and nothing is sent, if the gradient was not finite.
-            nonfinite: whether any part of the gradient was not.
-            clock: pushes done before.
-
-        Returns:
-            The payload, in the arena, and its nonzeros.
+            taken: Result of `take`.
+            clock: Pushes done before.
         """
-        if nonfinite:
-            self.settle(taken, sent=False)
-            nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0)
-            return self._payload(nothing, self._config.values, clock, True)[0], 0
-        written = self.write(taken, clock)
-        self.settle(taken, sent=True)
-        return written
-
-    def write(self, taken: Taken, clock: int) -> tuple[torch.Tensor, int]:
-        """Returns the payload of what was taken, in the arena, and its nonzeros; `settle` must follow."""
         residual, codec = self.bucket.residual, self._config.values
         if isinstance(taken, SelectedTaken):
-            selected: Selected = (taken.indices, taken.values)
+            pairs: Pairs = (taken.indices, taken.values)
         else:
             codec = self._config.dense_values
-            selected = (self._everything(), taken.added.incoming.grad if residual is None else residual)
-        payload, self._dropped = self._payload(selected, codec, clock, False)
-        return payload, selected[1].numel()
+            pairs = (self._positions(), taken.added.incoming.grad if residual is None else residual)
+        payload, self._rounding = self._payload(pairs, codec, clock)
+        return payload, pairs[1].numel()
 
-    def settle(self, taken: Taken, *, sent: bool) -> None:
-        """Makes final what was written: what rounding dropped stays behind. Or takes it all back, if it is not sent."""
+    def encode_nonfinite(self, clock: int) -> torch.Tensor:
+        """Returns the payload of a push whose gradient is not finite: without values, in the arena."""
+        nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0)
+        return self._payload(nothing, self._config.values, clock, nonfinite=True)[0]
+
+    def encode_first(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the payload of the shard's first values, in the arena."""
+        return self._payload((self._positions(), values), ValueCodec.FP32, 0)[0]
+
+    def commit(self, taken: Taken) -> None:
+        """Makes a push final after `encode`: rounding errors go to the residual."""
         residual = self.bucket.residual
-        if not sent:
-            taken.undo()
-            return
         if isinstance(taken, WholeTaken):
-            taken.rest = self._dropped
+            taken.rest = self._rounding
         elif isinstance(taken, SelectedTaken) and residual is not None and self._config.values != ValueCodec.FP32:
-            kernels.scatter_add(residual, taken.indices, self._dropped)
+            kernels.scatter_add(residual, taken.indices, self._rounding)
         taken.commit()
         self.bucket.age += 1
 
-    def first(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the payload of the shard's first values, in the arena."""
-        return self._payload((self._everything(), values), ValueCodec.FP32, 0, False)[0]
-
     def _payload(
-        self, selected: Selected, codec: ValueCodec, clock: int, nonfinite: bool
+        self, pairs: Pairs, codec: ValueCodec, clock: int, *, nonfinite: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rank, world = self._sender
-        return encode(
-            PUSH,
-            self.spec,
-            selected,
-            codec,
-            self._arena,
-            rank=rank,
-            world=world,
-            step=clock,
-            nonfinite=nonfinite,
-            index_codec=self._config.indices,
-        )
+        origin = Origin(PUSH, self.spec, *self._sender, step=clock)
+        return encode(origin, pairs, Codecs(codec, self._config.indices), self._arena, nonfinite=nonfinite)
 
-    def _everything(self) -> torch.Tensor:
+    def _positions(self) -> torch.Tensor:
         if self._all is None:
-            self._all = everything(self.spec.numel)
+            self._all = all_positions(self.spec.numel)
         return self._all

@@ -1,4 +1,4 @@
-"""How parameters get to a worker: sparse or whole from a server that is asked, or read from its window."""
+"""Pulls parameters to a worker: sparse or whole from a server that is asked, or read from its window."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.ps.protocol.messages import ENVELOPE_BYTES, READY, WHOLE, Kind
-from sparsecomm.ps.worker.client import Client, Steps
+from sparsecomm.ps.worker.client import Client
+from sparsecomm.ps.worker.link import Steps
+from sparsecomm.ps.worker.metrics import WorkerMetrics
 from sparsecomm.ps.worker.part import Part
-from sparsecomm.ps.worker.pusher import WorkerMetrics
 from sparsecomm.ps.worker.window import read_board
 from sparsecomm.transport.mailbox.window import Window
 from sparsecomm.types import IndexCodec
@@ -22,17 +23,18 @@ __all__ = ["PullCost", "Puller"]
 
 _SMALL, _LARGE = 0, 1 << 18  # bytes of the messages that are timed
 _REPEATS = 5
+_READ_ROUNDS = 3  # the head, the values, the head again
 
 
 @dataclass(frozen=True)
 class PullCost:
-    """What one way to pull is predicted to cost.
+    """Predicted cost of one way to pull. The time that a server takes to select is not in it.
 
     Attributes:
         way: "sparse", "dense" or "one_sided".
-        rounds: exchanges with all servers that follow each other.
-        nbytes: received from all servers.
-        seconds: rounds times the time of an empty one, and bytes times the time of one more.
+        rounds: Number of exchanges with all servers, one after the other.
+        nbytes: Bytes received from all servers.
+        seconds: Rounds times the time of an empty round, plus bytes times the time of one more byte.
     """
 
     way: str
@@ -45,8 +47,13 @@ class PullCost:
 
 
 @dataclass(frozen=True)
-class _Link:
-    """alpha: seconds of an empty round with all servers; beta: of one more byte."""
+class _Speed:
+    """Measured speed of one way to pull.
+
+    Attributes:
+        alpha: Seconds of an empty round with all servers.
+        beta: Seconds of one more byte.
+    """
 
     alpha: float
     beta: float
@@ -56,14 +63,14 @@ class Puller:
     """Pulls all parts.
 
     Args:
-        client: sends.
-        parts: of the model. Mutated: their versions.
-        flat: all parameters, float32. Mutated.
-        counted: what this worker has done. Mutated.
+        client: Sends the requests.
+        parts: Parts of the model. Mutated: their versions.
+        flat: All parameters, float32. Mutated.
+        counted: Counters of this worker. Mutated.
 
     Attributes:
-        way: how it pulls; "asked" is sparse or dense, as the servers do.
-        costs: what each way was predicted to cost, cheapest first; empty where nothing was to be chosen.
+        way: "sparse", "dense", "one_sided", or "asked" if the servers decide between sparse and dense.
+        costs: Predicted cost of each way, cheapest first; empty unless the way was chosen by cost.
     """
 
     def __init__(self, client: Client, parts: Sequence[Part], flat: torch.Tensor, counted: WorkerMetrics) -> None:
@@ -76,10 +83,10 @@ class Puller:
         self._window: Window | None = None
 
     def begin(self) -> Steps[None]:
-        """Opens a window where there is one, and chooses. Collective if the link has windows."""
+        """Opens a window if the link has windows, and chooses a way to pull. Collective if the link has windows."""
         link = self._client.link
         if link.open_window is not None:
-            yield from self._ping(Kind.PING, READY)
+            yield from self._ping(READY)
             self._window = link.open_window(0)
         if link.pull_by == "one_sided":
             self.way = "one_sided"
@@ -87,9 +94,9 @@ class Puller:
             yield from self._choose()
 
     def pull(self, clock: int) -> Steps[None]:
-        """Brings `flat` up to date, as soon as the mode lets a worker go on that has done so many pushes."""
+        """Brings `flat` up to date once the mode lets a worker that has done `clock` pushes go on."""
         if self.way == "one_sided":
-            yield from self._client.wait(Kind.PUSH)  # what is read must have this worker's own push in it
+            yield from self._client.wait(Kind.PUSH)  # the values read must include this worker's push
             for part in self._parts:
                 yield from self._read(part, clock)
         else:
@@ -98,7 +105,7 @@ class Puller:
         yield from self._client.wait(Kind.PULL)
 
     def explain(self) -> str:
-        """Returns in words how this worker pulls, and why."""
+        """Describes how this worker pulls, and why."""
         lines = [f"pulls: {self.way}", *map(str, self.costs)]
         return "\n".join(lines)
 
@@ -107,14 +114,14 @@ class Puller:
         self._client.ask(Kind.PULL, part.spec.index, clock=clock, version=part.version + 1, flags=flags)
 
     def _read(self, part: Part, clock: int) -> Steps[None]:
-        """Reads a shard from its window; asks for it after too many torn reads."""
+        """Reads a shard from its server's window, or asks for it after too many torn reads."""
         window, spec, link = self._window, part.spec, self._client.link
         assert window is not None
-        rank, again = link.servers[spec.index], [0]
+        rank, torn = link.servers[spec.index], [0]
         slowest = None if link.lead is None else clock - link.lead
         out = self._flat[spec.start : spec.end]
-        version = yield from read_board(window, rank, out, slowest, f"server rank {rank}", again)
-        self._counted.torn += again[0]
+        version = yield from read_board(window, rank, out, slowest, f"server rank {rank}", torn)
+        self._counted.torn += torn[0]
         if version is None:
             self._counted.fallbacks += 1
             self._ask(part, clock)
@@ -125,6 +132,7 @@ class Puller:
     # --- choosing ---
 
     def _choose(self) -> Steps[None]:
+        """Chooses the way with the least predicted cost."""
         asked = yield from self._measure(self._ask_bytes)
         values = 4 * self._flat.numel()
         shards = len(self._parts)
@@ -134,11 +142,12 @@ class Puller:
             costs.append(_cost("sparse", asked, 1, self._sparse_bytes() + frame))
         if self._window is not None:
             read = yield from self._measure(self._read_bytes)
-            costs.append(_cost("one_sided", read, 3, values))
+            costs.append(_cost("one_sided", read, _READ_ROUNDS, values))
         self.costs = sorted(costs, key=lambda cost: cost.seconds)
         self.way = self.costs[0].way
 
     def _sparse_bytes(self) -> int:
+        """Returns the expected bytes of a sparse pull from all servers, without envelopes and headers."""
         compressor, codec = self._client.link.sparse, self._client.link.pull_codec
         assert compressor is not None
         total = 0
@@ -149,8 +158,8 @@ class Puller:
             total += int(index) + kernels.max_value_bytes(codec, k)
         return total
 
-    def _measure(self, move: Callable[[int], Steps[int]]) -> Steps[_Link]:
-        """Times moving no bytes, and many, from all servers, each the fastest of some."""
+    def _measure(self, move: Callable[[int], Steps[int]]) -> Steps[_Speed]:
+        """Times small and large transfers from all servers, the fastest of `_REPEATS` each."""
         best: dict[int, tuple[float, int]] = {}
         for size in (_SMALL, _LARGE):
             for _ in range(_REPEATS):
@@ -158,15 +167,15 @@ class Puller:
                 moved = yield from move(size)
                 best[size] = min(best.get(size, (float("inf"), 0)), (time.perf_counter() - began, moved))
         (small, _), (large, moved) = best[_SMALL], best[_LARGE]
-        return _Link(small, max(0.0, large - small) / max(1, moved))
+        return _Speed(small, max(0.0, large - small) / max(1, moved))
 
     def _ask_bytes(self, size: int) -> Steps[int]:
-        """Asks all servers for so many bytes, at the same time."""
-        yield from self._ping(Kind.PING, 0, size)
+        """Asks all servers for `size` bytes each, at the same time; returns the bytes moved."""
+        yield from self._ping(0, size)
         return size * len(self._parts)
 
     def _read_bytes(self, size: int) -> Steps[int]:
-        """Reads so many bytes, or all of it, from each server's window, or its head."""
+        """Reads `size` bytes from each server's window, or its head if that is longer; returns the bytes moved."""
         moved = 0
         assert self._window is not None
         for part in self._parts:
@@ -177,11 +186,11 @@ class Puller:
             moved += out.nbytes
         return moved
 
-    def _ping(self, kind: Kind, flags: int, size: int = 0) -> Steps[None]:
+    def _ping(self, flags: int, size: int = 0) -> Steps[None]:
         for part in self._parts:
-            self._client.ask(kind, part.spec.index, clock=size, flags=flags)
-        yield from self._client.wait(kind)
+            self._client.ask(Kind.PING, part.spec.index, clock=size, flags=flags)
+        yield from self._client.wait(Kind.PING)
 
 
-def _cost(way: str, link: _Link, rounds: int, nbytes: int) -> PullCost:
-    return PullCost(way, rounds, nbytes, rounds * link.alpha + nbytes * link.beta)
+def _cost(way: str, speed: _Speed, rounds: int, nbytes: int) -> PullCost:
+    return PullCost(way, rounds, nbytes, rounds * speed.alpha + nbytes * speed.beta)

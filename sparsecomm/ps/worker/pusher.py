@@ -1,4 +1,4 @@
-"""How a worker's gradient gets to the servers: part by part, at the end of a step or while backward goes on."""
+"""Pushes a worker's gradient to the servers part by part, at the end of a step or while backward goes on."""
 
 from __future__ import annotations
 
@@ -14,68 +14,24 @@ from sparsecomm.feedback import Taken
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Kind
 from sparsecomm.ps.worker.client import Client
+from sparsecomm.ps.worker.metrics import WorkerMetrics
 from sparsecomm.ps.worker.overlap import Watch
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.runtime.arena import Arena
 
-__all__ = ["Pusher", "WorkerMetrics"]
+__all__ = ["Pusher"]
 
-_PATIENCE = 2  # steps in a row in which gradients changed after they were sent
-
-
-@dataclass
-class WorkerMetrics:
-    """What a worker has done so far.
-
-    Attributes:
-        pushes: gradients pushed.
-        pulls: pulls.
-        nnz: nonzeros pushed.
-        bytes_sent: bytes of all messages to servers, envelopes and headers included.
-        bytes_received: bytes of all messages from servers.
-        dense_bytes: bytes that dense float32 pushes and pulls would have moved, without any headers.
-        nonfinite: pushes left out because the gradient was not finite.
-        staleness: sum over acknowledged pushes of the updates that their shard had seen since this worker's pull.
-        acknowledged: acknowledged pushes, counted by shard.
-        stalest: the largest of these.
-        early_bytes: payload bytes of pushes that left in backward.
-        retracted: of these, pushes that were sent again because their gradient had changed, counted by shard.
-        torn: one-sided reads that met an update, and were done again.
-        fallbacks: of one-sided pulls, those that asked the server after too many of these, counted by shard.
-        joined_at: the clock at which this worker began; 0 for those that were there at the start.
-    """
-
-    pushes: int = 0
-    pulls: int = 0
-    nnz: int = 0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    dense_bytes: int = 0
-    nonfinite: int = 0
-    staleness: int = 0
-    acknowledged: int = 0
-    stalest: int = 0
-    joined_at: int = 0
-    early_bytes: int = 0
-    retracted: int = 0
-    torn: int = 0
-    fallbacks: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """Dense bytes over bytes on the wire, both ways; 1.0 if nothing has moved."""
-        moved = self.bytes_sent + self.bytes_received
-        return self.dense_bytes / moved if moved else 1.0
-
-    @property
-    def mean_staleness(self) -> float:
-        """Updates between a pull and the application of the gradient computed on it, on average."""
-        return self.staleness / self.acknowledged if self.acknowledged else 0.0
+_PATIENCE = 2  # steps in a row with retracted pushes, after which overlap ends
 
 
 @dataclass
 class _Early:
-    """A part whose gradient is in the residual already, and on its way unless it was not finite."""
+    """A part that was taken in backward, and sent unless its gradient was not finite.
+
+    Attributes:
+        taken: Values taken out of the part.
+        nnz: Number of nonzeros sent.
+    """
 
     taken: Taken
     nnz: int
@@ -84,19 +40,19 @@ class _Early:
 class Pusher:
     """Pushes all parts of a gradient as one: either all of them count, or none does.
 
-    A part that is complete while backward goes on is sent as a push that the server only keeps. At the end of the step
-    it is compared with the gradient as it is then, and a COMMIT of a few bytes makes it count; a push without that
-    flag replaces it.
+    A part that is complete while backward goes on is sent as a pending push, which the server checks and keeps. At the
+    end of the step the part is compared with the gradient as it is then. If it is unchanged, a COMMIT makes the push
+    count; otherwise another push replaces it.
 
     Args:
-        client: sends.
-        parts: of the model.
-        named: parameters by name.
-        arena: gives the buffers.
-        counted: what this worker has done. Mutated.
+        client: Sends the requests.
+        parts: Parts of the model.
+        named: Parameters by name.
+        arena: Gives the buffers.
+        counted: Counters of this worker. Mutated.
 
     Attributes:
-        early: parts that were taken in backward, by number.
+        early: Parts that were taken in backward, by number.
     """
 
     def __init__(
@@ -120,7 +76,7 @@ class Pusher:
         """Sends parts in backward from now on.
 
         Args:
-            clock: returns the pushes done.
+            clock: Returns the number of pushes done.
         """
         numbers = {name: i for i, name in enumerate(self._named)}
         parts = [[numbers[piece.name] for piece in part.spec.pieces] for part in self._parts]
@@ -137,20 +93,20 @@ class Pusher:
             self._watch = None
 
     def forget(self) -> None:
-        """Takes back what was sent in backward: the step does not end."""
+        """Takes back the parts sent in backward, because their step will not end."""
         for index, early in self.early.items():
-            self._parts[index].settle(early.taken, sent=False)
+            early.taken.undo()
             self._client.forget(Kind.PUSH, self._parts[index].spec.index)
         self.early.clear()
 
     def push(self, clock: int) -> None:
-        """Pushes what is left, and makes it all count.
+        """Pushes the parts that were not sent in backward, and commits the others.
 
         Args:
-            clock: pushes done before.
+            clock: Pushes done before.
 
         Raises:
-            ConfigError: for a sparse gradient.
+            ConfigError: If a gradient is a sparse tensor.
         """
         self._retract()
         taken = []
@@ -160,21 +116,25 @@ class Pusher:
         nonfinite = any(t.nonfinite for t in taken)
         for index, (part, t) in enumerate(zip(self._parts, taken, strict=True)):
             early = self.early.get(index)
-            if early is None or nonfinite:
-                payload, nnz = part.encode(t, nonfinite, clock)
+            if nonfinite:
+                t.undo()
+                self._ask(part, part.encode_nonfinite(clock), clock)
+            elif early is None:
+                payload, nnz = part.encode(t, clock)
+                part.commit(t)
                 self._ask(part, payload, clock)
+                self._counted.nnz += nnz
             else:
-                nnz = early.nnz
-                part.settle(t, sent=True)
+                part.commit(t)
                 self._client.ask(Kind.COMMIT, part.spec.index, clock=clock)
-            self._counted.nnz += nnz
+                self._counted.nnz += early.nnz
         self._counted.nonfinite += nonfinite
         self.early.clear()
         if self._watch is not None:
             self._watch.start()
 
     def _send_early(self, index: int, clock: int) -> None:
-        """Sends a part that is complete, if the servers have taken the push before."""
+        """Sends a complete part as a pending push, if the servers have acknowledged the push before."""
         if not self.early:
             self._client.pump()
             if self._client.waits(Kind.PUSH):
@@ -186,33 +146,33 @@ class Pusher:
         taken = part.take(self._gather(part), clock)
         early = self.early[index] = _Early(taken, 0)
         if not taken.nonfinite:
-            payload, early.nnz = part.write(taken, clock)
+            payload, early.nnz = part.encode(taken, clock)
             self._counted.early_bytes += payload.numel()
-            self._ask(part, payload, clock, ms.HELD)
-        self._client.pump()  # lets it progress
+            self._ask(part, payload, clock, ms.PENDING)
+        self._client.pump()  # lets the message progress
 
     def _ask(self, part: Part, payload: torch.Tensor, clock: int, flags: int = 0) -> None:
         version = max(part.version, 0)
         self._client.ask(Kind.PUSH, part.spec.index, payload, clock=clock, version=version, flags=flags)
 
     def _retract(self) -> None:
-        """Takes parts back whose gradient is not what was sent any more."""
+        """Takes back the parts whose gradient has changed since they were sent."""
         changed = [index for index in self.early if self._changed(self._parts[index])]
         for index in changed:
-            self._parts[index].settle(self.early.pop(index).taken, sent=False)
+            self.early.pop(index).taken.undo()
         self._counted.retracted += len(changed)
         self._in_vain = self._in_vain + 1 if changed else 0
         if self._in_vain >= _PATIENCE:
             self.close()
             warnings.warn(
                 "gradients change after backward has computed them (by clipping, or by more than one backward a step), "
-                "so what was sent in backward is sent again; overlap is off from now on. Make the Worker with "
+                "so parts that left in backward are sent again; overlap is off from now on. Make the Worker with "
                 "overlap=False, or wrap all but the last backward of a step in worker.no_sync()",
                 stacklevel=2,
             )
 
     def _gather(self, part: Part) -> torch.Tensor:
-        """Returns a part's gradients as one flat float32 vector, in the arena."""
+        """Returns a part's gradient as one flat float32 vector, in the arena."""
         flat = self._arena.get(("gradient", part.spec.index), part.spec.numel, torch.float32)
         for piece in part.spec.pieces:
             grad = self._named[piece.name].grad
@@ -228,8 +188,8 @@ class Pusher:
         return flat
 
     def _changed(self, part: Part) -> bool:
-        """Returns whether a part's gradients are others than those gathered."""
-        # Reading them all is sure: version counters miss what is done to `.data`.
+        """Returns whether a part's gradient has changed since it was gathered."""
+        # Compares all values, since version counters miss changes made through `.data`.
         flat = self._arena.get(("gradient", part.spec.index), part.spec.numel, torch.float32)
         for piece in part.spec.pieces:
             grad = self._named[piece.name].grad

@@ -1,4 +1,4 @@
-"""A worker: compresses its gradients and pushes them, pulls parameters into its model."""
+"""The worker that users make: it pushes compressed gradients and pulls parameters into its model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from sparsecomm.errors import ConfigError, LaunchError, RemoteError, StateError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import PULL, decode
+from sparsecomm.ps.protocol.payloads import PULL, Origin, decode
 from sparsecomm.ps.protocol.sharding import ModelLayout
-from sparsecomm.ps.worker.client import Client, Link, Steps
+from sparsecomm.ps.worker.client import Client
+from sparsecomm.ps.worker.link import Link, Steps
+from sparsecomm.ps.worker.metrics import WorkerMetrics
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.ps.worker.puller import Puller
-from sparsecomm.ps.worker.pusher import Pusher, WorkerMetrics
+from sparsecomm.ps.worker.pusher import Pusher
 from sparsecomm.runtime.arena import Arena
 
-__all__ = ["Worker", "WorkerMetrics", "current_link", "set_current_link"]
+__all__ = ["Worker", "current_link", "set_current_link"]
 
 T = TypeVar("T")
 
@@ -31,16 +33,16 @@ _link: Link | None = None
 
 
 def set_current_link(link: Link | None) -> None:
-    """Sets what `Worker` uses when it is not given a link: `run` does."""
+    """Sets the link of workers that are made without one. `run` calls this."""
     global _link
     _link = link
 
 
 def current_link() -> Link:
-    """Returns the link of this process.
+    """Returns the link of workers that are made without one.
 
     Raises:
-        LaunchError: outside of a function that `run` has called.
+        LaunchError: If this is not called inside the training function of `run`.
     """
     if _link is None:
         raise LaunchError("sparsecomm.ps.Worker works inside the function that is given to sparsecomm.ps.run")
@@ -50,26 +52,27 @@ def current_link() -> Link:
 class Worker:
     """Trains a model whose parameters are on servers.
 
-    Making one connects to the servers and fetches the parameters. `backward` fills gradients as ever; then `step`
-    pushes them and pulls what has become of the parameters. Every worker must build its model with the same values.
+    The constructor connects to the servers and fetches the parameters. After each backward pass, `step` pushes the
+    gradients and pulls the updated parameters. Every worker must build its model with the same initial values.
 
     Args:
-        model: its trainable parameters are replaced by what the servers have; buffers stay this worker's own.
-        compressor: how pushes are sparsified, or a whole `SparseConfig`; `TopK(0.01)` if None.
-        link: to the servers; the one that `run` made if None.
-        overlap: whether what a server gets is sent as soon as backward has computed it (with one server there is
-            nothing to gain). Gradients that change after backward (clipping, a second backward) are sent again, and
-            after two such steps overlapping ends with a warning; for gradient accumulation there is `no_sync`.
-        options: of `SparseConfig`: feedback, value_codec, index_codec, dense_below (elements of a shard), dense_steps.
+        model: The model. Its trainable parameters are replaced by the servers' values; buffers stay local.
+        compressor: Compressor of pushes, or a whole `SparseConfig`; `TopK(0.01)` if None.
+        link: Connection to the servers; the one that `run` made if None.
+        overlap: Whether each shard's gradient is sent as soon as backward has computed it, which gains nothing with
+            one server. Gradients that change after backward (by clipping, or a second backward) are sent again, and
+            after two such steps in a row overlap ends with a warning. Use `no_sync` to accumulate gradients.
+        options: Options of `SparseConfig`: feedback, value_codec, index_codec, dense_below (elements of a shard),
+            dense_steps.
 
     Raises:
-        ConfigError: for an option or model that cannot be served, or more servers than elements.
-        RemoteError: a server refuses this worker: another model, other initial values, another mode.
+        ConfigError: If an option or the model is not supported, or there are more servers than elements.
+        RemoteError: If a server refuses this worker because its model, initial values or mode differ.
 
     Attributes:
-        rank: number of this worker, from 0.
-        size: number of workers at the start, or of all up to this one if it came later.
-        clock: pushes done; a worker that joins begins with those that the others have done when it does.
+        rank: Number of this worker, from 0.
+        size: Number of workers at the start; of a worker that joined later, the number of all up to this one.
+        clock: Pushes done. A worker that joins begins with the clock of the others.
     """
 
     def __init__(
@@ -120,38 +123,39 @@ class Worker:
         if self.link.drive is not None:
             self.link.drive(self.connecting())
 
-    # --- what users call ---
+    # --- the interface for users ---
 
     def push(self) -> None:
-        """Pushes the gradients; parameters without one count as zeros. Returns before the servers have them.
+        """Pushes the gradients; a parameter without a gradient counts as zeros. Returns before the servers have them.
 
-        A gradient that is not finite is left out by every server (`metrics().nonfinite` counts) and the residual stays.
+        Every server leaves out a gradient that is not finite (`metrics().nonfinite` counts these), and the residual
+        keeps its values.
 
         Raises:
-            RemoteError: a server refused the push before; or a shard is lost with all its servers.
-            CommTimeout: the acknowledgement of the push before did not come.
+            RemoteError: If a server refused the push before, or a shard is lost with all its servers.
+            CommTimeout: If the acknowledgement of the push before did not come.
         """
         self._run(self.pushing())
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context for backward passes that are not the last of a step, as DDP's: nothing is sent in them."""
+        """Returns a context for all backward passes of a step but the last, like DDP's: nothing is sent inside it."""
         return self._pusher.paused()
 
     def pull(self) -> None:
-        """Brings the model's parameters up to date; waits as the mode demands.
+        """Brings the model's parameters up to date; waits as long as the mode demands.
 
         Raises:
-            RemoteError: a server refused a push; or a shard is lost with all its servers.
-            CommTimeout: names the server that did not answer. It may in turn wait for another worker.
+            RemoteError: If a server refused a push, or a shard is lost with all its servers.
+            CommTimeout: If a server did not answer. It names the server, which may itself wait for another worker.
         """
         self._run(self.pulling())
 
     def step(self) -> None:
-        """`push`, then `pull`."""
+        """Pushes, then pulls."""
         self._run(self.stepping())
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Returns what the servers say of each shard: version, clocks, who is gone and why, staleness by worker."""
+        """Asks the servers for each shard's version, clocks, workers that are gone and why, and staleness by worker."""
         return self._run(self.asking())
 
     def metrics(self) -> WorkerMetrics:
@@ -161,16 +165,16 @@ class Worker:
         return WorkerMetrics(**counted)
 
     def explain(self) -> str:
-        """Returns in words how this worker pulls, and what each way was predicted to cost if there was a choice."""
+        """Describes how this worker pulls, with the predicted cost of each way if there was a choice."""
         return self._puller.explain()
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """The version of each shard that the model's parameters are of."""
+        """Version of each shard that the model's parameters have."""
         return tuple(p.version for p in self._parts)
 
     def residual(self) -> torch.Tensor:
-        """Returns a copy of what was not sent yet, float32, in the order of the model's flat parameters."""
+        """Returns a copy of the residual, float32, in the order of the model's flat parameters."""
         kept = [torch.zeros(p.spec.numel) if p.bucket.residual is None else p.bucket.residual for p in self._parts]
         return torch.cat(kept)
 
@@ -179,10 +183,10 @@ class Worker:
             raise StateError("this worker has no driver: iterate over its pushing(), pulling(), ... yourself")
         return self.link.drive(steps)
 
-    # --- the same as steps that yield while they wait ---
+    # --- the same operations as steps that yield while they wait ---
 
     def connecting(self) -> Steps[None]:
-        """Says HELLO to every shard's server and pulls."""
+        """Steps of the constructor: says HELLO to every shard's server, then pulls."""
         digest = hashlib.blake2b(self._flat.numpy().tobytes(), digest_size=8).hexdigest()
         said = {
             "model": self.layout.to_json(),
@@ -201,7 +205,10 @@ class Worker:
         yield from self.pulling()
 
     def _joining(self) -> Steps[None]:
-        """Agrees with all servers on the clock to begin with: shards are a round apart now and then, and go on."""
+        """Agrees with all servers on a clock to begin with.
+
+        Shards may be a round apart and go on meanwhile, so each attempt names a clock that lies further ahead.
+        """
         ahead, self._late = 1, True
         while self._late:
             self.clock, self._late = self._offered + ahead, False
@@ -212,7 +219,7 @@ class Worker:
         self._counted.joined_at = self.clock
 
     def pushing(self) -> Steps[None]:
-        """See `push`."""
+        """Steps of `push`."""
         if not self._pusher.early:
             yield from self._client.wait(Kind.PUSH)
         self._pusher.push(self.clock)
@@ -221,7 +228,7 @@ class Worker:
         self.clock += 1
 
     def pulling(self) -> Steps[None]:
-        """See `pull`."""
+        """Steps of `pull`."""
         yield from self._puller.pull(self.clock)
         at = 0
         with torch.no_grad():
@@ -232,19 +239,23 @@ class Worker:
         self._counted.dense_bytes += 4 * self._flat.numel()
 
     def stepping(self) -> Steps[None]:
-        """See `step`."""
+        """Steps of `step`."""
         yield from self.pushing()
         yield from self.pulling()
 
     def asking(self) -> Steps[list[dict[str, Any]]]:
-        """See `statistics`."""
+        """Steps of `statistics`."""
         for part in self._parts:
             self._client.ask(Kind.STATS, part.spec.index)
         yield from self._client.wait(Kind.STATS)
         return [self._stats[p.spec.index] for p in self._parts]
 
     def leaving(self, why: str = "") -> Steps[None]:
-        """Waits until every push is acknowledged and leaves the job; `run` does it when the function returns."""
+        """Leaves the job once every push is acknowledged. `run` does this when the training function returns.
+
+        Args:
+            why: Reason for leaving before the end of training; pushes are then not waited for.
+        """
         self._pusher.forget()
         self._pusher.close()
         if not why:
@@ -252,7 +263,7 @@ class Worker:
         body = ms.text(why)
         for part in self._parts:
             self._client.ask(Kind.BYE, part.spec.index, body)
-        # Everything is acknowledged: servers that are gone before they hear of it take nothing along.
+        # All pushes are acknowledged, so a server that is gone by now takes nothing along.
         with contextlib.suppress(RemoteError):
             yield from self._client.wait(Kind.BYE)
 
@@ -262,22 +273,23 @@ class Worker:
         return dict(zip(self.layout.names, self._parameters, strict=True))
 
     def _on_welcome(self, envelope: Envelope, body: torch.Tensor) -> None:
-        """Sends the first values if this worker is asked for them."""
+        """Sends the first values if the server asks for them."""
         self._offered = max(self._offered, envelope.clock)
         if not envelope.flags:
             return
         part = self._parts[envelope.shard]
-        self._client.ask(Kind.INIT, part.spec.index, part.first(self._flat[part.spec.start : part.spec.end]))
+        self._client.ask(Kind.INIT, part.spec.index, part.encode_first(self._flat[part.spec.start : part.spec.end]))
 
     def _on_values(self, envelope: Envelope, body: torch.Tensor) -> None:
         part = self._parts[envelope.shard]
         spec = part.spec
-        selected, _ = decode(PULL, spec, body, rank=envelope.sender, world=self.link.world, step=envelope.version)
+        origin = Origin(PULL, spec, envelope.sender, self.link.world, envelope.version)
+        pairs, _ = decode(origin, body)
         here = self._flat[spec.start : spec.end]
         if envelope.flags:
-            here.copy_(selected[1])
+            here.copy_(pairs[1])
         else:
-            kernels.scatter_add(here, *selected)
+            kernels.scatter_add(here, *pairs)
         part.version = envelope.version
 
     def _on_ack(self, envelope: Envelope, body: torch.Tensor) -> None:

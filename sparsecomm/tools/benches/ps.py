@@ -15,7 +15,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import PUSH, decode
+from sparsecomm.ps.protocol.payloads import PUSH, Origin, decode
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.runtime.arena import Arena
@@ -152,15 +152,16 @@ def run_server(
         spec = ModelLayout(("weight",), ((numel,),)).shard(0, 1)
         part = Part(spec, SparseConfig.of(TopK(density), {}), (0, 2), clip=1.0, arena=Arena())
         grad = torch.randn(numel, generator=torch.Generator().manual_seed(1))
-        payload, nnz = part.encode(part.take(grad, 0), False, 0)
+        payload, nnz = part.encode(part.take(grad, 0), 0)
         message = ms.pack(Envelope(Kind.PUSH, 0, 0), payload)
         out = torch.zeros(numel)
-        ready, _ = decode(PUSH, spec, payload, rank=0, world=2, step=0)
+        origin = Origin(PUSH, spec, rank=0, world=2, step=0)
+        ready, _ = decode(origin, payload)
 
-        def push(message: torch.Tensor = message, spec: Any = spec, out: torch.Tensor = out) -> None:
+        def push(message: torch.Tensor = message, origin: Origin = origin, out: torch.Tensor = out) -> None:
             _, body = ms.unpack(message, 0)
-            selected, _ = decode(PUSH, spec, body, rank=0, world=2, step=0)
-            kernels.scatter_add(out, *selected)
+            pairs, _ = decode(origin, body)
+            kernels.scatter_add(out, *pairs)
 
         def floor(ready: Any = ready, out: torch.Tensor = out) -> None:
             kernels.scatter_add(out, *ready)

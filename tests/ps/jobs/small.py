@@ -1,7 +1,7 @@
-"""A small job whose workers write down all that they push, so that servers can be held to it after deaths.
+"""A small job whose workers log their pushes, so that the servers' shards can be checked after deaths.
 
-Run by tests/ps/chaos.py, under mpirun. Every server that is left writes the shards that it has, every worker how many
-of its pushes were acknowledged.
+tests/ps/chaos.py runs it under mpirun. Every server that survives writes its shards, every worker its number of
+acknowledged pushes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODES = {"sync": sc.ps.Synchronous(), "ssp": sc.ps.StaleSynchronous(2), "async":
 
 
 class Model(torch.nn.Module):
-    """Parameters without a forward pass: gradients are made up."""
+    """Parameters without a forward pass; the gradients are random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(torch.nn.Module):
 
 
 class PlainSGD:
-    """SGD with rate 1. Torch's optimizers load torch._dynamo, which takes longer than all the rest of this job."""
+    """SGD with rate 1. Torch's optimizers load torch._dynamo, which takes longer than the rest of this job."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.param_groups = [{"params": parameters, "lr": 1.0}]
@@ -58,7 +58,7 @@ class PlainSGD:
 
 
 def gradient(worker: int, step: int, numel: int) -> torch.Tensor:
-    """The made-up gradient of a worker's step, flat."""
+    """Returns the random gradient of a worker's step, flat."""
     return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * worker + step))
 
 
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def progress_of(folder: Path, worker: int) -> tuple[int, int]:
-    """Returns how many pushes of a worker were acknowledged and how many steps it has done; it may not have begun."""
+    """Returns a worker's acknowledged pushes and its steps so far; zeros if it has not begun."""
     path = folder / f"worker-{worker}.log"
     found = np.fromfile(path, np.int64) if path.exists() else ()
     return (int(found[0]), int(found[1])) if len(found) else (0, 0)
@@ -98,7 +98,7 @@ def killed_at(folder: Path) -> list[int] | None:
 
 
 def kill_later(options: argparse.Namespace, workers: int) -> None:
-    """SIGKILLs this process at a moment of the run, whatever it is doing then."""
+    """SIGKILLs this process at a moment of the run."""
     from mpi4py import MPI
 
     folder, step = options.folder, int(options.at)
@@ -122,8 +122,9 @@ def kill_later(options: argparse.Namespace, workers: int) -> None:
 
 
 def train(options: argparse.Namespace, worker: int, size: int) -> None:
-    """Pushes made-up gradients and notes, where it outlives a death, how many all servers have acknowledged."""
+    """Pushes random gradients and logs the number of pushes that all servers have acknowledged."""
     model = Model()
+    # A mapped file keeps its content when the process is killed.
     log = np.memmap(options.folder / f"worker-{worker}.log", np.int64, "w+", shape=(3,))
     client = sc.ps.Worker(model, sc.TopK(options.density))
     log[2] = client.clock
@@ -138,7 +139,7 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
         for p in model.parameters():
             losses.append((p * flat[at : at + p.numel()].view(p.shape)).sum())
             at += p.numel()
-        sum(losses, torch.zeros(())).backward()  # in which pushes begin to leave
+        sum(losses, torch.zeros(())).backward()  # pushes begin to leave in here
         client.step()
         log[0], log[1] = client.metrics().acknowledged // options.servers, step + 1
         time.sleep(options.pause)
@@ -147,7 +148,7 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
 
 
 def save(shard: Any, path: Path) -> None:
-    """Writes a shard and what each worker did to it."""
+    """Writes a shard and each worker's number of pushes."""
     state = {
         "values": shard.values,
         "averaged": shard.averaged,
@@ -166,7 +167,7 @@ def main() -> int:
     mpi4py.rc.initialize = False
     torch.set_num_threads(1)
     options = parse()
-    faulthandler.dump_traceback_later(2 * options.timeout)  # where it hangs, should it hang
+    faulthandler.dump_traceback_later(2 * options.timeout)  # shows where the job hangs, if it does
     if options.join:
         sc.ps.join(lambda worker, size: train(options, worker, size), options.rendezvous, timeout=options.timeout)
         return 0

@@ -1,4 +1,4 @@
-"""Workers that read shards from windows while the server updates them; every value of a shard must be of one update.
+"""Workers read shards from windows while the server updates them; all values of a shard must be of one update.
 
 Run under mpirun without ULFM. Gradients are alike in all elements, so a shard's values are equal after each update.
 """
@@ -42,7 +42,7 @@ def torn_or_not(rank: int, size: int) -> tuple[sc.ps.WorkerMetrics, str]:
 
 
 def synchronous(rank: int, size: int) -> torch.Tensor:
-    """Some steps on made-up gradients."""
+    """Makes some steps on random gradients and returns the parameters."""
     model = Flat(1000)
     worker = sc.ps.Worker(model, sc.TopK(0.1))
     for step in range(10):

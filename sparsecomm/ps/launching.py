@@ -1,0 +1,51 @@
+"""Brings up MPI, with the mailbox and the windows of this rank."""
+
+from __future__ import annotations
+
+import atexit
+
+from sparsecomm.errors import LaunchError
+from sparsecomm.launch import detect
+from sparsecomm.transport.mailbox import Mailbox
+from sparsecomm.transport.mailbox.window import Window
+
+__all__ = ["open_mailbox", "open_window"]
+
+
+def open_mailbox(fault_tolerant: bool | None) -> Mailbox:
+    """Brings up MPI and returns this rank's mailbox. Collective.
+
+    Args:
+        fault_tolerant: Whether to insist on ULFM.
+
+    Raises:
+        LaunchError: If ULFM is demanded and absent, or the launcher belongs to another MPI than mpi4py uses.
+    """
+    from sparsecomm.transport.mailbox.mpi import MPIMailbox, ulfm_problem
+    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
+
+    problem = ulfm_problem()
+    if fault_tolerant and problem is not None:
+        raise LaunchError(f"fault_tolerant=True: {problem}")
+    MPI = import_mpi()
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        # After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
+        if ulfm_problem() is not None:
+            atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
+    world = MPI.COMM_WORLD.Get_size()
+    if world != detect().size:
+        raise LaunchError(
+            f"the launcher started {detect().size} processes, MPI sees {world}: it belongs to another MPI than "
+            "mpi4py uses"
+        )
+    return MPIMailbox()
+
+
+def open_window(nbytes: int) -> Window:
+    """Makes a window that lasts until MPI ends. Collective."""
+    from sparsecomm.transport.mailbox.mpi_window import MPIWindow
+
+    window = MPIWindow(nbytes)
+    atexit.register(window.close)  # runs before MPI_Finalize, which was registered before
+    return window

@@ -59,7 +59,6 @@ none; ACK and VALUES the current one. Otherwise 0.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -68,6 +67,7 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.errors import WireError
+from sparsecomm.wire import Record
 
 __all__ = [
     "ENVELOPE_BYTES",
@@ -90,9 +90,24 @@ __all__ = [
 
 MAGIC = b"SPPS"
 VERSION = 2
-_FORMAT = struct.Struct("<4sBBHIIqqqQII")
-ENVELOPE_BYTES = _FORMAT.size
-_CRC_OFFSET = ENVELOPE_BYTES - 4
+_RECORD = Record(
+    "envelope",
+    (
+        ("kind", "B"),
+        ("flags", "H"),
+        ("shard", "I"),
+        ("sender", "I"),
+        ("clock", "q"),
+        ("version", "q"),
+        ("seq", "q"),
+        ("body_bytes", "Q"),
+        ("body_crc", "I"),
+    ),
+    magic=MAGIC,
+    version=VERSION,
+    crc="envelope_crc",
+)
+ENVELOPE_BYTES = _RECORD.nbytes
 MAX_SHARDS = 1 << 16
 NOTHING = torch.empty(0, dtype=torch.uint8)
 
@@ -167,10 +182,7 @@ def pack(envelope: Envelope, body: torch.Tensor = NOTHING) -> torch.Tensor:
     out = torch.empty(ENVELOPE_BYTES + body.numel(), dtype=torch.uint8)
     out[ENVELOPE_BYTES:] = body
     crc = 0 if e.kind in SEALED else kernels.crc32c(out[ENVELOPE_BYTES:])
-    view: Any = out.numpy()
-    fields = (e.flags, e.shard, e.sender, e.clock, e.version, e.seq, body.numel(), crc, 0)
-    _FORMAT.pack_into(view, 0, MAGIC, VERSION, e.kind, *fields)
-    struct.pack_into("<I", view, _CRC_OFFSET, kernels.crc32c(out[:_CRC_OFFSET]))
+    _RECORD.write(out, (e.kind, e.flags, e.shard, e.sender, e.clock, e.version, e.seq, body.numel(), crc))
     return out
 
 
@@ -191,17 +203,10 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
     def bad(field: str, value: object, reason: str) -> WireError:
         return WireError(field, value, reason, rank=source)
 
-    if message.numel() < ENVELOPE_BYTES:
-        raise bad("length", message.numel(), f"an envelope has {ENVELOPE_BYTES} bytes")
-    view: Any = message.numpy()
-    magic, version, kind, flags, shard, sender, clock, at, seq, length, body_crc, crc = _FORMAT.unpack_from(view, 0)
-    if magic != MAGIC:
-        raise bad("magic", magic, f"expected {MAGIC!r}")
-    if version != VERSION:
-        raise bad("version", version, f"this build speaks version {VERSION}")
-    found = kernels.crc32c(message[:_CRC_OFFSET])
-    if found != crc:
-        raise bad("envelope_crc", hex(crc), f"the envelope's checksum is {found:#x}")
+    try:
+        kind, flags, shard, sender, clock, at, seq, length, body_crc = _RECORD.read(message)
+    except WireError as error:
+        raise error.at(rank=source) from None
     if kind not in _KINDS:
         raise bad("kind", kind, f"known are 1 to {len(_KINDS)}")
     if source is not None and sender != source:

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+import checkpointing
 import convergence
 import convergence_cells
 import convergence_runs
 import launching
 import pytest
-import train_gpt
+import study_gpt
 from convergence_study import Cell, StudyError, load_study, make_run
 from helpers import job_environment, mpirun_command
 from run_log import Row, RunLog
@@ -67,7 +67,7 @@ def test_a_killed_study_leaves_nothing_and_goes_on(tmp_path: Path, capsys: pytes
         start_new_session=True,
     )
     try:
-        wait_for(lambda: any(map(checkpoints.exists, out.glob("runs/*/*.checkpoints"))), 90)
+        wait_for(lambda: any(map(checkpointing.exists, out.glob("runs/*/*.checkpoints"))), 90)
         assert convergence.main(flags) == 2
         assert "is in use by another convergence.py" in capsys.readouterr().err
         driver.send_signal(signal.SIGTERM)
@@ -101,7 +101,7 @@ def test_tuning_ranks_tries_and_survives_those_that_diverge(tmp_path: Path, caps
     mpirun_command(2)
     flags = ["--study", str(study(tmp_path, cell)), "--out", str(out), "--steps", "8", "--tune", "gpt-*", "--jobs", "2"]
     assert convergence.main(flags) == 0
-    assert "FAILED: train_gpt.py: error: the gradient's norm became" in capsys.readouterr().out
+    assert "FAILED: study_gpt.py: error: the gradient's norm became" in capsys.readouterr().out
     result = json.loads((out / "tune" / "gpt-sgd-dense.json").read_text())
     assert [row["settings"]["lr"] for row in result["rows"]] == [1e-2, 1e30]
     assert result["rows"][1]["val_loss"] is None
@@ -122,7 +122,7 @@ def put(cell: Cell, out: Path, seed: int, losses: dict[int, float], sent: int) -
     run = make_run(cell, out, seed=seed, judge="test", ranks=2, steps=10)
     flags = ["--lr", "0.002", "--judge", "test", "--steps", "10", "--seed", str(seed)]
     flags += ["--compressor", str(run.flags["compressor"])]
-    meta = vars(train_gpt.parse(flags)) | {"dense_bytes_per_step": 4000, "world_size": 2}
+    meta = vars(study_gpt.parse(flags)) | {"dense_bytes_per_step": 4000, "world_size": 2}
     rows = [
         Row(step=i, train_loss=None, val_loss=losses.get(i), seconds=i, bytes_sent=sent * i, ratio=None)
         for i in range(11)

@@ -1,8 +1,8 @@
 """The demo: train a GPT twice over MPI on this machine, dense and with top-k at 1%, and compare.
 
-    python mpi_examples/demo.py          (or: make demo)
+    python bench/convergence/demo.py          (or: make demo)
 
-Starts ``mpirun -n 2 train_gpt.py`` for each run, then prints a table and draws the losses.
+Starts ``mpirun -n 2 study_gpt.py`` for each run, then prints a table and draws the losses.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
     """
     log = out / f"{name}.json"
     log.unlink(missing_ok=True)
-    script = [sys.executable, str(HERE / "train_gpt.py"), *COMMON, *RUNS[name]]
+    script = [sys.executable, str(HERE / "study_gpt.py"), *COMMON, *RUNS[name]]
     script += ["--steps", str(steps), "--log", str(log)]
     if name == "topk":
         script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 9 * 3))]

@@ -1,11 +1,11 @@
 """Train with a parameter server: the last ranks hold the parameters in shards, the others pull, compute and push.
 
-    mpirun -n 5 python mpi_examples/param_server.py --servers 2 --task digits --mode async
-    mpirun --with-ft ulfm --mca pml ob1 -n 5 python mpi_examples/param_server.py --servers 2 --kill-worker-at 40
+    mpirun -n 5 python bench/convergence/study_server.py --servers 2 --task digits --mode async
+    mpirun --with-ft ulfm --mca pml ob1 -n 5 python bench/convergence/study_server.py --servers 2 --kill-worker-at 40
 
 The lines that matter are in ``work``: make a ``sc.ps.Worker``, call ``step`` after backward. With ``--kill-worker-at``
 the last worker kills itself (SIGKILL) at that step, and the others go on. The model, data, and options are those of
-train_digits.py and train_gpt.py.
+study_digits.py and study_gpt.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import options
+import study_digits
+import study_gpt
 import torch
-import train_digits
-import train_gpt
 from compression import make_density, make_feedback
 from gpt_data import DataError, load_corpus
 from gpt_model import SIZES
@@ -36,7 +36,7 @@ FOREIGN = ("out", "save_every", "resume", "stop_after", "plot", "tensorboard")  
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(train_gpt.Settings):
+class Settings(study_gpt.Settings):
     """The command line, parsed; ``--help`` explains each."""
 
     task: str
@@ -55,7 +55,7 @@ def make_mode(settings: Settings) -> sc.ps.Mode:
 
 
 def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """The optimizer of train_gpt.py for a shard: its pieces are flat, their parameters' shapes tell matrices."""
+    """The optimizer of study_gpt.py for a shard: its pieces are flat, their parameters' shapes tell matrices."""
     before = settings.feedback in ("dgc", "adam")
     momentum = 0.0 if before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
@@ -168,8 +168,8 @@ def load(settings: Settings) -> Task:
     """The model and its data."""
     try:
         if settings.task == "gpt":
-            return train_gpt.TextTask(settings, load_corpus(settings.text, settings.block))
-        return train_digits.DigitsTask(settings, train_digits.load_digits())
+            return study_gpt.TextTask(settings, load_corpus(settings.text, settings.block))
+        return study_digits.DigitsTask(settings, study_digits.load_digits())
     except DataError as error:
         options.fail(str(error))
     except ImportError as error:

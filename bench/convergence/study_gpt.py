@@ -1,6 +1,6 @@
 """Train a byte-level GPT with PyTorch DDP over MPI, its gradients compressed by sparsecomm.
 
-    mpirun -n 4 python mpi_examples/train_gpt.py --density 0.01 --log run.json --plot run.png
+    mpirun -n 4 python bench/convergence/study_gpt.py --density 0.01 --log run.json --plot run.png
 
 The lines that matter are in ``make_state`` of compression.py and ``wrap`` of trainer.py: make a ``SparseState``,
 register ``sparse_hook``. ``--compressor none`` trains the same model with DDP alone, the baseline. The text is Python's

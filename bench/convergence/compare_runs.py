@@ -1,6 +1,6 @@
-"""Compare two logs of train_gpt.py, a dense run and a compressed one: a table, a verdict, a picture.
+"""Compare two logs of study_gpt.py, a dense run and a compressed one: a table, a verdict, a picture.
 
-python mpi_examples/compare_runs.py dense.json topk.json --plot compare.png
+python bench/convergence/compare_runs.py dense.json topk.json --plot compare.png
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-import checkpoints
+import checkpointing
 from convergence_study import Run, StudyError
 from launching import launch_environment
 from rich.console import Console
@@ -128,7 +128,7 @@ class Runner:
 
     def _one(self, run: Run, bar: Progress) -> str | None:
         """Run once; what went wrong, or None."""
-        resume = run.checkpoints.is_dir() and checkpoints.exists(run.checkpoints)
+        resume = run.checkpoints.is_dir() and checkpointing.exists(run.checkpoints)
         if not resume:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """The convergence study: what compression costs in loss, over seeds, optimizers and densities.
 
-    python mpi_examples/convergence.py --tune 'gpt-adamw-*' --steps 1000     find settings (on validation data)
-    python mpi_examples/convergence.py                                       run what is missing (on test data)
-    python mpi_examples/convergence.py --report                              table and plots of what is there
+    python bench/convergence/convergence.py --tune 'gpt-adamw-*' --steps 1000     find settings (on validation data)
+    python bench/convergence/convergence.py                                       run what is missing (on test data)
+    python bench/convergence/convergence.py --report                              table and plots of what is there
 
 The cells are in convergence_cells.py, or in ``--study FILE``. Runs go under ``--out``; a finished one is never run
 again, a half one goes on from its checkpoint. A cell whose settings change has other runs: old ones stay.

@@ -35,8 +35,8 @@ class Model:
 
 
 MODELS = {
-    "gpt": Model(script="train_gpt.py", steps=3000, flags={"size": "tiny", "batch": 8, "block": 64}),
-    "digits": Model(script="train_digits.py", steps=1000, flags={"batch": 16}),
+    "gpt": Model(script="study_gpt.py", steps=3000, flags={"size": "tiny", "batch": 8, "block": 64}),
+    "digits": Model(script="study_digits.py", steps=1000, flags={"batch": 16}),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"compressor": "none"},

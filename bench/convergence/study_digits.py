@@ -1,9 +1,9 @@
 """Train a small CNN on scikit-learn's handwritten digits with PyTorch DDP over MPI, gradients compressed.
 
-    mpirun -n 2 python mpi_examples/train_digits.py --density 0.01 --log run.json
+    mpirun -n 2 python bench/convergence/study_digits.py --density 0.01 --log run.json
 
 The data are 1,797 real images of 8 x 8 pixels that come inside scikit-learn: nothing is downloaded. The split into
-training, validation and test images is fixed. Options and log are those of train_gpt.py.
+training, validation and test images is fixed. Options and log are those of study_gpt.py.
 """
 
 from __future__ import annotations

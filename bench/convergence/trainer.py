@@ -1,6 +1,6 @@
 """Training of any model with PyTorch DDP over MPI, its gradients compressed by sparsecomm.
 
-What train_gpt.py and train_digits.py have in common. The lines that matter are in ``make_state`` (compression.py)
+What study_gpt.py and study_digits.py have in common. The lines that matter are in ``make_state`` (compression.py)
 and ``wrap``: make a ``SparseState``, register ``sparse_hook``. A ``Task`` says what is trained on which data.
 """
 
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import checkpoints
+import checkpointing
 import torch
 import torch.distributed as dist
-from checkpoints import CheckpointError
+from checkpointing import CheckpointError
 from compression import make_state
 from optimizers import make_optimizer, rate
 from options import TRAJECTORY, Settings, script
@@ -191,7 +191,7 @@ def save(trainer: Trainer, folder: Path) -> None:
         "optimizer": trainer.optimizer.state_dict(),
     }
     own = {"bytes_sent": bytes_sent(trainer), "comm": trainer.state.state_dict() if trainer.state else {}}
-    checkpoints.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
+    checkpointing.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
 
 
 def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> None:
@@ -231,10 +231,10 @@ def read_checkpoint(
     """
     folder = Path(settings.out) if settings.out else None
     if folder is None or not settings.resume:
-        if folder is not None and checkpoints.exists(folder):
+        if folder is not None and checkpointing.exists(folder):
             raise CheckpointError(f"{folder} holds a checkpoint: --resume it, or name another --out")
         return None
-    shared, own = checkpoints.load(folder, rank=rank)
+    shared, own = checkpointing.load(folder, rank=rank)
     for name in (*TRAJECTORY, *task.trajectory, "world_size", "data_digest"):
         was, now = shared["meta"].get(name), meta[name]
         if was != now:

@@ -1,8 +1,8 @@
-"""Checkpoints of a data-parallel run whose ranks each hold a residual of their own.
+"""Checkpoints of a data-parallel run in which each rank holds a residual.
 
-A checkpoint is a folder ``step-00000123`` with rank 0's ``model.pt`` (model, optimiser, log) and every rank's
-``rank<r>.pt`` (its residual). It exists once the file ``latest`` names it, which is written last and in one
-rename: a run killed while saving leaves the checkpoint before untouched.
+A checkpoint is a folder ``step-00000123`` with rank 0's ``model.pt`` (model, optimizer, log) and every rank's
+``rank<r>.pt`` (its residual). The file ``latest`` names the newest checkpoint. It is replaced last, by one rename, so
+a run that is killed while it saves leaves the checkpoint before untouched.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from run_log import replace_file
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which and why."""
+    """A checkpoint cannot be used; the message names it and the reason."""
 
 
 def save(folder: Path, step: int, *, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Write one checkpoint and drop the one before. Collective.
+    """Writes one checkpoint and deletes the one before. Collective.
 
     Args:
-        folder: Seen by all ranks (a shared file system, when they run on several machines).
-        step: Updates done.
+        folder: Must be visible to all ranks: on a shared file system if they run on several machines.
+        step: Number of updates done.
         rank: This rank.
-        shared: What is the same on every rank; rank 0 writes it.
-        own: What only this rank has.
+        shared: State that all ranks have in common; rank 0 writes it.
+        own: State of this rank alone.
     """
     target = folder / f"step-{step:08d}"
     if rank == 0:
@@ -46,18 +46,18 @@ def save(folder: Path, step: int, *, rank: int, shared: dict[str, Any], own: dic
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is a checkpoint to resume from."""
+    """Returns whether the folder has a checkpoint to resume from."""
     return _latest(folder) is not None
 
 
 def load(folder: Path, *, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the newest checkpoint. Not collective.
+    """Reads the newest checkpoint. Not collective.
 
     Returns:
-        The shared part and this rank's own.
+        The shared state and this rank's state.
 
     Raises:
-        CheckpointError: There is none, or a part of it is missing or damaged.
+        CheckpointError: The folder has no checkpoint, or a file of it is missing or damaged.
     """
     target = _latest(folder)
     if target is None:
@@ -86,11 +86,3 @@ def _read(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged: {reason[:120]}") from error
     return content
-
-
-def remove_partial(folder: Path) -> None:
-    """Drop what a killed run left half written (folders that ``latest`` does not name). Rank 0 only."""
-    keep = _latest(folder)
-    for path in folder.glob("step-*"):
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Train a small CNN on scikit-learn's handwritten digits with PyTorch DDP over MPI, gradients compressed.
+"""Train a small CNN on handwritten digits with PyTorch DDP over MPI, with every option of the study.
 
     mpirun -n 2 python bench/convergence/study_digits.py --density 0.01 --log run.json
 
-The data are 1,797 real images of 8 x 8 pixels that come inside scikit-learn: nothing is downloaded. The split into
-training, validation and test images is fixed. Options and log are those of study_gpt.py.
+The 1,797 real images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. The split into training, validation
+and test images is fixed. Options and log are those of study_gpt.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trainer import Batch, run
 
 SPLIT = {"train": 997, "validation": 300, "test": 500}  # images, after one fixed shuffle
-HELD_OUT_BATCH = 50  # divides validation and test: every image counts once
+HELD_OUT_BATCH = 50  # divides validation and test, so that every image counts once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Digits:
     Attributes:
         images: float32 ``(n, 1, 8, 8)`` by part of ``SPLIT``, pixels in [0, 1].
         classes: int64 ``(n,)`` by part, 0 to 9.
-        digest: Names the data and their split.
+        digest: Hash of the data and their split.
     """
 
     images: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """Read the images from the installed scikit-learn.
+    """Reads the images from the installed scikit-learn.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -60,7 +60,7 @@ def load_digits() -> Digits:
 
 
 class CNN(nn.Module):
-    """Two convolutions, one pooling, two dense layers: 85,066 parameters."""
+    """Two convolutions, a pooling and two dense layers, 85,066 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,19 +70,19 @@ class CNN(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Map float32 ``(batch, 1, 8, 8)`` to ``(batch, 10)``."""
+        """Maps float32 ``(batch, 1, 8, 8)`` to ``(batch, 10)``."""
         x = F.relu(self.conv2(F.relu(self.conv1(images))))
         x = F.relu(self.hidden(F.max_pool2d(x, 2).flatten(1)))
         out: Tensor = self.head(x)
         return out
 
     def forward(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Mean cross-entropy, nats per image; what DDP wraps."""
+        """Returns the mean cross-entropy, in nats per image."""
         return F.cross_entropy(self.logits(images), classes)
 
 
 class DigitsTask:
-    """Classifying digits.
+    """Classification of digits; a ``Task``.
 
     Args:
         settings: The command line.
@@ -103,32 +103,32 @@ class DigitsTask:
         }
 
     def build(self) -> nn.Module:
-        """See ``Task``."""
+        """Returns the untrained CNN."""
         torch.manual_seed(self.settings.seed)
         return CNN()
 
     def batch(self, rank: int, step: int) -> Batch:
-        """Images and classes, drawn with replacement."""
+        """Returns images and classes, drawn with replacement."""
         random = np.random.default_rng([self.settings.seed, rank, step])
         chosen = torch.from_numpy(random.integers(0, SPLIT["train"], size=self.settings.batch))
         return self.digits.images["train"][chosen], self.digits.classes["train"][chosen]
 
     def held_out(self) -> list[Batch]:
-        """See ``Task``."""
+        """Returns the fixed validation or test batches."""
         part = self.settings.judge
         images, classes = self.digits.images[part], self.digits.classes[part]
         starts = range(0, len(images), HELD_OUT_BATCH)
         return [(images[i : i + HELD_OUT_BATCH], classes[i : i + HELD_OUT_BATCH]) for i in starts]
 
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss, nats per image, and the share classified rightly."""
+        """Returns the mean loss, in nats per image, and the share classified correctly."""
         assert isinstance(model, CNN)
         logits = model.logits(inputs)
         return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).float().mean()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     parser, _ = options.make_parser(__doc__ or "", steps=1000, batch=16, lr=2e-3)
     settings = options.parse(parser, options.Settings, arguments)
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Train a byte-level GPT with PyTorch DDP over MPI, its gradients compressed by sparsecomm.
+"""Train a byte-level GPT with PyTorch DDP over MPI, with every option of the study.
 
     mpirun -n 4 python bench/convergence/study_gpt.py --density 0.01 --log run.json --plot run.png
 
-The lines that matter are in ``make_state`` of compression.py and ``wrap`` of trainer.py: make a ``SparseState``,
-register ``sparse_hook``. ``--compressor none`` trains the same model with DDP alone, the baseline. The text is Python's
-standard library, or ``--text FILE``. ``--out DIR`` keeps checkpoints and ``--resume`` goes on from the newest,
-residuals included: the numbers are those of a run that was never interrupted.
+``--compressor none`` trains the same model with plain DDP, the baseline. The text is Python's standard library, or
+``--text FILE``. ``--out DIR`` keeps checkpoints, and ``--resume`` continues from the newest one, residuals included: a
+resumed run has the numbers of one that was never interrupted. The plain form of this script is
+mpi_examples/train_gpt.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer import Batch, run
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(options.Settings):
-    """The command line, parsed; ``--help`` explains each."""
+    """The parsed command line; ``--help`` explains each option."""
 
     size: str
     text: str | None
@@ -33,7 +33,7 @@ class Settings(options.Settings):
 
 
 class TextTask:
-    """Predicting the next byte of real text.
+    """Prediction of the next byte of real text; a ``Task``.
 
     Args:
         settings: The command line.
@@ -54,35 +54,35 @@ class TextTask:
         self.items_per_example = settings.block
 
     def build(self) -> nn.Module:
-        """See ``Task``."""
+        """Returns the untrained GPT."""
         return build(self.settings.size, self.settings.block, self.settings.seed)
 
     def batch(self, rank: int, step: int) -> Batch:
-        """Inputs and targets, int64 ``(batch, block)`` each."""
+        """Returns inputs and targets, int64 ``(batch, block)`` each."""
         s = self.settings
         return gpt_data.training_batch(self.corpus, seed=s.seed, rank=rank, step=step, batch=s.batch, block=s.block)
 
     def held_out(self) -> list[Batch]:
-        """See ``Task``."""
+        """Returns the fixed validation or test batches."""
         return gpt_data.held_out_batches(self.corpus, self.settings.judge, self.settings.block)
 
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, None]:
-        """Mean loss, nats per byte."""
+        """Returns the mean loss, in nats per byte, and no accuracy."""
         loss: Tensor = model(inputs, targets)
         return loss, None
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:
-    """Parse and check the command line; exits with status 2 and one message if it is wrong."""
-    parser, what = options.make_parser(__doc__ or "", steps=400, batch=8, lr=1e-3)
-    what.add_argument("--size", choices=tuple(SIZES), default="demo", help="model (default %(default)s)")
-    what.add_argument("--text", metavar="FILE", help="text to learn (default: Python's standard library)")
-    what.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
+    """Parses and checks the command line; exits with status 2 and one message if it is wrong."""
+    parser, training = options.make_parser(__doc__ or "", steps=400, batch=8, lr=1e-3)
+    training.add_argument("--size", choices=tuple(SIZES), default="demo", help="model (default %(default)s)")
+    training.add_argument("--text", metavar="FILE", help="text to learn (default: Python's standard library)")
+    training.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
     return options.parse(parser, Settings, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     settings = parse(arguments)
     torch.set_num_threads(1)
     try:

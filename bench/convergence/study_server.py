@@ -1,11 +1,10 @@
-"""Train with a parameter server: the last ranks hold the parameters in shards, the others pull, compute and push.
+"""Train with a parameter server, with every option of the study: the last ranks serve, the others are workers.
 
     mpirun -n 5 python bench/convergence/study_server.py --servers 2 --task digits --mode async
     mpirun --with-ft ulfm --mca pml ob1 -n 5 python bench/convergence/study_server.py --servers 2 --kill-worker-at 40
 
-The lines that matter are in ``work``: make a ``sc.ps.Worker``, call ``step`` after backward. With ``--kill-worker-at``
-the last worker kills itself (SIGKILL) at that step, and the others go on. The model, data, and options are those of
-study_digits.py and study_gpt.py.
+Model, data and options are those of study_digits.py and study_gpt.py. With ``--kill-worker-at`` the last worker kills
+itself (SIGKILL) at that step, and the others go on. mpi_examples/param_server.py is the plain form of this script.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from trainer import Task
 
 import sparsecomm as sc
 
-FOREIGN = ("out", "save_every", "resume", "stop_after", "plot", "tensorboard")  # options that DDP training has
+FOREIGN = ("out", "save_every", "resume", "stop_after", "plot", "tensorboard")  # options of DDP training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(study_gpt.Settings):
-    """The command line, parsed; ``--help`` explains each."""
+    """The parsed command line; ``--help`` explains each option."""
 
     task: str
     servers: int
@@ -48,14 +47,17 @@ class Settings(study_gpt.Settings):
 
 
 def make_mode(settings: Settings) -> sc.ps.Mode:
-    """How far workers may run apart."""
+    """Returns the mode, which says how far workers may run apart."""
     if settings.mode == "ssp":
         return sc.ps.StaleSynchronous(settings.bound)
     return sc.ps.Synchronous() if settings.mode == "sync" else sc.ps.Asynchronous()
 
 
 def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """The optimizer of study_gpt.py for a shard: its pieces are flat, their parameters' shapes tell matrices."""
+    """Returns a function that makes the optimizer of study_gpt.py for the flat pieces of a shard.
+
+    The shapes of the parameters from which the pieces come tell matrices from vectors.
+    """
     before = settings.feedback in ("dgc", "adam")
     momentum = 0.0 if before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
@@ -74,22 +76,23 @@ def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.
 
 
 def make_worker(settings: Settings, model: nn.Module) -> sc.ps.Worker:
-    """A worker that compresses as the command line asks."""
+    """Returns a worker that compresses as the command line asks."""
     compressor: sc.Compressor = sc.Dense()
     if settings.sparse:
         kind = sc.TopK if settings.compressor == "topk" else sc.ThresholdTopK
         compressor = kind(density=make_density(settings))
     codec = settings.value_codec if settings.sparse else "auto"
     feedback = make_feedback(settings)
-    clips = settings.feedback not in ("dgc", "adam")  # after backward: what had left before would be sent twice
+    # Clipping changes gradients after backward, so a part that was pushed during backward would be sent twice.
+    clips = settings.feedback not in ("dgc", "adam")
     return sc.ps.Worker(model, compressor, overlap=not clips, feedback=feedback, value_codec=codec)
 
 
 def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str, Any]]:
-    """What each worker does; returns its log."""
+    """Trains on one worker and returns the rows of its log."""
     model = task.build()
     worker = make_worker(settings, model)
-    limit = float("inf") if settings.feedback in ("dgc", "adam") else settings.clip  # these clip by themselves
+    limit = float("inf") if settings.feedback in ("dgc", "adam") else settings.clip  # their feedback clips
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for step in range(settings.steps):
@@ -110,7 +113,7 @@ def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str,
 
 
 def describe(row: dict[str, Any], size: int) -> str:
-    """A line on a row of the log."""
+    """Returns a row of the log as a line of text."""
     right = "" if row["val_accuracy"] is None else f", {row['val_accuracy']:.1%} right"
     return (
         f"step {row['step']}: loss {row['val_loss']:.3f}{right}, {row['ratio']:.1f}x fewer bytes than dense, "
@@ -120,7 +123,7 @@ def describe(row: dict[str, Any], size: int) -> str:
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module) -> dict[str, float | None]:
-    """Held-out loss and accuracy of the parameters pulled last."""
+    """Returns held-out loss and accuracy of the parameters that were pulled last."""
     measured = [task.measure(model, *batch) for batch in task.held_out()]
     loss = float(torch.stack([m[0] for m in measured]).mean())
     right = [m[1] for m in measured if m[1] is not None]
@@ -128,7 +131,7 @@ def evaluate(task: Task, model: nn.Module) -> dict[str, float | None]:
 
 
 def report(worker: sc.ps.Worker) -> dict[str, Any]:
-    """What this worker has sent, and who is left."""
+    """Returns the traffic of this worker and the number of living workers."""
     metrics = worker.metrics()
     dead = {w for shard in worker.statistics() for w, why in shard["gone"].items() if why != "ended"}
     return {
@@ -142,18 +145,20 @@ def report(worker: sc.ps.Worker) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> Settings:
-    """Parse and check the command line; exits with status 2 and one message if it is wrong."""
-    parser, what = options.make_parser(__doc__ or "", steps=200, batch=16, lr=3e-3)
-    what.add_argument("--task", choices=("digits", "gpt"), default="digits", help="(default %(default)s)")
-    what.add_argument("--size", choices=tuple(SIZES), default="demo", help="GPT (default %(default)s)")
-    what.add_argument("--text", metavar="FILE", help="text the GPT learns (default: Python's standard library)")
-    what.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
-    how = parser.add_argument_group("the parameter server")
-    how.add_argument("--servers", type=options.positive, default=1, help="ranks that serve (default %(default)s)")
-    how.add_argument("--mode", choices=("sync", "ssp", "async"), default="sync", help="(default %(default)s)")
-    how.add_argument("--bound", type=int, default=3, help="of ssp: pushes ahead of the slowest (default %(default)s)")
-    how.add_argument("--pull-density", type=float, metavar="D", help="share pulled (default: all, dense)")
-    how.add_argument("--kill-worker-at", type=int, metavar="STEP", help="the last worker dies there; needs ULFM")
+    """Parses and checks the command line; exits with status 2 and one message if it is wrong."""
+    parser, training = options.make_parser(__doc__ or "", steps=200, batch=16, lr=3e-3)
+    training.add_argument("--task", choices=("digits", "gpt"), default="digits", help="(default %(default)s)")
+    training.add_argument("--size", choices=tuple(SIZES), default="demo", help="GPT (default %(default)s)")
+    training.add_argument("--text", metavar="FILE", help="text the GPT learns (default: Python's standard library)")
+    training.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
+    serving = parser.add_argument_group("parameter server")
+    serving.add_argument("--servers", type=options.positive, default=1, help="ranks that serve (default %(default)s)")
+    serving.add_argument("--mode", choices=("sync", "ssp", "async"), default="sync", help="(default %(default)s)")
+    serving.add_argument(
+        "--bound", type=int, default=3, help="of ssp: pushes ahead of the slowest (default %(default)s)"
+    )
+    serving.add_argument("--pull-density", type=float, metavar="D", help="share pulled (default: all, dense)")
+    serving.add_argument("--kill-worker-at", type=int, metavar="STEP", help="the last worker dies there; needs ULFM")
     settings = options.parse(parser, Settings, arguments)
     default = parser.get_default("collective")
     used = [name for name in FOREIGN if getattr(settings, name)]
@@ -165,7 +170,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
 
 
 def load(settings: Settings) -> Task:
-    """The model and its data."""
+    """Returns the model with its data; exits with status 2 if the data cannot be read."""
     try:
         if settings.task == "gpt":
             return study_gpt.TextTask(settings, load_corpus(settings.text, settings.block))
@@ -184,7 +189,7 @@ def write_log(settings: Settings, task: Task, rows: list[dict[str, Any]]) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     settings = parse(arguments)
     torch.set_num_threads(1)
     task = load(settings)

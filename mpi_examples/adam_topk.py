@@ -3,7 +3,7 @@
     mpirun -n 2 python mpi_examples/adam_topk.py --steps 200 --density 0.001
 
 At a low density AdamW sees each coordinate as rare, large spikes, and its second moment punishes them. Here every rank
-turns its own gradient into an Adam update first; the largest of residual plus update are sent, and SGD applies them.
+first turns its gradient into an Adam update and sends the largest elements of residual plus update. SGD applies them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     mpirun -n 2 python mpi_examples/checkpoints.py --steps 80     # goes on from step 40
     mpirun -n 3 python mpi_examples/checkpoints.py --steps 120    # goes on from step 80 with three ranks
 
-Every rank has a residual of its own: the part of its gradients that was not sent yet. So rank 0 saves the model and the
-optimizer, which are the same everywhere, and each rank saves its own ``state.state_dict()``.
+Rank 0 saves the model and the optimizer, which are the same on all ranks. Each rank saves ``state.state_dict()``, which
+holds its residual: the part of its gradients that it has not sent yet.
 """
 
 from __future__ import annotations

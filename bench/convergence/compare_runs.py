@@ -175,8 +175,8 @@ def show(dense: RunLog, sparse: RunLog, console: Console) -> None:
         console.print(table)
     meta = dense.meta
     console.print(
-        f"{meta['parameters']:,} parameters, {meta['world_size']} ranks. Bytes are what one rank sends, headers "
-        f"included: {sparse.meta['bytes_are']} for the compressed run, {meta['bytes_are']} for the dense one. "
+        f"{meta['parameters']:,} parameters, {meta['world_size']} ranks. Bytes are those that one rank sends, "
+        f"headers included: {sparse.meta['bytes_are']} for the compressed run, {meta['bytes_are']} for the dense one. "
         "Ranks on one machine talk through memory: this shows traffic, not the speed on a slow network.",
         highlight=False,
     )

@@ -291,7 +291,7 @@ def draw(results: Sequence[Result], logs: dict[str, Logs], path: Path) -> tuple[
 
 
 def _band(axis: Any, curves: Sequence[list[tuple[Any, float]]], x: Any, style: dict[str, Any]) -> None:
-    """Draws mean and range of curves that were evaluated at the same steps; step 0 has sent no bytes and is left out."""
+    """Draws mean and range of curves evaluated at the same steps, without step 0, where no bytes are sent yet."""
     points = [(point[0][0], [loss for _, loss in point]) for point in zip(*curves, strict=True) if point[0][0].step]
     positions = [x(row) for row, _ in points]
     axis.plot(positions, [statistics.fmean(losses) for _, losses in points], linewidth=1.4, **style)

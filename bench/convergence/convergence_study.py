@@ -129,7 +129,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Seed of model and batches."""
+        """Random seed of model and batches."""
         return int(self.flags["seed"])
 
     @property

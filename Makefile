@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@touch $@
 
 demo: install
-	$(BIN)/python mpi_examples/demo.py
+	$(BIN)/python bench/convergence/demo.py
 
 test: lint types unit
 

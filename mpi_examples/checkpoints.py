@@ -1,96 +1,101 @@
-"""Checkpoints of a data-parallel run whose ranks each hold a residual of their own.
+"""Save a run, resume it, and resume it with another number of ranks.
 
-A checkpoint is a folder ``step-00000123`` with rank 0's ``model.pt`` (model, optimiser, log) and every rank's
-``rank<r>.pt`` (its residual). It exists once the file ``latest`` names it, which is written last and in one
-rename: a run killed while saving leaves the checkpoint before untouched.
+    mpirun -n 2 python mpi_examples/checkpoints.py --steps 40     # trains 40 steps and saves
+    mpirun -n 2 python mpi_examples/checkpoints.py --steps 80     # goes on from step 40
+    mpirun -n 3 python mpi_examples/checkpoints.py --steps 120    # goes on from step 80 with three ranks
+
+Rank 0 saves the model and the optimizer, which are the same on all ranks. Each rank saves ``state.state_dict()``, which
+holds its residual: the part of its gradients that it has not sent yet.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import shutil
+import argparse
+import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from run_log import replace_file
+from library_text import load_text, random_batch
+from tiny_gpt import TinyGPT
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsecomm as sc
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which and why."""
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: sc.SparseState) -> None:
+    """Writes ``step-N`` and then lets ``latest`` name it, so that a killed run never leaves half a checkpoint behind.
 
-
-def save(folder: Path, step: int, *, rank: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Write one checkpoint and drop the one before. Collective.
-
-    Args:
-        folder: Seen by all ranks (a shared file system, when they run on several machines).
-        step: Updates done.
-        rank: This rank.
-        shared: What is the same on every rank; rank 0 writes it.
-        own: What only this rank has.
+    Collective. All ranks must see the folder.
     """
-    target = folder / f"step-{step:08d}"
-    if rank == 0:
-        _write(target / "model.pt", shared)
-    _write(target / f"rank{rank}.pt", own)
-    dist.barrier()
-    if rank == 0:
-        before = _latest(folder)
-        replace_file(folder / "latest", target.name.encode())
-        if before is not None and before != target:
-            shutil.rmtree(before, ignore_errors=True)
+    target = folder / f"step-{step}"
+    target.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        shared = {"step": step, "ranks": dist.get_world_size()}
+        torch.save(shared | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, target / "shared.pt")
+    torch.save(state.state_dict(), target / f"rank{dist.get_rank()}.pt")
+    dist.barrier()  # every file is written
+    if dist.get_rank() == 0:
+        (folder / "latest.new").write_text(target.name)
+        os.replace(folder / "latest.new", folder / "latest")
     dist.barrier()
 
 
-def exists(folder: Path) -> bool:
-    """Whether there is a checkpoint to resume from."""
-    return _latest(folder) is not None
+def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: sc.SparseState) -> int:
+    """Loads the checkpoint that ``latest`` names. Returns its step, or 0 if there is none."""
+    if not (folder / "latest").exists():
+        return 0
+    source = folder / (folder / "latest").read_text()
+    shared = torch.load(source / "shared.pt")
+    model.load_state_dict(shared["model"])
+    optimizer.load_state_dict(shared["optimizer"])
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == shared["ranks"]:
+        state.load_state_dict(torch.load(source / f"rank{rank}.pt"))
+    else:  # new ranks share the residuals of the old ones; nothing is lost
+        saved = [torch.load(source / f"rank{old}.pt") for old in range(shared["ranks"])]
+        state.load_state_dict(sc.reshard(saved, size)[rank])
+    return int(shared["step"])
 
 
-def load(folder: Path, *, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the newest checkpoint. Not collective.
+def main() -> None:
+    """Trains from the newest checkpoint to the last step, and saves there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="step to train to (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/checkpoints"), help="(default %(default)s)")
+    options = parser.parse_args()
 
-    Returns:
-        The shared part and this rank's own.
+    world = sc.init()
+    torch.set_num_threads(1)  # the ranks share this machine's cores
+    torch.manual_seed(0)
+    training, _ = load_text()
+    model = TinyGPT()
+    ddp = DistributedDataParallel(model)
+    state = sc.SparseState(sc.TopK(density=0.01), collective="allgather")
+    ddp.register_comm_hook(state, sc.sparse_hook)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
-    Raises:
-        CheckpointError: There is none, or a part of it is missing or damaged.
-    """
-    target = _latest(folder)
-    if target is None:
-        raise CheckpointError(f"nothing to resume: {folder} holds no checkpoint")
-    return _read(target / "model.pt"), _read(target / f"rank{rank}.pt")
+    def backward(step: int) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = ddp(*random_batch(training, world.rank, step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
-
-def _latest(folder: Path) -> Path | None:
-    pointer = folder / "latest"
-    return folder / pointer.read_text().strip() if pointer.is_file() else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    replace_file(path, buffer.getvalue())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        written = len(list(path.parent.glob("rank*.pt")))
-        raise CheckpointError(f"{path} is missing: {written} rank(s) wrote this checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged: {reason[:120]}") from error
-    return content
+    # DDP regroups its buckets after its first backward, and top-k selects within a bucket. One backward is thrown away
+    # here so that a resumed run has the buckets of the run that it continues, and repeats it bit for bit.
+    backward(0)
+    first = resume(options.out, model, optimizer, state)
+    if world.rank == 0:
+        print(f"starts at step {first} with {world.size} ranks", flush=True)
+    for step in range(first, options.steps):
+        loss = backward(step)
+        optimizer.step()
+        if world.rank == 0 and (step + 1) % 10 == 0:
+            print(f"step {step + 1}: training loss {loss.item():.6f}", flush=True)
+    if first < options.steps:
+        save(options.out, options.steps, model, optimizer, state)
 
 
-def remove_partial(folder: Path) -> None:
-    """Drop what a killed run left half written (folders that ``latest`` does not name). Rank 0 only."""
-    keep = _latest(folder)
-    for path in folder.glob("step-*"):
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
+if __name__ == "__main__":
+    main()

@@ -1,211 +1,79 @@
-"""Train with a parameter server: the last ranks hold the parameters in shards, the others pull, compute and push.
+"""Train with a parameter server: the last ranks hold the parameters, the others push sparse gradients and pull.
 
-    mpirun -n 5 python mpi_examples/param_server.py --servers 2 --task digits --mode async
+    mpirun -n 3 python mpi_examples/param_server.py --servers 1 --mode async
     mpirun --with-ft ulfm --mca pml ob1 -n 5 python mpi_examples/param_server.py --servers 2 --kill-worker-at 40
 
-The lines that matter are in ``work``: make a ``sc.ps.Worker``, call ``step`` after backward. With ``--kill-worker-at``
-the last worker kills itself (SIGKILL) at that step, and the others go on. The model, data, and options are those of
-train_digits.py and train_gpt.py.
+With ``--kill-worker-at`` the last worker kills itself at that step, and the others go on. That needs ULFM, a part
+of Open MPI that the second line switches on.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import signal
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-import options
 import torch
-import train_digits
-import train_gpt
-from compression import make_density, make_feedback
-from gpt_data import DataError, load_corpus
-from gpt_model import SIZES
-from optimizers import DecoupledSGD, rate
-from torch import nn
-from trainer import Task
+from library_text import load_text, random_batch
+from tiny_gpt import TinyGPT
 
 import sparsecomm as sc
 
-FOREIGN = ("out", "save_every", "resume", "stop_after", "plot", "tensorboard")  # options that DDP training has
+MODES: dict[str, sc.ps.Mode] = {
+    "sync": sc.ps.Synchronous(),  # an update averages one push of every worker
+    "ssp": sc.ps.StaleSynchronous(3),  # workers run at most 3 pushes ahead of the slowest
+    "async": sc.ps.Asynchronous(),  # every push is an update
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(train_gpt.Settings):
-    """The command line, parsed; ``--help`` explains each."""
+def work(options: argparse.Namespace, rank: int, size: int) -> None:
+    """Trains on one worker.
 
-    task: str
-    servers: int
-    mode: str
-    bound: int
-    pull_density: float | None
-    kill_worker_at: int | None
-
-
-def make_mode(settings: Settings) -> sc.ps.Mode:
-    """How far workers may run apart."""
-    if settings.mode == "ssp":
-        return sc.ps.StaleSynchronous(settings.bound)
-    return sc.ps.Synchronous() if settings.mode == "sync" else sc.ps.Asynchronous()
-
-
-def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """The optimizer of train_gpt.py for a shard: its pieces are flat, their parameters' shapes tell matrices."""
-    before = settings.feedback in ("dgc", "adam")
-    momentum = 0.0 if before else settings.averaging
-    adam = settings.optimizer == "adamw" and settings.feedback != "adam"
-
-    def make(pieces: list[Any]) -> torch.optim.Optimizer:
-        matrices = [p for p in pieces if len(p.ps_shape) >= 2]
-        vectors = [p for p in pieces if len(p.ps_shape) < 2]
-        name = "weight_decay" if adam else "decay"
-        groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]
-        groups = [group for group in groups if group["params"]]  # a shard may hold no matrix
-        if adam:
-            return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, options.ADAM_BETA2), fused=True)
-        return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)
-
-    return make
-
-
-def make_worker(settings: Settings, model: nn.Module) -> sc.ps.Worker:
-    """A worker that compresses as the command line asks."""
-    compressor: sc.Compressor = sc.Dense()
-    if settings.sparse:
-        kind = sc.TopK if settings.compressor == "topk" else sc.ThresholdTopK
-        compressor = kind(density=make_density(settings))
-    codec = settings.value_codec if settings.sparse else "auto"
-    feedback = make_feedback(settings)
-    clips = settings.feedback not in ("dgc", "adam")  # after backward: what had left before would be sent twice
-    return sc.ps.Worker(model, compressor, overlap=not clips, feedback=feedback, value_codec=codec)
-
-
-def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str, Any]]:
-    """What each worker does; returns its log."""
-    model = task.build()
-    worker = make_worker(settings, model)
-    limit = float("inf") if settings.feedback in ("dgc", "adam") else settings.clip  # these clip by themselves
-    rows: list[dict[str, Any]] = []
-    began = time.perf_counter()
-    for step in range(settings.steps):
-        if step == settings.kill_worker_at and rank == size - 1:
+    Args:
+        options: The command line.
+        rank: Number of this worker, from 0.
+        size: Number of workers.
+    """
+    torch.manual_seed(0)  # every worker must build the same model
+    training, held_out = load_text()
+    model = TinyGPT()
+    worker = sc.ps.Worker(model, sc.TopK(density=options.density))  # fetches the servers' parameters
+    for step in range(options.steps):
+        if step == options.kill_worker_at and rank == size - 1:
             print(f"worker {rank} kills itself at step {step}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        model.zero_grad(set_to_none=True)
-        loss = model(*task.batch(rank, step))
+        model.zero_grad()
+        loss = model(*random_batch(training, rank, step))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), limit)
-        worker.step()
-        done = step + 1
-        if rank == 0 and (done % settings.eval_every == 0 or done == settings.steps):
-            row = {"step": done, "train_loss": loss.item(), "seconds": time.perf_counter() - began}
-            rows.append(row | evaluate(task, model) | report(worker))
-            print(describe(rows[-1], size), flush=True)
-    return rows
+        worker.step()  # pushes the gradients and pulls the parameters
+        if rank == 0 and (step + 1) % 20 == 0:
+            print(f"step {step + 1}: training loss {loss.item():.3f}", flush=True)
+    if rank == 0:
+        with torch.no_grad():
+            loss = model(*random_batch(held_out, 0, batch=256))
+        print(f"held-out loss {loss.item():.3f} nats per byte")
+        print(f"{worker.metrics().ratio:.1f} times fewer bytes than dense, though each pull is dense here")
 
 
-def describe(row: dict[str, Any], size: int) -> str:
-    """A line on a row of the log."""
-    right = "" if row["val_accuracy"] is None else f", {row['val_accuracy']:.1%} right"
-    return (
-        f"step {row['step']}: loss {row['val_loss']:.3f}{right}, {row['ratio']:.1f}x fewer bytes than dense, "
-        f"staleness {row['staleness']:.2f}, {row['workers']} of {size} workers"
+def main() -> None:
+    """Makes this rank a worker or a server until training has ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="updates (default %(default)s)")
+    parser.add_argument("--density", type=float, default=0.05, help="share of a gradient pushed (default %(default)s)")
+    parser.add_argument("--servers", type=int, default=1, help="ranks that serve (default %(default)s)")
+    parser.add_argument("--mode", choices=tuple(MODES), default="sync", help="(default %(default)s)")
+    parser.add_argument("--kill-worker-at", type=int, metavar="STEP", help="the last worker dies there; needs ULFM")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # the ranks share this machine's cores
+    sc.ps.run(
+        partial(work, options),
+        servers=options.servers,
+        mode=MODES[options.mode],
+        optimizer=lambda shard: torch.optim.AdamW(shard, lr=2e-3),
+        fault_tolerant=None if options.kill_worker_at is None else True,
     )
 
 
-@torch.no_grad()
-def evaluate(task: Task, model: nn.Module) -> dict[str, float | None]:
-    """Held-out loss and accuracy of the parameters pulled last."""
-    measured = [task.measure(model, *batch) for batch in task.held_out()]
-    loss = float(torch.stack([m[0] for m in measured]).mean())
-    right = [m[1] for m in measured if m[1] is not None]
-    return {"val_loss": loss, "val_accuracy": float(torch.stack(right).mean()) if right else None}
-
-
-def report(worker: sc.ps.Worker) -> dict[str, Any]:
-    """What this worker has sent, and who is left."""
-    metrics = worker.metrics()
-    dead = {w for shard in worker.statistics() for w, why in shard["gone"].items() if why != "ended"}
-    return {
-        "bytes_sent": metrics.bytes_sent,
-        "bytes_received": metrics.bytes_received,
-        "ratio": metrics.ratio,
-        "staleness": metrics.mean_staleness,
-        "versions": worker.versions,
-        "workers": worker.size - len(dead),
-    }
-
-
-def parse(arguments: Sequence[str] | None) -> Settings:
-    """Parse and check the command line; exits with status 2 and one message if it is wrong."""
-    parser, what = options.make_parser(__doc__ or "", steps=200, batch=16, lr=3e-3)
-    what.add_argument("--task", choices=("digits", "gpt"), default="digits", help="(default %(default)s)")
-    what.add_argument("--size", choices=tuple(SIZES), default="demo", help="GPT (default %(default)s)")
-    what.add_argument("--text", metavar="FILE", help="text the GPT learns (default: Python's standard library)")
-    what.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
-    how = parser.add_argument_group("the parameter server")
-    how.add_argument("--servers", type=options.positive, default=1, help="ranks that serve (default %(default)s)")
-    how.add_argument("--mode", choices=("sync", "ssp", "async"), default="sync", help="(default %(default)s)")
-    how.add_argument("--bound", type=int, default=3, help="of ssp: pushes ahead of the slowest (default %(default)s)")
-    how.add_argument("--pull-density", type=float, metavar="D", help="share pulled (default: all, dense)")
-    how.add_argument("--kill-worker-at", type=int, metavar="STEP", help="the last worker dies there; needs ULFM")
-    settings = options.parse(parser, Settings, arguments)
-    default = parser.get_default("collective")
-    used = [name for name in FOREIGN if getattr(settings, name)]
-    if used or settings.collective != default or settings.compressor == "none":
-        names = [*used, *(("collective",) if settings.collective != default else ())]
-        names += ["compressor none"] if settings.compressor == "none" else []
-        parser.error(f"--{names[0].replace('_', '-')} has no meaning with a parameter server")
-    return settings
-
-
-def load(settings: Settings) -> Task:
-    """The model and its data."""
-    try:
-        if settings.task == "gpt":
-            return train_gpt.TextTask(settings, load_corpus(settings.text, settings.block))
-        return train_digits.DigitsTask(settings, train_digits.load_digits())
-    except DataError as error:
-        options.fail(str(error))
-    except ImportError as error:
-        options.fail(f"the digits come with scikit-learn: pip install 'sparsecomm[demo]' ({error})")
-
-
-def write_log(settings: Settings, task: Task, rows: list[dict[str, Any]]) -> None:
-    """Writes settings and rows as JSON."""
-    assert settings.log is not None
-    meta = {"script": options.script(), "title": task.title, "settings": vars(settings), **task.facts}
-    Path(settings.log).write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    settings = parse(arguments)
-    torch.set_num_threads(1)
-    task = load(settings)
-    kills = settings.kill_worker_at is not None
-    per_update = 1 if settings.mode == "sync" else max(1, sc.launch.detect().size - settings.servers)
-    try:
-        out = sc.ps.run(
-            lambda rank, size: work(settings, task, rank, size),
-            servers=settings.servers,
-            optimizer=shard_optimizer(settings),
-            mode=make_mode(settings),
-            pull=None if settings.pull_density is None else sc.TopK(settings.pull_density),
-            rate=lambda version: rate(settings, min(version // per_update, settings.steps)),
-            fault_tolerant=True if kills else None,
-        )
-    except (sc.ConfigError, sc.LaunchError) as error:
-        options.fail(str(error))
-    if out.rank == 0 and settings.log is not None:
-        write_log(settings, task, out.result)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

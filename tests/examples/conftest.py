@@ -1,9 +1,9 @@
-"""The examples are scripts that import the helpers beside them; make those importable here too."""
+"""The examples and the convergence study import the files beside them; the tests import these too."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "mpi_examples"
-sys.path.insert(0, str(EXAMPLES))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "mpi_examples"), str(ROOT / "bench" / "convergence")]

@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+import checkpointing
 import convergence
 import convergence_cells
 import convergence_runs
 import launching
 import pytest
-import train_gpt
-from convergence_study import Cell, StudyError, load_study, make_run
+import study_gpt
+from convergence_study import Cell, Conditions, StudyError, load_study, make_run
 from helpers import job_environment, mpirun_command
 from run_log import Row, RunLog
 
@@ -67,7 +68,7 @@ def test_a_killed_study_leaves_nothing_and_goes_on(tmp_path: Path, capsys: pytes
         start_new_session=True,
     )
     try:
-        wait_for(lambda: any(map(checkpoints.exists, out.glob("runs/*/*.checkpoints"))), 90)
+        wait_for(lambda: any(map(checkpointing.exists, out.glob("runs/*/*.checkpoints"))), 90)
         assert convergence.main(flags) == 2
         assert "is in use by another convergence.py" in capsys.readouterr().err
         driver.send_signal(signal.SIGTERM)
@@ -101,7 +102,7 @@ def test_tuning_ranks_tries_and_survives_those_that_diverge(tmp_path: Path, caps
     mpirun_command(2)
     flags = ["--study", str(study(tmp_path, cell)), "--out", str(out), "--steps", "8", "--tune", "gpt-*", "--jobs", "2"]
     assert convergence.main(flags) == 0
-    assert "FAILED: train_gpt.py: error: the gradient's norm became" in capsys.readouterr().out
+    assert "FAILED: study_gpt.py: error: the gradient's norm became" in capsys.readouterr().out
     result = json.loads((out / "tune" / "gpt-sgd-dense.json").read_text())
     assert [row["settings"]["lr"] for row in result["rows"]] == [1e-2, 1e30]
     assert result["rows"][1]["val_loss"] is None
@@ -119,10 +120,10 @@ MADE_UP = (
 
 def put(cell: Cell, out: Path, seed: int, losses: dict[int, float], sent: int) -> None:
     """A finished run of ten steps with known losses, where every step sends ``sent`` bytes."""
-    run = make_run(cell, out, seed=seed, judge="test", ranks=2, steps=10)
+    run = make_run(cell, out, Conditions(judge="test", ranks=2, steps=10), seed=seed)
     flags = ["--lr", "0.002", "--judge", "test", "--steps", "10", "--seed", str(seed)]
     flags += ["--compressor", str(run.flags["compressor"])]
-    meta = vars(train_gpt.parse(flags)) | {"dense_bytes_per_step": 4000, "world_size": 2}
+    meta = vars(study_gpt.parse(flags)) | {"dense_bytes_per_step": 4000, "world_size": 2}
     rows = [
         Row(step=i, train_loss=None, val_loss=losses.get(i), seconds=i, bytes_sent=sent * i, ratio=None)
         for i in range(11)
@@ -164,20 +165,22 @@ def test_report_from_partial_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_runs_with_other_settings_are_other_runs(tmp_path: Path) -> None:
-    def folder(cell: Cell, **changes: Any) -> Path:
-        return make_run(cell, tmp_path, **({"seed": 0, "judge": "test", "ranks": 2, "steps": None} | changes)).folder
+    test = Conditions(judge="test", ranks=2)
+
+    def folder(cell: Cell, seed: int = 0, point: dict[str, Any] | None = None, **changes: Any) -> Path:
+        return make_run(cell, tmp_path, replace(test, **changes), seed=seed, point=point).folder
 
     assert folder(TOPK) == folder(TOPK, seed=1)
     others = [folder(TOPK, **c) for c in ({"judge": "validation"}, {"ranks": 3}, {"steps": 9}, {"point": {"lr": 1}})]
     assert len({folder(TOPK), folder(DENSE), *others}) == 6
-    shortened = make_run(TOPK, tmp_path, seed=0, judge="test", ranks=2, steps=3000)
+    shortened = make_run(TOPK, tmp_path, replace(test, steps=3000), seed=0)
     assert shortened.flags["warmup_steps"] == 3
-    assert make_run(TOPK, tmp_path, seed=0, judge="test", ranks=2, steps=100).flags["warmup_steps"] == 0
+    assert make_run(TOPK, tmp_path, replace(test, steps=100), seed=0).flags["warmup_steps"] == 0
 
 
 def test_half_written_logs_are_not_finished(tmp_path: Path) -> None:
     put(DENSE, tmp_path, 0, {0: 5.5, 10: 2.0}, 4000)
-    run = make_run(DENSE, tmp_path, seed=0, judge="test", ranks=2, steps=10)
+    run = make_run(DENSE, tmp_path, Conditions(judge="test", ranks=2, steps=10), seed=0)
     log = convergence_runs.finished(run)
     assert log is not None
     RunLog(log.meta, log.rows[:-1]).write(run.log)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import compression
 import optimizers
 import pytest
+import study_gpt
 import torch
-import train_gpt
 
 import sparsecomm as sc
 
 
 def test_weight_decay_does_not_pass_through_sgds_momentum() -> None:
-    settings = train_gpt.parse(["--optimizer", "sgd", "--lr", "0.5", "--momentum", "0.9", "--weight-decay", "0.1"])
+    settings = study_gpt.parse(["--optimizer", "sgd", "--lr", "0.5", "--momentum", "0.9", "--weight-decay", "0.1"])
     model = torch.nn.Linear(2, 2)
     optimizer = optimizers.make_optimizer(settings, model)
     weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
@@ -34,18 +34,18 @@ def test_momentum_is_applied_once(name: str) -> None:
     model = torch.nn.Linear(2, 2)
 
     def inner(feedback: str) -> float:
-        settings = train_gpt.parse([*flags, "--feedback", feedback])
+        settings = study_gpt.parse([*flags, "--feedback", feedback])
         group = optimizers.make_optimizer(settings, model).param_groups[0]
         return float(group["betas"][0] if name == "adamw" else group["momentum"])
 
     assert inner("ef") == 0.7
     assert inner("dgc") == 0.0
-    settings = train_gpt.parse([*flags, "--feedback", "dgc", "--clip", "2"])
+    settings = study_gpt.parse([*flags, "--feedback", "dgc", "--clip", "2"])
     assert compression.make_feedback(settings) == sc.MomentumCorrection(momentum=0.7, clip_norm=2.0)
 
 
 def test_adam_before_compression_leaves_decoupled_sgd_after_it() -> None:
-    settings = train_gpt.parse(["--feedback", "adam", "--beta1", "0.5", "--clip", "2"])
+    settings = study_gpt.parse(["--feedback", "adam", "--beta1", "0.5", "--clip", "2"])
     assert compression.make_feedback(settings) == sc.AdamCorrection(beta1=0.5, beta2=0.95, clip_norm=2.0)
     optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2))
     assert isinstance(optimizer, optimizers.DecoupledSGD)
@@ -55,18 +55,18 @@ def test_adam_before_compression_leaves_decoupled_sgd_after_it() -> None:
 
 def test_adam_before_compression_is_refused_with_sgd(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        train_gpt.parse(["--feedback", "adam", "--optimizer", "sgd"])
+        study_gpt.parse(["--feedback", "adam", "--optimizer", "sgd"])
     assert "--feedback adam has no meaning with --optimizer sgd" in capsys.readouterr().err
 
 
 def test_feedback_and_schedules() -> None:
-    assert compression.make_feedback(train_gpt.parse([])) == sc.ErrorFeedback()
-    assert compression.make_feedback(train_gpt.parse(["--feedback", "none"])) is None
+    assert compression.make_feedback(study_gpt.parse([])) == sc.ErrorFeedback()
+    assert compression.make_feedback(study_gpt.parse(["--feedback", "none"])) is None
     flags = ["--density", "0.001", "--warmup-steps", "30", "--steps", "60"]
-    density = compression.make_density(train_gpt.parse([*flags, "--warmup-kind", "exp"]))
+    density = compression.make_density(study_gpt.parse([*flags, "--warmup-kind", "exp"]))
     assert callable(density)
     assert density(0) == 0.25
     assert density(15) == pytest.approx((0.25 * 0.001) ** 0.5)
     assert density(30) == density(59) == 0.001
-    assert compression.make_density(train_gpt.parse(flags)) == sc.Warmup((0.25, 0.063, 0.015), 10, 0.001)
-    assert compression.make_density(train_gpt.parse([])) == 0.01
+    assert compression.make_density(study_gpt.parse(flags)) == sc.Warmup((0.25, 0.063, 0.015), 10, 0.001)
+    assert compression.make_density(study_gpt.parse([])) == 0.01

@@ -1,4 +1,4 @@
-"""Command line that the training scripts share, checked before anything is started."""
+"""The command line that the training scripts share, checked before anything is started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 SPARSE = ("topk", "threshold", "chunk", "random", "cyclic")
 COMPRESSORS = ("none", "dense", *SPARSE)
-# Settings that shape the trajectory or what is written of it: a resumed run must repeat them.
+# Settings that shape the trajectory or its log. A resumed run must repeat them.
 TRAJECTORY = (
     *("compressor", "density", "feedback", "warmup_steps", "warmup_kind", "warmup_densities", "value_codec"),
     *("index_codec", "collective", "seed", "steps", "batch", "optimizer", "lr", "beta1", "momentum", "nesterov"),
@@ -26,11 +26,11 @@ WEIGHT_DECAY = {"adamw": 0.1, "sgd": 5e-4}  # of the matrices; times the rate in
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every training script is told; ``--help`` explains each.
+    """The options of every training script; ``--help`` explains each.
 
     Attributes:
-        beta1: None with SGD, which has none.
-        momentum: None with AdamW; ``beta1`` is its momentum.
+        beta1: Momentum of AdamW; None with SGD.
+        momentum: Momentum of SGD; None with AdamW.
     """
 
     compressor: str
@@ -65,19 +65,19 @@ class Settings:
 
     @property
     def sparse(self) -> bool:
-        """Whether the compressor selects coordinates."""
+        """Whether the compressor selects elements."""
         return self.compressor in SPARSE
 
     @property
     def averaging(self) -> float:
-        """The momentum in [0, 1), whichever optimizer has it and whether it works before or after the exchange."""
+        """The momentum in [0, 1) of either optimizer, whether it is applied before or after the exchange."""
         value = self.beta1 if self.optimizer == "adamw" else self.momentum
-        assert value is not None, "parse fills in the one that the optimizer has"
+        assert value is not None, "parse sets the one that belongs to the optimizer"
         return value
 
     @property
     def last_step(self) -> int:
-        """The step this run ends at."""
+        """The step at which this run ends."""
         return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
 
 
@@ -85,12 +85,12 @@ S = TypeVar("S", bound=Settings)
 
 
 def script() -> str:
-    """Name of the running script, for its messages."""
+    """Returns the name of the running script, for its messages."""
     return Path(sys.argv[0]).name
 
 
 def launcher_rank() -> int:
-    """This process's rank as its launcher says, before anything is initialised; 0 without a launcher."""
+    """Returns this process's rank from the launcher's environment variables; 0 without a launcher."""
     for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID", "RANK"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -98,10 +98,10 @@ def launcher_rank() -> int:
 
 
 def fail(message: str) -> NoReturn:
-    """End this process with status 2 and a message, printed once.
+    """Ends this process with status 2 and a message, which is printed once.
 
-    What is wrong is usually wrong on every rank. Rank 0 speaks, and its exit makes the launcher end the
-    others; a rank that is still alive after two seconds has a problem of its own and says so.
+    A mistake is usually made on every rank. Rank 0 prints it, and its exit makes the launcher end the others. A rank
+    that is still alive after two seconds has a problem that rank 0 does not have, and prints it.
     """
     rank = launcher_rank()
     if rank:
@@ -111,20 +111,20 @@ def fail(message: str) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but one rank speaks for all."""
+    """An argparse parser that prints on one rank only."""
 
     def error(self, message: str) -> NoReturn:
-        """End the process with status 2."""
+        """Ends the process with status 2."""
         fail(f"{message} (see --help)")
 
     def print_help(self, file: object = None) -> None:
-        """Print the help, on rank 0."""
+        """Prints the help on rank 0."""
         if launcher_rank() == 0:
             print(self.format_help())
 
 
 def positive(text: str) -> int:
-    """Type of an option: an integer above 0."""
+    """Converts the value of an option that must be an integer above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -171,63 +171,63 @@ def _beta(text: str) -> float:
 
 
 def make_parser(description: str, *, steps: int, batch: int, lr: float) -> tuple[Parser, argparse._ArgumentGroup]:
-    """A parser with all options but those of one script.
+    """Returns a parser with the options that all scripts share.
 
     Args:
-        description: the script's docstring.
-        steps: default of ``--steps``.
-        batch: default of ``--batch``.
-        lr: default of ``--lr``.
+        description: Docstring of the script.
+        steps: Default of ``--steps``.
+        batch: Default of ``--batch``.
+        lr: Default of ``--lr``.
 
     Returns:
-        The parser, and the group of options to which the script adds its own.
+        The parser, and the group to which a script adds options of its model and data.
     """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--steps", type=positive, default=steps, help="updates in all (default %(default)s)")
-    what.add_argument("--batch", type=positive, default=batch, help="examples per rank (default %(default)s)")
-    what.add_argument("--seed", type=_count, default=0, help="of model and batches (default %(default)s)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=positive, default=steps, help="number of updates (default %(default)s)")
+    training.add_argument("--batch", type=positive, default=batch, help="examples per rank (default %(default)s)")
+    training.add_argument("--seed", type=_count, default=0, help="of model and batches (default %(default)s)")
     _add_optimizer(parser, lr)
     _add_communication(parser)
     _add_output(parser)
-    return parser, what
+    return parser, training
 
 
 def _add_optimizer(parser: Parser, lr: float) -> None:
-    how = parser.add_argument_group("how to optimize")
+    how = parser.add_argument_group("optimizer")
     how.add_argument("--optimizer", choices=tuple(WEIGHT_DECAY), default="adamw", help="(default %(default)s)")
     how.add_argument("--lr", type=_rate, default=lr, help="peak rate (default %(default)s)")
     how.add_argument("--beta1", type=_beta, help=f"AdamW's momentum (default {ADAM_BETA1})")
     how.add_argument("--momentum", type=_beta, help=f"SGD's momentum (default {SGD_MOMENTUM})")
-    how.add_argument("--nesterov", action="store_true", help="SGD looks ahead by its momentum")
+    how.add_argument("--nesterov", action="store_true", help="Nesterov momentum for SGD")
     decays = ", ".join(f"{value:g} with {name}" for name, value in WEIGHT_DECAY.items())
     how.add_argument("--weight-decay", type=_decay, help=f"of the matrices, decoupled (default {decays})")
-    how.add_argument("--clip", type=_rate, default=1.0, help="gradient norm limit (default %(default)s)")
+    how.add_argument("--clip", type=_rate, default=1.0, help="limit of the gradient's norm (default %(default)s)")
 
 
 def _add_communication(parser: Parser) -> None:
-    how = parser.add_argument_group("how to communicate")
+    how = parser.add_argument_group("communication")
     how.add_argument(
         "--compressor",
         choices=COMPRESSORS,
         default="topk",
-        help="none: plain DDP; chunk, random and cyclic send the same coordinates from all ranks (default %(default)s)",
+        help="none: plain DDP; chunk, random and cyclic send the same elements from all ranks (default %(default)s)",
     )
     how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
     how.add_argument(
         "--feedback",
         choices=("ef", "dgc", "adam", "none"),
         default="ef",
-        help="what becomes of the rest: ef keeps it; dgc applies momentum before and the optimizer has none; "
-        "adam turns the gradient into AdamW's update before, and what arrives is only applied; "
-        "none drops it (default %(default)s)",
+        help="elements that are not sent: ef keeps them; dgc also applies momentum before compression, instead of the "
+        "optimizer; adam also turns gradients into AdamW's updates before compression, instead of the optimizer; "
+        "none drops them (default %(default)s)",
     )
     how.add_argument("--warmup-steps", type=_count, default=0, help="steps of higher density (default none)")
     how.add_argument(
         "--warmup-kind",
         choices=("steps", "exp"),
         default="steps",
-        help="steps: stages of equal length; exp: falls geometrically from the first warm-up density to --density "
+        help="steps: stages of equal length; exp: a geometric fall from the first warm-up density to --density "
         "(default %(default)s)",
     )
     how.add_argument(
@@ -235,43 +235,43 @@ def _add_communication(parser: Parser) -> None:
         type=_densities,
         default=(0.25, 0.063, 0.015),
         metavar="D,D,...",
-        help="of the density warm-up's stages; exp takes the first (default .25,.063,.015)",
+        help="densities of the warm-up's stages; exp uses the first (default .25,.063,.015)",
     )
     how.add_argument("--value-codec", default="fp16", help="values on the wire (default %(default)s)")
     how.add_argument("--index-codec", default="auto", help="indices on the wire (default %(default)s)")
     how.add_argument(
         "--collective",
         default="allgather",
-        help="auto: whatever is fastest here, perhaps no compression at all (default %(default)s)",
+        help="auto: the fastest on this link, perhaps without compression (default %(default)s)",
     )
 
 
 def _add_output(parser: Parser) -> None:
-    out = parser.add_argument_group("what to keep")
+    out = parser.add_argument_group("output")
     out.add_argument("--eval-every", type=positive, default=50, help="steps between evaluations (default %(default)s)")
     out.add_argument(
         "--judge",
         choices=("validation", "test"),
         default="validation",
-        help="held-out data to evaluate on: tune on one, report the other (default %(default)s)",
+        help="held-out data to evaluate on: tune on validation, report test (default %(default)s)",
     )
-    out.add_argument("--out", metavar="DIR", help="keep checkpoints here, one at the end at least")
-    out.add_argument("--save-every", type=_count, default=0, help="steps between checkpoints (default: end)")
-    out.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    out.add_argument("--stop-after", type=positive, metavar="STEP", help="end early here, to resume later")
-    out.add_argument("--log", metavar="JSON", help="write settings and one row a step")
-    out.add_argument("--plot", metavar="PNG", help="draw the loss (an SVG goes beside it)")
+    out.add_argument("--out", metavar="DIR", help="folder of checkpoints; one is always saved at the end")
+    out.add_argument("--save-every", type=_count, default=0, help="steps between checkpoints (default: at the end)")
+    out.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    out.add_argument("--stop-after", type=positive, metavar="STEP", help="end at this step, to resume later")
+    out.add_argument("--log", metavar="JSON", help="write settings and one row per step")
+    out.add_argument("--plot", metavar="PNG", help="draw the loss, also as SVG")
     out.add_argument("--tensorboard", metavar="DIR", help="write scalars for TensorBoard (rank 0)")
     out.add_argument("--progress", choices=("auto", "on", "off"), default="auto", help="progress bar")
 
 
 def parse(parser: Parser, kind: Callable[..., S], arguments: Sequence[str] | None) -> S:
-    """Parse and check the command line; exits with status 2 and one message if it is wrong.
+    """Parses and checks the command line; exits with status 2 and one message if it is wrong.
 
     Args:
-        parser: of ``make_parser``, with the script's own options.
-        kind: the script's ``Settings``.
-        arguments: None for those of the process.
+        parser: Parser of ``make_parser``, to which the script has added options.
+        kind: Type of the script's settings.
+        arguments: Command line; None for that of the process.
     """
     options = vars(parser.parse_args(arguments))
     _check_optimizer(parser, options)
@@ -286,7 +286,7 @@ def parse(parser: Parser, kind: Callable[..., S], arguments: Sequence[str] | Non
 
 
 def _check_optimizer(parser: Parser, options: dict[str, Any]) -> None:
-    """Refuse what the optimizer does not have, and fill in what depends on it."""
+    """Refuses options of the other optimizer and sets the defaults of this one. Mutates ``options``."""
     name = options["optimizer"]
     foreign = ("momentum", "nesterov") if name == "adamw" else ("beta1",)
     for option in foreign:

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: loss, and what communication did in the step."""
+"""Scalars for TensorBoard: losses, and the bytes and seconds of communication."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Scalars"]
 
 
 class Scalars:
-    """Writes one point a step; does nothing without a folder.
+    """Writes one point per step; does nothing without a folder.
 
     Args:
-        folder: TensorBoard's log folder, or None.
-        state: the run's SparseState, or None for plain DDP.
+        folder: Log folder of TensorBoard, or None.
+        state: State of the run, or None for plain DDP.
     """
 
     def __init__(self, folder: str | None, state: sc.SparseState | None) -> None:
@@ -28,7 +28,7 @@ class Scalars:
             self._writer = SummaryWriter(folder)
 
     def add(self, row: Row) -> None:
-        """Adds the points of one step."""
+        """Adds the points of one row."""
         if self._writer is None:
             return
         points = {"loss/train": row.train_loss, "loss/validation": row.val_loss, "communication/ratio": row.ratio}
@@ -51,6 +51,6 @@ class Scalars:
                 self._writer.add_scalar(name, value, row.step)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes pending points and closes the file."""
         if self._writer is not None:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""Bytes of real text with no download: the Python standard library's own sources, or any file."""
+"""Bytes of real text without a download: the sources of Python's standard library, or any file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 HELD_OUT_PERCENT = 5  # of the files (standard library) or of the bytes (a text file), validation and test together
-# Fixed, independent of --batch and --seed, so that all runs are comparable.
+# Independent of --batch and --seed, so that all runs are comparable.
 HELD_OUT_BATCH = 16
 HELD_OUT_BATCHES = {"validation": 8, "test": 16}
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 class DataError(ValueError):
-    """The text cannot be used; the message says which text and why."""
+    """The text cannot be used; the message names it and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class Corpus:
     """Training, validation and test text.
 
     Attributes:
-        name: Where it came from.
+        name: Source of the text.
         train: uint8 ``(n,)``.
-        val: uint8 ``(m,)``, to tune on; of other files than ``train``.
-        test: uint8 ``(m',)``, to report on; of other files than both.
-        digest: Names the bytes and their split; a resumed run must see the same.
+        val: uint8 ``(m,)``, to tune on; from other files than ``train``.
+        test: uint8 ``(m',)``, to report on; from other files than both.
+        digest: Hash of the bytes and their split; a resumed run must have the same.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Corpus:
 
 
 def load_corpus(text: str | None, block: int) -> Corpus:
-    """Read the text.
+    """Reads the text.
 
     Args:
-        text: A file's path, or None for the standard library.
+        text: Path of a file, or None for the standard library.
         block: Sequence length in bytes; each part must hold at least one sequence.
 
     Raises:
@@ -74,7 +74,7 @@ Parts = tuple[bytes, bytes, bytes]  # training, validation, test
 
 
 def _text_file(path: Path) -> tuple[str, Parts]:
-    """A file's head to train on, its tail to validate and to test."""
+    """Returns the name of a file and its parts: the head to train on, the tail to validate and to test."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -85,7 +85,7 @@ def _text_file(path: Path) -> tuple[str, Parts]:
 
 
 def _standard_library() -> tuple[str, Parts]:
-    """The interpreter's own ``*.py``, tests left out, split by a hash of each file's name."""
+    """Returns the interpreter's ``*.py`` files without its tests, split by a hash of each file's name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
     for path in sorted(root.rglob("*.py")):
@@ -101,7 +101,7 @@ def _standard_library() -> tuple[str, Parts]:
 
 
 def training_batch(corpus: Corpus, *, seed: int, rank: int, step: int, batch: int, block: int) -> tuple[Tensor, Tensor]:
-    """One rank's batch of one step, a pure function of its arguments: resuming needs no generator state.
+    """Returns one rank's batch of one step, a pure function of the arguments: resuming needs no generator state.
 
     Returns:
         Inputs and targets, int64 ``(batch, block)`` each.
@@ -111,7 +111,7 @@ def training_batch(corpus: Corpus, *, seed: int, rank: int, step: int, batch: in
 
 
 def held_out_batches(corpus: Corpus, judge: str, block: int) -> list[tuple[Tensor, Tensor]]:
-    """The fixed batches every run of this text and block is judged on, evenly spaced.
+    """Returns the fixed, evenly spaced batches on which every run of this text and block is judged.
 
     Args:
         corpus: The text.

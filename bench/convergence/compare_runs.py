@@ -1,6 +1,6 @@
-"""Compare two logs of train_gpt.py, a dense run and a compressed one: a table, a verdict, a picture.
+"""Compare two logs of study_gpt.py, of a dense run and a compressed one, in two tables and a picture.
 
-python mpi_examples/compare_runs.py dense.json topk.json --plot compare.png
+python bench/convergence/compare_runs.py dense.json topk.json --plot compare.png
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from run_log import LogError, Row, RunLog, plot
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One run in numbers.
+    """The numbers of one run.
 
     Attributes:
-        label: The run's name.
-        val_loss: At its last evaluation, nats per byte.
-        step_seconds: Median over its steps, the first left out.
-        warmup_bytes: Mean bytes a step on the wire from one rank during density warm-up; None without one.
-        bytes_per_step: The same after the warm-up.
-        total_bytes: Of all steps, from one rank.
-        ratio: fp32 ring allreduce's bytes a step over ``bytes_per_step``; None where nothing is sent.
+        label: Name of the run.
+        val_loss: Loss of the last evaluation, in nats per byte.
+        step_seconds: Median seconds of a step, without the first step.
+        warmup_bytes: Mean bytes that one rank sends in a step of the density warm-up; None without a warm-up.
+        bytes_per_step: Mean bytes that one rank sends in a step after the warm-up.
+        total_bytes: Bytes that one rank sends in all steps.
+        ratio: Bytes of an fp32 ring allreduce over ``bytes_per_step``; None if nothing is sent.
     """
 
     label: str
@@ -43,13 +43,13 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Validation loss of both runs at one equal point.
+    """Validation losses of both runs at equal steps, bytes or time.
 
     Attributes:
-        at: What is equal, in words.
-        dense: The dense run's loss there.
-        sparse: The compressed run's.
-        note: What a reader must know to judge the numbers.
+        at: The equal quantity, in words.
+        dense: Loss of the dense run.
+        sparse: Loss of the compressed run.
+        note: Facts that a reader needs to judge the numbers.
     """
 
     at: str
@@ -59,10 +59,10 @@ class Verdict:
 
 
 def summarise(log: RunLog) -> Summary:
-    """Reduce a run to its numbers.
+    """Reduces a run to its numbers.
 
     Raises:
-        LogError: The run has no step, or no evaluation.
+        LogError: The run has no step or no evaluation.
     """
     rows, points = log.rows, log.evaluated()
     if len(rows) < 2 or not points:
@@ -83,7 +83,7 @@ def summarise(log: RunLog) -> Summary:
 
 
 def at_equal_steps(dense: RunLog, sparse: RunLog) -> Verdict:
-    """Both at the last step that both evaluated."""
+    """Compares both runs at the last step that both evaluated."""
     ours = {row.step: loss for row, loss in sparse.evaluated()}
     theirs = {row.step: loss for row, loss in dense.evaluated()}
     step = max(ours.keys() & theirs.keys(), default=None)
@@ -100,15 +100,15 @@ def at_equal_steps(dense: RunLog, sparse: RunLog) -> Verdict:
 
 
 def having_sent(log: RunLog, budget: int) -> tuple[Row, float]:
-    """The first evaluation at or beyond that many bytes and its loss; the last one if there is none."""
+    """Returns the first evaluation after at least ``budget`` bytes, or else the last one, and its loss."""
     points = log.evaluated()
     return next((point for point in points if point[0].bytes_sent >= budget), points[-1])
 
 
 def at_equal_bytes(dense: RunLog, sparse: RunLog) -> Verdict:
-    """The compressed run at its end, the dense one when it had sent as many bytes.
+    """Compares the end of the compressed run with the dense run after as many bytes.
 
-    Dense is given the benefit of the doubt: its first evaluation at or beyond that many bytes counts.
+    The dense run has the benefit of the doubt: its first evaluation after at least as many bytes counts.
     """
     last, ours = sparse.evaluated()[-1]
     budget = last.bytes_sent
@@ -122,7 +122,7 @@ def at_equal_bytes(dense: RunLog, sparse: RunLog) -> Verdict:
 
 
 def at_equal_time(dense: RunLog, sparse: RunLog) -> Verdict:
-    """Both when the quicker one ended, between evaluations by straight lines."""
+    """Compares both runs at the end of the quicker one, by linear interpolation between evaluations."""
     seconds = min(log.evaluated()[-1][0].seconds for log in (dense, sparse))
     theirs, ours = (_loss_at(log, seconds) for log in (dense, sparse))
     slower = summarise(sparse).step_seconds / summarise(dense).step_seconds
@@ -143,7 +143,7 @@ def _loss_at(log: RunLog, seconds: float) -> float:
 
 
 def tables(dense: RunLog, sparse: RunLog) -> tuple[Table, Table]:
-    """The runs side by side, and their losses at equal steps, bytes and time; 80 columns suffice."""
+    """Returns the runs side by side, and their losses at equal steps, bytes and time, each within 80 columns."""
     summaries = [summarise(dense), summarise(sparse)]
     runs = Table("", *(s.label for s in summaries), title="The same training twice")
     for column in runs.columns[1:]:
@@ -170,24 +170,24 @@ def tables(dense: RunLog, sparse: RunLog) -> tuple[Table, Table]:
 
 
 def show(dense: RunLog, sparse: RunLog, console: Console) -> None:
-    """Print both tables, and what the bytes are."""
+    """Prints both tables and the meaning of the bytes."""
     for table in tables(dense, sparse):
         console.print(table)
     meta = dense.meta
     console.print(
-        f"{meta['parameters']:,} parameters, {meta['world_size']} ranks. Bytes are what one rank sends, headers "
-        f"included: {sparse.meta['bytes_are']} for the compressed run, {meta['bytes_are']} for the dense one. "
-        "Ranks on one machine talk through memory: this shows traffic, not what a slow network would make of it.",
+        f"{meta['parameters']:,} parameters, {meta['world_size']} ranks. Bytes are those that one rank sends, "
+        f"headers included: {sparse.meta['bytes_are']} for the compressed run, {meta['bytes_are']} for the dense one. "
+        "Ranks on one machine talk through memory: this shows traffic, not the speed on a slow network.",
         highlight=False,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path, help="log of the dense run")
     parser.add_argument("sparse", type=Path, help="log of the compressed run")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw both (an SVG goes beside it)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw both, also as SVG")
     options = parser.parse_args(arguments)
     try:
         dense, sparse = RunLog.read(options.dense), RunLog.read(options.sparse)

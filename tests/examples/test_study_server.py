@@ -1,4 +1,4 @@
-"""param_server.py end to end: a worker dies on the way."""
+"""study_server.py end to end: a worker dies on the way."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import launching
-import param_server
 import pytest
+import study_server
 from helpers import mpirun_command, run_job
 
-SCRIPT = launching.HERE / "param_server.py"
+SCRIPT = launching.HERE / "study_server.py"
 
 
 def test_learns_digits_though_a_worker_dies(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_learns_digits_though_a_worker_dies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--out", "x"], ["--collective", "dense"], ["--compressor", "none"]])
 def test_refuses_what_it_cannot_do(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        param_server.parse(flags)
+        study_server.parse(flags)
     assert stopped.value.code == 2
     assert "has no meaning with a parameter server" in capsys.readouterr().err
 
@@ -45,6 +45,6 @@ def test_refuses_what_it_cannot_do(flags: list[str], capsys: pytest.CaptureFixtu
 def test_says_how_to_start_it(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'sparsecomm[demo]'")
     with pytest.raises(SystemExit) as stopped:
-        param_server.main(flags)
+        study_server.main(flags)
     assert stopped.value.code == 2
     assert "start it with mpirun -n" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a convergence study is made of: cells, and the command lines of their runs."""
+"""The parts of a convergence study: cells, and the command lines of their runs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from launching import HERE
 
 
 class StudyError(ValueError):
-    """A study cannot be used; the message names the file or cell and what is wrong."""
+    """A study cannot be used; the message names the file or cell and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A training script and what all its runs have in common.
+    """A training script and the options that all its runs share.
 
     Attributes:
-        script: File beside this one.
-        steps: Updates of a run.
-        flags: Options by name, underscores for hyphens.
+        script: Name of a file in this folder.
+        steps: Number of updates of a run.
+        flags: Options by name, with underscores for hyphens.
     """
 
     script: str
@@ -35,8 +35,8 @@ class Model:
 
 
 MODELS = {
-    "gpt": Model(script="train_gpt.py", steps=3000, flags={"size": "tiny", "batch": 8, "block": 64}),
-    "digits": Model(script="train_digits.py", steps=1000, flags={"batch": 16}),
+    "gpt": Model(script="study_gpt.py", steps=3000, flags={"size": "tiny", "batch": 8, "block": 64}),
+    "digits": Model(script="study_digits.py", steps=1000, flags={"batch": 16}),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"compressor": "none"},
@@ -45,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "adam-topk": {"compressor": "topk", "feedback": "adam"},
     "drop": {"compressor": "topk", "feedback": "none"},
 }
-EVALUATIONS = 30  # of a run, evenly spaced, beside the early ones
-CHECKPOINTS = 4  # of a run: what an interruption may cost
+EVALUATIONS = 30  # in a run, evenly spaced, in addition to the early ones
+CHECKPOINTS = 4  # in a run; an interruption costs at most the steps between two of them
 SET_BY_THE_DRIVER = {"seed", "steps", "judge", "eval_every", "out", "resume", "save_every", "stop_after", "log", "plot"}
 SETTABLE = {f.name for f in fields(options.Settings)} - SET_BY_THE_DRIVER - {"optimizer", "density", "progress"}
 SETTABLE |= {"size", "block", "text"}
@@ -54,17 +54,17 @@ SETTABLE |= {"size", "block", "text"}
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One line of the table: a method with its settings, trained once a seed.
+    """One line of the table: a method with its settings, trained once per seed.
 
     Attributes:
-        model: Of ``MODELS``.
+        model: Key of ``MODELS``.
         optimizer: "adamw" or "sgd".
-        method: Of ``METHODS``.
-        density: Share sent; None with "dense".
-        settings: Options of the training script by name, underscores for hyphens, e.g. ``{"lr": 3e-3}``.
-        grid: What ``--tune`` tries: values by name of a setting; their product is run.
-        seeds: Of the runs that are reported.
-        steps: Updates; None for the model's.
+        method: Key of ``METHODS``.
+        density: Density; None with "dense".
+        settings: Options of the training script by name, with underscores for hyphens, e.g. ``{"lr": 3e-3}``.
+        grid: Values that ``--tune`` tries, by name of a setting; every combination is run.
+        seeds: Seeds of the reported runs.
+        steps: Number of updates; None for the model's.
     """
 
     model: str
@@ -78,33 +78,48 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Names the cell on the command line and on disk."""
+        """Name of the cell on the command line and on disk."""
         parts = [self.model, self.optimizer, self.method]
         parts += [f"{self.density:g}"] if self.density is not None else []
         return "-".join([*parts, *([str(self.steps)] if self.steps is not None else [])])
 
     @property
     def total_steps(self) -> int:
-        """Updates of a run that nothing shortens."""
+        """Number of updates of a run without ``--steps``."""
         return MODELS[self.model].steps if self.steps is None else self.steps
 
     def tries(self) -> list[dict[str, Any]]:
-        """Points of the grid, as settings; none without a grid."""
+        """Returns the points of the grid as settings; none without a grid."""
         if not self.grid:
             return []
         return [dict(zip(self.grid, point, strict=True)) for point in itertools.product(*self.grid.values())]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training: its options, and where it writes.
+class Conditions:
+    """Conditions that the runs of a study share.
 
     Attributes:
-        cell: The cell it belongs to.
-        title: Names it among the runs of a study.
+        judge: "validation" to tune, "test" to report.
+        ranks: Number of processes.
+        steps: Number of updates in place of the model's. Longer cells and the density warm-up are scaled alike.
+    """
+
+    judge: str
+    ranks: int
+    steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training with its options and files.
+
+    Attributes:
+        cell: Cell of the run.
+        title: Name of the run within the study.
         flags: Every option of the script that shapes the run.
-        folder: Shared by runs that differ by their seed alone; its name holds a digest of the other options, so that
-            runs with other settings are never taken for this one.
+        folder: Folder of all runs that differ only in their seed. Its name holds a digest of the other options, so
+            that a run with other settings is never taken for this one.
     """
 
     cell: Cell
@@ -114,26 +129,26 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """Random seed of model and batches."""
         return int(self.flags["seed"])
 
     @property
     def log(self) -> Path:
-        """Written when the run is over; its existence says so."""
+        """Path of the log, which is written at the end of the run."""
         return self.folder / f"seed-{self.seed}.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Where a half run goes on."""
+        """Folder of the checkpoints from which a half run continues."""
         return self.folder / f"seed-{self.seed}.checkpoints"
 
     @property
     def output(self) -> Path:
-        """What the run printed."""
+        """Path of the run's printed output."""
         return self.folder / f"seed-{self.seed}.txt"
 
     def command(self, *, resume: bool) -> list[str]:
-        """Script and options, to follow the launcher and the interpreter."""
+        """Returns script and options, which follow the launcher and the interpreter."""
         words = [str(HERE / MODELS[self.cell.model].script)]
         for name, value in self.flags.items():
             flag = "--" + name.replace("_", "-")
@@ -148,27 +163,20 @@ class Run:
 
 
 def make_run(
-    cell: Cell,
-    out: Path,
-    *,
-    seed: int,
-    judge: str,
-    ranks: int,
-    steps: int | None,
-    point: Mapping[str, Any] | None = None,
+    cell: Cell, out: Path, conditions: Conditions, *, seed: int, point: Mapping[str, Any] | None = None
 ) -> Run:
-    """The run of one seed.
+    """Returns the run of one seed.
 
     Args:
-        cell: Its cell.
-        out: The study's folder.
-        seed: Of model and batches.
-        judge: "validation" to tune, "test" to report.
-        ranks: Processes, which belong to what a run is.
-        steps: Updates instead of the model's; a longer cell stays longer and the density warm-up is scaled alike.
-        point: Settings that replace the cell's.
+        cell: Cell of the run.
+        out: Folder of the study.
+        conditions: Judge, ranks and steps; runs that differ in any of them are different runs.
+        seed: Seed of model and batches.
+        point: Settings that replace those of the cell.
     """
-    total = cell.total_steps if steps is None else max(1, steps * cell.total_steps // MODELS[cell.model].steps)
+    total = cell.total_steps
+    if conditions.steps is not None:
+        total = max(1, conditions.steps * total // MODELS[cell.model].steps)
     settings = {**cell.settings, **(point or {})}
     if settings.get("warmup_steps"):
         stages = len(settings.get("warmup_densities", (0, 0, 0))) if settings.get("warmup_kind") != "exp" else 1
@@ -176,18 +184,18 @@ def make_run(
     flags = {**MODELS[cell.model].flags, **METHODS[cell.method], "optimizer": cell.optimizer, **settings}
     if cell.density is not None:
         flags["density"] = cell.density
-    flags |= {"steps": total, "eval_every": max(1, total // EVALUATIONS), "judge": judge}
-    digest = hashlib.sha256(json.dumps([ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
+    flags |= {"steps": total, "eval_every": max(1, total // EVALUATIONS), "judge": conditions.judge}
+    digest = hashlib.sha256(json.dumps([conditions.ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
     title = " ".join([f"{cell.name} seed {seed}", *(f"{name} {value}" for name, value in (point or {}).items())])
     folder = out / "runs" / f"{cell.name}.{digest}"
     return Run(cell=cell, title=title, flags=flags | {"seed": seed}, folder=folder)
 
 
 def load_study(path: Path) -> list[Cell]:
-    """Read a study: a Python file that defines ``CELLS``, a list of ``Cell``.
+    """Reads a study: a Python file that defines ``CELLS``, a list of ``Cell``.
 
     Raises:
-        StudyError: It cannot be read, or a cell makes no sense.
+        StudyError: The file cannot be read, or a cell is not valid.
     """
     try:
         content = runpy.run_path(str(path))
@@ -208,9 +216,9 @@ def load_study(path: Path) -> list[Cell]:
 
 def _check(cell: Cell) -> None:
     known: dict[str, tuple[str, Mapping[str, Any]]] = {"model": (cell.model, MODELS), "method": (cell.method, METHODS)}
-    for what, (value, choices) in known.items():
+    for name, (value, choices) in known.items():
         if value not in choices:
-            raise StudyError(f"{what} {value!r} is not one of {', '.join(choices)}")
+            raise StudyError(f"{name} {value!r} is not one of {', '.join(choices)}")
     if cell.optimizer not in options.WEIGHT_DECAY:
         raise StudyError(f"{cell.name}: optimizer {cell.optimizer!r} is not one of {', '.join(options.WEIGHT_DECAY)}")
     if (cell.density is None) != (cell.method == "dense"):
@@ -225,7 +233,7 @@ def _check(cell: Cell) -> None:
 
 
 def _check_tries(cells: Sequence[Cell]) -> None:
-    """Methods are compared fairly only if each was tuned with as many tries."""
+    """Checks that all methods of a model and an optimizer are tuned with as many tries: else the study is not fair."""
     tuned: dict[tuple[str, str], Cell] = {}
     for cell in filter(lambda c: c.grid, cells):
         first = tuned.setdefault((cell.model, cell.optimizer), cell)

@@ -1,4 +1,4 @@
-"""The tables and pictures of a convergence study, from whatever runs there are."""
+"""The tables and pictures of a convergence study, made from the finished runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsecomm.tools.benches import meta
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A number over seeds."""
+    """Mean and range of a number over seeds."""
 
     mean: float
     low: float
@@ -27,35 +27,35 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Reduce; at least one value."""
+        """Returns the spread of at least one value."""
         return cls(mean=statistics.fmean(values), low=min(values), high=max(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One line of the table; what cannot be said is None.
+    """One line of the table. Unknown numbers are None.
 
     Attributes:
-        cell: The cell's name.
-        model: Of the cell, as the next three.
-        optimizer: See above.
-        method: With its density.
+        cell: Name of the cell.
+        model: Model of the cell.
+        optimizer: Optimizer of the cell.
+        method: Method of the cell, with its density.
         settings: Every option that shapes the runs, by name.
-        steps: Updates of a run.
-        seeds: Of the runs that are there.
-        missing: Seeds whose runs are not.
+        steps: Number of updates of a run.
+        seeds: Seeds of the finished runs.
+        missing: Seeds of the missing runs.
         loss: Held-out loss after the last step.
-        accuracy: Share of held-out examples classified rightly.
-        loss_over_dense: Mean loss over dense's, minus 1, on the seeds both have.
-        accuracy_points: Accuracy minus dense's, percentage points.
-        bytes_in_all: Sent by one rank in a run, mean.
-        bytes_per_step: The same a step after the density warm-up.
+        accuracy: Share of held-out examples classified correctly.
+        loss_over_dense: Mean loss over dense's mean loss, minus 1, on the seeds that both have.
+        accuracy_points: Accuracy minus dense's accuracy, in percentage points.
+        bytes_in_all: Bytes sent by one rank in a run, mean over seeds.
+        bytes_per_step: Bytes sent by one rank in a step after the density warm-up, mean over seeds.
         fewer: Bytes of an fp32 ring allreduce over ``bytes_per_step``.
         dense_at_equal_bytes: Dense's mean loss when it had sent as many bytes as the whole run.
-        dense_steps_at_equal_bytes: The step that loss is of, the latest over seeds.
-        steps_to_dense: First evaluated step with a loss no higher than dense's final one, mean over seeds.
-        seeds_that_reach_dense: How many of ``compared`` do.
-        compared: Seeds that both have.
+        dense_steps_at_equal_bytes: Step of that loss, the latest over seeds.
+        steps_to_dense: First evaluated step with a loss no higher than dense's final loss, mean over seeds.
+        seeds_that_reach_dense: Number of compared seeds with such a step.
+        compared: Number of seeds that both have.
     """
 
     cell: str
@@ -84,7 +84,7 @@ Logs = dict[int, RunLog]  # by seed
 
 
 def method_name(cell: Cell) -> str:
-    """Names the method and the share it sends."""
+    """Returns the name of the method with its density."""
     names = {
         "dense": "dense",
         "topk": "top-k",
@@ -97,12 +97,12 @@ def method_name(cell: Cell) -> str:
 
 
 def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
-    """One line from the runs of a cell.
+    """Reduces the runs of a cell to one line.
 
     Args:
         cell: The cell.
-        logs: At least one finished run.
-        dense: Finished runs of the dense cell with the same model and optimizer; may be empty.
+        logs: Finished runs, at least one.
+        dense: Finished runs, possibly none, of the dense cell with the same model and optimizer.
     """
     summaries = [summarise(log) for log in logs.values()]
     last = {seed: log.rows[-1] for seed, log in logs.items()}
@@ -128,7 +128,7 @@ def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
 
 
 def _against(logs: Logs, dense: Logs) -> dict[str, Any]:
-    """The fields of a ``Result`` that compare with dense, seed by seed."""
+    """Returns the fields of a ``Result`` that compare with dense, seed by seed."""
     pairs = [(logs[seed], dense[seed]) for seed in sorted(logs.keys() & dense.keys())]
     names = ("loss_over_dense", "accuracy_points", "dense_at_equal_bytes", "dense_steps_at_equal_bytes")
     found: dict[str, Any] = dict.fromkeys(names) | {"steps_to_dense": None, "seeds_that_reach_dense": 0}
@@ -154,24 +154,25 @@ def _against(logs: Logs, dense: Logs) -> dict[str, Any]:
 
 
 def steps_to(log: RunLog, loss: float) -> int | None:
-    """The first evaluated step whose loss is no higher; None if there is none."""
+    """Returns the first evaluated step whose loss is at most ``loss``, or None."""
     return next((row.step for row, value in log.evaluated() if value <= loss), None)
 
 
 def settings_text(settings: dict[str, Any]) -> str:
-    """Settings that differ from cell to cell, for a table."""
+    """Returns the settings that differ from cell to cell, as text for a table."""
     parts = [f"lr {settings['lr']:g}"]
     parts += [f"{name} {settings[name]:g}" for name in ("beta1", "momentum") if settings[name] is not None]
     parts += ["Nesterov"] if settings["nesterov"] else []
     if settings["warmup_steps"]:
         densities = [f"{100 * d:g}%" for d in settings["warmup_densities"]]
-        how = f"falling from {densities[0]}" if settings["warmup_kind"] == "exp" else f"stages {', '.join(densities)}"
-        parts.append(f"{settings['warmup_steps']} warm-up steps {how}")
+        stages = f"stages {', '.join(densities)}"
+        schedule = f"falling from {densities[0]}" if settings["warmup_kind"] == "exp" else stages
+        parts.append(f"{settings['warmup_steps']} warm-up steps {schedule}")
     return ", ".join(parts)
 
 
 def _common(results: Sequence[Result]) -> str:
-    """Settings that all results share, and those that do not differ within an optimizer."""
+    """Returns the settings that rarely differ between the cells of a model and an optimizer, as text."""
     names = ("batch", "clip", "value_codec", "index_codec", "collective", "judge", "weight_decay")
     lines = []
     for key in dict.fromkeys((r.model, r.optimizer) for r in results):
@@ -189,7 +190,7 @@ HEADINGS = (
 
 
 def line(result: Result) -> list[str]:
-    """A result under ``HEADINGS``."""
+    """Returns the fields of a result in the order of ``HEADINGS``."""
     r = result
     accuracy = against = "-"
     if r.accuracy is not None:
@@ -214,11 +215,11 @@ def line(result: Result) -> list[str]:
 
 
 def markdown(results: Sequence[Result], missing: Sequence[str], tuning: Sequence[dict[str, Any]]) -> str:
-    """The report's text: the table, what is missing, how the settings were found."""
+    """Returns the text of the report: the table, the missing runs and the tuning."""
     rows = [list(HEADINGS), ["---"] * len(HEADINGS), *(line(r) for r in results)]
     text = ["# Convergence", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
     if results:
-        text += [f"Common settings: {_common(results)}. Bytes are what one rank sends, headers included.", ""]
+        text += [f"Common settings: {_common(results)}. Bytes are those that one rank sends, headers included.", ""]
     text += [f"Missing runs: {', '.join(missing) if missing else 'none'}.", ""]
     if tuning:
         text += [
@@ -243,7 +244,7 @@ def write(
     missing: Sequence[str],
     tuning: Sequence[dict[str, Any]],
 ) -> list[Path]:
-    """Write report.md, report.json and a PNG and an SVG a model; returns the paths."""
+    """Writes report.md, report.json, and a PNG and an SVG per model; returns the paths."""
     document = {
         "meta": meta() | {"missing": list(missing), "tuning": list(tuning)},
         "rows": [asdict(result) for result in results],
@@ -257,7 +258,7 @@ def write(
 
 
 def draw(results: Sequence[Result], logs: dict[str, Logs], path: Path) -> tuple[Path, Path]:
-    """Draw loss against steps and bytes, one row of pictures an optimizer: mean and range over seeds."""
+    """Draws mean and range of the loss against steps and bytes, one row of pictures per optimizer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,9 +291,9 @@ def draw(results: Sequence[Result], logs: dict[str, Logs], path: Path) -> tuple[
 
 
 def _band(axis: Any, curves: Sequence[list[tuple[Any, float]]], x: Any, style: dict[str, Any]) -> None:
-    """Mean and range of curves that were evaluated at the same steps; the start is left out, nothing was sent."""
+    """Draws mean and range of curves evaluated at the same steps, without step 0, where no bytes are sent yet."""
     points = [(point[0][0], [loss for _, loss in point]) for point in zip(*curves, strict=True) if point[0][0].step]
-    where = [x(row) for row, _ in points]
-    axis.plot(where, [statistics.fmean(losses) for _, losses in points], linewidth=1.4, **style)
+    positions = [x(row) for row, _ in points]
+    axis.plot(positions, [statistics.fmean(losses) for _, losses in points], linewidth=1.4, **style)
     low, high = [min(losses) for _, losses in points], [max(losses) for _, losses in points]
-    axis.fill_between(where, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    axis.fill_between(positions, low, high, color=style["color"], alpha=0.2, linewidth=0)

@@ -1,4 +1,4 @@
-"""How a script starts others under mpirun on one machine."""
+"""Starts other scripts under mpirun on one machine."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HERE = Path(__file__).resolve().parent
 
 
 def find_mpirun() -> str | None:
-    """The mpirun beside this Python (installed with it as a wheel), or the one on PATH."""
+    """Returns the mpirun beside this Python (installed as a wheel), or the one on PATH, or None."""
     beside = Path(sys.executable).parent / "mpirun"
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
 def launch_line(mpirun: str, ranks: int) -> list[str]:
-    """How to start ``ranks`` processes on one small machine; Open MPI wants to be told that it may."""
+    """Returns the command that starts ``ranks`` processes; Open MPI needs leave to start more ranks than cores."""
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
     placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
     return [mpirun, *placing, "-n", str(ranks)]
 
 
 def launch_environment() -> dict[str, str]:
-    """One compute thread a rank, and leave to run as root (containers)."""
+    """Returns an environment with one compute thread per rank and leave to run as root (containers)."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

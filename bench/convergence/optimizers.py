@@ -1,4 +1,4 @@
-"""Optimizers of the training scripts, both with decoupled weight decay, and their learning rate."""
+"""Optimizers of the training scripts, both with decoupled weight decay, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 class DecoupledSGD(torch.optim.SGD):
     """SGD whose weight decay does not pass through the momentum (SGDW, Loshchilov and Hutter 2019).
 
-    Each group's ``decay`` shrinks its parameters by ``lr * decay`` in every step, as AdamW does.
+    Every step shrinks the parameters of a group by ``lr * decay``, as AdamW does.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Shrink, then update. Mutates the parameters."""
+        """Shrinks the parameters, then updates them. Mutates the parameters."""
         for group in self.param_groups:
             if group["decay"]:
                 torch._foreach_mul_(group["params"], 1.0 - group["lr"] * group["decay"])
@@ -27,10 +27,10 @@ class DecoupledSGD(torch.optim.SGD):
 
 
 def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD with weight decay on the matrices only; without momentum where the exchange applies it."""
+    """Returns AdamW or SGD with weight decay on the matrices only; without momentum if the exchange applies it."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    before = settings.feedback in ("dgc", "adam")  # compression has done it
+    before = settings.feedback in ("dgc", "adam")  # the feedback applies momentum before compression
     momentum = 0.0 if before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
     name = "weight_decay" if adam else "decay"
@@ -41,7 +41,7 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
 
 
 def rate(settings: Settings, step: int) -> float:
-    """Learning rate of an update: linear warm-up over a twentieth of the run, then cosine to a tenth."""
+    """Returns the learning rate of a step: linear warm-up over a twentieth of the run, then a cosine to a tenth."""
     rising = max(1, settings.steps // 20)
     if step < rising:
         return settings.lr * (step + 1) / rising

@@ -1,8 +1,8 @@
-"""The demo: train a GPT twice over MPI on this machine, dense and with top-k at 1%, and compare.
+"""The demo: train a GPT twice over MPI on this machine, dense and with top-k at 1%, and compare the two runs.
 
-    python mpi_examples/demo.py          (or: make demo)
+    python bench/convergence/demo.py          (or: make demo)
 
-Starts ``mpirun -n 2 train_gpt.py`` for each run, then prints a table and draws the losses.
+Each run is an ``mpirun -n 2 study_gpt.py``. The demo then prints two tables and draws the losses.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ STEPS = 500
 COMMON = ["--size", "demo", "--batch", "4", "--block", "64", "--eval-every", "50", "--seed", "0"]
 RUNS = {
     "dense": ["--compressor", "none"],
-    # allgather, not "auto": the demo is to show sparse traffic whatever "auto" would prefer here.
+    # allgather, not "auto": the demo shows sparse traffic, even where "auto" would prefer dense.
     "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather"],
 }
 WARMUP_STEPS = 150
 
 
 def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
-    """Train once; returns its log.
+    """Trains once and returns the log.
 
     Raises:
-        SystemExit: The run failed; it has already said why.
+        SystemExit: The run failed and has printed the reason.
     """
     log = out / f"{name}.json"
     log.unlink(missing_ok=True)
-    script = [sys.executable, str(HERE / "train_gpt.py"), *COMMON, *RUNS[name]]
+    script = [sys.executable, str(HERE / "study_gpt.py"), *COMMON, *RUNS[name]]
     script += ["--steps", str(steps), "--log", str(log)]
     if name == "topk":
         script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 9 * 3))]
@@ -49,7 +49,7 @@ def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="updates a run (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default %(default)s)")

@@ -1,11 +1,11 @@
-"""The convergence study: what compression costs in loss, over seeds, optimizers and densities.
+"""The convergence study: the cost of compression in loss, over seeds, optimizers and densities.
 
-    python mpi_examples/convergence.py --tune 'gpt-adamw-*' --steps 1000     find settings (on validation data)
-    python mpi_examples/convergence.py                                       run what is missing (on test data)
-    python mpi_examples/convergence.py --report                              table and plots of what is there
+    python bench/convergence/convergence.py --tune 'gpt-adamw-*' --steps 1000     # find settings (on validation data)
+    python bench/convergence/convergence.py                                       # do the missing runs (on test data)
+    python bench/convergence/convergence.py --report                              # table and plots of the finished runs
 
-The cells are in convergence_cells.py, or in ``--study FILE``. Runs go under ``--out``; a finished one is never run
-again, a half one goes on from its checkpoint. A cell whose settings change has other runs: old ones stay.
+The cells are in convergence_cells.py, or in ``--study FILE``. Runs are kept under ``--out``. A finished run is never
+repeated, and a half run continues from its checkpoint. A cell with changed settings gets new runs; the old ones stay.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 
 import convergence_report
 from convergence_runs import Runner, finished, locked
-from convergence_study import Cell, Run, StudyError, load_study, make_run
+from convergence_study import Cell, Conditions, Run, StudyError, load_study, make_run
 from launching import HERE, find_mpirun, launch_line
 from options import positive
 from rich.console import Console
 from rich.table import Table
 from run_log import LogError, replace_file
 
-TUNING_SEED = 1000  # no seed that is reported
+TUNING_SEED = 1000  # must differ from the seeds that are reported
 
 
 def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
-    """Cells whose name matches a shell pattern, or begins with it.
+    """Returns the cells whose name matches a shell pattern or begins with it; all of them if it is None.
 
     Raises:
-        StudyError: None does.
+        StudyError: No cell matches.
     """
     chosen = [c for c in cells if pattern is None or fnmatch.fnmatch(c.name, pattern) or c.name.startswith(pattern)]
     if not chosen:
@@ -43,19 +43,19 @@ def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
 
 
 def reported_runs(cell: Cell, options: argparse.Namespace) -> list[Run]:
-    """A cell's runs, one a seed."""
-    common: dict[str, Any] = {"judge": "test", "ranks": options.ranks, "steps": options.steps}
-    return [make_run(cell, options.out, seed=seed, **common) for seed in cell.seeds]
+    """Returns the runs of a cell, one per seed."""
+    conditions = Conditions(judge="test", ranks=options.ranks, steps=options.steps)
+    return [make_run(cell, options.out, conditions, seed=seed) for seed in cell.seeds]
 
 
 def tuning_runs(cell: Cell, options: argparse.Namespace) -> list[Run]:
-    """A cell's tries, in the order of its grid."""
-    common: dict[str, Any] = {"judge": "validation", "ranks": options.ranks, "steps": options.steps}
-    return [make_run(cell, options.out, seed=TUNING_SEED, point=point, **common) for point in cell.tries()]
+    """Returns the tries of a cell, in the order of its grid."""
+    conditions = Conditions(judge="validation", ranks=options.ranks, steps=options.steps)
+    return [make_run(cell, options.out, conditions, seed=TUNING_SEED, point=point) for point in cell.tries()]
 
 
 def tune(cells: Sequence[Cell], runner: Runner, options: argparse.Namespace, console: Console) -> int:
-    """Run the grids and show them, the best first; the exit status."""
+    """Runs the grids, shows the tries with the best first, and returns the exit status."""
     cells = [cell for cell in cells if cell.grid]
     if not cells:
         raise StudyError("none of the chosen cells has a grid to tune")
@@ -84,7 +84,7 @@ def _tried(point: dict[str, Any], run: Run, failures: dict[Path, str]) -> dict[s
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, float, float]:
-    """Accuracy first where there is one, then loss; failures last."""
+    """Returns a sorting key: accuracy if it was measured, then loss; failures come last."""
     if row["val_loss"] is None:
         return True, 0.0, 0.0
     return False, -(row["val_accuracy"] or 0.0), row["val_loss"]
@@ -99,23 +99,23 @@ def _tuning_table(cell: Cell, rows: Sequence[dict[str, Any]], steps: int) -> Tab
         accuracy = "" if row["val_accuracy"] is None else f"{row['val_accuracy']:.2%}"
         note = row["failure"] or ""
         if i == 0 and row["val_loss"] is not None:
-            rim = [k for k, v in cell.grid.items() if len(v) > 2 and row["settings"][k] in (v[0], v[-1])]
-            note = "best" + (f", at the grid's edge in {', '.join(rim)}" if rim else "")
+            edge = [k for k, v in cell.grid.items() if len(v) > 2 and row["settings"][k] in (v[0], v[-1])]
+            note = "best" + (f", at the grid's edge in {', '.join(edge)}" if edge else "")
         table.add_row(*(f"{row['settings'][name]}" for name in cell.grid), loss, accuracy, note)
     return table
 
 
 def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> int:
-    """Write the report of what is there; the exit status.
+    """Writes the report of the finished runs and returns the exit status.
 
     Args:
-        cells: What to report.
-        all_cells: Of the study: the dense ones are compared with, reported or not.
+        cells: Cells to report.
+        all_cells: All cells of the study. Its dense cells are the baseline, even if they are not reported.
         options: The command line.
-        console: Where to speak.
+        console: Console for the table.
 
     Raises:
-        StudyError: Nothing is there.
+        StudyError: No run of ``cells`` is finished.
     """
     dense_cells = [c for c in all_cells if c.method == "dense" and c.steps is None]
     logs = {cell.name: _logs(cell, options) for cell in (*cells, *dense_cells)}
@@ -131,25 +131,25 @@ def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.N
     tables = [options.out / "tune" / f"{cell.name}.json" for cell in cells]
     tuning = [json.loads(path.read_text()) for path in tables if path.exists()]
     paths = convergence_report.write(options.out, results, logs, missing, tuning)
-    shown = (
-        "cell",
-        "loss (min-max)",
-        "against dense",
-        "MB in all",
-        "fewer than dense",
-        "steps to dense's final loss",
-        "seeds",
-    )
-    table = Table(*shown)
-    table.columns[0].overflow = "fold"
-    for result in results:
-        cells_by_heading = dict(zip(convergence_report.HEADINGS, convergence_report.line(result), strict=True))
-        table.add_row(result.cell, *(cells_by_heading[heading] for heading in shown[1:]))
-    console.print(table)
+    console.print(_report_table(results))
     for one in missing:
         console.print(f"missing: {one}", highlight=False)
     console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
     return 0
+
+
+def _report_table(results: Sequence[convergence_report.Result]) -> Table:
+    """Returns the columns of the report that fit on a terminal."""
+    shown = (
+        *("loss (min-max)", "against dense", "MB in all", "fewer than dense"),
+        *("steps to dense's final loss", "seeds"),
+    )
+    table = Table("cell", *shown)
+    table.columns[0].overflow = "fold"
+    for result in results:
+        fields = dict(zip(convergence_report.HEADINGS, convergence_report.line(result), strict=True))
+        table.add_row(result.cell, *(fields[heading] for heading in shown))
+    return table
 
 
 def _logs(cell: Cell, options: argparse.Namespace) -> convergence_report.Logs:
@@ -158,22 +158,22 @@ def _logs(cell: Cell, options: argparse.Namespace) -> convergence_report.Logs:
 
 
 def study(cells: Sequence[Cell], runner: Runner, options: argparse.Namespace) -> int:
-    """Run what is missing; the exit status."""
+    """Does the missing runs and returns the exit status."""
     failures = runner.run_all([run for cell in cells for run in reported_runs(cell, options)])
     return 1 if failures else 0
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line."""
+    """Returns the parser and the parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--study", type=Path, default=HERE / "convergence_cells.py", help="Python file with CELLS")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches or begins with it")
-    parser.add_argument("--tune", metavar="CELL", help="try the grids of cells (a pattern) at one seed")
-    parser.add_argument("--report", action="store_true", help="write table and plots of what is there, run nothing")
+    parser.add_argument("--tune", metavar="CELL", help="try the grids of the cells that match, at one seed")
+    parser.add_argument("--report", action="store_true", help="write table and plots of the finished runs")
     parser.add_argument("--list", action="store_true", help="show the cells and how many of their runs are finished")
-    parser.add_argument("--steps", type=positive, help="of a run, instead of its model's: to tune, to test")
+    parser.add_argument("--steps", type=positive, help="updates of a run, in place of its model's")
     parser.add_argument("--ranks", type=positive, default=2, help="processes of a run (default %(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"), help="(default %(default)s)")
@@ -184,7 +184,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Runs the command line and returns the exit status."""
     parser, options = parse(arguments)
     console = Console()
     try:

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a training run: a progress bar on a terminal, a line per evaluation elsewhere."""
+"""Progress of a training run on rank 0: a bar on a terminal, a line per evaluation elsewhere."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from run_log import Row
 
 from sparsecomm.tools.cli.output import on_terminal
 
-SMOOTHED = 20  # steps the shown loss, speed and ratio are averaged over
+SMOOTHED = 20  # number of steps over which the loss and the speed are averaged
 
 
 class Report:
-    """Shows rows as they are made; every method is a no-op on ranks other than 0."""
+    """Shows rows as they are made; does nothing on ranks other than 0."""
 
     def __init__(self, *, rank: int, steps: int, items_per_step: int, items: str, progress: str) -> None:
-        """Prepare.
+        """Prepares the bar.
 
         Args:
             rank: This rank.
-            steps: The bar's length.
-            items_per_step: What all ranks together learn from in a step.
-            items: Their name, for the speed.
-            progress: "on" draws the bar whatever stdout is, "auto" on a terminal only, "off" never.
+            steps: Length of the bar.
+            items_per_step: Number of items from which all ranks together learn in a step.
+            items: Name of the items, in the plural.
+            progress: "on" always draws the bar, "auto" only on a terminal, "off" never.
         """
         self._speaks = rank == 0
         self._items, self._name = items_per_step, items
@@ -56,12 +56,12 @@ class Report:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
+        """Prints one line, above the bar if it is shown."""
         if self._speaks:
             self._console.print(line, markup=False, soft_wrap=True)
 
     def show(self, rows: list[Row]) -> None:
-        """Show the newest row."""
+        """Shows the newest row."""
         if not self._speaks:
             return
         row = rows[-1]

@@ -1,4 +1,4 @@
-"""train_gpt.py end to end, as a user starts it, and its parts in this process."""
+"""study_gpt.py end to end, as a user starts it, and its parts in this process."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+import checkpointing
 import gpt_data
 import gpt_model
 import launching
 import pytest
+import study_gpt
 import torch
-import train_gpt
 import trainer
 
-SCRIPT = launching.HERE / "train_gpt.py"
+SCRIPT = launching.HERE / "study_gpt.py"
 TINY = ("--size", "tiny", "--batch", "2", "--block", "32", "--eval-every", "5", "--progress", "off")
 SPARSE = (*TINY, "--steps", "10", "--density", "0.01", "--warmup-steps", "3", "--collective", "allgather")
 
@@ -152,7 +152,7 @@ def test_resume_refuses_other_settings_and_a_full_folder(
     assert done.returncode == 0, done.stderr
     other = launch(*SPARSE, "--density", "0.02", "--out", folder / "out", "--resume", ranks=2)
     assert other.returncode == 2
-    assert other.stderr.count("train_gpt.py: error") == 1
+    assert other.stderr.count("study_gpt.py: error") == 1
     assert "cannot resume: density was 0.01" in other.stderr
     assert "is 0.02 now" in other.stderr
     again = launch(*SPARSE, "--out", folder / "out", ranks=0)
@@ -179,7 +179,7 @@ def test_text_file_and_plain_python(tmp_path: Path) -> None:
 def test_missing_text_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
     done = launch(*TINY, "--text", tmp_path / "nowhere.txt", ranks=2)
     assert done.returncode == 2
-    assert done.stderr.count("train_gpt.py: error") == 1
+    assert done.stderr.count("study_gpt.py: error") == 1
     assert "cannot read --text" in done.stderr
     assert "nowhere.txt" in done.stderr
 
@@ -214,7 +214,7 @@ def test_missing_text_is_said_once_and_ends_the_job(tmp_path: Path) -> None:
 )
 def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        train_gpt.parse(flags)
+        study_gpt.parse(flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -247,13 +247,13 @@ def test_sizes(size: str, low: float, high: float) -> None:
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(checkpoints.CheckpointError, match="holds no checkpoint"):
-        checkpoints.load(tmp_path, rank=0)
+    with pytest.raises(checkpointing.CheckpointError, match="holds no checkpoint"):
+        checkpointing.load(tmp_path, rank=0)
     target = tmp_path / "step-00000001"
     target.mkdir()
     (tmp_path / "latest").write_text(target.name)
-    with pytest.raises(checkpoints.CheckpointError, match=r"model\.pt is missing"):
-        checkpoints.load(tmp_path, rank=0)
+    with pytest.raises(checkpointing.CheckpointError, match=r"model\.pt is missing"):
+        checkpointing.load(tmp_path, rank=0)
     (target / "model.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(checkpoints.CheckpointError, match=r"model\.pt is damaged"):
-        checkpoints.load(tmp_path, rank=0)
+    with pytest.raises(checkpointing.CheckpointError, match=r"model\.pt is damaged"):
+        checkpointing.load(tmp_path, rank=0)

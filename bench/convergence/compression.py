@@ -1,4 +1,4 @@
-"""From the command line to a ``SparseState``: what is sent of the gradients, and what becomes of the rest."""
+"""Makes the ``SparseState`` that the command line asks for: compressor, density schedule and feedback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAKERS: dict[str, Callable[[Any], sc.Compressor]] = {
 
 
 def make_density(settings: Settings) -> float | Callable[[int], float]:
-    """The share to send: a number, or a schedule over the steps."""
+    """Returns the density: a number, or a schedule over the steps."""
     if not settings.warmup_steps:
         return settings.density
     if settings.warmup_kind == "exp":
@@ -30,7 +30,7 @@ def make_density(settings: Settings) -> float | Callable[[int], float]:
 
 
 def make_feedback(settings: Settings) -> sc.ErrorFeedback | sc.MomentumCorrection | sc.AdamCorrection | None:
-    """What becomes of gradients that are not sent."""
+    """Returns the feedback, which keeps the gradients that are not sent; None drops them."""
     if settings.feedback == "none":
         return None
     if settings.feedback == "dgc":  # clips before momentum, as the whole gradient is not known after it
@@ -41,7 +41,7 @@ def make_feedback(settings: Settings) -> sc.ErrorFeedback | sc.MomentumCorrectio
 
 
 def make_state(settings: Settings) -> sc.SparseState | None:
-    """The compressor the command line asks for; None for plain DDP."""
+    """Returns the state that the command line asks for; None for plain DDP."""
     if settings.compressor == "none":
         return None
     compressor: sc.Compressor = sc.Dense()

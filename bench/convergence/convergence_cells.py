@@ -1,6 +1,6 @@
-"""The study: dense against top-k at 1% and 0.1%, two optimizers, two models. Put tuned settings here.
+"""The cells of the study: dense and top-k at 1% and 0.1%, with two optimizers and two models.
 
-Every method of a model and an optimizer has a grid of the same size.
+Tuned settings belong here. All methods of one model and optimizer have grids of the same size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RATES = {
 
 
 def cell(model: str, optimizer: str, method: str, density: float | None, **settings: Any) -> Cell:
-    """A cell with the grid of its model and optimizer."""
+    """Returns a cell with the grid of its model and optimizer."""
     averaging: dict[str, tuple[float, ...]] = (
         {"beta1": (0.5, 0.9)} if optimizer == "adamw" else {"momentum": (0.5, 0.9)}
     )
@@ -50,7 +50,7 @@ CELLS = [
     cell("digits", "sgd", "topk", 0.01, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
     cell("digits", "sgd", "topk", 0.001, lr=0.1, momentum=0.9, warmup_steps=300, **EXP),
 ]
-# Longer runs answer how many steps it takes to reach dense's final loss. They are last, so that they run last.
+# Longer runs show how many steps it takes to reach dense's final loss. They are last, so that they run last.
 CELLS += [
     replace(c, steps=4500, grid={})
     for c in CELLS

@@ -1,4 +1,4 @@
-"""train_digits.py end to end, and its data."""
+"""study_digits.py end to end, and its data."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import launching
 import pytest
+import study_digits
 import torch
-import train_digits
 import trainer
 from helpers import mpirun_command, run_job
 
-SCRIPT = launching.HERE / "train_digits.py"
+SCRIPT = launching.HERE / "study_digits.py"
 NEEDS = "needs scikit-learn: pip install 'sparsecomm[demo]'"
 
 
@@ -37,10 +37,10 @@ def test_learns_digits(tmp_path: Path) -> None:
 
 def test_split_is_fixed_and_disjoint() -> None:
     pytest.importorskip("sklearn", reason=NEEDS)
-    digits = train_digits.load_digits()
-    assert digits.digest == train_digits.load_digits().digest
-    assert {name: len(images) for name, images in digits.images.items()} == train_digits.SPLIT
-    assert sum(train_digits.SPLIT.values()) == 1797
+    digits = study_digits.load_digits()
+    assert digits.digest == study_digits.load_digits().digest
+    assert {name: len(images) for name, images in digits.images.items()} == study_digits.SPLIT
+    assert sum(study_digits.SPLIT.values()) == 1797
     for classes in digits.classes.values():
         assert set(classes.tolist()) == set(range(10))
     everything = torch.cat(list(digits.images.values()))
@@ -49,12 +49,12 @@ def test_split_is_fixed_and_disjoint() -> None:
 
 
 def test_size() -> None:
-    assert trainer.count_parameters(train_digits.CNN()) == 85_066
+    assert trainer.count_parameters(study_digits.CNN()) == 85_066
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(SystemExit) as stopped:
-        train_digits.main(["--steps", "1"])
+        study_digits.main(["--steps", "1"])
     assert stopped.value.code == 2
     assert "pip install 'sparsecomm[demo]'" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""Training of any model with PyTorch DDP over MPI, its gradients compressed by sparsecomm.
+"""Trains a model with PyTorch DDP over MPI, with gradients compressed by sparsecomm.
 
-What train_gpt.py and train_digits.py have in common. The lines that matter are in ``make_state`` (compression.py)
-and ``wrap``: make a ``SparseState``, register ``sparse_hook``. A ``Task`` says what is trained on which data.
+study_gpt.py and study_digits.py share this code; each defines a ``Task``, the model and its data. ``make_state``
+(compression.py) makes the ``SparseState``, and ``wrap`` registers ``sparse_hook``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import checkpoints
+import checkpointing
 import torch
 import torch.distributed as dist
-from checkpoints import CheckpointError
+from checkpointing import CheckpointError
 from compression import make_state
 from optimizers import make_optimizer, rate
 from options import TRAJECTORY, Settings, script
@@ -31,7 +31,8 @@ from train_report import Report
 
 import sparsecomm as sc
 
-EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})  # dense has sent top-k's total within these
+# Within these steps a dense run sends as many bytes as a whole top-k run.
+EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
 Batch = tuple[Tensor, Tensor]
 
 
@@ -39,11 +40,11 @@ class Task(Protocol):
     """A model and its data.
 
     Attributes:
-        title: What is trained, in a few words.
-        facts: Goes into the log's ``meta``: what the data are, ``data_digest`` and ``loss_unit`` among them.
-        items: Name of what is learnt from, in the plural.
-        items_per_example: Of these in one example.
-        trajectory: The script's own settings that a resumed run must repeat.
+        title: Model and data in a few words.
+        facts: Entries for the log's ``meta``: the data, ``data_digest`` and ``loss_unit``.
+        items: Name of the units of data, in the plural.
+        items_per_example: Number of items in one example.
+        trajectory: Settings of this task that a resumed run must repeat.
     """
 
     title: str
@@ -53,30 +54,35 @@ class Task(Protocol):
     trajectory: tuple[str, ...]
 
     def build(self) -> nn.Module:
-        """The untrained model, the same on every rank; maps inputs and targets to the mean loss."""
+        """Returns the untrained model, equal on every rank, which maps inputs and targets to the mean loss."""
         ...
 
     def batch(self, rank: int, step: int) -> Batch:
-        """A rank's training batch of a step, a pure function of seed, rank and step."""
+        """Returns a rank's training batch of a step, a pure function of seed, rank and step."""
         ...
 
     def held_out(self) -> list[Batch]:
-        """The fixed batches, of one size, that ``--judge`` names."""
+        """Returns the fixed held-out batches of equal size that ``--judge`` names."""
         ...
 
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean loss of a batch and share classified rightly (None where that is not measured)."""
+        """Returns the mean loss of a batch and the share classified correctly (None if that is not measured)."""
         ...
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable elements, a tied matrix counted once."""
+    """Returns the number of trainable elements; a tied matrix counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @dataclass
 class Trainer:
-    """Everything one rank trains with. ``step`` counts the updates done."""
+    """The training of one rank: settings, model, optimizer, log and progress.
+
+    Attributes:
+        step: Number of updates done.
+        bytes_before: Bytes that the state's counter shows and that this run did not send, when it was resumed.
+    """
 
     settings: Settings
     rank: int
@@ -88,16 +94,16 @@ class Trainer:
     state: sc.SparseState | None
     log: RunLog
     step: int = 0
-    bytes_before: int = 0  # the counter's value where this process began to count
+    bytes_before: int = 0
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes a ring allreduce of fp32 gradients sends from one rank in one step."""
+        """Bytes that a ring allreduce of fp32 gradients sends from one rank in one step."""
         return 2 * 4 * count_parameters(self.model) * (self.size - 1) // self.size
 
 
 def wrap(model: nn.Module, state: sc.SparseState | None) -> DDP:
-    """DDP as ever, and the hook."""
+    """Wraps the model in DDP and registers the hook."""
     ddp = DDP(model)
     if state is not None:
         ddp.register_comm_hook(state, sc.sparse_hook)
@@ -105,7 +111,7 @@ def wrap(model: nn.Module, state: sc.SparseState | None) -> DDP:
 
 
 def backward(trainer: Trainer) -> Tensor:
-    """Gradients of the coming step, exchanged over the ranks. Collective."""
+    """Computes the gradients of the next step and averages them over the ranks; returns the loss. Collective."""
     trainer.optimizer.zero_grad(set_to_none=True)
     inputs, targets = trainer.task.batch(trainer.rank, trainer.step)
     loss: Tensor = trainer.ddp(inputs, targets)
@@ -114,17 +120,17 @@ def backward(trainer: Trainer) -> Tensor:
 
 
 def train_step(trainer: Trainer) -> None:
-    """One update and its row in the log. Collective."""
+    """Makes one update and adds its row to the log. Collective."""
     settings, before = trainer.settings, trainer.log.rows[-1]
     began = time.perf_counter()
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate(settings, trainer.step)
     loss = backward(trainer)
-    limit = math.inf if settings.feedback in ("dgc", "adam") else settings.clip  # these have clipped already
+    limit = math.inf if settings.feedback in ("dgc", "adam") else settings.clip  # their feedback clips
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
-    if not math.isfinite(norm):  # the same on every rank, so all stop here
-        where = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"
-        fail_together(f"{where}; try a lower --lr than {settings.lr:g}")
+    if not math.isfinite(norm):  # the norm is the same on every rank, so all ranks stop here
+        event = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"
+        fail_together(f"{event}; try a lower --lr than {settings.lr:g}")
     trainer.optimizer.step()
     value = loss.item()
     seconds = before.seconds + time.perf_counter() - began
@@ -144,7 +150,7 @@ def train_step(trainer: Trainer) -> None:
 
 
 def bytes_sent(trainer: Trainer) -> int:
-    """Gradient bytes this rank has sent since step 0: counted by sparsecomm, computed for plain DDP."""
+    """Returns the gradient bytes that this rank has sent since step 0, counted, or computed for plain DDP."""
     if trainer.state is None:
         return trainer.dense_bytes * trainer.step
     return trainer.state.metrics().bytes_sent - trainer.bytes_before
@@ -152,7 +158,7 @@ def bytes_sent(trainer: Trainer) -> int:
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> None:
-    """Add held-out loss and accuracy to the newest row; the batches are shared out over the ranks. Collective."""
+    """Adds held-out loss and accuracy to the newest row; each rank measures some of the batches. Collective."""
     total = torch.zeros(2, dtype=torch.float64)
     measures_accuracy = torch.zeros(1, dtype=torch.float64)
     for inputs, targets in batches[trainer.rank :: trainer.size]:
@@ -172,7 +178,7 @@ def evaluate(trainer: Trainer, batches: Sequence[Batch]) -> None:
 
 
 def replicas_digest(trainer: Trainer) -> tuple[str, bool]:
-    """SHA-256 of this rank's parameters, and whether all ranks have the same. Collective."""
+    """Returns the SHA-256 of this rank's parameters, and whether it is the same on all ranks. Collective."""
     digest = hashlib.sha256()
     for parameter in trainer.model.parameters():
         digest.update(parameter.detach().numpy().tobytes())
@@ -183,7 +189,7 @@ def replicas_digest(trainer: Trainer) -> tuple[str, bool]:
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """Checkpoint: rank 0 writes what is shared, each rank its residual. Collective."""
+    """Saves a checkpoint: rank 0 writes the shared state, each rank its residual. Collective."""
     shared = {
         "meta": trainer.log.meta,
         "rows": [asdict(row) for row in trainer.log.rows],
@@ -191,14 +197,14 @@ def save(trainer: Trainer, folder: Path) -> None:
         "optimizer": trainer.optimizer.state_dict(),
     }
     own = {"bytes_sent": bytes_sent(trainer), "comm": trainer.state.state_dict() if trainer.state else {}}
-    checkpoints.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
+    checkpointing.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
 
 
 def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> None:
-    """Go on from a checkpoint. Collective.
+    """Continues from a checkpoint. Collective.
 
-    DDP regroups its buckets after the first backward pass, and top-k selects within a bucket. So a pass is
-    thrown away first: the resumed run then uses the buckets the interrupted one had.
+    DDP regroups its buckets after the first backward pass, and top-k selects within a bucket. One pass is therefore
+    thrown away first, so that the resumed run has the buckets of the interrupted one.
     """
     backward(trainer)
     trainer.model.load_state_dict(shared["model"])
@@ -211,7 +217,7 @@ def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> No
 
 
 def fail_together(message: str | None) -> None:
-    """End all ranks with status 2 if any has a message; rank 0 prints it. Collective."""
+    """Ends all ranks with status 2 if any has a message; rank 0 prints it. Collective."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     if any(messages):
@@ -224,17 +230,17 @@ def fail_together(message: str | None) -> None:
 def read_checkpoint(
     settings: Settings, rank: int, task: Task, meta: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The two parts of the checkpoint to resume, or None.
+    """Returns the shared state and the rank's state of the checkpoint to resume, or None.
 
     Raises:
-        CheckpointError: It cannot be read, belongs to other settings, or would be overwritten.
+        CheckpointError: The checkpoint cannot be read, belongs to other settings, or would be overwritten.
     """
     folder = Path(settings.out) if settings.out else None
     if folder is None or not settings.resume:
-        if folder is not None and checkpoints.exists(folder):
+        if folder is not None and checkpointing.exists(folder):
             raise CheckpointError(f"{folder} holds a checkpoint: --resume it, or name another --out")
         return None
-    shared, own = checkpoints.load(folder, rank=rank)
+    shared, own = checkpointing.load(folder, rank=rank)
     for name in (*TRAJECTORY, *task.trajectory, "world_size", "data_digest"):
         was, now = shared["meta"].get(name), meta[name]
         if was != now:
@@ -243,7 +249,7 @@ def read_checkpoint(
 
 
 def describe(settings: Settings, size: int, task: Task, parameters: int) -> dict[str, Any]:
-    """The log's ``meta``."""
+    """Returns the log's ``meta``."""
     counted = "computed as a ring allreduce" if settings.compressor == "none" else "counted"
     return {
         **asdict(settings),
@@ -263,7 +269,7 @@ def describe(settings: Settings, size: int, task: Task, parameters: int) -> dict
 
 
 def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
-    """Model, DDP with its hook, optimiser and an empty log. Collective."""
+    """Makes model, DDP with the hook, optimizer and a log with row 0. Collective."""
     model = task.build()
     state = make_state(settings)
     meta = describe(settings, world.size, task, count_parameters(model))
@@ -282,7 +288,7 @@ def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
 
 
 def prepare(settings: Settings, world: sc.World, task: Task) -> Trainer:
-    """A trainer at its first step, or at the checkpoint's; ends all ranks if one cannot. Collective."""
+    """Returns a trainer at step 0 or at the checkpoint's step; ends all ranks if one of them fails. Collective."""
     checkpoint, problem = None, None
     try:
         checkpoint = read_checkpoint(settings, world.rank, task, describe(settings, world.size, task, 0))
@@ -297,7 +303,7 @@ def prepare(settings: Settings, world: sc.World, task: Task) -> Trainer:
 
 
 def train(trainer: Trainer, report: Report) -> None:
-    """Steps, evaluations and checkpoints until the last step. Collective."""
+    """Trains until the last step, with evaluations and checkpoints. Collective."""
     settings = trainer.settings
     batches = trainer.task.held_out()
     folder = Path(settings.out) if settings.out else None
@@ -319,7 +325,7 @@ def train(trainer: Trainer, report: Report) -> None:
 
 
 def finish(trainer: Trainer, report: Report) -> int:
-    """Write log and plot, say how it went; the exit status. Collective."""
+    """Writes log and plot, prints the result and returns the exit status. Collective."""
     settings, last = trainer.settings, trainer.log.rows[-1]
     accuracy = f", {last.val_accuracy:.2%} right" if last.val_accuracy is not None else ""
     report.say(
@@ -339,7 +345,7 @@ def finish(trainer: Trainer, report: Report) -> int:
 
 
 def run(settings: Settings, task: Task) -> int:
-    """Initialise, train, write what was asked for; the exit status. Collective."""
+    """Initialises, trains, writes the output and returns the exit status. Collective."""
     world = sc.init()
     trainer = prepare(settings, world, task)
     items = settings.batch * task.items_per_example * world.size

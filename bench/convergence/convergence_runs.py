@@ -1,4 +1,4 @@
-"""Runs the cells of a study under mpirun: finished runs are kept, half runs go on, nothing is left behind."""
+"""Does the runs of a study under mpirun: keeps finished runs, continues half runs, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
-import checkpoints
+import checkpointing
 from convergence_study import Run, StudyError
 from launching import launch_environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from run_log import LogError, RunLog
 
-GRACE = 10.0  # seconds that mpirun gets to end its ranks
+GRACE = 10.0  # seconds within which mpirun must end its ranks
 STEP = re.compile(r"^step\s+(\d+)/", re.MULTILINE)
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[IO[str]]:
-    """Holds a study's folder for this process and for the runs it starts.
+    """Locks a study's folder for this process and for the runs that it starts.
 
-    The runs inherit the lock: should the driver be killed so hard that a run survives it, the next driver sees that.
+    The runs inherit the lock. If the driver is killed and a run survives, the next driver finds the folder locked.
 
     Raises:
-        StudyError: Somebody else has it.
+        StudyError: Another process holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
@@ -47,10 +47,10 @@ def locked(out: Path) -> Iterator[IO[str]]:
 
 
 def finished(run: Run) -> RunLog | None:
-    """The log of a run that reached its last step, or None.
+    """Returns the log of a run that has reached its last step, or None.
 
     Raises:
-        LogError: There is a log that cannot be read.
+        LogError: The run has a log that cannot be read.
     """
     if not run.log.exists():
         return None
@@ -60,13 +60,13 @@ def finished(run: Run) -> RunLog | None:
 
 
 class Runner:
-    """Starts runs, ``jobs`` at a time, and shows how far they are.
+    """Does runs, ``jobs`` at a time, and shows their progress.
 
     Args:
-        launcher: What starts the ranks, interpreter not included.
-        jobs: Runs at a time.
-        console: Where to speak.
-        lock: Of ``locked``.
+        launcher: Command that starts the ranks, without the interpreter.
+        jobs: Number of runs at a time.
+        console: Console for progress and results.
+        lock: File of ``locked``.
     """
 
     def __init__(self, launcher: Sequence[str], jobs: int, console: Console, lock: IO[str]) -> None:
@@ -77,10 +77,10 @@ class Runner:
         self._stopped = False
 
     def run_all(self, runs: Sequence[Run]) -> dict[Path, str]:
-        """Run what is not finished.
+        """Does the runs that are not finished.
 
         Returns:
-            Why runs failed, by the path of their log.
+            Reasons of the failed runs, by the path of their log.
         """
         todo = [run for run in runs if finished(run) is None]
         self._console.print(f"{len(runs)} runs, {len(runs) - len(todo)} finished before", highlight=False)
@@ -107,7 +107,7 @@ class Runner:
         return failures
 
     def stop(self) -> None:
-        """End all runs and start no more."""
+        """Ends all runs and starts no more."""
         with self._guard:
             self._stopped = True
             for process in self._processes:
@@ -115,7 +115,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _stop_on_exit(self) -> Iterator[None]:
-        """SIGTERM ends the driver like Ctrl-C, so that runs are ended too."""
+        """Makes SIGTERM end the driver as Ctrl-C does, so that its runs are ended too."""
 
         def interrupt(number: int, frame: object) -> None:
             raise KeyboardInterrupt
@@ -127,8 +127,8 @@ class Runner:
             signal.signal(signal.SIGTERM, before)
 
     def _one(self, run: Run, bar: Progress) -> str | None:
-        """Run once; what went wrong, or None."""
-        resume = run.checkpoints.is_dir() and checkpoints.exists(run.checkpoints)
+        """Does one run; returns the reason if it failed, else None."""
+        resume = run.checkpoints.is_dir() and checkpointing.exists(run.checkpoints)
         if not resume:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -197,14 +197,14 @@ class Runner:
 
 
 def _printed(run: Run, start: int) -> str:
-    """What this process printed so far, not those before it."""
+    """Returns the output of the present process, which begins at byte ``start`` of the file."""
     with run.output.open("rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace")
 
 
 def _last_words(run: Run, start: int) -> str | None:
-    """The script's own message, or the last line."""
+    """Returns the script's error message, or else the last line of output, or None."""
     lines = [line.strip() for line in _printed(run, start).splitlines() if line.strip()]
     said = [line for line in lines if ": error" in line]
     return said[0] if said else lines[-1] if lines else None

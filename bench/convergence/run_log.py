@@ -1,4 +1,4 @@
-"""What a training run writes down: one JSON file of settings and rows, and the picture drawn from it."""
+"""The log of a training run: one JSON file of settings and rows, and the picture drawn from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class LogError(ValueError):
-    """A log cannot be read; the message names the file."""
+    """A log cannot be read or used; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +19,14 @@ class Row:
     """One step.
 
     Attributes:
-        step: Updates done so far; row 0 is the model before training.
-        train_loss: Rank 0's own batch, before this update, in the log's ``loss_unit``; None in row 0.
-        val_loss: The fixed held-out batches, after this update; None where it was not measured. Which data they
-            are of (validation or test) is the log's ``judge``.
-        seconds: Cumulative training time on rank 0; evaluation, checkpoints and start-up left out.
-        bytes_sent: Cumulative gradient bytes this rank put on the wire, headers counted.
-        ratio: What a ring allreduce of fp32 would have sent in this step over what was sent; None in row 0.
-        val_accuracy: Share of the held-out examples classified rightly; None where that is not measured.
+        step: Number of updates done; row 0 is the model before training.
+        train_loss: Loss of rank 0's batch before this update, in the log's ``loss_unit``; None in row 0.
+        val_loss: Loss of the fixed held-out batches after this update; None if it was not measured. The log's
+            ``judge`` says whether they are validation or test data.
+        seconds: Cumulative training time on rank 0, without evaluation, checkpoints and start-up.
+        bytes_sent: Cumulative gradient bytes that this rank put on the wire, headers included.
+        ratio: Bytes that an fp32 ring allreduce sends in a step, over the bytes sent in this one; None in row 0.
+        val_accuracy: Share of the held-out examples classified correctly; None if that is not measured.
     """
 
     step: int
@@ -40,14 +40,14 @@ class Row:
 
 @dataclass(frozen=True)
 class RunLog:
-    """Settings and rows of one run. ``rows`` grows by one a step."""
+    """Settings and rows of one run. ``rows`` grows by one per step."""
 
     meta: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        """Short name for tables and legends."""
+        """Short name of the run for tables and legends."""
         compressor = str(self.meta["compressor"])
         if compressor == "none":
             return "dense fp32 (plain DDP)"
@@ -57,24 +57,24 @@ class RunLog:
 
     @property
     def loss_name(self) -> str:
-        """What ``val_loss`` is, with its unit."""
+        """Name of ``val_loss``, with its unit."""
         return f"{self.meta.get('judge', 'validation')} loss ({self.meta.get('loss_unit', 'nats per byte')})"
 
     def evaluated(self) -> list[tuple[Row, float]]:
-        """Rows that carry a validation loss, and that loss."""
+        """Returns the rows that have a validation loss, each with that loss."""
         return [(row, row.val_loss) for row in self.rows if row.val_loss is not None]
 
     def write(self, path: Path) -> None:
-        """Write the JSON file, whole or not at all."""
+        """Writes the JSON file, whole or not at all."""
         text = json.dumps({"meta": self.meta, "rows": [asdict(row) for row in self.rows]}, indent=1)
         replace_file(path, (text + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> RunLog:
-        """Read a file that ``write`` wrote.
+        """Reads a file that ``write`` wrote.
 
         Raises:
-            LogError: It is missing or is no such file.
+            LogError: The file is missing, or is not a log.
         """
         try:
             document = json.loads(path.read_text())
@@ -88,7 +88,7 @@ class RunLog:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write through a temporary file beside ``path``, so that a reader never sees half of it."""
+    """Writes to a temporary file in the same folder and renames it, so that a reader never sees half of the content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.write_bytes(content)
@@ -96,14 +96,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def plot(logs: Sequence[RunLog], path: Path) -> tuple[Path, Path]:
-    """Draw validation loss against steps, bytes sent (log scale) and training time.
+    """Draws validation loss against steps, bytes sent (log scale) and training time.
 
     Args:
-        logs: One curve each.
-        path: The PNG; an SVG of the same name goes beside it.
+        logs: Runs to draw, one curve each.
+        path: Path of the PNG. An SVG of the same name is written next to it.
 
     Returns:
-        The PNG's and the SVG's paths.
+        Paths of the PNG and of the SVG.
     """
     import matplotlib
 

@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(batch, time, width)`` to the same shape."""
+        """Maps ``(batch, time, width)`` to the same shape."""
         batch, time, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model: bytes in, the mean cross-entropy of the next byte out."""
+    """The language model: maps bytes to the mean cross-entropy of the next byte."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -78,15 +78,15 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def _initialise(self) -> None:
-        """GPT-2's: normal(0, 0.02), with what enters the residual stream scaled by 1/sqrt(2 * layers)."""
+        """Draws matrices from GPT-2's normal(0, 0.02), scaled down by sqrt(2 * layers) before the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
-            into_stream = name.endswith(("proj.weight", "down.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if into_stream else 0.02)
+            into_residual = name.endswith(("proj.weight", "down.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if into_residual else 0.02)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of predicting ``y`` from ``x``.
+        """Returns the loss of predicting ``y`` from ``x``.
 
         Args:
             x: int64 ``(batch, time)``, bytes.
@@ -103,7 +103,7 @@ class GPT(nn.Module):
 
 
 def build(size: str, block: int, seed: int) -> GPT:
-    """Build one of ``SIZES``; the same seed gives every rank and every run the same start."""
+    """Builds one of ``SIZES``; the same seed gives every rank and every run the same start."""
     layers, heads, width = SIZES[size]
     torch.manual_seed(seed)
     return GPT(GPTConfig(layers=layers, heads=heads, width=width, block=block))

@@ -13,7 +13,7 @@ from helpers import Cluster, plan
 import sparsecomm as sc
 from sparsecomm import kernels
 from sparsecomm.ddp.gradients import check_gradient
-from sparsecomm.ddp.lanes import Place
+from sparsecomm.ddp.lanes import Lane
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import exchange
 from sparsecomm.runtime.arena import Arena
@@ -114,8 +114,8 @@ def exchanged(how: Any) -> list[torch.Tensor]:
     return out + cluster.residuals
 
 
-class Elsewhere(Place):
-    """A place whose gradients are not where collectives work."""
+class Elsewhere(Lane):
+    """A lane whose gradients are not where collectives work."""
 
     def home(self, collective: Any) -> torch.device:
         return torch.device("meta")
@@ -123,15 +123,15 @@ class Elsewhere(Place):
 
 def test_a_collective_that_works_on_the_host_gets_the_whole_gradient_there() -> None:
     averages = []
-    for kind in (Place, Elsewhere):
+    for kind in (Lane, Elsewhere):
         cluster = Cluster(2, 200)
         grads = [torch.arange(200.0) * (r + 1) for r in range(2)]
-        places = [kind(CPU, side_of(CPU), Arena(), Arena()) for _ in range(2)]
+        lanes = [kind(CPU, side_of(CPU), Arena(), Arena()) for _ in range(2)]
 
-        def make(channel: Any, cluster: Any = cluster, grads: Any = grads, places: Any = places) -> Any:
+        def make(channel: Any, cluster: Any = cluster, grads: Any = grads, lanes: Any = lanes) -> Any:
             r, how = channel.rank, plan(200, collective="split_reduce")
-            steps = places[r].steps(channel, cluster.buckets[r], lambda _: grads[r], how, settle=True)
-            return places[r].side.drive(steps, None)
+            steps = lanes[r].steps(channel, cluster.buckets[r], lambda _: grads[r], how, final=True)
+            return lanes[r].side.drive(steps, None)
 
         cluster.world.run(make)
         averages.append(grads)

@@ -1,4 +1,4 @@
-"""Where training frameworks hand their gradients over."""
+"""Averaging for PyTorch DDP and for plain modules: the comm hook, its state, and `allreduce_gradients`."""
 
 from sparsecomm.ddp.by_hand import allreduce_gradients
 from sparsecomm.ddp.checkpoint import reshard

@@ -1,4 +1,4 @@
-"""Averaging gradients by hand, for scripts that do not wrap their model in DDP."""
+"""Averaging of gradients without DDP, for scripts that do not wrap their model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
     """Averages the gradients of a model over all ranks, in place. Collective; call it between backward and step.
 
     All ranks must hold the same parameters with the same `requires_grad`. A parameter without a gradient on this rank
-    takes part with zeros and has the average afterwards.
+    contributes zeros and receives the average.
 
     Args:
-        model: a plain module (not DDP), whose parameters' `.grad` are replaced by the averages.
-        state: made with ``SparseState(..., model=model)``.
-        bucket_bytes: gradients are exchanged in flat buckets of about this size, last parameters first.
+        model: a plain module, not DDP. The `.grad` of its parameters is overwritten with the average.
+        state: a state made with ``SparseState(..., model=model)``.
+        bucket_bytes: approximate size of the flat buckets; the last parameters come first.
 
     Raises:
-        ConfigError: for a DDP model, which averages by itself, or bucket_bytes < 1.
-        SparseCommError: what made the exchange fail, on every rank.
+        ConfigError: for a DDP model, whose gradients DDP averages, or bucket_bytes < 1.
+        SparseCommError: on every rank, if the exchange failed on any.
     """
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         raise ConfigError("allreduce_gradients is for models without DDP; register sparse_hook with this one instead")
@@ -40,7 +40,7 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
         flats.append(flat)
         futures.append(state.start(i, bucket, flat, last=i == len(buckets) - 1, error=error))
     failed: BaseException | None = None
-    for future in futures:  # all of them: nothing may still be in flight when this returns or raises
+    for future in futures:  # wait for all, since no exchange may be in flight when this returns or raises
         try:
             future.wait()
         except RuntimeError as error:
@@ -52,7 +52,7 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
 
 
 def _buckets(parameters: Sequence[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
-    """Cuts parameters, last first, into buckets of one dtype and about `limit` bytes."""
+    """Divides the parameters, last first, into buckets of one dtype and about `limit` bytes."""
     buckets: list[list[torch.Tensor]] = []
     size = 0
     for p in reversed(parameters):
@@ -66,7 +66,7 @@ def _buckets(parameters: Sequence[torch.Tensor], limit: int) -> list[list[torch.
 
 
 def _memory_order(p: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor's elements in the memory order of a dense parameter, flat."""
+    """Returns the elements of `p`, flat, in the memory order of `like` if that is dense."""
     if torch.ops.aten.is_non_overlapping_and_dense(like):
         order = sorted(range(like.dim()), key=like.stride, reverse=True)
         return p.permute(order).reshape(-1)
@@ -74,7 +74,7 @@ def _memory_order(p: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _flatten(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Exception | None]:
-    """Returns the gradients as one flat tensor, or what is wrong with them: the other ranks must be told, too."""
+    """Returns the gradients as one flat tensor, or zeros and the error, which the other ranks must learn of too."""
     try:
         return torch.cat([_flat_grad(p) for p in bucket]), None
     except Exception as error:

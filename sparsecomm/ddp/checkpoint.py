@@ -1,4 +1,4 @@
-"""Checkpoints of a state: a flat dict of tensors per rank, checked whole before anything is applied."""
+"""Checkpoints of a state: one flat dict of tensors per rank, checked completely before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ _NUMBERS = ("step", "rank", "world_size")
 
 @dataclass
 class Checkpoint:
-    """What a rank's checkpoint holds.
+    """The checkpoint of one rank.
 
     Attributes:
         step: training step.
         rank: rank that saved it.
         world_size: ranks of the group that saved it.
-        memories: by kind ("residual", "velocity", "second_moment") and parameter name; float32, in its shape.
-        moment_steps: steps that Adam correction's moments have seen.
-        selectors: the compressor's memory by layout hash.
+        memories: tensors by kind ("residual", "velocity", "second_moment") and parameter name; float32, in the
+            parameter's shape.
+        moment_steps: steps that the moments of Adam correction have seen.
+        selectors: the compressor's memory of each bucket, by layout hash.
     """
 
     step: int
@@ -57,7 +58,7 @@ class Checkpoint:
         """Reads a flat dict.
 
         Raises:
-            StateError: if it is not a checkpoint of a `SparseState`; names what is unknown or missing.
+            StateError: if it is not a checkpoint of a `SparseState`; names the unknown or missing entries.
         """
         missing = [name for name in _NUMBERS if name not in state_dict]
         if missing:
@@ -80,10 +81,10 @@ class Checkpoint:
         return made
 
     def check(self) -> None:
-        """Checks what can be known without a model.
+        """Checks everything that does not depend on a model.
 
         Raises:
-            StateError: for what is no residual, or if none is named though steps were taken.
+            StateError: if a tensor cannot be a residual or moment, or steps were taken but no residual is named.
         """
         for kind, named in self.memories.items():
             check_residuals(kind, named)
@@ -92,41 +93,41 @@ class Checkpoint:
                 raise StateError(f"second_moment of {name!r} holds negative values")
         if self.step > 0 and not self.memories["residual"]:
             raise StateError(
-                f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only what "
-                "it is handed, so register the hook (or pass model=) before loading into a new state"
+                f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only the "
+                "tensors it is given, so register the hook (or pass model=) before loading into a new state"
             )
 
     def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks that the residuals are those of a model.
+        """Checks that the checkpoint is of a given model.
 
         Args:
-            shapes: shapes of its parameters by name.
+            shapes: parameter shapes of the model, by name.
 
         Raises:
-            StateError: names the parameters that only one of the two has, or has in another shape.
+            StateError: if it is not; names the parameters that only one of the two has, or has in another shape.
         """
         model = set(shapes)
-        for what, loaded in self.memories.items():
+        for kind, loaded in self.memories.items():
             extra, missing = sorted(set(loaded) - model), sorted(model - set(loaded))
             if extra:
-                raise StateError(f"the checkpoint is of another model: it has the {what} of {extra}, unknown here")
+                raise StateError(f"the checkpoint is of another model: it has the {kind} of {extra}, unknown here")
             if loaded and missing:
-                raise StateError(f"the checkpoint is of another model: it lacks the {what} of {missing}")
+                raise StateError(f"the checkpoint is of another model: it lacks the {kind} of {missing}")
             for name, t in loaded.items():
                 if t.shape != (0,) and tuple(t.shape) != shapes[name]:
                     raise StateError(
-                        f"{what} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
+                        f"{kind} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
                         f"the parameter has {shapes[name]}"
                     )
 
 
 def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], kept: set[str]) -> None:
-    """Names the parameters that have no residual yet: zeros for those that may get one, empty for the others.
+    """Adds an entry for every parameter without one: zeros if it may get a residual, else an empty tensor.
 
     Args:
-        residuals: by name. Mutated.
-        shapes: shapes of the model's parameters by name.
-        kept: names of parameters that may get a residual.
+        residuals: residuals by parameter name. Mutated.
+        shapes: parameter shapes of the model, by name.
+        kept: names of the parameters that may get a residual.
     """
     for name, shape in shapes.items():
         if name not in residuals:
@@ -156,22 +157,23 @@ def _selector(key: str, value: object) -> SelectorMemory:
 
 
 def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Turns the checkpoints of all ranks of one world into those of a world of another size, losing nothing.
+    """Turns the checkpoints of all ranks into checkpoints for another world size. Loses nothing.
 
-    An update is the sum over ranks divided by P, so what must survive is (sum of residuals) / P: with P ranks before
-    and P' after, the residuals are multiplied by P' / P. When ranks go, rank j takes over those of ranks j, j + P',
-    ...; when ranks come, ranks j, j + P, ... share rank j's equally. Velocities, which every rank holds of its own
-    gradients, are shared out in the same way; second moments, which are no sums, are averaged or copied.
+    An update is the sum over ranks divided by P, so (sum of residuals) / P must stay the same. With P ranks before and
+    P' after, residuals are therefore multiplied by P' / P. If the world shrinks, rank j takes over the residuals of
+    ranks j, j + P', ...; if it grows, ranks j, j + P, ... share those of rank j equally. Velocities, which each rank
+    holds for the gradients it computed, are distributed in the same way. Second moments, which are not sums, are
+    averaged or copied.
 
     Args:
-        state_dicts: what each rank's `state_dict` returned, in rank order.
-        world_size: the new number of ranks.
+        state_dicts: `SparseState.state_dict()` of each rank, in rank order.
+        world_size: the new world size.
 
     Returns:
-        One state dict a rank, for `load_state_dict`.
+        One state dict per rank, for `load_state_dict`.
 
     Raises:
-        StateError: if they are not all ranks of one world at one step.
+        StateError: if these are not the checkpoints of all ranks of one world at one step.
     """
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
@@ -188,19 +190,19 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
-    for what, a in first.memories.items():
-        b = other.memories[what]
-        unlike = sorted(set(a) ^ set(b))
-        if unlike:
+    for kind, a in first.memories.items():
+        b = other.memories[kind]
+        different = sorted(set(a) ^ set(b))
+        if different:
             raise StateError(
                 f"the checkpoints are of different models: only one of ranks 0 and {other.rank} "
-                f"has the {what} of {unlike}"
+                f"has the {kind} of {different}"
             )
         for name in a:
             shapes = {tuple(t.shape) for t in (a[name], b[name])} - {(0,)}
             if len(shapes) > 1:
                 raise StateError(
-                    f"{what} of {name!r} has shape {tuple(a[name].shape)} on rank 0, "
+                    f"{kind} of {name!r} has shape {tuple(a[name].shape)} on rank 0, "
                     f"{tuple(b[name].shape)} on rank {other.rank}"
                 )
 

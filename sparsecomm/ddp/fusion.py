@@ -1,4 +1,4 @@
-"""Lazy fusion: small buckets are held back until together they are worth an exchange (Sun et al. 2019)."""
+"""Lazy fusion: small buckets wait until together they are large enough for an exchange (Sun et al. 2019)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from sparsecomm.errors import TransportError
 from sparsecomm.feedback import BucketLayout
 from sparsecomm.runtime.arena import Arena
 
-__all__ = ["Batch", "Fusion", "Handed"]
+__all__ = ["Batch", "Fusion", "HandedBucket"]
 
 _SMALL = 1 << 14  # elements
 
 
 @dataclass(slots=True, eq=False)
-class Handed:
-    """A bucket that was handed over to be averaged.
+class HandedBucket:
+    """A bucket that was handed over for averaging.
 
     Attributes:
         index: bucket number.
-        parameters: whose gradients make it up, in order.
+        parameters: parameters whose gradients make up the bucket, in order.
         grad: the flat bucket, shape (n,).
-        error: what has gone wrong with it on this rank already.
-        outer: completed when the bucket holds the average, or when that has failed.
-        result: what DDP waits for.
-        failure: what has failed.
+        error: an error that this rank met before the hand-over.
+        outer: completed when the bucket holds the average, or when averaging has failed.
+        result: the future that DDP waits for.
+        failure: the error that `result` raises.
     """
 
     index: int
@@ -42,13 +42,13 @@ class Handed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the gradient, also of one in a layout that will be refused."""
+        """Bytes of the gradient. Works for sparse layouts too, which are refused later."""
         return self.grad.numel() * self.grad.element_size()
 
     def __post_init__(self) -> None:
-        # A future with devices tells whoever waits for it to wait for the stream in which it was completed.
+        # A future with devices makes its waiters wait for the stream that completed it.
         self.outer = torch.futures.Future(devices=[self.grad.device] if self.grad.is_cuda else None)
-        # Only a callback that raises gives a torch future an error that C++ can read (set_exception does not).
+        # C++ can read an error only if a callback raised it; set_exception does not work.
         self.result = self.outer.then(self._value_or_raise)
 
     def _value_or_raise(self, future: torch.futures.Future[Any]) -> torch.Tensor:
@@ -59,16 +59,16 @@ class Handed:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Buckets that are exchanged as one, usually a single one.
+    """One or several buckets that are exchanged as one.
 
     Attributes:
-        members: the buckets, of one dtype.
-        last: whether the last of them is the last of the backward pass.
-        parameters: the parameters of all.
-        numel: elements of all.
+        members: the buckets; all have the same dtype and device.
+        last: whether this batch is the last of the backward pass.
+        parameters: parameters of all members, in order.
+        numel: elements of all members.
     """
 
-    members: list[Handed]
+    members: list[HandedBucket]
     last: bool = False
     parameters: list[torch.Tensor] = field(init=False)
     numel: int = field(init=False)
@@ -79,33 +79,33 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
-        """Where the gradients are."""
+        """Device of the gradients."""
         return self.members[0].grad.device
 
     @property
     def is_small(self) -> bool:
-        """Whether exchanging it is more a matter of the interpreter than of kernels and bytes."""
+        """Whether the interpreter, not kernels or bytes, dominates the time of its exchange."""
         return self.numel < _SMALL
 
     @property
     def index(self) -> int:
-        """The first bucket's number, by which the whole is known."""
+        """Number of the first bucket, which names the batch."""
         return self.members[0].index
 
-    def check(self, where: str) -> None:
-        """Checks all gradients.
+    def check(self, prefix: str) -> None:
+        """Checks that all members can be exchanged.
 
         Raises:
-            Exception: what has gone wrong with one on this rank already.
-            ConfigError: for one that cannot be exchanged; starts with `where`.
+            Exception: the error that a member was handed over with.
+            ConfigError: for a gradient that cannot be exchanged; the text starts with `prefix`.
         """
         for member in self.members:
             if member.error is not None:
                 raise member.error
-            check_gradient(member.grad, member.parameters, where)
+            check_gradient(member.grad, member.parameters, prefix)
 
     def unused_spans(self, layout: BucketLayout) -> tuple[tuple[int, int], ...]:
-        """Returns the spans of parameters that this rank did not use, see `unused_spans`."""
+        """Returns the spans (start, end) of the batch's elements whose parameters this rank did not use."""
         spans: list[tuple[int, int]] = []
         start, first = 0, 0
         for member in self.members:
@@ -115,14 +115,14 @@ class Batch:
         return tuple(spans)
 
     def flat(self, arena: Arena) -> torch.Tensor:
-        """Returns all gradients in one vector: the bucket itself, or a copy of several."""
+        """Returns all gradients as one vector, shape (numel,): the only member itself, or a copy of several."""
         if len(self.members) == 1:
             return self.members[0].grad
         out = arena.get(("fused", self.index), self.numel, self.members[0].grad.dtype)
         return torch.cat([m.grad for m in self.members], out=out)
 
     def finish(self, average: torch.Tensor | None) -> None:
-        """Completes all futures; `average` is what `flat` returned, None if nothing was exchanged."""
+        """Completes all futures. `average` is the vector that `flat` returned; None if nothing was exchanged."""
         start = 0
         for member in self.members:
             end = start + member.grad.numel()
@@ -139,41 +139,43 @@ class Batch:
 
 
 class Fusion:
-    """Collects buckets until they are worth an exchange. All ranks decide alike, by sizes alone."""
+    """Collects buckets until they are large enough for an exchange. Sizes decide, so that all ranks decide alike."""
 
     def __init__(self) -> None:
-        self._held: list[Handed] = []
+        self._waiting: list[HandedBucket] = []
 
-    def add(self, handed: Handed, fuse_bytes: int, *, last: bool) -> list[Batch]:
-        """Takes a bucket and returns what is to be exchanged now, in order.
+    def add(self, handed: HandedBucket, fuse_bytes: int, *, last: bool) -> list[Batch]:
+        """Takes a bucket and returns the batches to exchange now, in order.
 
         Args:
             handed: the bucket.
-            fuse_bytes: bytes of gradients from which on an exchange starts; a bucket that has them alone is not copied.
-            last: whether it is the backward pass's last bucket; then nothing is held back.
+            fuse_bytes: gradient bytes of a batch that is large enough. A single bucket of that size is not copied.
+            last: whether this is the last bucket of the backward pass; then no bucket keeps waiting.
         """
-        held = self._held
-        if held and held[-1].index >= handed.index:  # a new pass: the one before was given up half-way
-            Batch(held[:]).fail(
-                TransportError(f"bucket {held[0].index} was not exchanged: its backward pass did not come to its end")
+        waiting = self._waiting
+        if waiting and waiting[-1].index >= handed.index:  # a new pass began, the previous one never ended
+            Batch(waiting[:]).fail(
+                TransportError(
+                    f"bucket {waiting[0].index} was not exchanged: its backward pass did not come to its end"
+                )
             )
-            held.clear()
+            waiting.clear()
         out = []
         alone = handed.nbytes >= fuse_bytes
-        if held and (alone or _unlike(held[0].grad, handed.grad)):
+        if waiting and (alone or _differ(waiting[0].grad, handed.grad)):
             out.append(self._release())
-        held.append(handed)
-        if alone or last or sum(h.nbytes for h in held) >= fuse_bytes:
+        waiting.append(handed)
+        if alone or last or sum(h.nbytes for h in waiting) >= fuse_bytes:
             out.append(self._release())
         if last:
             out[-1].last = True
         return out
 
     def _release(self) -> Batch:
-        batch = Batch(self._held[:])
-        self._held.clear()
+        batch = Batch(self._waiting[:])
+        self._waiting.clear()
         return batch
 
 
-def _unlike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype != b.dtype or a.device != b.device

@@ -1,4 +1,4 @@
-"""What a bucket of gradients must be, and which parameters in it were used."""
+"""Checks of a bucket of gradients, and the search for unused parameters in it."""
 
 from __future__ import annotations
 
@@ -16,40 +16,45 @@ __all__ = ["check_gradient", "unused_spans"]
 
 
 def unused_spans(shapes: Sequence[Sequence[int]], grad: torch.Tensor) -> list[tuple[int, int]]:
-    """Returns the spans of parameters whose gradient is zero throughout: this rank did not use them in this step.
+    """Returns the spans (start, end) of parameters whose gradient is all zeros: this rank did not use them.
 
     Args:
-        shapes: of the parameters in the bucket, in order.
-        grad: the flat bucket.
+        shapes: shapes of the parameters in the bucket, in order.
+        grad: the flat bucket, shape (n,).
     """
     spans, start = [], 0
     for shape in shapes:
         end = start + math.prod(shape)
-        # A used parameter nearly always shows in its first elements; only the others are read to their end.
+        # A used parameter nearly always has a nonzero among its first elements; only the others are read to the end.
         if end > start and not bool(grad[start : min(end, start + 256)].any()) and not bool(grad[start:end].any()):
             spans.append((start, end))
         start = end
     return spans
 
 
-def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], where: str) -> None:
-    """Checks a flat bucket.
+def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], prefix: str) -> None:
+    """Checks that a flat bucket can be exchanged.
+
+    Args:
+        grad: the flat bucket.
+        parameters: parameters whose gradients make up the bucket.
+        prefix: start of every error's text.
 
     Raises:
-        ConfigError: for a layout, dtype, device or size that cannot be exchanged; starts with `where`.
+        ConfigError: for a layout, dtype, device or size that cannot be exchanged.
     """
-    # DDP hands complex gradients over as pairs of real numbers: only the parameters tell.
+    # DDP hands over complex gradients as pairs of real numbers; only the parameters show that they are complex.
     dtypes = {p.dtype for p in parameters if p.is_complex()} or {grad.dtype}
     if grad.layout != torch.strided:
         raise ConfigError(
-            f"{where}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
+            f"{prefix}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
         )
     if not dtypes <= set(GRAD_DTYPES):
         raise ConfigError(
-            f"{where}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
+            f"{prefix}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
         )
     problem = device_problem(grad.device, triton_problem())
     if problem is not None:
-        raise ConfigError(f"{where}: gradients on {grad.device} cannot be exchanged: {problem}")
+        raise ConfigError(f"{prefix}: gradients on {grad.device} cannot be exchanged: {problem}")
     if grad.numel() > MAX_NUMEL:
-        raise ConfigError(f"{where}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")
+        raise ConfigError(f"{prefix}: {grad.numel()} elements are more than {MAX_NUMEL}; lower DDP's bucket_cap_mb")

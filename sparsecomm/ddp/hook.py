@@ -10,20 +10,20 @@ __all__ = ["sparse_hook"]
 
 
 def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """Averages a DDP bucket over all ranks with compressed messages: `ddp.register_comm_hook(state, sparse_hook)`.
+    """Averages a DDP bucket over all ranks, compressed. Use: `ddp.register_comm_hook(state, sparse_hook)`.
 
-    Returns at once; backward goes on while the bucket travels. Collective: DDP calls it in the same order on all
-    ranks.
+    Returns at once; the backward pass continues during the exchange. Collective: DDP calls the hook in the same order
+    on all ranks.
 
     Args:
-        state: what is kept from step to step.
+        state: options, residuals and counters of this model.
         bucket: DDP's bucket; float32, float16 or bfloat16. Mutated when the future completes.
 
     Returns:
-        A future of the averaged flat bucket. It fails, and with it ``loss.backward()``, if any rank failed.
+        A future of the averaged flat bucket. If any rank fails, the future fails, and ``loss.backward()`` with it.
 
     Raises:
-        ConfigError: for a state of another kind, and under DDP's Python reducer, which ignores what a hook returns.
+        ConfigError: if the state is not a `SparseState`, or under DDP's Python reducer, which ignores a hook's result.
     """
     if not isinstance(state, SparseState):
         raise ConfigError(f"sparse_hook needs a SparseState, got {state!r}; write sparsecomm.SparseState(compressor)")
@@ -31,6 +31,6 @@ def sparse_hook(state: SparseState, bucket: dist.GradBucket) -> torch.futures.Fu
         raise ConfigError(
             "this model runs under DDP's Python reducer (compiled autograd), which hands single gradients to comm "
             "hooks and ignores their result; set torch._dynamo.config.optimize_ddp = 'ddp_optimizer' (or False) before "
-            "compiling, with which comm hooks work"
+            "compiling; comm hooks work with both"
         )
     return state.start(bucket.index(), bucket.parameters(), bucket.buffer(), last=bucket.is_last())

@@ -1,4 +1,4 @@
-"""Where buckets are exchanged: on the host, or beside their GPU with pinned buffers for what travels."""
+"""Lanes: for each device, the order of work and the buffers of exchanges. A GPU has pinned buffers for messages."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Where the buckets of one device are exchanged.
+    """The exchanges of the buckets on one device.
 
     Attributes:
-        device: theirs.
-        side: in which order work is done there.
-        arena: gives buffers for messages, on the host; pinned for a GPU.
-        memory: gives work buffers on the device; on the host the same arena.
+        device: device of the buckets.
+        side: orders the exchanges' work on the device.
+        arena: gives buffers for messages, on the host; pinned if the device is a GPU.
+        workspace: gives work buffers on the device; the same as `arena` if that is the host.
     """
 
     device: torch.device
     side: Side
     arena: Arena
-    memory: Arena
+    workspace: Arena
 
     def home(self, collective: str) -> torch.device:
-        """Returns where a bucket's residual lives: with the gradient if the collective works there, else the host."""
+        """Returns the device of a bucket's residual: the gradient's if the collective works there, else the host."""
         return self.device if method_named(collective).on_device else _HOST
 
     def steps(
         self, channel: Channel, bucket: BucketMemory, flat: Callable[[Arena], torch.Tensor], plan: Plan
     ) -> CollectiveSteps[BucketReport]:
-        """Exchanges a bucket. Collective. To be driven by `side`.
+        """Exchanges a bucket. Collective. `side.drive` must run these steps.
 
         Args:
             channel: the ranks.
-            bucket: Mutated; its memories are where `home` says.
-            flat: returns the gradient, which is overwritten with the average, given an arena on its device.
-            plan: what to do.
+            bucket: the bucket's memory, on the device that `home` returns. Mutated.
+            flat: returns the gradient, given an arena on its device. The gradient is overwritten with the average.
+            plan: how the bucket is exchanged.
         """
-        grad = flat(self.memory)
+        grad = flat(self.workspace)
         if self.home(plan.collective) == grad.device:
-            return (yield from exchange(channel, bucket, grad, plan, self.arena, self.memory))
+            return (yield from exchange(channel, bucket, grad, plan, self.arena, self.workspace))
         whole = self.arena.get((bucket.index, "whole"), grad.numel(), grad.dtype)
         self.side.fetch(grad, whole)
         report = yield from exchange(channel, bucket, whole, plan, self.arena)
@@ -62,7 +62,7 @@ class Lane:
         return report
 
     def in_order(self, call: Callable[..., None]) -> Callable[..., None]:
-        """Returns a function that does the same, what it gives the device behind what was given `side` before."""
+        """Returns a version of `call` whose device work is queued behind the work already given to `side`."""
 
         def run(*args: Any) -> None:
             with self.side.active():
@@ -72,10 +72,10 @@ class Lane:
 
 
 class Lanes:
-    """The places of one state, made when they are first needed.
+    """The lanes of one state, one for each device. Each is made when it is first needed.
 
     Args:
-        arena: of the host.
+        arena: arena of the host's lane.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -83,10 +83,10 @@ class Lanes:
         self._of: dict[torch.device, Lane] = {_HOST: self._host}
 
     def of(self, device: torch.device) -> Lane:
-        """Returns the place of a device; the host's for a device whose gradients are going to be refused."""
+        """Returns the lane of a device. Devices other than CPU and CUDA get the host's; their gradients are refused."""
         if device.type != "cuda":
             return self._host
-        place = self._of.get(device)
-        if place is None:
-            place = self._of[device] = Lane(device, side_of(device), Arena(pinned=True), Arena(device))
-        return place
+        lane = self._of.get(device)
+        if lane is None:
+            lane = self._of[device] = Lane(device, side_of(device), Arena(pinned=True), Arena(device))
+        return lane

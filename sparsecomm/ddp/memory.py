@@ -1,9 +1,9 @@
-"""What a state keeps of a model's gradients: residuals and moments by parameter name, and buckets as last presented."""
+"""The memories of a state: residuals and moments by parameter name, and the bucket memories that hold them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,17 @@ __all__ = ["Memories"]
 
 @dataclass(slots=True)
 class _Known:
-    """A bucket as DDP last presented it."""
+    """A bucket as it was last handed over: the ids of its parameters, and its memory."""
 
     parameters: tuple[int, ...]
     bucket: BucketMemory
 
 
 class Memories:
-    """Residuals and moments by parameter name, and the buckets that DDP last presented.
+    """Residuals and moments by parameter name, and the memory of each bucket.
 
     Attributes:
-        known: buckets by number, as last presented.
+        known: buckets by number, as they were last handed over.
     """
 
     def __init__(self) -> None:
@@ -40,33 +40,49 @@ class Memories:
         self._stores = {kind: ResidualStore(kind) for kind in ("residual", "velocity", "second_moment")}
         self._moments_since = 0  # step at which the moments of Adam correction were zero
         self._selectors: dict[int, SelectorMemory] = {}
+        self._unchecked: Checkpoint | None = None  # loaded before the model was known
 
-    def knows_other(self, index: int, ids: tuple[int, ...]) -> bool:
-        """Returns whether the bucket of that number last had other parameters."""
+    def has_changed(self, index: int, ids: tuple[int, ...]) -> bool:
+        """Returns whether the bucket of that number had other parameters when it was last handed over."""
         known = self.known.get(index)
         return known is not None and known.parameters != ids
 
     def bucket(
-        self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: WrappedModel, where: str
+        self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: WrappedModel, prefix: str
     ) -> BucketMemory:
-        """Returns what is known of a bucket; if DDP has rebuilt its buckets, residuals move by name.
+        """Returns the memory of a bucket. After a rebuild of DDP's buckets, residuals move to theirs by name.
+
+        Args:
+            index: bucket number.
+            parameters: parameters in the bucket, in order.
+            numel: elements of the bucket.
+            model: gives the parameters' names.
+            prefix: start of every error's text.
 
         Raises:
-            ConfigError: for a parameter that is not the model's or a bucket of another size than its parameters.
+            ConfigError: if a parameter is not in the model, or the bucket's size is not that of its parameters.
         """
         ids = tuple(id(p) for p in parameters)
         known = self.known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == numel:
             return known.bucket
-        layout = BucketLayout.of([(model.name_of(p, where), p) for p in parameters])
+        layout = BucketLayout.of([(model.name_of(p, prefix), p) for p in parameters])
         if layout.numel != numel:
-            raise ConfigError(f"{where}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
+            raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
         bucket = BucketMemory(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
         self.known[index] = _Known(ids, bucket)
         return bucket
 
     def equip(self, bucket: BucketMemory, config: SparseConfig, collective: str, step: int, home: torch.device) -> None:
-        """Gives a bucket the memory that an exchange needs, on the device where it works. Mutates it."""
+        """Gives a bucket the residual and the moments that its next exchange needs.
+
+        Args:
+            bucket: Mutated.
+            config: options of the state.
+            collective: the collective that exchanges the bucket.
+            step: training step.
+            home: device of the memory.
+        """
         moments, residuals = _moments(config.feedback), self._stores["residual"]
         rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
         if method_named(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
@@ -75,13 +91,21 @@ class Memories:
             setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
         bucket.age = step - self._moments_since + 1
 
-    def settle(self, *, skipped: bool) -> None:
-        """Makes the last exchanged step of all buckets final, or takes it back if the optimizer skips it."""
+    def finish_step(self, *, skipped: bool) -> None:
+        """Makes the last exchanged step of all buckets final, or undoes it if the optimizer skips it."""
         for known in self.known.values():
             known.bucket.finish_step(skipped=skipped)
 
     def change(self, feedback: Feedback | None, step: int) -> None:
-        """Forgets what fits the options of before: thresholds, what collectives remember, moments no longer kept."""
+        """Forgets everything that depends on the options before a change.
+
+        That is thresholds, the methods' memories of buckets, and moments that the new feedback does not keep.
+        Residuals stay.
+
+        Args:
+            feedback: the new feedback.
+            step: training step.
+        """
         for known in self.known.values():
             known.bucket.memory = SelectorMemory()
             known.bucket.shared = None
@@ -92,15 +116,15 @@ class Memories:
             self._moments_since = step
 
     def residual_norm(self) -> float:
-        """Returns the 2-norm of all residuals. Reads all of them."""
+        """Returns the 2-norm of all residuals together. Reads every element."""
         return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))
 
     def save(self, step: int, model: WrappedModel, config: SparseConfig) -> Checkpoint:
-        """Returns what a checkpoint of this rank holds."""
+        """Returns the checkpoint of this rank."""
         made = Checkpoint(step, model.rank, model.size)
         feedback = config.feedback
-        # Named in full from the first step on, so that torch.distributed.checkpoint, which fills what it is handed,
-        # loads into a fresh state.
+        # torch.distributed.checkpoint fills the tensors it is given. A new state must therefore name all parameters
+        # before its first step, or it could not be loaded into.
         kept = model.trainable if feedback is not None and not config.compressor.is_dense else set()
         for kind, named in made.memories.items():
             if kind == "residual" or kind in _moments(feedback):
@@ -114,15 +138,39 @@ class Memories:
                 made.selectors[known.bucket.layout.hash] = known.bucket.memory
         return made
 
-    def load(self, loaded: Checkpoint) -> None:
-        """Takes over a checkpoint that has been checked."""
+    def load(self, loaded: Checkpoint, model: WrappedModel) -> None:
+        """Replaces all memories by those of a checkpoint.
+
+        Args:
+            loaded: a checkpoint that passed `Checkpoint.check`.
+            model: if its parameters are not known yet, `check_loaded` compares them later.
+
+        Raises:
+            StateError: if the checkpoint is of another model; nothing is changed then.
+        """
+        if model.names:
+            loaded.check_model(model.shapes)
+        self._unchecked = None if model.names else loaded
         for kind, store in self._stores.items():
             store.load(loaded.memories[kind])
         self.known.clear()
         self._selectors = loaded.selectors
         self._moments_since = loaded.step - loaded.moment_steps
 
+    def check_loaded(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Checks a checkpoint that was loaded before the model was known; does nothing if there is none.
+
+        Args:
+            shapes: parameter shapes of the model, by name.
+
+        Raises:
+            StateError: if the checkpoint is of another model.
+        """
+        if self._unchecked is not None:
+            self._unchecked.check_model(shapes)
+            self._unchecked = None
+
 
 def _moments(feedback: Feedback | None) -> tuple[str, ...]:
-    """Returns the kinds of memory that a feedback keeps beside the residual."""
+    """Returns the kinds of memory that a feedback keeps in addition to the residual."""
     return () if feedback is None else feedback.memories

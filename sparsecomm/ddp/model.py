@@ -1,4 +1,4 @@
-"""What a state finds out about the model it serves: its DDP wrapper, its parameters' names, its process group."""
+"""The model that a state averages gradients for: its DDP wrappers, parameter names and process group."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
 
-__all__ = ["WrappedModel", "Wrappers", "find_wrappers"]
+__all__ = ["ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wrappers:
-    """The DDP models a state is registered with, and the ranks that average: known before anything can be told to them.
+    """The DDP models that a state is registered with, and the ranks that average.
 
     Attributes:
-        ddps: DDP models whose comm hook has this state; more than one if they wrap the same model, one after another.
+        ddps: DDP models whose comm hook has this state; several if the script wrapped one model several times.
         members: world ranks of the process group, in its order.
-        ranks: the same for the engine: None if that is the whole world in order.
+        ranks: `members` as the engine takes them; None for the whole world in order.
     """
 
     ddps: list[DistributedDataParallel]
@@ -35,18 +35,18 @@ class Wrappers:
 
 @dataclass(slots=True)
 class WrappedModel:
-    """The model a state serves.
+    """The model that a state averages gradients for.
 
     Attributes:
-        names: parameter names by id, without DDP's "module." so that they fit the plain model's state dict.
-        shapes: shapes by name, of parameters and of frozen ones.
+        names: parameter names by `id(parameter)`, without DDP's "module." prefix: the names of the plain state dict.
+        shapes: parameter shapes by name, frozen parameters included.
         trainable: names of the parameters that require a gradient.
-        numel: elements of all its parameters.
-        ranks: world ranks of its process group; None if that is the world.
-        rank: this rank in the group.
-        size: ranks of the group.
-        may_skip: whether DDP lets parameters go unused in a step.
-        ddps: its wrappers, usually one; none without DDP. Not kept alive.
+        numel: elements of all parameters.
+        ranks: world ranks of the process group; None for the whole world.
+        rank: this rank within the group.
+        size: number of ranks in the group.
+        may_skip: whether DDP accepts parameters that a step does not use.
+        ddps: weak references to the DDP wrappers, usually one; empty without DDP.
     """
 
     names: dict[int, str]
@@ -61,15 +61,15 @@ class WrappedModel:
 
     @classmethod
     def of(cls, wrappers: Wrappers, model: torch.nn.Module | None, rank: int) -> WrappedModel:
-        """Joins what is known.
+        """Reads names, shapes and ranks from the wrappers and the model.
 
         Args:
-            wrappers: see `find_wrappers`.
-            model: given by the user; None takes that of the wrapper.
+            wrappers: result of `find_wrappers`.
+            model: the model that the user gave; None takes the wrapped one.
             rank: this rank in the world.
 
         Raises:
-            ConfigError: if several models share the state, or DDP was told what no hook can follow.
+            ConfigError: if several models share the state, or a DDP option cannot work with comm hooks.
         """
         ddps, members = wrappers.ddps, wrappers.members
         different = {(id(d.module), id(d.process_group)) for d in ddps}
@@ -77,8 +77,8 @@ class WrappedModel:
             raise ConfigError(f"one SparseState is registered with {len(different)} DDP models; each needs its own")
         if any(getattr(d, "skip_all_reduce_unused_params", False) for d in ddps):
             raise ConfigError(
-                "DDP(skip_all_reduce_unused_params=True) skips the hook for some buckets, so that a step's end is not "
-                "known; find_unused_parameters=True alone works"
+                "DDP(skip_all_reduce_unused_params=True) skips the hook for some buckets, which hides the end of a "
+                "step; find_unused_parameters=True alone works"
             )
         model = ddps[0] if model is None and ddps else model
         inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -96,33 +96,34 @@ class WrappedModel:
         )
 
     def is_gone(self) -> bool:
-        """Returns whether the script has dropped all its wrappers."""
+        """Returns whether the script has dropped all DDP wrappers of this model."""
         return bool(self.ddps) and all(d() is None for d in self.ddps)
 
-    def name_of(self, parameter: torch.Tensor, where: str) -> str:
+    def name_of(self, parameter: torch.Tensor, prefix: str) -> str:
         """Returns a parameter's name.
 
         Raises:
-            ConfigError: if it is not in the model, or the model is not known; starts with `where`.
+            ConfigError: if the parameter is not in the model, or the model is unknown; the text starts with `prefix`.
         """
         if not self.names:
             raise ConfigError(
-                f"{where}: the model of this SparseState is unknown; register the state with "
+                f"{prefix}: the model of this SparseState is unknown; register the state with "
                 "ddp.register_comm_hook(state, sparse_hook) or pass model= to SparseState"
             )
         name = self.names.get(id(parameter))
         if name is None:
             raise ConfigError(
-                f"{where}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
+                f"{prefix}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
                 "one SparseState serves one model"
             )
         return name
 
     def check_join(self) -> None:
-        """Checks what Join was told.
+        """Checks the options of an active `ddp.join()`.
 
         Raises:
-            ConfigError: if the average is to be over the ranks that still have data: no comm hook is told their number.
+            ConfigError: if Join asks for the average over the ranks that still have data; comm hooks never learn
+                their number.
         """
         ddps: list[Any] = [d() for d in self.ddps]
         if any(d and d._join_config.enable and not getattr(d, "_divide_by_initial_world_size", True) for d in ddps):
@@ -132,29 +133,92 @@ class WrappedModel:
             )
 
 
+class ModelLookup:
+    """Looks up the model of one state, and remembers it.
+
+    Methods take the state as an argument: an attribute would make a reference cycle with it.
+
+    Args:
+        model: the model that the user gave, DDP or plain; None to search for the DDP model.
+        group: the process group that the user gave; None takes DDP's, or the whole world without DDP.
+
+    Attributes:
+        model: the model as last found; None before the first successful look-up.
+    """
+
+    def __init__(self, model: torch.nn.Module | None, group: dist.ProcessGroup | None) -> None:
+        self.model: WrappedModel | None = None
+        self._given_model = model
+        self._given_group = group
+        self._last_step = -1  # step of the last look-up that changed buckets caused
+
+    def must_look(self, step: int, *, changed: bool) -> bool:
+        """Returns whether the model must be looked up: at first, when it is gone, and when it may be another one.
+
+        Changed buckets are a sign of another model, but a rebuild of DDP's buckets looks the same. They therefore
+        cause at most one look-up a step.
+
+        Args:
+            step: training step.
+            changed: whether the bucket at hand has other parameters than before.
+        """
+        if self.model is None or self.model.is_gone():
+            return True
+        if not self.model.ddps or self._last_step == step or not changed:
+            return False
+        self._last_step = step
+        return True
+
+    def find(self, state: object, here: World) -> Wrappers:
+        """Returns the state's DDP models and the ranks that average; raises as `find_wrappers` does."""
+        return find_wrappers(state, self._given_model, self._given_group, here)
+
+    def attach(self, state: object, here: World, wrappers: Wrappers | None = None) -> WrappedModel:
+        """Returns the state's model, and remembers it once its parameter names are known.
+
+        Args:
+            state: the `SparseState`.
+            here: this process.
+            wrappers: result of `find`; None keeps the known model, or looks up wrappers if there is none.
+
+        Raises:
+            ConfigError: as `find_wrappers` and `WrappedModel.of`.
+        """
+        if wrappers is None:
+            if self.model is not None and not self.model.is_gone():
+                return self.model
+            wrappers = self.find(state, here)
+        if self.model is not None and not wrappers.ddps:
+            return self.model  # the script has dropped its DDP model, but a checkpoint still needs the names
+        found = WrappedModel.of(wrappers, self._given_model, here.rank)
+        if found.names:
+            self.model = found
+        return found
+
+
 def find_wrappers(
     state: object, model: torch.nn.Module | None, group: dist.ProcessGroup | None, here: World
 ) -> Wrappers:
-    """Finds the DDP models with this state and the ranks that average. Not collective.
+    """Finds the DDP models that a state is registered with, and the ranks that average. Not collective.
 
-    DDP tells a hook neither the model nor the names of the parameters, so the one list that joins them is looked
-    up among live objects, once per state. Passing the DDP model to the state avoids it.
+    DDP tells a hook neither the model nor the names of its parameters. The search therefore goes through all live
+    objects for DDP models whose list of comm hooks holds this state. Passing the DDP model to the state avoids it.
 
     Args:
         state: the `SparseState`.
-        model: given by the user.
-        group: given by the user; None takes that of DDP, or the world.
+        model: the model that the user gave, if any.
+        group: the process group that the user gave; None takes DDP's, or the whole world without DDP.
         here: this process.
 
     Raises:
-        ConfigError: if this rank is not in the group: nobody else takes part in what it tries to do.
+        ConfigError: if this rank is not in the group, so that no other rank would join its exchange.
     """
     ddps = [model] if isinstance(model, DistributedDataParallel) else _registered(state)
     if group is None and ddps:
         group = ddps[0].process_group
     if group is None:
         members = tuple(range(here.size))
-    elif not isinstance(group, dist.ProcessGroup):  # a number, which new_group gives those outside
+    elif not isinstance(group, dist.ProcessGroup):  # new_group returns a number to ranks outside the group
         members = ()
     else:
         members = tuple(dist.get_process_group_ranks(group))
@@ -167,11 +231,11 @@ def find_wrappers(
 def _registered(state: object) -> list[DistributedDataParallel]:
     found = _scan(state)
     if len(found) > 1:
-        del found  # one of them may be garbage that only these references and its own cycles hold
+        del found  # these references may keep a garbage model alive that only a reference cycle holds otherwise
         gc.collect()
         found = _scan(state)
     if not found and gc.get_freeze_count():
-        # A frozen heap (common advice before workers fork) is not listed.
+        # gc.get_objects() does not list a frozen heap, and freezing it before a fork is common advice.
         gc.unfreeze()
         found = _scan(state)
         gc.freeze()

@@ -1,4 +1,4 @@
-"""A script that makes a state and forgets the hook trains densely without a word: this says so at its end."""
+"""A warning at exit for a script that makes a state but never registers the hook: it trains densely, silently."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["note_use", "watch_use"]
 
 _used = False
 _watched: int | None = None
-"""The process that will look at its end; a fork of it will not."""
+"""Id of the process that checks at its exit; its forks do not."""
 
 
 def watch_use() -> None:
-    """Sees to it that rank 0 is told at its end if no state of this process was ever used."""
+    """Makes rank 0 print a warning at its exit if no state of this process was ever used."""
     global _watched
     if _watched is None:
         _watched = os.getpid()
-        # Registered after the shutdown that init registers, hence called before it.
+        # atexit calls the latest registration first: this one runs before the shutdown that init registered.
         atexit.register(_look)
 
 
 def note_use() -> None:
-    """Notes that a gradient was handed over."""
+    """Notes that a gradient was handed over for averaging."""
     global _used
     _used = True
 

@@ -174,9 +174,9 @@ def test_a_scaler_may_come_after_the_state_and_before_the_first_step() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     state = sc.SparseState(sc.TopK(0.1))
     state.attach_scaler(scaler)
-    assert state._grad_scale() == 64.0
+    assert state._scaling.grad_scale() == 64.0
     other = torch.amp.GradScaler("cpu", init_scale=8.0)
     state.attach_scaler(other)
-    assert state._grad_scale() == 8.0
+    assert state._scaling.grad_scale() == 8.0
     state.attach_scaler(torch.amp.GradScaler("cpu", enabled=False))
-    assert state._grad_scale() == 1.0
+    assert state._scaling.grad_scale() == 1.0

@@ -115,7 +115,7 @@ def exchanged(how: Any) -> list[torch.Tensor]:
 
 
 class Elsewhere(Lane):
-    """A place whose gradients are not where collectives work."""
+    """A lane whose gradients are not where collectives work."""
 
     def home(self, collective: Any) -> torch.device:
         return torch.device("meta")
@@ -126,12 +126,12 @@ def test_a_collective_that_works_on_the_host_gets_the_whole_gradient_there() -> 
     for kind in (Lane, Elsewhere):
         cluster = Cluster(2, 200)
         grads = [torch.arange(200.0) * (r + 1) for r in range(2)]
-        places = [kind(CPU, side_of(CPU), Arena(), Arena()) for _ in range(2)]
+        lanes = [kind(CPU, side_of(CPU), Arena(), Arena()) for _ in range(2)]
 
-        def make(channel: Any, cluster: Any = cluster, grads: Any = grads, places: Any = places) -> Any:
+        def make(channel: Any, cluster: Any = cluster, grads: Any = grads, lanes: Any = lanes) -> Any:
             r, how = channel.rank, plan(200, collective="split_reduce")
-            steps = places[r].steps(channel, cluster.buckets[r], lambda _: grads[r], how)
-            return places[r].side.drive(steps, None)
+            steps = lanes[r].steps(channel, cluster.buckets[r], lambda _: grads[r], how)
+            return lanes[r].side.drive(steps, None)
 
         cluster.world.run(make)
         averages.append(grads)

@@ -7,19 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.ddp.fusion import Batch, Fusion, Handed
+from sparsecomm.ddp.fusion import Batch, Fusion, HandedBucket
 from sparsecomm.errors import TransportError
 from sparsecomm.feedback import BucketLayout
 from sparsecomm.runtime.arena import Arena
 
 
-def handed(index: int, numel: int, dtype: torch.dtype = torch.float32) -> Handed:
-    return Handed(
+def handed(index: int, numel: int, dtype: torch.dtype = torch.float32) -> HandedBucket:
+    return HandedBucket(
         index, [torch.nn.Parameter(torch.zeros(numel, dtype=dtype))], torch.full((numel,), index, dtype=dtype)
     )
 
 
-def one_pass(buckets: list[Handed], fuse_bytes: int) -> list[Batch]:
+def one_pass(buckets: list[HandedBucket], fuse_bytes: int) -> list[Batch]:
     fusion = Fusion()
     last = len(buckets) - 1
     return [batch for i, h in enumerate(buckets) for batch in fusion.add(h, fuse_bytes, last=i == last)]

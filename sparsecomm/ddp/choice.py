@@ -1,0 +1,96 @@
+"""The choice of a method for each bucket: as configured, measured by `collective="auto"`, or by fewest bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sparsecomm.exchange.auto import Candidate, Chooser
+from sparsecomm.exchange.auto.rule import choose_collective
+from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.launch import World
+from sparsecomm.runtime.metrics import BucketReport
+from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.types import Sizes
+
+__all__ = ["MethodChoice"]
+
+
+class MethodChoice:
+    """Chooses the methods of one state. Measures only where `collective="auto"` leaves a choice."""
+
+    def __init__(self) -> None:
+        self._chooser: Chooser | None = None  # made once the world size is known
+
+    def reset(self) -> None:
+        """Forgets all measurements, because the options or the step have changed."""
+        self._chooser = None
+
+    def begin(self, config: SparseConfig, here: World, ranks: tuple[int, ...] | None, step: int, *, last: bool) -> None:
+        """Advances the measurements at the hand-over of a bucket. Collective in steps that measure or decide.
+
+        Args:
+            config: options of the state.
+            here: this process.
+            ranks: world ranks that average; None for the whole world.
+            step: training step.
+            last: whether the bucket is the last of its step.
+
+        Raises:
+            SparseCommError: on every rank, if an exchange of measurements failed.
+        """
+        size = here.size if ranks is None else len(ranks)
+        if config.method is not None or config.compressor.is_dense or size == 1 or step < config.dense_steps:
+            return
+        if self._chooser is None or self._chooser.size != size:
+            self._chooser = Chooser(config, size)
+
+        def call(label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
+            return here.engine.call(label, make, group=ranks)
+
+        self._chooser.begin(step, call)
+        if last:
+            self._chooser.handed_over()
+
+    def choose(self, config: SparseConfig, index: int, k: int, numel: int, step: int, size: int) -> Candidate:
+        """Returns the method and the value codec that exchange a bucket.
+
+        Args:
+            config: options of the state.
+            index: bucket number.
+            k: elements to select.
+            numel: elements of the bucket.
+            step: training step.
+            size: world size.
+        """
+        dense = Candidate("dense", config.dense_values)
+        if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
+            return dense
+        if self._chooser is not None:
+            return self._chooser.choose(index, numel, k)
+        method = config.method
+        if method is None:  # "auto" on a GPU goes by bytes; a single rank sends nothing
+            sizes = Sizes(k, numel, size, config.values, config.indices)
+            method = choose_collective(sizes, dense_codec=config.dense_values)
+        return dense if method == "dense" else Candidate(method, config.values)
+
+    def finished(self, report: BucketReport, candidate: Candidate) -> None:
+        """Notes the duration of an exchange. Called on the engine's thread."""
+        if self._chooser is not None:
+            seconds = report.select_seconds + report.encode_seconds + report.wait_seconds + report.apply_seconds
+            self._chooser.finished(report.bucket, candidate, seconds)
+
+    def explain(self, config: SparseConfig) -> str:
+        """Returns a table of predictions, measurements and choices, or the reason why there is none."""
+        only = config.compressor.collectives
+        if self._chooser is not None:
+            return self._chooser.explain()
+        if config.collective != "auto":
+            return f"collective={config.collective!r} was given: nothing is chosen"
+        if only:
+            return f"{type(config.compressor).__name__} needs collective={only[0]!r}: nothing is chosen"
+        return "nothing is chosen: there was no exchange between several ranks yet"
+
+    def is_settled(self) -> bool:
+        """Returns whether nothing is being tried: the choice was made, or there is none to make."""
+        return self._chooser is None or self._chooser.decided_at is not None

@@ -1,4 +1,4 @@
-"""Which collective to use: measured costs, predictions for every bucket, trials of the best few, one decision."""
+"""`collective="auto"`: measures costs, predicts seconds for every bucket, tries the best options and decides."""
 
 from sparsecomm.exchange.auto.chooser import Chooser
 from sparsecomm.exchange.auto.predict import Candidate, candidates

@@ -1,4 +1,4 @@
-"""Two levels: dense inside a node, sparse between nodes."""
+"""Two levels: dense sums inside a node, a sparse exchange between nodes."""
 
 from sparsecomm.exchange.methods.two_level.method import TwoLevel
 

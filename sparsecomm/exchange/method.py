@@ -264,7 +264,7 @@ def register(method: _M) -> _M:
         if not hasattr(method, attribute):
             raise ConfigError(f"{method.__name__} has no {attribute}")
     if method.name in _REGISTERED or any(m.number == method.number for m in _REGISTERED.values()):
-        raise ConfigError(f"there is a method with the name {method.name!r} or the number {method.number} already")
+        raise ConfigError(f"another method has the name {method.name!r} or the number {method.number}")
     register_rules(method.header_rules())
     _REGISTERED[method.name] = method
     return method

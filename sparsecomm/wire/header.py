@@ -101,13 +101,13 @@ def register_rules(rules: HeaderRules) -> None:
     """Registers rules, so that headers with their number can be read.
 
     Raises:
-        ConfigError: another label has the number, or the number does not fit into a byte.
+        ConfigError: another label has the number, or the number is not in 1 to 255.
     """
+    if not 0 < rules.number < 256:
+        raise ConfigError(f"{rules.label} cannot have the number {rules.number}: it must be 1 to 255")
     known = _RULES.get(rules.number, rules)
-    if known.label != rules.label or not 0 < rules.number < 256:
-        raise ConfigError(
-            f"{rules.label} cannot have the number {rules.number}: {known.label} has it, or it is no byte"
-        )
+    if known.label != rules.label:
+        raise ConfigError(f"{rules.label} cannot have the number {rules.number}: {known.label} has it already")
     _RULES[rules.number] = rules
 
 

@@ -135,7 +135,7 @@ def read_part_header(data: torch.Tensor, span: int) -> PartHeader:
         raise WireError("value_codec", value_codec, f"known are {sorted(_VALUE_CODECS)}")
     header = PartHeader(nnz, index_bytes, IndexCodec(index_codec), ValueCodec(value_codec), scale, body_crc)
     if not (math.isfinite(scale) and scale > 0.0) or (header.value_codec != ValueCodec.FP16 and scale != 1.0):
-        raise WireError("value_scale", scale, f"not a scale of {header.value_codec.name} values")
+        raise WireError("value_scale", scale, f"invalid for {header.value_codec.name} values")
     if header.index_codec == IndexCodec.DENSE and nnz not in (0, span):
         raise WireError("nnz", nnz, f"the dense index codec needs nnz = {span}")
     most = kernels.max_index_bytes(header.index_codec, nnz, span) if nnz else 0

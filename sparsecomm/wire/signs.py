@@ -26,13 +26,15 @@ def check_signs(h: Header) -> None:
     if h.tag:
         raise WireError("tag", h.tag, "SIGN has none")
     if h.nnz not in (0, h.numel):
-        raise WireError("nnz", h.nnz, f"signs are of all {h.numel} elements or of none")
+        raise WireError("nnz", h.nnz, f"there must be {h.numel} signs or none")
     if h.value_bytes != -(-h.nnz // 8):
         raise WireError("value_bytes", h.value_bytes, f"{h.nnz} signs need {-(-h.nnz // 8)}")
     if h.index_bytes % SPAN_BYTES or h.index_bytes > SPAN_BYTES * -(-h.nnz // 2):
-        raise WireError("index_bytes", h.index_bytes, f"not spans of {SPAN_BYTES} bytes among {h.nnz} elements")
+        raise WireError(
+            "index_bytes", h.index_bytes, f"must hold spans of {SPAN_BYTES} bytes, at most one per two of {h.nnz} signs"
+        )
     if (h.value_codec, h.index_codec) != (ValueCodec.FP32, IndexCodec.RAW):
-        raise WireError("value_codec", h.value_codec, "signs are written in one way, which is called fp32 and raw")
+        raise WireError("value_codec", h.value_codec, "the codecs of signs are always fp32 and raw")
 
 
 def max_signs_bytes(numel: int, spans: int) -> int:
@@ -80,7 +82,7 @@ def read_spans(header: Header, body: torch.Tensor) -> list[Span]:
     spans, end = [], 0
     for first, last in pairs.tolist():
         if not end <= first <= last < header.numel:
-            raise WireError("span", (first, last), f"not after {end - 1} and below {header.numel}", **origin)
+            raise WireError("span", (first, last), f"must lie between {end} and {header.numel - 1}", **origin)
         end = last + 1
         spans.append((first, end))
     if header.numel % 8 and header.value_bytes and int(body[-1]) >> header.numel % 8:

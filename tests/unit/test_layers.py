@@ -1,4 +1,4 @@
-"""The order of the layers, what may import MPI, and what importing the package loads."""
+"""The order of the layers, circles of imports, the users of MPI, and the modules loaded by an import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import ROOT, job_environment
 PACKAGE = ROOT / "sparsecomm"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
 
-# From the bottom up; a layer may import itself and what stands before it.
+# From the bottom up. A layer may import itself and the layers before it.
 ORDER = [
     "errors",
     "types",
@@ -44,7 +44,7 @@ EXCHANGE_ORDER = [
     {"config"},
     {"auto"},
 ]
-"""From the bottom up inside exchange/; a module or folder may import itself and what stands before it."""
+"""From the bottom up inside exchange/. A module or folder may import its own group and the groups before it."""
 KNOWN_CIRCLES = {
     # Annotations in rules.py name Shard, which holds its Rules.
     frozenset({"sparsecomm.ps.server.rules", "sparsecomm.ps.server.shard"}),

@@ -35,8 +35,8 @@ class BucketMemory:
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
         second_moment: float32, shape (layout.numel,), the second moment of Adam correction; None without it.
         age: number of the next step, where 1 is the first step that updates the moments.
-        shared: object that the exchange method keeps for this bucket, the same on all ranks. Lost
-            when this object is replaced.
+        shared: object that the exchange method keeps for this bucket, the same on all ranks. It is
+            lost when this object is replaced.
         pending: the last exchanged step, while the optimizer may still skip it.
         empty: whether the residual is known to be zero everywhere.
     """

@@ -45,7 +45,7 @@ class Packed(Method, abc.ABC):
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """One pass accumulates and one writes; k elements are summed densely, and finding the places takes rounds."""
+        """One pass accumulates, one writes, and k elements are summed densely. Finding places takes further rounds."""
         link = dense_seconds(
             sizes.k, sizes.ranks, summable(sizes.values), alpha=costs.alpha, beta=costs.beta, add=costs.add
         )

@@ -1,4 +1,4 @@
-"""Exchange of parts: every rank sends parts to some ranks, whose spans the receivers know, but not their lengths.
+"""Exchange of parts between ranks. The receiver knows the span of a part, but not its length in bytes.
 
 Cost: two messages per part, the header and the body; only the header if the part is empty.
 """

@@ -21,48 +21,47 @@ __all__ = [
 ]
 
 GRAD_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-"""Gradient dtypes that kernels accept. Residuals and selected values are always float32."""
+"""Dtypes of gradients that kernels accept. Residuals and selected values are always float32."""
 
 MAX_NUMEL = 2**32
-"""Most elements a bucket may have: indices travel as uint32."""
+"""Largest number of elements of a bucket, since indices are sent as uint32."""
 
 
 class IndexCodec(IntEnum):
-    """How the positions of the nonzeros are written in a payload."""
+    """Codec of the positions of nonzeros in a payload."""
 
     DENSE = 0
-    """No indices: nnz == numel and values are in order."""
+    """No indices, since nnz == numel."""
     RAW = 1
     """uint32 little-endian, ascending (COO32)."""
     BITPACK = 2
-    """Gaps minus one, blocks of 128, one bit width a block."""
+    """Gaps minus one in blocks of 128, with one bit width per block."""
     RICE = 3
-    """Gaps minus one, blocks of 128, Rice-coded with one parameter a block."""
+    """Gaps minus one in blocks of 128, Rice-coded with one parameter per block."""
     BITMAP = 4
-    """One bit an element."""
+    """One bit per element of the bucket."""
 
 
 class ValueCodec(IntEnum):
-    """How the values of the nonzeros are written in a payload."""
+    """Codec of the values of nonzeros in a payload."""
 
     FP32 = 0
     FP16 = 1
-    """IEEE half, the payload scaled by a power of two so that neither end of the range is lost."""
+    """IEEE half precision, scaled by one power of two per payload, so that its range suffices."""
     BF16 = 2
     INT8 = 3
-    """Blocks of 128 values, each with one float32 scale = max|v| / 127."""
+    """Blocks of 128 values, each with a float32 scale of max|v| / 127."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelectResult:
-    """What a threshold selection did.
+    """Result of a threshold selection.
 
     Attributes:
         stored: number of (index, value) pairs written to the output buffers.
-        total: number of elements that met the threshold; larger than stored if the buffers were full
-            (what was not stored stayed in the residual).
-        nonfinite: number of elements whose accumulated value was NaN or infinite; their residual
-            was left as it was.
+        total: number of elements that reached the threshold; larger than `stored` if the buffers were full. The others
+            stay in the residual.
+        nonfinite: number of elements whose accumulated value was NaN or infinite. Their residual is unchanged.
     """
 
     stored: int
@@ -72,11 +71,11 @@ class SelectResult:
 
 @dataclass(frozen=True, slots=True)
 class TopKResult:
-    """What an exact top-k selection did.
+    """Result of an exact top-k selection.
 
     Attributes:
         stored: number of (index, value) pairs written: min(k, number of nonzero finite elements).
-        threshold: the smallest selected magnitude; 0.0 if nothing was selected.
+        threshold: smallest selected magnitude; 0.0 if nothing was selected.
         nonfinite: number of elements whose accumulated value was NaN or infinite.
     """
 
@@ -86,20 +85,20 @@ class TopKResult:
 
 
 Pairs = tuple[torch.Tensor, torch.Tensor]
-"""Indices (uint32, ascending) and values (float32), equally long."""
+"""Indices (uint32, ascending) and values (float32) of the same length."""
 
 
 Span = tuple[int, int]
-"""First element of a range and one past its last."""
+"""First element of a range and one past the last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codecs:
-    """How pairs are written.
+    """The codecs of pairs.
 
     Attributes:
-        values: value codec.
-        indices: index codec; None for the smallest.
+        values: codec of the values.
+        indices: codec of the positions; None for the smallest.
     """
 
     values: ValueCodec
@@ -108,14 +107,14 @@ class Codecs:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The numbers that decide how many bytes an exchange of one bucket sends.
+    """The numbers and codecs that determine the bytes of an exchange of one bucket.
 
     Attributes:
-        k: nonzeros that a rank selects.
-        numel: elements of the bucket.
+        k: number of elements that each rank selects.
+        numel: number of elements of the bucket.
         ranks: number of ranks.
-        values: value codec.
-        indices: index codec; None for the smallest.
+        values: codec of the values.
+        indices: codec of the positions; None for the smallest.
     """
 
     k: int

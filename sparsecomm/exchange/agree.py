@@ -1,8 +1,8 @@
-"""The first round of every exchange, in which all ranks see the same disagreement, failure or non-finite gradient.
+"""The agreement: the first round of every exchange, after which all ranks know of a disagreement, failure or NaN.
 
-In a small world all headers go to all ranks: ceil(log2 P) messages, 88 (P - 1) bytes. In a large one a digest of 24
-bytes spreads in as many messages, and the headers follow only if someone needs them: the sparse allgather, which finds
-the lengths of the bodies in them, or everybody if there is trouble to report.
+In a small world every rank receives all headers: ceil(log2 P) messages, 88 (P - 1) bytes. In a large world ranks spread
+a digest of 24 bytes in the same number of messages. The headers follow only for a method whose headers hold the lengths
+of bodies, or to report a failure or a disagreement.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sparsecomm.wire import (
 __all__ = ["DIGEST_ABOVE", "DIGEST_BYTES", "Agreement", "agree", "agreement_bytes"]
 
 DIGEST_ABOVE = 16
-"""Ranks up to which headers go to all at once: there 88 (P - 1) bytes cost less than another round of messages."""
+"""Largest world in which headers go to all ranks at once: 88 (P - 1) bytes cost less there than another round."""
 
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
 _matched = attrgetter(*_MUST_MATCH)
@@ -52,11 +52,11 @@ _OTHER_TAG = 8
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all ranks have found out together.
+    """The result of an agreement.
 
     Attributes:
         nonfinite: whether some rank saw NaN or infinity.
-        same_tag: whether all ranks have the same tag in their headers, and one that is not 0.
+        same_tag: whether the headers of all ranks have the same tag, and the tag is not 0.
         headers: all headers by rank; empty if they were not gathered.
     """
 
@@ -68,23 +68,23 @@ class Agreement:
 def agree(
     channel: Channel, mine: Header, payload: torch.Tensor, arena: Arena, key: Hashable, *, gather: bool = True
 ) -> CollectiveSteps[Agreement]:
-    """Finds out whether all ranks are in the same exchange and able to take part. Collective.
+    """Checks that all ranks take part in the same exchange and that none has failed. Collective.
 
     Args:
-        channel: the ranks.
+        channel: connection to the other ranks.
         mine: this rank's header.
-        payload: uint8, this rank's whole payload, that header first.
-        arena: gives the receive buffers.
-        key: names them.
-        gather: whether this collective needs all headers.
+        payload: uint8, this rank's whole payload, which begins with that header.
+        arena: allocates the receive buffers.
+        key: name of the buffers.
+        gather: whether the method needs all headers. In a small world they are always gathered.
 
     Returns:
-        The same on all ranks (headers in a small world are gathered in any case). No rank has reported an error.
+        The agreement, the same on all ranks. No rank has reported an error.
 
     Raises:
-        WireError: if a message is damaged; names the sender.
-        AgreedError: raised on every rank alike: its cause is a CollectiveMismatch that lists what each rank is in,
-            or a RemoteError that names the ranks that failed and why.
+        WireError: a message is damaged. The error names the sender.
+        AgreedError: raised on every rank. Its cause is a CollectiveMismatch that lists the exchange of each rank, or a
+            RemoteError that lists the failed ranks and their errors.
     """
     if channel.size > DIGEST_ABOVE:
         flags = yield from _spread(channel, mine, arena, key)
@@ -100,14 +100,14 @@ def agree(
 
 
 def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> CollectiveSteps[int]:
-    """Tells all ranks whether all digests are equal and which flags are set anywhere, for any P.
+    """Combines the flags of all ranks and compares their digests, for any P.
 
-    1. A rank knows a set of ranks: at first itself.
-    2. In round j, send what is known of the ranks r - 2^j + 1 .. r to rank r + 2^j, receive from rank r - 2^j.
-    3. Sets overlap in the last round, which does no harm: "any" and "all equal" may count a rank twice.
+    Before round j, rank r knows the combined flags of ranks r - 2^j + 1 .. r. In round j it sends them to rank r + 2^j
+    and receives those of rank r - 2^j. In the last round the two sets of ranks may overlap. That does no harm, since
+    "any" and "all equal" may count a rank twice.
 
     Returns:
-        The flags of all ranks together.
+        The flags that any rank has set, with _MISMATCH and _OTHER_TAG for digests and tags that differ.
     """
     size, rank = channel.size, channel.rank
     rounds = (size - 1).bit_length()
@@ -132,7 +132,7 @@ def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> Coll
 
 
 def _all_of(header: Header) -> tuple[int, ...]:
-    """Returns all numbers that must be the same on every rank."""
+    """Returns all header fields that must be the same on every rank."""
     more = rules_of(header.collective).must_match
     return (*(int(x) for x in _matched(header)), *(int(getattr(header, field)) for field in more))
 
@@ -152,7 +152,7 @@ def _read_digest(data: torch.Tensor) -> tuple[int, int, int]:
 def _gather(
     channel: Channel, mine: Header, payload: torch.Tensor, arena: Arena, key: Hashable
 ) -> CollectiveSteps[list[Header]]:
-    """Returns all headers by rank, each checked by itself."""
+    """Returns all headers by rank. Each of them is checked, but they are not compared."""
     block = payload[:HEADER_BYTES]
     blocks = [block]
     if channel.size > 1:
@@ -173,7 +173,7 @@ def _gather(
 
 
 def _check_match(headers: list[Header]) -> None:
-    """Raises the same error on all ranks, since all hold the same headers."""
+    """Raises an AgreedError if headers differ. All ranks hold the same headers, so all raise the same error."""
     first = headers[0]
     same = _all_of(first)
     if all(_all_of(h) == same for h in headers[1:]):
@@ -188,10 +188,10 @@ def _check_match(headers: list[Header]) -> None:
     for h in headers:
         values = ", ".join(f"{names[f]} = {_show(rules, f, getattr(h, f))}" for f in differ)
         lines.append(f"rank {h.rank}: {values}")
-    what = ", ".join(names[f] for f in differ)
+    words = ", ".join(names[f] for f in differ)
     raise AgreedError(
         CollectiveMismatch(
-            f"ranks disagree on {what} in bucket {first.bucket} of step {first.step}: "
+            f"ranks disagree on {words} in bucket {first.bucket} of step {first.step}: "
             + "; ".join(lines)
             + ". Do all ranks build the same model, with the same options, and run the same steps?"
         )
@@ -211,7 +211,7 @@ def _show(rules: HeaderRules, field: str, value: Any) -> str:
 def _raise_remote(
     channel: Channel, payload: torch.Tensor, headers: list[Header], arena: Arena, key: Hashable
 ) -> CollectiveSteps[None]:
-    """Fetches the messages of the ranks that failed and raises them."""
+    """Gathers the error messages of the failed ranks and raises them as one error."""
     lengths = [h.body_bytes if h.flags & FLAG_ERROR else 0 for h in headers]
     mine = payload[HEADER_BYTES : HEADER_BYTES + lengths[channel.rank]]
     bodies = yield from allgather_bodies(channel, mine, lengths, arena, (key, "errors"))
@@ -225,5 +225,5 @@ def _raise_remote(
 
 
 def agreement_bytes(size: int) -> int:
-    """Returns the bytes that a rank sends to agree, where headers need not be gathered."""
+    """Returns the bytes that each rank sends in an agreement of a method without bodies."""
     return HEADER_BYTES * (size - 1) if size <= DIGEST_ABOVE else DIGEST_BYTES * (size - 1).bit_length()

@@ -1,4 +1,4 @@
-"""All options of an exchange in one frozen object that can be printed, compared and changed."""
+"""All options of an exchange in one frozen object."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ class SparseConfig:
     """Options of a `SparseState`.
 
     Attributes:
-        compressor: how gradients are sparsified: `TopK`, `ThresholdTopK`, `ChunkTopK`, `RandomK`, `CyclicTopK`,
+        compressor: selects the elements to send: `TopK`, `ThresholdTopK`, `ChunkTopK`, `RandomK`, `CyclicTopK`,
             `Dense`, for comparison `Sign` or `PowerSGD`, or your own.
-        feedback: `ErrorFeedback()` keeps what is not sent for later steps; `MomentumCorrection(...)` does so after
-            applying momentum (DGC), `AdamCorrection(...)` after turning it into Adam's update; None drops it.
-        collective: "auto" (the fastest here, found by measuring; see `SparseState.explain`), "allgather", "dense",
-            "split_reduce" (whose bytes do not grow with the number of ranks) or "ssar" (the same without selecting
-            again), "two_level" (dense inside a node, sparse between nodes) or, for comparison, "tree". With `ChunkTopK`
-            "chunked", with `RandomK` and `CyclicTopK` "shared_index", with `Sign` "sign", with `PowerSGD` "powersgd".
-        value_codec: "auto" (fp16 where sparse, fp32 where dense), "fp32", "fp16", "bf16" or "int8" (fp16 where dense);
-            what rounding drops stays in the residual.
+        feedback: treatment of elements that are not sent. `ErrorFeedback()` keeps them for later steps.
+            `MomentumCorrection(...)` applies momentum first (DGC), `AdamCorrection(...)` computes Adam's update first,
+            and both keep the rest. None drops it.
+        collective: name of the exchange method. "auto" measures and takes the fastest (`SparseState.explain` gives its
+            reasons). With any compressor: "allgather", "dense", "split_reduce" (its bytes do not grow with the number
+            of ranks), "ssar" (as "split_reduce", but keeps all sums), "two_level" (dense inside a node, sparse between
+            nodes) or, for comparison, "tree". With `ChunkTopK`: "chunked". With `RandomK` and `CyclicTopK`:
+            "shared_index". With `Sign`: "sign". With `PowerSGD`: "powersgd".
+        value_codec: "auto" (fp16 in sparse exchanges, fp32 in dense ones), "fp32", "fp16", "bf16" or "int8" (fp16 in
+            dense exchanges). The rounding stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
-        dense_below: buckets of fewer elements are exchanged densely.
-        dense_steps: the first steps are exchanged densely.
-        inner_group: for "two_level", the torch process group of this rank's node (NCCL on GPUs), to sum over in the
+        dense_below: buckets with fewer elements are exchanged densely.
+        dense_steps: number of steps at the start in which all buckets are exchanged densely.
+        fuse_bytes: consecutive buckets with fewer bytes of gradients are exchanged as one, once they have this many
+            bytes together; 0 to never fuse.
+        inner_group: for "two_level", the torch process group of this rank's node (NCCL on GPUs) for the sum inside the
             node.
-        fuse_bytes: buckets with fewer bytes of gradients are held back until together they have as many, and exchanged
-            as one; 0 for never.
 
     Raises:
-        ConfigError: for an unknown or unacceptable option; names it and its value.
+        ConfigError: an option is unknown or has an unacceptable value. The error names the option and the value.
     """
 
     compressor: Compressor = field(default_factory=TopK)
@@ -81,10 +83,10 @@ class SparseConfig:
 
     @classmethod
     def of(cls, compressor: Compressor | SparseConfig | None, options: Mapping[str, Any]) -> SparseConfig:
-        """Builds a config from a compressor or another config, and options that override it.
+        """Returns a config made from a compressor or another config, and options that override it.
 
         Raises:
-            ConfigError: for an option that does not exist; lists those that do.
+            ConfigError: an option does not exist. The error lists all options.
         """
         base = compressor if isinstance(compressor, SparseConfig) else cls()
         if compressor is not None and not isinstance(compressor, SparseConfig):
@@ -95,7 +97,7 @@ class SparseConfig:
         """Returns a copy with other options; `density=` changes the compressor's density.
 
         Raises:
-            ConfigError: for an option that does not exist, or a density for a compressor that has none.
+            ConfigError: an option does not exist, or `density` was given and the compressor has none.
         """
         known = [f.name for f in fields(self)]
         unknown = sorted(set(options) - set(known) - {"density"})
@@ -110,7 +112,7 @@ class SparseConfig:
         return replace(changed, compressor=replace(changed.compressor, density=density))
 
     def _check_collective(self) -> None:
-        """Checks that the collective can exchange what the compressor makes; "dense" and "auto" always can."""
+        """Checks that the method works with the compressor; "dense" and "auto" work with any."""
         if self.collective in ("auto", "dense"):
             return
         only, maker = self.compressor.collectives, type(self.compressor).__name__
@@ -129,17 +131,17 @@ class SparseConfig:
 
     @property
     def values(self) -> ValueCodec:
-        """How values travel in a sparse exchange."""
+        """Codec of the values in a sparse exchange."""
         return _VALUE_CODECS[self.value_codec]
 
     @property
     def dense_values(self) -> ValueCodec:
-        """How values travel in a dense exchange: by default nothing is rounded there."""
+        """Codec of the values in a dense exchange; by default fp32, which rounds nothing."""
         return ValueCodec.FP32 if self.value_codec == "auto" else self.values
 
     @property
     def indices(self) -> IndexCodec | None:
-        """The index codec; None for the smallest."""
+        """Codec of the positions; None for the smallest."""
         return _INDEX_CODECS[self.index_codec]
 
 

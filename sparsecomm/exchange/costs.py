@@ -1,4 +1,4 @@
-"""What moving and computing costs a rank, and what an exchange is expected to take."""
+"""Measured costs of communication and computation, and the predicted seconds of an exchange."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ __all__ = ["Costs", "Estimate"]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured by `sparsecomm.exchange.auto`; every figure the slowest rank's, the same on all ranks.
+    """Costs measured by `sparsecomm.exchange.auto`, the same on all ranks. Every figure is that of the slowest rank.
 
     Attributes:
-        alpha: seconds a round of messages takes beyond its bytes.
-        beta: seconds a byte that every rank sends while it receives as much.
-        exchange: seconds an exchange takes beyond all else: our own code.
-        select: seconds an element of the bucket: accumulate and select.
-        fill: seconds an element that is written.
-        encode: seconds a nonzero.
-        decode: seconds a nonzero: decode and add.
-        add: seconds an element that is added to another.
-        nodes: how many nodes the ranks are on.
-        beside: ranks of the largest node.
-        inner_alpha: as alpha, between ranks of one node.
-        inner_beta: as beta, between ranks of one node.
+        alpha: seconds per round of messages, whatever their length.
+        beta: seconds per byte that every rank sends while it receives one.
+        exchange: seconds per exchange that the package's own code takes.
+        select: seconds per element to accumulate and select.
+        fill: seconds per element to write.
+        encode: seconds per nonzero to encode.
+        decode: seconds per nonzero to decode and add.
+        add: seconds per element to add.
+        nodes: number of nodes.
+        beside: number of ranks on the largest node.
+        inner_alpha: `alpha` between ranks of one node.
+        inner_beta: `beta` between ranks of one node.
     """
 
     alpha: float
@@ -41,17 +41,17 @@ class Costs:
 
     @property
     def layered(self) -> bool:
-        """Whether there are several nodes, and several ranks on one: what two levels are for."""
+        """Whether there are several nodes and some node has several ranks."""
         return self.nodes > 1 and self.beside > 1
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Expected seconds of an exchange.
+    """Predicted seconds of an exchange.
 
     Attributes:
-        link: waiting for messages.
-        compute: everything else.
+        link: seconds of waiting for messages.
+        compute: seconds of everything else.
     """
 
     link: float
@@ -59,5 +59,5 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Both."""
+        """Predicted seconds in total."""
         return self.link + self.compute

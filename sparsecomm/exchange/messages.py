@@ -1,6 +1,6 @@
-"""Whole payloads between two ranks, the receiver knowing neither length nor content.
+"""Whole payloads between two ranks, where the receiver does not know the length.
 
-Cost: two messages, the header and the body; the header alone if the body is empty.
+Cost: two messages, the header and the body; only the header if the body is empty.
 """
 
 from __future__ import annotations
@@ -12,22 +12,18 @@ import torch
 from sparsecomm.errors import WireError
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Request
-from sparsecomm.wire import (
-    HEADER_BYTES,
-    Header,
-    read_header,
-)
+from sparsecomm.wire import HEADER_BYTES, Header, read_header
 
 __all__ = ["receive_payload", "send_payload"]
 
 
 def send_payload(channel: Channel, payload: torch.Tensor, dest: int) -> list[Request]:
-    """Starts to send a payload.
+    """Starts to send a payload and returns the requests.
 
     Args:
-        channel: the ranks.
-        payload: uint8, header and body, nothing after it.
-        dest: to whom.
+        channel: connection to the other ranks.
+        payload: uint8, exactly the header and the body.
+        dest: rank to send to.
     """
     requests = [channel.isend(payload[:HEADER_BYTES], dest)]
     if payload.numel() > HEADER_BYTES:
@@ -38,21 +34,21 @@ def send_payload(channel: Channel, payload: torch.Tensor, dest: int) -> list[Req
 def receive_payload(
     channel: Channel, source: int, like: Header, arena: Arena, key: Hashable, *, author: int | None = None
 ) -> CollectiveSteps[tuple[Header, torch.Tensor]]:
-    """Receives a payload, of which the header is checked and the body is not.
+    """Receives a payload and checks its header, but not its body.
 
     Args:
-        channel: the ranks.
-        source: from whom.
+        channel: connection to the other ranks.
+        source: rank to receive from.
         like: a header of the same exchange.
-        arena: gives the buffer.
-        key: names it.
-        author: who made the payload, if not `source`.
+        arena: allocates the buffers.
+        key: name of the buffers.
+        author: rank that made the payload, if `source` only forwards it.
 
     Returns:
-        Header, and payload: uint8, the header's bytes first; in the arena, until the next use of the key.
+        The header, and the payload: uint8, header and body. It is valid until the next use of the key.
 
     Raises:
-        WireError: for a damaged header or one of another exchange; names the author and the bucket.
+        WireError: the header is damaged or belongs to another exchange. The error names the author and the bucket.
     """
     made_by = source if author is None else author
     head = arena.get((key, "head"), HEADER_BYTES, torch.uint8)

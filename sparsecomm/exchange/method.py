@@ -1,7 +1,8 @@
-"""What an exchange method is, what it is given, and the registry of all methods.
+"""The base class of all exchange methods, the state of an exchange in progress, and the registry of methods.
 
-A method is one way of exchanging a bucket: one file in exchange/methods/, which holds its steps, its bytes and seconds,
-the header fields that ranks must share, and its registration. docs/architecture.md says how to add one.
+A method is one way of exchanging a bucket. Its file or folder in exchange/methods/ holds its steps, its predicted bytes
+and seconds, the header fields that ranks must share, and its registration. docs/architecture.md explains how to add a
+method.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class Exchange:
     """One exchange in progress.
 
     Attributes:
-        channel: the ranks.
-        memory: the bucket's.
+        channel: connection to the other ranks.
+        memory: memory of the bucket.
         grad: shape (n,); becomes the average.
-        plan: how to exchange it.
-        arena: gives buffers for messages, on the host.
-        workspace: gives buffers on the gradient's device; on the host the same arena.
-        report: what the exchange has cost so far.
+        plan: method and options of this exchange.
+        arena: allocates message buffers on the host.
+        workspace: allocates buffers on the gradient's device; the same object as `arena` for a gradient on the host.
+        report: costs of the exchange so far.
     """
 
     channel: Channel
@@ -74,25 +75,25 @@ class Exchange:
     report: BucketReport
 
     def keep(self, taken: Taken) -> None:
-        """Makes an exchanged step final, or leaves that to the caller, who knows whether the optimizer takes it."""
+        """Commits an exchanged step, or stores it as pending if the optimizer may still skip it."""
         if self.plan.final:
             taken.commit()
         else:
             self.memory.pending = taken
 
     def skip(self, taken: Taken) -> None:
-        """Undoes the step and makes the gradient NaN, so that all ranks skip or fail the same step."""
+        """Undoes the step and fills the gradient with NaN, so that every rank skips the same step."""
         taken.undo()
         self.grad.fill_(math.nan)
         self.report.skipped = 1
 
     def stage(self, name: str) -> Stage:
-        """Returns a context whose time counts as that of a stage."""
+        """Returns a context manager that adds its duration to a stage of the report."""
         profiled = name != "wait" and bool(torch.autograd.profiler._is_profiler_enabled)
         return Stage(name, self.report, profiled=profiled)
 
     def header(self) -> Header:
-        """Returns this exchange's header, without anything about its content yet."""
+        """Returns a header that identifies this exchange; codecs, nnz and lengths are still blank."""
         number = method_named(self.plan.collective).number
         header = blank_header(
             self.channel.rank, self.channel.size, self.memory.index, self.plan.step, self.grad.numel(), number
@@ -103,21 +104,26 @@ class Exchange:
         return header
 
     def take_some(self) -> SelectedTaken:
-        """Adds the gradient and selects about k elements: steps 1 and 2 where each rank selects by itself."""
+        """Adds the gradient to the residual and takes about k elements that this rank selects."""
         return take_some(self.memory, self._incoming(), self.plan.compressor, self.plan.k, self.workspace)
 
     def take_all(self, *, exact: bool = False) -> WholeTaken | NothingTaken:
-        """Adds the gradient, to be sent with all that was left over. `exact` means that nothing is rounded off."""
+        """Adds the gradient to the residual and takes the whole residual, or the gradient alone.
+
+        Args:
+            exact: whether values are sent without rounding. Then a residual that is zero is bypassed, and the gradient
+                is summed in place.
+        """
         return take_all(self.memory, self._incoming(), self.workspace, exact=exact)
 
     def take_whole(self) -> WholeTaken:
-        """Adds the gradient, to be sent with all that was left over, from a residual that is not passed over."""
+        """Adds the gradient to the residual and takes the whole residual, which is never bypassed."""
         taken = self.take_all()
         assert isinstance(taken, WholeTaken)
         return taken
 
     def accumulate(self, norms: ChunkNorms | None = None) -> PlacesTaken:
-        """Adds the gradient: step 1 where ranks find together what to send. Fills `norms`."""
+        """Adds the gradient to the residual, before all ranks find common places to send. Fills `norms`."""
         return accumulate(self.memory, self._incoming(), self.workspace, norms)
 
     def _incoming(self) -> Incoming:
@@ -128,26 +134,26 @@ class Exchange:
 class Scope(Enum):
     """Where a method may be used."""
 
-    GENERAL = "everywhere; `auto` considers it"
-    NODES = "everywhere; `auto` considers it where several nodes have several ranks"
-    COMPARISON = "everywhere, for comparison; `auto` passes it over"
+    GENERAL = "with any compressor; a candidate of `auto`"
+    NODES = "with any compressor; a candidate of `auto` if several nodes have several ranks"
+    COMPARISON = "with any compressor, for comparison; never a candidate of `auto`"
     OWN = "only with compressors that name it in `Compressor.collectives`"
 
 
 class Method(abc.ABC):
-    """One way of exchanging a bucket. pipeline.py calls the methods below, in their order.
+    """One way of exchanging a bucket. pipeline.py calls its steps in the order in which they stand below.
 
     Attributes:
-        name: the users' name for it: collective="allgather".
-        number: the headers' number for it, 1 to 255; never reused.
-        has_body: whether a body follows the header, so that all ranks need all headers. Else the header holds k and a
-            tag, and values travel later.
-        must_match: further header fields that ranks must share, with the users' word for each.
-        scope: where it may be used.
-        needs_residual: whether it leaves anything over.
-        on_device: whether it works on a gradient where that is. Else a gradient on a GPU is brought to the host whole.
-        header: this rank's header, once encoded.
-        payload: uint8: that header and what may follow it, once encoded.
+        name: name for users, as in collective="allgather".
+        number: number in headers, 1 to 255; never reused.
+        has_body: whether a body follows the header. Every rank then needs all headers, since they hold the lengths of
+            the bodies. Without a body the header holds k and a tag, and values follow in later messages.
+        must_match: further header fields that must be the same on all ranks, with the users' word for each.
+        scope: compressors that it works with, and whether `auto` considers it.
+        needs_residual: whether an exchange may leave something in the residual.
+        on_device: whether it accepts a gradient on a GPU. Otherwise the whole gradient is copied to the host first.
+        header: this rank's header; set by `encode`.
+        payload: uint8, the header and the body, if any; set by `encode`.
     """
 
     name: ClassVar[str]
@@ -168,18 +174,18 @@ class Method(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """Returns the bytes that the busiest rank sends for a bucket, headers included, for uniform positions."""
+        """Returns the bytes that the busiest rank sends for a bucket, headers included, if positions are uniform."""
 
     @classmethod
     def rounds(cls, ranks: int) -> int:
-        """Returns how many times a rank waits for messages one after the other, the agreement included."""
+        """Returns how many times in a row a rank waits for messages, including the agreement."""
         return 2 * (ranks - 1).bit_length()
 
     @classmethod
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
         """Returns the predicted seconds of an exchange of one bucket.
 
-        This is for an exchange that brings every rank k nonzeros of each other rank; other methods override it.
+        The default is right for a method in which every rank receives k nonzeros from each other rank.
         """
         k, n = sizes.k, sizes.numel
         compute = costs.exchange + (costs.select + costs.fill) * n + (costs.encode + costs.decode * sizes.ranks) * k
@@ -189,53 +195,56 @@ class Method(abc.ABC):
 
     @classmethod
     def header_rules(cls) -> HeaderRules:
-        """Returns the rules by which receivers check this method's headers."""
+        """Returns the rules with which receivers check this method's headers."""
         check = check_pairs if cls.has_body else check_bare
         return HeaderRules(cls.number, cls.name.upper(), check, not cls.has_body, cls.must_match, cls.show)
 
     @classmethod
     def show(cls, field: str, value: Any) -> str:
-        """Returns a header field as users know it, for the error that says on what ranks disagree."""
+        """Returns the value of a header field in the users' words, for the error about a disagreement of ranks."""
         return str(getattr(value, "name", value))
 
     # --- the steps of an exchange ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def take(self) -> Taken:
-        """Adds the gradient to the bucket's memory and takes out what is to be sent."""
+        """Adds the gradient to the bucket's memory and takes out the elements to send."""
 
     @abc.abstractmethod
     def encode(self) -> None:
-        """Makes header and payload. A failure until here is told to all ranks."""
+        """Sets `header` and `payload`. A failure in `take` or `encode` is reported to all ranks."""
 
     @abc.abstractmethod
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """Exchanges. Collective.
+        """Exchanges messages with the other ranks. Collective.
+
+        Args:
+            agreement: result of the agreement, in which no rank reported NaN, infinity or an error.
 
         Returns:
-            Whether the sum is finite, the same on all ranks.
+            Whether the sum is finite; the same on all ranks.
         """
 
-    def decode(self) -> None:  # noqa: B027  # most have done so while they communicated
-        """Decodes and checks everything that came and was not checked yet; nothing is applied."""
+    def decode(self) -> None:  # noqa: B027  # most methods decode while they communicate
+        """Decodes and checks all messages that `communicate` has not checked. Applies nothing."""
 
     @abc.abstractmethod
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """Writes the scaled sum into a dense vector of the gradient's shape; cannot fail."""
+        """Writes the sum, times `scale`, into a dense vector of the gradient's shape. Must not fail."""
 
-    def finish(self) -> None:  # noqa: B027  # most have nothing to do here
-        """Puts into the residual what the exchange has left with this rank; the average is in the bucket."""
+    def finish(self) -> None:  # noqa: B027  # optional
+        """Adds this rank's rounding and dropped sums to the residual, after the average was written."""
 
-    def give_up(self, *, agreed: bool) -> None:  # noqa: B027  # most have nothing to do here
-        """Cleans up after an exchange without a result; what was taken has been put back.
+    def give_up(self, *, agreed: bool) -> None:  # noqa: B027  # optional
+        """Cleans up after an exchange without a result. The step has been undone already.
 
         Args:
-            agreed: whether all ranks skip the step together (NaN, infinity, an average out of range). Else the exchange
-                failed half-way.
+            agreed: whether all ranks skip the step together, because of NaN, infinity or an average out of range.
+                Otherwise the exchange failed half-way.
         """
 
     def make_bare_payload(self) -> None:
-        """Makes a payload that is nothing but `header`."""
+        """Sets `payload` to the bytes of `header` alone."""
         exchange = self.exchange
         self.payload = exchange.arena.get((exchange.memory.index, "payload"), HEADER_BYTES, torch.uint8)
         write_header(self.header, self.payload)
@@ -246,16 +255,16 @@ _REGISTERED: dict[str, type[Method]] = {}
 
 
 def register(method: _M) -> _M:
-    """Makes a method known by its name, and its headers readable. For use as a decorator.
+    """Registers a method and the rules of its headers. Used as a decorator.
 
     Raises:
-        ConfigError: if it lacks a name, a number or `has_body`, or another method has its name or its number.
+        ConfigError: the method lacks a name, a number or `has_body`, or another method has the same name or number.
     """
     for attribute in ("name", "number", "has_body"):
         if not hasattr(method, attribute):
             raise ConfigError(f"{method.__name__} has no {attribute}")
     if method.name in _REGISTERED or any(m.number == method.number for m in _REGISTERED.values()):
-        raise ConfigError(f"there is a method with the name {method.name!r} or the number {method.number} already")
+        raise ConfigError(f"another method has the name {method.name!r} or the number {method.number}")
     register_rules(method.header_rules())
     _REGISTERED[method.name] = method
     return method
@@ -270,7 +279,7 @@ def method_named(name: str) -> type[Method]:
     """Returns the method of that name.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: no method has that name.
     """
     found = _REGISTERED.get(name)
     if found is None:
@@ -279,7 +288,7 @@ def method_named(name: str) -> type[Method]:
 
 
 def blank_header(rank: int, world: int, bucket: int, step: int, numel: int, number: int) -> Header:
-    """Returns a header that says which exchange it is and nothing of its content yet.
+    """Returns a header that identifies an exchange, with everything about its content still blank.
 
     Args:
         rank: this rank.
@@ -287,7 +296,7 @@ def blank_header(rank: int, world: int, bucket: int, step: int, numel: int, numb
         bucket: bucket number.
         step: training step.
         numel: elements of the bucket.
-        number: the method's.
+        number: number of the method.
     """
     return Header(
         flags=0,

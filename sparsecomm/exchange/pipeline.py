@@ -1,16 +1,16 @@
 """The pipeline of one bucket: accumulate, select, encode, exchange, decode, apply. Read this first.
 
     1 accumulate   acc = residual + grad                       (one fused pass over memory with 2)
-    2 select       indices and values of about the k largest; the residual keeps the others
-    3 encode       header + packed indices + packed values; rounding goes to the residual
-    4 exchange     all ranks find out together whether they agree; then the method sends its messages
-    5 decode       every payload is checked whole before anything is applied
-    6 apply        the sum, times 1/P, into the bucket
+    2 select       take the indices and values of about k of the largest; the residual keeps the others
+    3 encode       write header, packed indices and packed values; the rounding goes to the residual
+    4 exchange     check that all ranks agree, then send the messages of the method
+    5 decode       decode and check every payload before anything is applied
+    6 apply        write the sum, times 1/P, into the bucket
 
-The steps that differ from one method to another are in sparsecomm/exchange/methods/.
+The steps that differ between methods are in sparsecomm/exchange/methods/.
 
-A failure at any point leaves the residual as it was before the step (to rounding), and the bucket untouched or, if
-some rank saw NaN or infinity, NaN on every rank.
+After a failure at any point the residual is the same as before the step (to rounding). The bucket is untouched, or NaN
+on every rank if some rank saw NaN or infinity.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def exchange(
     """Averages a gradient bucket over all ranks, sparsely or densely. Collective.
 
     Args:
-        channel: the ranks.
-        memory: the bucket's. Mutated.
+        channel: connection to the other ranks.
+        memory: memory of the bucket. Mutated.
         grad: shape (n,), float32, float16 or bfloat16, contiguous, not divided by P. Mutated: becomes the average.
-        plan: how to exchange it.
-        arena: gives the buffers of messages, on the host; pinned ones for a gradient on a GPU.
-        workspace: gives buffers on the gradient's device; None for `arena`, on the host.
+        plan: method and options of this exchange.
+        arena: allocates message buffers on the host, pinned for a gradient on a GPU.
+        workspace: allocates buffers on the gradient's device; None to use `arena` for a gradient on the host.
 
     Returns:
         The costs of the exchange.
 
     Raises:
-        AgreedError: on every rank alike, after a failure that all know of.
+        AgreedError: the exchange failed, and every rank raises this error.
         WireError: a payload was damaged on its way to this rank.
         TransportError: the transport failed.
     """
@@ -72,16 +72,16 @@ def exchange(
 
 
 def report_failure(channel: Channel, header: Header, cause: BaseException, arena: Arena) -> CollectiveSteps[None]:
-    """Takes part in an exchange only to tell the other ranks that this one failed. Collective.
+    """Takes part in an exchange only to tell the other ranks that this rank failed. Collective.
 
     Args:
-        channel: the ranks.
-        header: identifies the exchange.
+        channel: connection to the other ranks.
+        header: identifies the exchange. Mutated.
         cause: the error on this rank.
-        arena: gives the buffers.
+        arena: allocates the buffers.
 
     Raises:
-        AgreedError: always; its cause is this rank's own.
+        AgreedError: always; its cause is `cause`.
     """
     payload = arena.get((header.bucket, "failure"), HEADER_BYTES + MAX_ERROR_BYTES, torch.uint8)
     encode_error(header, f"{type(cause).__name__}: {cause}", payload)
@@ -104,7 +104,7 @@ def _run(running: Exchange, method: Method) -> CollectiveSteps[None]:
         if taken is not None:
             taken.undo()
         yield from report_failure(running.channel, running.header(), error, running.arena)
-        raise  # not reached: the line above raises the error that all ranks now know
+        raise  # not reached: report_failure always raises
     try:
         with running.stage("wait"):
             agreement = yield from agree(
@@ -132,9 +132,9 @@ def _run(running: Exchange, method: Method) -> CollectiveSteps[None]:
 
 
 def _apply(running: Exchange, method: Method) -> bool:
-    """Step 6. Returns False if the average overflows a float16 bucket: the optimizer then skips the step.
+    """Writes the average into the bucket. Returns False if it overflows a float16 bucket.
 
-    All ranks hold the same average and decide alike.
+    All ranks hold the same average, so all of them return the same.
     """
     grad, scale = running.grad, running.plan.grad_scale / running.channel.size
     if grad.dtype != torch.float16:

@@ -1,4 +1,4 @@
-"""How one bucket is exchanged in one step. Decided before the exchange starts."""
+"""The plan for one bucket in one step, made before its exchange starts."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _ERROR_FEEDBACK = ErrorFeedback()
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one bucket is exchanged in one step.
+    """Method and options of the exchange of one bucket in one step.
 
     Attributes:
         step: training step.
         collective: name of the exchange method; must be the same on all ranks.
-        compressor: selects.
-        k: nonzeros to select.
+        compressor: selects the elements to send.
+        k: number of elements to select.
         value_codec: codec of the values.
         index_codec: codec of the positions; None for the smallest.
-        feedback: what happens to elements that are not sent; None forgets them.
-        grad_scale: factor that gradients arrive with (a GradScaler's scale); residuals are in unscaled units.
-        unused: spans of parameters that this rank did not use in this step; their memory stays as it is.
-        clip_norm: norm that this bucket's gradient is clipped to by momentum or Adam correction; None for none.
-        final: whether the step is final once this bucket is exchanged. Else the caller calls
-            `BucketMemory.finish_step` when it knows whether the optimizer takes the whole step.
-        inner_group: torch process group of this rank's node, for a sum inside the node; None for messages.
+        feedback: treatment of elements that are not sent; None drops them.
+        grad_scale: factor by which gradients arrive scaled (by a GradScaler); residuals are unscaled.
+        unused: spans of parameters that this rank did not use in this step. Their memory does not change.
+        clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
+        final: whether the step is final once this bucket is exchanged. Otherwise the caller calls
+            `BucketMemory.finish_step` when it knows whether the optimizer takes the step.
+        inner_group: torch process group of this rank's node for sums inside the node; None to send messages.
     """
 
     step: int
@@ -55,10 +55,10 @@ class Plan:
 
     @property
     def codecs(self) -> Codecs:
-        """Both codecs."""
+        """Codecs of values and positions."""
         return Codecs(self.value_codec, self.index_codec)
 
 
 def summable(codec: ValueCodec) -> ValueCodec:
-    """Returns the codec for values that are added on their way: fp16 in place of int8, which has a scale a block."""
+    """Returns the codec for values that ranks add on the way: fp16 in place of int8, whose blocks differ in scale."""
     return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec

@@ -1,4 +1,4 @@
-"""Steps 1 and 2 of an exchange: adds a gradient to a bucket's memory and takes out what is sent."""
+"""Steps 1 and 2 of an exchange: add a gradient to the memory of a bucket and take out the elements to send."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sparsecomm.runtime.arena import Arena
 __all__ = ["ChunkNorms", "accumulate", "take_all", "take_some"]
 
 ChunkNorms = tuple[int, torch.Tensor]
-"""Elements of a chunk, and the buffer for the L1 norm of every chunk: float32."""
+"""Elements per chunk, and a float32 buffer for the L1 norms of all chunks."""
 
 
 def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, k: int, arena: Arena) -> SelectedTaken:
-    """Adds a gradient to a bucket's memory and takes out about k elements.
+    """Adds a gradient to the memory of a bucket and takes out about k elements.
 
     Args:
-        memory: the bucket's, with a residual. Mutated.
+        memory: memory of the bucket, with a residual. Mutated.
         incoming: the gradient.
-        compressor: selects.
+        compressor: selects the elements.
         k: number of elements to select.
-        arena: gives the buffers.
+        arena: allocates the buffers.
 
     Returns:
-        The selection. The caller calls its `commit` or `undo`, exactly once.
+        The selected elements. The caller must call `commit` or `undo` on the result, exactly once.
     """
     residual, grad = memory.residual, incoming.grad
     assert residual is not None, "a sparse exchange needs a residual"
@@ -54,18 +54,19 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
 def take_all(
     memory: BucketMemory, incoming: Incoming, arena: Arena, *, exact: bool = False
 ) -> WholeTaken | NothingTaken:
-    """Adds a gradient to a bucket's memory, to be sent whole: the residual then is what to send.
+    """Adds a gradient to the memory of a bucket and takes the whole residual.
 
-    Where nothing was ever left over (no residual) the gradient itself is what to send.
+    In a bucket without a residual, the gradient itself is sent.
 
     Args:
-        memory: the bucket's. Mutated.
+        memory: memory of the bucket. Mutated.
         incoming: the gradient.
-        arena: gives the buffers.
-        exact: whether nothing of it will be rounded off, so that a residual that is zero may be passed over.
+        arena: allocates the buffers.
+        exact: whether values are sent without rounding. Then a residual that is zero is bypassed.
 
     Returns:
-        What to send. The caller calls its `commit` or `undo`, exactly once.
+        WholeTaken, or NothingTaken for a residual that was bypassed. The caller must call `commit` or `undo` on the
+        result, exactly once.
     """
     feedback = incoming.feedback
     if exact and memory.empty and (feedback is None or isinstance(feedback, ErrorFeedback)):
@@ -74,16 +75,17 @@ def take_all(
 
 
 def accumulate(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: ChunkNorms | None = None) -> PlacesTaken:
-    """Adds a gradient to a bucket's memory. All ranks then find the places that are sent together.
+    """Adds a gradient to the memory of a bucket, before all ranks find common places to send.
 
     Args:
-        memory: the bucket's. Mutated.
+        memory: memory of the bucket. Mutated.
         incoming: the gradient.
-        arena: gives the buffers.
-        norms: filled with the norms of the residual after the addition; None for none.
+        arena: allocates the buffers.
+        norms: filled with the chunk norms of the residual after the addition; None to compute none.
 
     Returns:
-        What leaves the memory once its places are known. The caller calls its `commit` or `undo`, exactly once.
+        The elements at places that are not yet known. The caller must call `commit` or `undo` on the result, exactly
+        once.
     """
     return PlacesTaken(_sum(memory, incoming, arena, norms))
 

@@ -1,4 +1,4 @@
-"""A gradient that was added to a bucket's memory, with all that is needed to take it out again."""
+"""A gradient in the memory of a bucket, with everything needed to undo its addition."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ERROR_FEEDBACK = ErrorFeedback()
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A gradient, and how it is added to a bucket's memory.
+    """A gradient, and the options of its addition to the memory of a bucket.
 
     Attributes:
         grad: shape (n,), float32, float16 or bfloat16.
-        feedback: what happens to elements that are not sent; None forgets them.
-        scale: factor that brings the gradient into the residual's units.
-        unused: spans of parameters that this rank did not use in this step. Their gradient is zero, and their memory
-            stays as it is, since DDP would throw away what is sent for a parameter that no rank used.
-        clip_norm: norm that this bucket's gradient is clipped to by momentum or Adam correction; None for none.
-        lasting: whether the gradient stays as it is until commit or undo. Else a copy of the memory is kept to undo by.
+        feedback: treatment of elements that are not sent; None drops them.
+        scale: factor that converts the gradient to the units of the residual.
+        unused: spans of parameters that this rank did not use in this step. Their gradient is zero. Their memory does
+            not change, since DDP would discard the average of a parameter that no rank used.
+        clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
+        lasting: whether the gradient stays unchanged until commit or undo. Otherwise undo needs a copy of the memory.
     """
 
     grad: torch.Tensor
@@ -42,18 +42,18 @@ class Incoming:
 
 @dataclass(slots=True)
 class Added:
-    """A gradient that was added to a bucket's memory.
+    """A gradient that was added to the memory of a bucket.
 
     Attributes:
-        memory: the bucket's.
+        memory: memory of the bucket.
         incoming: the gradient. It must be unchanged when `undo` is called, unless there are `copies`.
-        source: the vector that is added to the residual: the gradient (times scale), or the corrected momentum; None
-            if the gradient was not finite and a correction left everything alone.
-        nonfinite: elements that were NaN or infinite.
+        source: vector that is added to the residual: the gradient (times scale) or the output of a correction. None if
+            a correction met a gradient that is not finite, and changed nothing.
+        nonfinite: number of elements that were NaN or infinite.
         in_residual: whether `source` has been added to the residual.
         clip: factor by which a correction clipped the gradient.
-        aside: slices of unused parameters in residual and moments, each with its content before.
-        copies: residual and moments, each with a copy of its content before; empty if the gradient lasts.
+        aside: slices of unused parameters in residual and moments, each with its previous content.
+        copies: residual and moments, each with its previous content; empty if the gradient is lasting.
     """
 
     memory: BucketMemory
@@ -67,35 +67,35 @@ class Added:
 
     @property
     def correction(self) -> Correction | None:
-        """The momentum or Adam correction in use."""
+        """The momentum or Adam correction in use; None without one."""
         feedback = self.incoming.feedback
         return None if feedback is None or isinstance(feedback, ErrorFeedback) else feedback
 
     @property
     def masking(self) -> bool:
-        """Whether momentum is zeroed where something was sent."""
+        """Whether momentum is zeroed at the positions of sent elements."""
         return self.correction is not None and self.correction.masking
 
     @property
     def unit(self) -> float:
-        """Factor on `source` when it is added to the residual."""
+        """Factor by which `source` is multiplied when it is added to the residual."""
         return self.incoming.scale if self.correction is None else 1.0
 
     def holds_values(self) -> bool:
-        """Returns whether anything that was put aside is not zero."""
+        """Returns whether the previous content of unused parameters is nonzero anywhere."""
         return any(bool(content.any()) for _, content in self.aside)
 
     def finish(self) -> None:
-        """Returns what was put aside, on top of anything that the exchange has left there in the meantime."""
+        """Adds the previous content of unused parameters to anything that the exchange left there."""
         for place, content in self.aside:
             place.add_(content)
         self.aside = []
 
     def undo(self, selected: Pairs | None) -> None:
-        """Returns residual and moments to what they were before; to rounding, if no copy was kept.
+        """Restores residual and moments, exactly from copies, otherwise to rounding.
 
         Args:
-            selected: positions (uint32) and values (float32) that have been taken out of the residual since.
+            selected: positions (uint32) and values (float32) that were taken out of the residual after the addition.
         """
         if self.copies:
             for memory, content in self.copies:
@@ -114,7 +114,7 @@ class Added:
     def _subtract(self, residual: torch.Tensor, source: torch.Tensor, selected: Pairs | None) -> None:
         step = source if self.correction is not None else source.to(torch.float32) * self.incoming.scale
         if self.nonfinite:
-            # Where the sum was not finite the kernel had left the residual alone: adding the step again tells.
+            # The kernel left the residual unchanged where the sum was not finite. Adding again shows where that was.
             residual.sub_(torch.where(torch.isfinite(residual + step), step, torch.zeros_like(step)))
         else:
             residual.sub_(step)
@@ -124,15 +124,15 @@ class Added:
 
 
 def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
-    """Puts the memory of unused parameters aside and, with a correction, updates the moments.
+    """Sets the memory of unused parameters aside and, with a correction, updates the moments.
 
     Args:
-        memory: Mutated.
+        memory: memory of the bucket. Mutated.
         incoming: the gradient.
-        arena: gives the buffers.
+        arena: allocates the buffers.
 
     Returns:
-        What is to be added to the residual, which was not touched otherwise.
+        The gradient, with `source` not yet added to the residual.
     """
     if incoming.feedback is None and memory.residual is not None:
         memory.residual.zero_()
@@ -154,7 +154,7 @@ def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
 
 
 def _correct(added: Added, options: Correction, arena: Arena) -> None:
-    """Updates the moments. NaN and infinity leave them as they were."""
+    """Clips the gradient, updates the moments and sets `source`. A gradient with NaN or infinity changes no moment."""
     memory, incoming = added.memory, added.incoming
     grad, n = incoming.grad, incoming.grad.numel()
     low, high = (float(x) for x in torch.aminmax(grad)) if n else (0.0, 0.0)

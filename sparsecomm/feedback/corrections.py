@@ -1,4 +1,4 @@
-"""Momentum before compression: turns a gradient into the vector that is added to the residual, and back."""
+"""Momentum before compression: computes the vector to add to the residual from a gradient, and undoes that."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sparsecomm.runtime.arena import Arena
 __all__ = ["Correction", "advance", "rewind", "work_space"]
 
 Correction = MomentumCorrection | AdamCorrection
-"""A kind of feedback that keeps moments of this rank's gradients."""
+"""Feedback that keeps moments of the gradients of this rank."""
 
 
 def advance(
     options: Correction, memory: BucketMemory, grad: torch.Tensor, factor: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """Updates a bucket's moments by one step.
+    """Updates the moments of a bucket by one step.
 
     Args:
-        options: the kind of correction.
-        memory: its `velocity` and, for Adam, `second_moment`, both float32, shape (n,), are mutated.
+        options: the correction.
+        memory: memory of the bucket. Mutated: `velocity` and, for Adam, `second_moment`, both float32, shape (n,).
         grad: float32, float16 or bfloat16, shape (n,), finite.
-        factor: factor on the gradient (unscaling, clipping).
+        factor: factor on the gradient, from unscaling and clipping.
         out: float32, shape (n,), work space. Mutated.
 
     Returns:
@@ -48,13 +48,13 @@ def advance(
 
 
 def work_space(options: Correction, arena: Arena, bucket: int, numel: int) -> torch.Tensor:
-    """Returns the work space of `advance`; empty where it needs none."""
+    """Returns the work space of `advance`: float32, shape (numel,), or empty if it needs none."""
     needed = isinstance(options, AdamCorrection) or options.nesterov
     return arena.get((bucket, "look-ahead"), numel if needed else 0, torch.float32)
 
 
 def rewind(options: Correction, memory: BucketMemory, grad: torch.Tensor, factor: float) -> None:
-    """Undoes one `advance`, to rounding. The arguments are the same."""
+    """Undoes one call of `advance` with the same arguments, to rounding."""
     velocity, second_moment = memory.velocity, memory.second_moment
     assert velocity is not None, "a correction needs a velocity"
     step = grad.to(torch.float32) * factor
@@ -74,7 +74,7 @@ def rewind(options: Correction, memory: BucketMemory, grad: torch.Tensor, factor
 
 
 def _divide(moment: torch.Tensor, decay: float) -> None:
-    """Undoes a decay; one of 0 has left nothing to come back."""
+    """Undoes a decay; a decay of 0 cannot be undone and gives zeros."""
     if decay == 0.0:
         moment.zero_()
     else:

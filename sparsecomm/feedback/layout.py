@@ -1,4 +1,4 @@
-"""Which parameters lie where in a flat bucket."""
+"""The parameters of a flat bucket and their places in it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["BucketLayout"]
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Which parameters lie where in a flat bucket.
+    """The parameters of a flat bucket and their places in it.
 
     Attributes:
-        names: parameter names in bucket order.
-        shapes: their shapes.
-        strides: their strides, by which the flat slice is read back into the parameter's shape.
+        names: names of the parameters, in bucket order.
+        shapes: shapes of the parameters.
+        strides: strides with which a flat slice is viewed in the parameter's shape; None for a contiguous slice.
         numel: total number of elements.
-        hash: 64 bits that are equal on all ranks iff names, shapes and memory orders are.
+        hash: 64-bit hash of names, shapes and memory orders.
     """
 
     names: tuple[str, ...]
@@ -37,15 +37,15 @@ class BucketLayout:
         object.__setattr__(self, "hash", int.from_bytes(digest, "little"))
 
     def __hash__(self) -> int:
-        """Returns the layout hash: cheap, since buckets are looked up at every step."""
+        """Returns `hash`, which costs nothing, since layouts are dictionary keys in every step."""
         return self.hash
 
     @classmethod
     def of(cls, named: Sequence[tuple[str, torch.Tensor]]) -> BucketLayout:
-        """Builds the layout of parameters in bucket order.
+        """Returns the layout of parameters given in bucket order.
 
-        DDP lays a dense non-overlapping parameter (a channels-last one too) into the bucket in its own memory
-        order, so its strides are kept; any other is laid out contiguously.
+        DDP stores a dense non-overlapping parameter, also a channels-last one, in the memory order of the parameter, so
+        its strides are kept. It stores any other parameter contiguously.
         """
         return cls(
             names=tuple(name for name, _ in named),
@@ -54,16 +54,16 @@ class BucketLayout:
         )
 
     def slowest(self, i: int) -> int:
-        """Returns the length of the i-th parameter's dimension that is slowest in memory; all of it, if it has but one.
+        """Returns the length of the dimension of parameter i that is slowest in memory.
 
-        Dimensions of length 1 do not count.
+        Dimensions of length 1 do not count. If no dimension remains, the result is 1.
         """
         order = _memory_order(self.shapes[i], self.strides[i])
         return self.shapes[i][order[0]] if order else 1
 
 
 def _memory_order(shape: tuple[int, ...], stride: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Returns the dimensions from the slowest to the fastest; those of length 1 have no place in it."""
+    """Returns the dimensions from the slowest to the fastest in memory, without those of length 1."""
     dims = [d for d in range(len(shape)) if shape[d] != 1]
     return tuple(dims if stride is None else sorted(dims, key=lambda d: -stride[d]))
 

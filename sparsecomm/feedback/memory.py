@@ -1,4 +1,4 @@
-"""The memory of one bucket: everything that it keeps from step to step."""
+"""The memory of one bucket: everything that it keeps between steps."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ __all__ = ["BucketMemory", "PendingStep"]
 
 
 class PendingStep(Protocol):
-    """A step that was exchanged and may still have to be taken back. Exactly one of the two methods is called, once."""
+    """An exchanged step that can still be undone. Exactly one of the methods is called, once."""
 
     def commit(self) -> None:
         """Makes the step final."""
 
     def undo(self) -> None:
-        """Takes the step back."""
+        """Undoes the step."""
 
 
 @dataclass(slots=True)
 class BucketMemory:
-    """Everything that one bucket keeps from step to step.
+    """Everything that one bucket keeps between steps.
 
     Attributes:
         index: bucket number, the same on all ranks.
-        layout: the parameters in it.
-        residual: float32, shape (layout.numel,); None where every exchange is dense and nothing is ever left over.
-        memory: the compressor's.
+        layout: the parameters of the bucket.
+        residual: float32, shape (layout.numel,); None if all exchanges are dense and exact.
+        memory: memory of the compressor.
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
-        second_moment: float32, shape (layout.numel,), of Adam correction; None without it.
-        age: number of the step that comes next, counted from the first one that the moments have seen.
-        shared: object that the exchange method keeps for this bucket, the same on all ranks; lost with the memory.
+        second_moment: float32, shape (layout.numel,), the second moment of Adam correction; None without it.
+        age: number of the next step, where 1 is the first step that updates the moments.
+        shared: object that the exchange method keeps for this bucket, the same on all ranks. It is
+            lost when this object is replaced.
         pending: the last exchanged step, while the optimizer may still skip it.
         empty: whether the residual is known to be zero everywhere.
     """
@@ -52,7 +53,7 @@ class BucketMemory:
     empty: bool = False
 
     def finish_step(self, *, skipped: bool = False) -> None:
-        """Makes the last exchanged step final, or takes it back if the optimizer skips it."""
+        """Commits the last exchanged step, or undoes it if the optimizer skips it."""
         step, self.pending = self.pending, None
         if step is not None:
             step.undo() if skipped else step.commit()

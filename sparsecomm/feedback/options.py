@@ -1,4 +1,4 @@
-"""What is kept of a gradient that was not sent: options of error feedback and of momentum correction."""
+"""Options of error feedback, momentum correction and Adam correction."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["AdamCorrection", "ErrorFeedback", "Feedback", "MomentumCorrection"]
 class ErrorFeedback:
     """Error feedback (Seide et al. 2014, Karimireddy et al. 2019).
 
-    acc = gradient + residual is compressed and residual = acc - what was sent, value rounding included. With
-    ``feedback=None`` in its place, what is not sent is dropped (for comparison only: it converges worse).
+    acc = gradient + residual is compressed, and residual = acc - sent, so value rounding is kept as well. With
+    ``feedback=None`` instead, elements that are not sent are dropped (only for comparison, since it converges worse).
     """
 
     memories: ClassVar[tuple[str, ...]] = ()
@@ -26,15 +26,17 @@ class ErrorFeedback:
 class MomentumCorrection:
     """Momentum before compression (Deep Gradient Compression, Lin et al. 2018); use an optimizer without momentum.
 
-    u = m u + g, v = v + u, the largest of v are sent (Nesterov: u = m (u + g), v = v + u + g). Each rank clips its
-    own gradient before: to clip_norm / sqrt(P), of which a bucket of n_b of the model's n elements gets the share
-    sqrt(n_b / n), since the norm over all buckets is not known yet when the first one travels.
+    u = m u + g, v = v + u, and the largest elements of v are sent (Nesterov: u = m (u + g), v = v + u + g).
+
+    Before that, each rank clips its gradient g to clip_norm / sqrt(P). When the first bucket is sent, the norm over all
+    buckets is not known yet. So each bucket is clipped by itself, to clip_norm / sqrt(P) * sqrt(n_b / n) for a bucket
+    with n_b of the model's n elements.
 
     Attributes:
         momentum: m, in [0, 1).
-        nesterov: whether to look ahead.
-        masking: whether u is zeroed where v was sent (factor masking), so that stale momentum does not carry on.
-        clip_norm: norm that the global gradient is to be clipped to; None for no clipping.
+        nesterov: whether to use Nesterov momentum.
+        masking: whether u is zeroed where v was sent (factor masking), so that stale momentum does not accumulate.
+        clip_norm: norm to which the global gradient is clipped; None to not clip.
     """
 
     momentum: float = 0.9
@@ -53,19 +55,20 @@ class MomentumCorrection:
 
 @dataclass(frozen=True)
 class AdamCorrection:
-    """Adam before compression; use `torch.optim.SGD(lr, weight_decay=...)` without momentum after it.
+    """Adam before compression; use it with `torch.optim.SGD(lr, weight_decay=...)` without momentum.
 
-    Each rank turns its own gradient into Adam's update u = m / (sqrt(v) + eps), both moments bias-corrected, and the
-    largest of residual + u are sent. Error feedback on gradients makes Adam see each coordinate as rare large spikes,
-    which its second moment then punishes; here the second moment sees every gradient and what is delayed is a finished
-    update. SGD's weight_decay then acts as AdamW's, decoupled. With one rank and density 1 the two together are AdamW.
+    Each rank computes Adam's update u = m / (sqrt(v) + eps) from its gradient, with both moments bias-corrected. The
+    largest elements of residual + u are sent. If Adam ran after error feedback on gradients, it would see each
+    coordinate as rare large spikes, which its second moment damps. Here the second moment sees every gradient, and
+    compression delays finished updates. The weight_decay of SGD acts like that of AdamW, decoupled. With one rank and
+    density 1 the result is AdamW.
 
     Attributes:
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
         eps: added to the root of the second moment.
-        masking: whether m is zeroed where something was sent (DGC's factor masking).
-        clip_norm: norm that the global gradient is to be clipped to; None for no clipping. See `MomentumCorrection`.
+        masking: whether m is zeroed at the positions of sent elements (DGC's factor masking).
+        clip_norm: norm to which the global gradient is clipped, as in `MomentumCorrection`; None to not clip.
     """
 
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""Residuals of one rank, flat in bucket order, found by parameter name."""
+"""The residuals of one rank, stored by parameter name and flat in bucket order."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ __all__ = ["ResidualStore", "check_residuals"]
 
 
 class ResidualStore:
-    """Residuals of one rank: flat float32 tensors in bucket order, found by parameter name.
+    """The residuals of one rank, or other tensors of the same form, such as velocities.
 
-    A parameter's residual is a slice of some bucket's flat tensor. When DDP rebuilds its buckets, the slices are
-    copied into the new flat tensors, so that nothing is lost and nothing depends on bucket numbers.
+    The residual of a parameter is a slice of the flat float32 tensor of a bucket. When DDP rebuilds its buckets, the
+    slices are copied into new flat tensors. So no residual is lost, and none depends on bucket numbers.
+
+    Args:
+        noun: name of such a tensor in errors.
     """
 
-    def __init__(self, what: str = "residual") -> None:
-        self._what = what
+    def __init__(self, noun: str = "residual") -> None:
+        self._noun = noun
         self._flat: dict[BucketLayout, torch.Tensor] = {}
-        self._where: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
+        self._places: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
         self._pending: dict[str, torch.Tensor] = {}
 
     def names(self) -> set[str]:
-        """Returns the names of all parameters that have a residual, loaded ones included."""
-        return set(self._where) | set(self._pending)
+        """Returns the names of all parameters with a residual, including those that were only loaded."""
+        return set(self._places) | set(self._pending)
 
     def has(self, layout: BucketLayout) -> bool:
         """Returns whether any parameter of this bucket has a residual."""
-        return any(n in self._where or n in self._pending for n in layout.names)
+        return any(n in self._places or n in self._pending for n in layout.names)
 
     def bucket(self, layout: BucketLayout, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Returns the flat residual of a bucket, shape (layout.numel,), creating it (zeros) or moving into it.
+        """Returns the flat residual of a bucket, float32, shape (layout.numel,).
 
-        One that is on another device moves to this one.
+        On the first call for a layout or device, it is created from the residuals of the parameters, with zeros for
+        parameters without one. From then on it holds the residuals of these parameters.
 
         Raises:
-            StateError: if a loaded residual has another shape than the parameter.
+            StateError: a loaded residual has another shape than its parameter.
         """
         cached = self._flat.get(layout)
         if cached is not None and cached.device == torch.device(device):
@@ -51,14 +55,14 @@ class ResidualStore:
             here = _shaped(flat, offset, layout, i)
             if name in self._pending:
                 here.copy_(self._pending.pop(name))
-            elif name in self._where:
-                here.copy_(_shaped(*self._where[name]))
+            elif name in self._places:
+                here.copy_(_shaped(*self._places[name]))
             offset += torch.Size(layout.shapes[i]).numel()
-        moved = {id(self._where[name][0]) for name in layout.names if name in self._where}
+        moved = {id(self._places[name][0]) for name in layout.names if name in self._places}
         self._flat = {k: v for k, v in self._flat.items() if id(v) not in moved}
         offset = 0
         for i, name in enumerate(layout.names):
-            self._where[name] = (flat, offset, layout, i)
+            self._places[name] = (flat, offset, layout, i)
             offset += torch.Size(layout.shapes[i]).numel()
         self._flat[layout] = flat
         return flat
@@ -72,64 +76,67 @@ class ResidualStore:
     def _check_shape(self, name: str, loaded: torch.Tensor, shape: tuple[int, ...]) -> None:
         if tuple(loaded.shape) != shape:
             raise StateError(
-                f"{self._what} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, the parameter has {shape}"
+                f"{self._noun} of {name!r} in the checkpoint has shape {tuple(loaded.shape)}, the parameter has {shape}"
             )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns a contiguous copy of every residual in its parameter's shape, by name."""
-        views = {name: _shaped(flat, off, lay, i) for name, (flat, off, lay, i) in self._where.items()}
+        """Returns a contiguous copy of every residual, in the shape of its parameter, by name."""
+        views = {name: _shaped(flat, off, lay, i) for name, (flat, off, lay, i) in self._places.items()}
         views.update(self._pending)
         return {name: t.clone(memory_format=torch.contiguous_format) for name, t in views.items()}
 
     def slices(self) -> list[torch.Tensor]:
-        """Returns every parameter's residual, as a view."""
-        views = [_shaped(flat, offset, layout, i) for flat, offset, layout, i in self._where.values()]
+        """Returns a view of every residual."""
+        views = [_shaped(flat, offset, layout, i) for flat, offset, layout, i in self._places.values()]
         return views + list(self._pending.values())
 
     def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
-        """Replaces all residuals; parameters that are not named get zeros. Checks everything before it changes.
+        """Replaces all residuals; those of parameters without an entry become zero. Checks all before changing any.
+
+        Args:
+            residuals: by parameter name. They are copied.
 
         Raises:
-            StateError: see `check_residuals`; or if one has another shape than its parameter.
+            StateError: a residual fails `check_residuals` or has another shape than its parameter.
         """
-        check_residuals(self._what, residuals)
+        check_residuals(self._noun, residuals)
         for name, t in residuals.items():
-            if name in self._where and t.shape != (0,):
-                _, _, layout, i = self._where[name]
+            if name in self._places and t.shape != (0,):
+                _, _, layout, i = self._places[name]
                 self._check_shape(name, t, layout.shapes[i])
-        for flat in {id(w[0]): w[0] for w in self._where.values()}.values():
+        for flat in {id(w[0]): w[0] for w in self._places.values()}.values():
             flat.zero_()
         self._pending = {}
         for name, t in residuals.items():
             if not bool(t.any()):
-                continue  # what a dense bucket saves must not give it a residual
-            if name in self._where:
-                flat, offset, layout, i = self._where[name]
+                continue  # a dense bucket must not get a residual from its checkpoint
+            if name in self._places:
+                flat, offset, layout, i = self._places[name]
                 _shaped(flat, offset, layout, i).copy_(t)
             else:
                 self._pending[name] = t.detach().cpu().clone()
 
 
-def check_residuals(what: str, residuals: Mapping[str, torch.Tensor]) -> None:
-    """Checks what is to be loaded or resharded.
+def check_residuals(noun: str, residuals: Mapping[str, torch.Tensor]) -> None:
+    """Checks residuals before they are loaded or resharded.
 
     Args:
-        what: "residual" or "velocity", for the message.
-        residuals: by parameter name; an empty one stands for none.
+        noun: name of such a tensor in errors, such as "residual" or "velocity".
+        residuals: by parameter name; an empty tensor means no residual.
 
     Raises:
-        StateError: if one is not float32, not dense, or not finite; names it.
+        StateError: a residual is not float32, not dense or not finite. The error names it.
     """
     for name, t in residuals.items():
         if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.layout != torch.strided:
             kind = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
-            raise StateError(f"{what} of {name!r} must be a float32 tensor, got {kind}")
+            raise StateError(f"{noun} of {name!r} must be a float32 tensor, got {kind}")
         if not bool(torch.isfinite(t).all()):
-            raise StateError(f"{what} of {name!r} holds non-finite values")
+            raise StateError(f"{noun} of {name!r} holds non-finite values")
 
 
 def _shaped(flat: torch.Tensor, offset: int, layout: BucketLayout, i: int) -> torch.Tensor:
-    """Returns the i-th parameter's slice of a flat bucket as a view in that parameter's shape."""
+    """Returns the slice of parameter i in a flat bucket as a view in the shape of the parameter."""
     shape, stride = layout.shapes[i], layout.strides[i]
     if stride is None:
         return flat[offset : offset + torch.Size(shape).numel()].view(shape)

@@ -1,11 +1,11 @@
-"""What left a bucket's memory for one step. Each case is a class that can make the step final or take it back.
+"""The elements that leave the memory of a bucket in one step. Each class can commit or undo the step.
 
-    SelectedTaken   some elements, at positions that this rank has chosen
+    SelectedTaken   some elements, at positions that this rank selected
     PlacesTaken     the elements at places that all ranks find together
     WholeTaken      the whole residual
-    NothingTaken    nothing: the gradient itself is summed, beside a residual that is zero
+    NothingTaken    no elements: the gradient itself is summed, and the residual is zero
 
-The caller calls exactly one of `commit` and `undo`, once.
+The caller must call exactly one of `commit` and `undo`, once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["NothingTaken", "PlacesTaken", "SelectedTaken", "Taken", "WholeTaken"
 
 
 class Taken(abc.ABC):
-    """What left a bucket's memory for one step.
+    """The elements that leave the memory of a bucket in one step.
 
     Attributes:
-        added: the gradient that was added to the memory before.
+        added: the gradient that was added to the memory in this step.
     """
 
     def __init__(self, added: Added) -> None:
@@ -35,7 +35,7 @@ class Taken(abc.ABC):
 
     @property
     def nonfinite(self) -> int:
-        """Elements that were NaN or infinite."""
+        """Number of elements that were NaN or infinite."""
         return self.added.nonfinite
 
     @property
@@ -45,26 +45,26 @@ class Taken(abc.ABC):
 
     @abc.abstractmethod
     def commit(self) -> None:
-        """Makes the step final after the exchange has succeeded."""
+        """Makes the step final, after the exchange has succeeded."""
 
     @abc.abstractmethod
     def undo(self) -> None:
-        """Returns residual and moments to what they were before the step; to rounding, if no copy was kept."""
+        """Restores residual and moments from before the step, exactly if there are copies, otherwise to rounding."""
 
     def _mask(self, indices: torch.Tensor) -> None:
-        """Zeroes the momentum at some positions (uint32), where the correction asks for that (DGC's factor masking)."""
+        """Zeroes the momentum at these positions (uint32), if the correction uses DGC's factor masking."""
         velocity = self.added.memory.velocity
         if self.added.masking and velocity is not None and indices.numel():
             velocity[indices.to(torch.int64)] = 0.0
 
 
 class SelectedTaken(Taken):
-    """Some elements, at positions that this rank has chosen. The residual is zero there.
+    """Some elements, at positions that this rank selected. The residual is zero there.
 
     Attributes:
-        indices: uint32, shape (nnz,), ascending.
-        values: float32, shape (nnz,).
-        capacity: most pairs that the compressor may take from this bucket in a step.
+        indices: uint32, shape (nnz,), positions of the elements, ascending.
+        values: float32, shape (nnz,), the elements.
+        capacity: largest number of elements that the compressor may take from this bucket in a step.
     """
 
     def __init__(self, added: Added, pairs: Pairs | None = None, capacity: int = 0) -> None:
@@ -78,19 +78,19 @@ class SelectedTaken(Taken):
         return self.values.numel()
 
     def commit(self) -> None:
-        """Zeroes the momentum of the selected elements, and returns what was put aside."""
+        """Zeroes the momentum of the selected elements if needed, and restores the memory of unused parameters."""
         self._mask(self.indices)
         self.added.finish()
 
     def undo(self) -> None:
-        """Returns the selected elements, then takes the gradient out of the memory again."""
+        """Returns the selected elements to the residual and undoes the addition of the gradient."""
         self.added.undo((self.indices, self.values))
 
     def put_back(self) -> tuple[PlacesTaken, torch.Tensor]:
         """Returns the selected elements to the residual, as if only the gradient had been added.
 
         Returns:
-            What takes the place of this object, and the positions that were selected: uint32, shape (nnz,), ascending.
+            An object to use instead of this one, and the selected positions: uint32, shape (nnz,), ascending.
         """
         residual = self.added.memory.residual
         if residual is not None:
@@ -102,9 +102,8 @@ class PlacesTaken(Taken):
     """The elements at places that all ranks find together. They leave the residual when the step is final.
 
     Attributes:
-        places: the places, once they are found.
-        rounding: float32, shape (places.count,): the part of the sent values that this rank rounded off; None for
-            nothing.
+        places: the places; None before they are found.
+        rounding: float32, shape (places.count,), rounding that this rank made in the sum; None if it made none.
     """
 
     def __init__(self, added: Added) -> None:
@@ -118,7 +117,7 @@ class PlacesTaken(Taken):
         return 0 if self.places is None else self.places.count
 
     def commit(self) -> None:
-        """Leaves nothing at the places but what was rounded off."""
+        """Replaces the residual at the places by the rounding, and zeroes the momentum there if needed."""
         memory, places = self.added.memory, self.places
         assert places is not None, "places are found before a step is final"
         if memory.residual is not None:
@@ -131,7 +130,7 @@ class PlacesTaken(Taken):
         self.added.finish()
 
     def undo(self) -> None:
-        """Takes the gradient out of the memory again."""
+        """Undoes the addition of the gradient."""
         self.added.undo(None)
 
 
@@ -139,9 +138,8 @@ class WholeTaken(Taken):
     """The whole residual, which keeps its content until the step is final.
 
     Attributes:
-        rest: float32, shape (n,): what the residual is after the step (rounding, or a part that was not sent); None for
-            zero.
-        masked: uint32, ascending: positions at which momentum is zeroed; None for none.
+        rest: float32, shape (n,), the residual after the step: rounding, or a part that was not sent. None for zero.
+        masked: uint32, ascending, positions at which momentum is zeroed; None for none.
     """
 
     def __init__(self, added: Added) -> None:
@@ -151,11 +149,11 @@ class WholeTaken(Taken):
 
     @property
     def nnz(self) -> int:
-        """All elements."""
+        """Number of all elements."""
         return self.added.incoming.grad.numel()
 
     def commit(self) -> None:
-        """Replaces the residual by the rest."""
+        """Replaces the residual by `rest`, and zeroes the momentum at `masked`."""
         memory = self.added.memory
         if memory.residual is not None:
             memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
@@ -165,23 +163,23 @@ class WholeTaken(Taken):
         self.added.finish()
 
     def undo(self) -> None:
-        """Takes the gradient out of the memory again."""
+        """Undoes the addition of the gradient."""
         self.added.undo(None)
 
 
 class NothingTaken(Taken):
-    """Nothing: the gradient itself is summed, and the residual, which is zero, stays so."""
+    """No elements: the gradient itself is summed, and the residual stays zero."""
 
     @property
     def nnz(self) -> int:
-        """All elements of the gradient."""
+        """Number of all elements of the gradient."""
         return self.added.incoming.grad.numel()
 
     def commit(self) -> None:
         """Does nothing."""
 
     def undo(self) -> None:
-        """Does nothing: the memory was not touched."""
+        """Does nothing, since the memory was not changed."""
 
 
 @cache

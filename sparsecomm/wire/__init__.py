@@ -1,4 +1,4 @@
-"""Sparse vectors to bytes and back. Knows no algorithm. docs/wire-format.md specifies it byte by byte."""
+"""Encoding and decoding of sparse vectors, independent of exchange methods. docs/wire-format.md specifies each byte."""
 
 from sparsecomm.wire.header import (
     FLAG_ERROR,

@@ -1,6 +1,6 @@
-"""The fixed header of every payload: 88 bytes, little-endian, with a checksum of its own.
+"""The fixed header of every payload: 88 bytes, little-endian, with its own checksum.
 
-It travels ahead of the body, so that ranks find out that they disagree before they trust any length in it.
+The header travels ahead of the body, so that ranks notice a disagreement before they use any length in it.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ HEADER_BYTES = _RECORD.nbytes
 
 @dataclass(frozen=True, slots=True)
 class HeaderRules:
-    """Rules for the headers of one collective, or of one direction of the parameter server.
+    """Rules for the headers of one exchange method, or of one direction of the parameter server.
 
     Attributes:
-        number: what headers carry for it, 1 to 255; never reused.
-        label: its name in errors.
-        check: raises WireError for fields that do not fit together.
-        tagged: whether its headers may carry a tag.
+        number: number in the headers, 1 to 255; never reused.
+        label: name in errors.
+        check: raises WireError if fields contradict each other.
+        tagged: whether the headers may carry a tag.
         must_match: further header fields that must be the same on all ranks, with the users' word for each.
-        show: returns the value of such a field as users know it, given the field's name.
+        show: returns the value of such a field in the users' words, given the name of the field and the value.
     """
 
     number: int
@@ -98,21 +98,21 @@ _RULES: dict[int, HeaderRules] = {}
 
 
 def register_rules(rules: HeaderRules) -> None:
-    """Makes headers with a number readable.
+    """Registers rules, so that headers with their number can be read.
 
     Raises:
-        ConfigError: if the number is taken by another label, or does not fit into a byte.
+        ConfigError: another label has the number, or the number is not in 1 to 255.
     """
+    if not 0 < rules.number < 256:
+        raise ConfigError(f"{rules.label} cannot have the number {rules.number}: it must be 1 to 255")
     known = _RULES.get(rules.number, rules)
-    if known.label != rules.label or not 0 < rules.number < 256:
-        raise ConfigError(
-            f"{rules.label} cannot have the number {rules.number}: {known.label} has it, or it is no byte"
-        )
+    if known.label != rules.label:
+        raise ConfigError(f"{rules.label} cannot have the number {rules.number}: {known.label} has it already")
     _RULES[rules.number] = rules
 
 
 def known_rules() -> list[HeaderRules]:
-    """Returns all registered rules, by number."""
+    """Returns all registered rules, sorted by number."""
     return sorted(_RULES.values(), key=lambda r: r.number)
 
 
@@ -123,25 +123,25 @@ def rules_of(number: int) -> HeaderRules:
 
 @dataclass(slots=True)
 class Header:
-    """What a payload says of itself. Not frozen, since one is made for every exchange and completed as it goes.
+    """The header of a payload. Not frozen, since every exchange makes one and completes it in several steps.
 
     Attributes:
         flags: bit set of FLAG_NONFINITE and FLAG_ERROR.
-        collective: number of the sender's collective, see `HeaderRules`.
-        value_codec: how the values are written.
-        index_codec: how the indices are written.
-        rank: sender.
-        world: number of ranks the sender believes in.
+        collective: number of the sender's exchange method, as in `HeaderRules`.
+        value_codec: codec of the values.
+        index_codec: codec of the indices.
+        rank: rank of the sender.
+        world: number of ranks, as the sender knows it.
         bucket: bucket number.
         step: training step.
-        layout_hash: 64-bit hash of the bucket's parameter names and shapes.
-        numel: elements in the dense bucket.
-        nnz: nonzeros in the body; where there is none, k. Of signs, 0 if all is zero, else numel.
-        index_bytes: length of the index part of the body.
-        value_bytes: length of the value part of the body.
+        layout_hash: 64-bit hash of the names and shapes of the bucket's parameters.
+        numel: number of elements of the dense bucket.
+        nnz: number of nonzeros in the body, or k in a header without a body. For signs, numel, or 0 if all are zero.
+        index_bytes: bytes of the indices in the body.
+        value_bytes: bytes of the values in the body.
         value_scale: factor on decoded FP16 values and on signs; 1 otherwise.
         body_crc: CRC32C of the body.
-        tag: 32 bits that say how the sender proceeds; the collective gives them a meaning. 0 for none.
+        tag: 32 bits whose meaning depends on the exchange method; 0 for none.
     """
 
     flags: int
@@ -163,12 +163,12 @@ class Header:
 
     @property
     def body_bytes(self) -> int:
-        """Length of the body that follows."""
+        """Bytes of the body."""
         return self.index_bytes + self.value_bytes
 
 
 def write_header(header: Header, out: torch.Tensor) -> None:
-    """Writes a header into the first HEADER_BYTES of a uint8 tensor."""
+    """Writes a header into the first HEADER_BYTES of a uint8 tensor. Mutates `out`."""
     h = header
     _RECORD.write(
         out,
@@ -194,13 +194,13 @@ def write_header(header: Header, out: torch.Tensor) -> None:
 
 
 def read_header(data: torch.Tensor) -> Header:
-    """Reads and checks a header; nothing in it is trusted before its checksum fits.
+    """Reads and checks a header. Its checksum is checked before any field is used.
 
     Args:
         data: uint8, at least HEADER_BYTES long.
 
     Raises:
-        WireError: names the first field that is wrong and its value.
+        WireError: a field is wrong. The error names the first such field and its value.
     """
     flags, collective, value_codec, index_codec, rank, world, bucket, tag, *rest = _RECORD.read(data)
     step, layout_hash, numel, nnz, index_bytes, value_bytes, value_scale, body_crc = rest
@@ -240,18 +240,18 @@ _E = TypeVar("_E", bound=IntEnum)
 
 
 def _enum(kind: type[_E], field: str, value: int) -> _E:
-    found = kind._value2member_map_.get(value)  # a third of the time of kind(value), three times a header
+    found = kind._value2member_map_.get(value)  # three times as fast as kind(value), and used for every header
     if found is None:
         known = ", ".join(f"{e.value} ({e.name})" for e in kind)
         raise WireError(field, value, f"known are {known}")
     return cast(_E, found)
 
 
-# Lengths are checked against each other, so that a receiver allocates no more than n allows.
+# Lengths are checked against n, so that a damaged header cannot make a receiver allocate more than n allows.
 
 
 def _check_common(h: Header) -> None:
-    """Checks the fields that mean the same in every header."""
+    """Checks the fields that have the same meaning in every header."""
     if h.rank >= h.world:
         raise WireError("rank", h.rank, f"the sender's world has {h.world} ranks")
     if h.numel > MAX_NUMEL:
@@ -271,7 +271,7 @@ def _check_error(h: Header, rules: HeaderRules) -> None:
 
 
 def check_pairs(h: Header) -> None:
-    """Checks a header that positions and values follow."""
+    """Checks a header whose body consists of positions and values."""
     _check_scale(h)
     _check_untagged(h, rules_of(h.collective).label)
     if h.index_codec == IndexCodec.DENSE and h.nnz != h.numel:
@@ -285,13 +285,13 @@ def check_pairs(h: Header) -> None:
 
 
 def check_bare(h: Header) -> None:
-    """Checks a header without a body, whose `nnz` holds k, and which may carry a tag."""
+    """Checks a header without a body, in which `nnz` holds k. It may carry a tag."""
     _check_scale(h)
     _at_most(h, f"{rules_of(h.collective).label}, whose values follow later,", index_bytes=0, value_bytes=0)
 
 
 def check_empty(h: Header) -> None:
-    """Checks a header that says nothing but which exchange its sender is in."""
+    """Checks a header that only identifies the exchange of its sender."""
     _check_scale(h)
     _check_untagged(h, rules_of(h.collective).label)
     _at_most(h, "a dense exchange", nnz=0, index_bytes=0, value_bytes=0)

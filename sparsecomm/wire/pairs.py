@@ -1,4 +1,4 @@
-"""Whole payloads: header + index bytes + value bytes."""
+"""Payloads of pairs: a header, then index bytes, then value bytes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
 
 
 def choose_index_codec(nnz: int, numel: int, given: IndexCodec | None = None) -> IndexCodec:
-    """Returns the index codec expected to be smallest for nnz of numel positions, or the given one.
+    """Returns the given index codec, or the one with the fewest expected bytes for nnz of numel positions.
 
-    All positions need no indices, whatever is given.
+    If nnz equals numel, returns IndexCodec.DENSE in any case, since no indices are needed.
     """
     if nnz == numel:
         return IndexCodec.DENSE
@@ -37,7 +37,7 @@ def choose_index_codec(nnz: int, numel: int, given: IndexCodec | None = None) ->
 
 
 def max_payload_bytes(index_codec: IndexCodec, value_codec: ValueCodec, nnz: int, numel: int) -> int:
-    """Returns a bound on the payload's length in bytes, header included."""
+    """Returns the largest possible length of a payload in bytes, header included."""
     index = kernels.max_index_bytes(index_codec, nnz, numel)
     return HEADER_BYTES + index + kernels.max_value_bytes(value_codec, nnz)
 
@@ -45,14 +45,14 @@ def max_payload_bytes(index_codec: IndexCodec, value_codec: ValueCodec, nnz: int
 def encode_payload(
     header: Header, indices: torch.Tensor, values: torch.Tensor, out: torch.Tensor, error: torch.Tensor
 ) -> None:
-    """Writes a payload: the first HEADER_BYTES + header.body_bytes of `out`.
+    """Writes a payload into the first HEADER_BYTES + header.body_bytes of `out`.
 
     Args:
         header: flags, codecs, ids and numel. Mutated: lengths, nnz, scale and checksum are filled in.
         indices: uint32, shape (nnz,), strictly ascending, all below header.numel; on the host or a GPU.
-        values: float32, shape (nnz,), finite; beside them.
-        out: uint8, at least `max_payload_bytes` long, on the host; for a GPU's pairs pinned. Mutated.
-        error: float32, shape (nnz,), beside the values. Receives value minus decoded value: what rounding drops.
+        values: float32, shape (nnz,), finite, on the same device.
+        out: uint8, at least `max_payload_bytes` long, on the host; pinned for pairs on a GPU. Mutated.
+        error: float32, shape (nnz,), on the same device. Mutated: receives the rounding, value minus decoded value.
     """
     header.nnz = values.numel()
     header.index_bytes, header.value_bytes, header.value_scale, header.body_crc = kernels.encode_pairs(
@@ -62,11 +62,11 @@ def encode_payload(
 
 
 def encode_error(header: Header, message: str, out: torch.Tensor) -> None:
-    """Writes a payload that tells the other ranks that this one failed, and why.
+    """Writes a payload with the error message of a rank that failed.
 
     Args:
-        header: ids and numel of what was to be exchanged. Mutated: completed.
-        message: cut to MAX_ERROR_BYTES of UTF-8.
+        header: ids and numel of the failed exchange. Mutated: completed.
+        message: error message; cut to MAX_ERROR_BYTES of UTF-8.
         out: uint8, at least HEADER_BYTES + MAX_ERROR_BYTES long. Mutated.
     """
     text = message.encode("utf-8", "replace")[:MAX_ERROR_BYTES]
@@ -82,16 +82,16 @@ def encode_error(header: Header, message: str, out: torch.Tensor) -> None:
 
 
 def decode_body(header: Header, body: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Decodes a body whose header has been read, checking everything in it. All tensors are on the host.
+    """Checks and decodes a body. All tensors are on the host.
 
     Args:
-        header: from `read_header`.
+        header: header of the body, from `read_header`.
         body: uint8, shape (header.body_bytes,).
         indices: uint32, shape (nnz,). Mutated, on failure too.
         values: float32, shape (nnz,). Mutated, on failure too.
 
     Raises:
-        WireError: names field, value, sender and bucket. Nothing but the two outputs was touched.
+        WireError: the body is damaged. The error names field, value, sender and bucket.
     """
     check_body(header, body)
     kernels.decode_pairs([header], [body], indices, values)
@@ -104,26 +104,25 @@ def decode_bodies(
     values: torch.Tensor,
     own: tuple[int, torch.Tensor],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Decodes the bodies of all ranks, checking everything in them, with as few launches as if it were one.
+    """Checks and decodes the bodies of all ranks. On a GPU this takes as many launches as a single body.
 
     Args:
-        headers: from `read_header`.
-        bodies: uint8, on the host; for outputs on a GPU pinned.
+        headers: headers of the bodies, from `read_header`.
+        bodies: uint8, on the host; pinned for outputs on a GPU.
         indices: uint32, on the host or a GPU, as long as all nnz together. Mutated, on failure too.
-        values: float32, beside them, equally long. Mutated, on failure too.
-        own: which of them this rank has written, and the positions in it.
+        values: float32, on the same device and of the same length. Mutated, on failure too.
+        own: number of the body that this rank has written, and the positions in it.
 
     Returns:
-        Every rank's positions and values.
+        The positions and values of every rank.
 
     Raises:
-        WireError: names field, value, sender and bucket of the first that is damaged. Nothing but the two outputs was
-            touched.
+        WireError: a body is damaged. The error names field, value, sender and bucket of the first one.
     """
     return kernels.decode_pairs(headers, bodies, indices, values, verify=True, known=own)
 
 
 def body_bytes(nnz: int, numel: int, codecs: Codecs) -> int:
-    """Returns the expected bytes of a body of nnz uniform positions among `numel`, and their values."""
+    """Returns the expected bytes of a body with nnz uniform positions among `numel`, values included."""
     codec = choose_index_codec(nnz, numel, codecs.indices)
     return kernels.estimate_index_bytes(codec, nnz, numel) + kernels.max_value_bytes(codecs.values, nnz)

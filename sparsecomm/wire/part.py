@@ -1,6 +1,6 @@
-"""Parts: what a split-reduce sends of one region. A header of 24 bytes, then index bytes, then value bytes.
+"""Parts, the messages of a split-reduce for one region: a header of 24 bytes, then index bytes, then value bytes.
 
-Step, bucket, sender and span are not in it: ranks have agreed on them before a part travels.
+The header does not contain step, bucket, sender and span, since ranks agree on them before a part travels.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _MOST = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class PartHeader:
-    """What a part says of itself.
+    """The header of a part.
 
     Attributes:
-        nnz: nonzeros.
-        index_bytes: length of the index part.
-        index_codec: how the positions, relative to the start of the span, are written.
-        value_codec: how the values are written.
+        nnz: number of nonzeros.
+        index_bytes: bytes of the indices.
+        index_codec: codec of the positions, which are relative to the start of the span.
+        value_codec: codec of the values.
         value_scale: factor on decoded FP16 values; 1 otherwise.
         body_crc: CRC32C of the body.
     """
@@ -56,24 +56,24 @@ class PartHeader:
 
     @property
     def body_bytes(self) -> int:
-        """Length of the body that follows."""
+        """Bytes of the body."""
         return self.index_bytes + kernels.max_value_bytes(self.value_codec, self.nnz)
 
 
 def _codec_of(nnz: int, span: int, index_codec: IndexCodec | None) -> IndexCodec:
-    """Returns the index codec of a part; None stands for the smallest.
+    """Returns the index codec of a part. If none is given, a simple rule chooses between RICE and BITMAP.
 
-    A rule in place of `choose_index_codec`, whose estimates cost more than coding a small part: there are P parts.
+    With P parts per exchange, the estimates of `choose_index_codec` would take longer than encoding a small part.
     """
     if nnz == span:
         return IndexCodec.DENSE
     if index_codec is not None:
         return index_codec
-    return IndexCodec.BITMAP if 8 * nnz > 3 * span else IndexCodec.RICE  # of uniform positions they cost alike at 0.38
+    return IndexCodec.BITMAP if 8 * nnz > 3 * span else IndexCodec.RICE  # equal bytes for uniform nnz = 0.38 span
 
 
 def max_part_bytes(nnz: int, span: int, codecs: Codecs) -> int:
-    """Returns a bound on a part's length in bytes, header included; 0 elements of a span still have a header."""
+    """Returns the largest possible length of a part in bytes, header included. An empty part still has a header."""
     codec = _codec_of(nnz, span, codecs.indices)
     return PART_HEADER_BYTES + kernels.max_index_bytes(codec, nnz, span) + kernels.max_value_bytes(codecs.values, nnz)
 
@@ -91,16 +91,16 @@ def encode_part(
     Args:
         indices: uint32, shape (nnz,), strictly ascending, relative to the start of the span, below `span`.
         values: float32, shape (nnz,), finite.
-        span: elements of the dense vector that the part is of.
-        codecs: of values and positions.
+        span: length of the span of the part, in elements.
+        codecs: codecs of values and positions.
         out: uint8, at least `max_part_bytes` long. Mutated.
-        error: float32, shape (nnz,). Receives value minus decoded value: what rounding drops.
+        error: float32, shape (nnz,). Mutated: receives the rounding, value minus decoded value.
 
     Returns:
-        Bytes written: header and body.
+        Number of bytes written, header included.
 
     Raises:
-        ConfigError: for more than a part can hold.
+        ConfigError: the nonzeros or their bytes exceed the limit of a part.
     """
     nnz = values.numel()
     codec = _codec_of(nnz, span, codecs.indices)
@@ -117,14 +117,14 @@ def encode_part(
 
 
 def read_part_header(data: torch.Tensor, span: int) -> PartHeader:
-    """Reads and checks a part's header; nothing in it is trusted before its checksum fits.
+    """Reads and checks the header of a part. Its checksum is checked before any field is used.
 
     Args:
         data: uint8, at least PART_HEADER_BYTES long.
-        span: elements of the dense vector that the part is of.
+        span: length of the span of the part, in elements.
 
     Raises:
-        WireError: names the first field that is wrong and its value.
+        WireError: a field is wrong. The error names the first such field and its value.
     """
     nnz, index_bytes, index_codec, value_codec, scale, body_crc = _RECORD.read(data)
     if nnz > span:
@@ -135,7 +135,7 @@ def read_part_header(data: torch.Tensor, span: int) -> PartHeader:
         raise WireError("value_codec", value_codec, f"known are {sorted(_VALUE_CODECS)}")
     header = PartHeader(nnz, index_bytes, IndexCodec(index_codec), ValueCodec(value_codec), scale, body_crc)
     if not (math.isfinite(scale) and scale > 0.0) or (header.value_codec != ValueCodec.FP16 and scale != 1.0):
-        raise WireError("value_scale", scale, f"not a scale of {header.value_codec.name} values")
+        raise WireError("value_scale", scale, f"invalid for {header.value_codec.name} values")
     if header.index_codec == IndexCodec.DENSE and nnz not in (0, span):
         raise WireError("nnz", nnz, f"the dense index codec needs nnz = {span}")
     most = kernels.max_index_bytes(header.index_codec, nnz, span) if nnz else 0
@@ -149,17 +149,17 @@ _VALUE_CODECS = {int(c) for c in ValueCodec}
 
 
 def decode_part(header: PartHeader, body: torch.Tensor, span: int, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Decodes a part whose header has been read, checking everything in it.
+    """Checks and decodes the body of a part.
 
     Args:
-        header: from `read_part_header`.
+        header: header of the part, from `read_part_header`.
         body: uint8, shape (header.body_bytes,).
-        span: elements of the dense vector that the part is of.
+        span: length of the span of the part, in elements.
         indices: uint32, shape (nnz,), relative to the start of the span. Mutated, on failure too.
         values: float32, shape (nnz,). Mutated, on failure too.
 
     Raises:
-        WireError: names field and value. Nothing but the two outputs was touched.
+        WireError: the body is damaged. The error names field and value.
     """
     crc = kernels.crc32c(body)
     if crc != header.body_crc:

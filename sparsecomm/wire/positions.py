@@ -1,6 +1,6 @@
-"""Positions that one rank sends for all: a header of 32 bytes, then index bytes.
+"""Positions that a leader sends to all ranks: a header of 32 bytes, then index bytes.
 
-Step, bucket, sender and the bucket's length are not in it: ranks have agreed on them before.
+The header does not contain step, bucket, sender and numel, since ranks agree on them before.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ POSITIONS_HEADER_BYTES = _RECORD.nbytes
 
 @dataclass(frozen=True, slots=True)
 class PositionsHeader:
-    """What positions say of themselves.
+    """The header of positions.
 
     Attributes:
-        nnz: how many.
-        index_bytes: length of the body.
-        index_codec: how they are written.
+        nnz: number of positions.
+        index_bytes: bytes of the body.
+        index_codec: codec of the positions.
         body_crc: CRC32C of the body.
     """
 
@@ -51,7 +51,7 @@ class PositionsHeader:
 
 
 def max_positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
-    """Returns a bound on the length in bytes, header included."""
+    """Returns the largest possible length of positions in bytes, header included."""
     return POSITIONS_HEADER_BYTES + kernels.max_index_bytes(choose_index_codec(nnz, numel, index_codec), nnz, numel)
 
 
@@ -59,13 +59,13 @@ def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec 
     """Writes positions.
 
     Args:
-        indices: uint32, shape (nnz,), strictly ascending, below numel.
+        indices: uint32, shape (nnz,), strictly ascending, all below numel.
         numel: elements of the bucket.
-        index_codec: how to write them; None for the smallest.
+        index_codec: codec of the positions; None for the smallest.
         out: uint8, at least `max_positions_bytes` long. Mutated.
 
     Returns:
-        Bytes written: header and body.
+        Number of bytes written, header included.
     """
     nnz = indices.numel()
     codec = choose_index_codec(nnz, numel, index_codec)
@@ -76,15 +76,15 @@ def encode_positions(indices: torch.Tensor, numel: int, index_codec: IndexCodec 
 
 
 def read_positions_header(data: torch.Tensor, numel: int, most: int) -> PositionsHeader:
-    """Reads and checks a header; nothing in it is trusted before its checksum fits.
+    """Reads and checks the header of positions. Its checksum is checked before any field is used.
 
     Args:
         data: uint8, at least POSITIONS_HEADER_BYTES long.
         numel: elements of the bucket.
-        most: how many positions there may be.
+        most: largest acceptable number of positions.
 
     Raises:
-        WireError: names the first field that is wrong and its value.
+        WireError: a field is wrong. The error names the first such field and its value.
     """
     nnz, length, codec, body_crc = _RECORD.read(data)
     if nnz > most:
@@ -102,16 +102,16 @@ def read_positions_header(data: torch.Tensor, numel: int, most: int) -> Position
 
 
 def decode_positions(header: PositionsHeader, body: torch.Tensor, numel: int, indices: torch.Tensor) -> None:
-    """Decodes positions whose header has been read, checking everything in them.
+    """Checks and decodes positions.
 
     Args:
-        header: from `read_positions_header`.
+        header: header of the positions, from `read_positions_header`.
         body: uint8, shape (header.index_bytes,).
         numel: elements of the bucket.
         indices: uint32, shape (nnz,). Mutated, on failure too.
 
     Raises:
-        WireError: names field and value.
+        WireError: the body is damaged. The error names field and value.
     """
     crc = kernels.crc32c(body)
     if crc != header.body_crc:
@@ -120,6 +120,6 @@ def decode_positions(header: PositionsHeader, body: torch.Tensor, numel: int, in
 
 
 def positions_bytes(nnz: int, numel: int, index_codec: IndexCodec | None) -> int:
-    """Returns the expected bytes of nnz uniform positions in one message, header included."""
+    """Returns the expected bytes of nnz uniform positions, header included."""
     codec = choose_index_codec(nnz, numel, index_codec)
     return POSITIONS_HEADER_BYTES + kernels.estimate_index_bytes(codec, nnz, numel)

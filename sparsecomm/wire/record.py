@@ -1,6 +1,6 @@
-"""Fixed records: a little-endian struct that ends with the CRC32C of all bytes before it.
+"""Fixed records: little-endian structs that end with the CRC32C of all bytes before it.
 
-Every fixed part of a message is one: a payload's header, a part's, the digest of a header, an envelope.
+Every fixed part of a message is a record, e.g. the header of a payload or a part, a digest or an envelope.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Record:
     """The layout of a fixed record.
 
     Args:
-        noun: the record's name in errors, e.g. "header".
-        fields: name and `struct` format of every field, in order. Fields named "reserved" hold zeros; they are
-            neighbours.
-        magic: first bytes of the record; empty for none. A byte with the version follows.
-        version: that version.
+        noun: name of the record in errors, e.g. "header".
+        fields: name and `struct` format of every field, in order. Fields named "reserved" hold zeros and must be
+            consecutive.
+        magic: first bytes of the record, followed by a byte with the version; empty for neither.
+        version: version of the format.
         crc: name of the checksum in errors.
 
     Attributes:
@@ -43,7 +43,7 @@ class Record:
         self._noun, self._crc, self._magic, self._version = noun, crc, magic, version
         self._head: tuple[Any, ...] = (magic, version) if magic else ()
         reserved = [i for i, (name, _) in enumerate(fields) if name == "reserved"]
-        # Values before the reserved fields, and the first after them in the unpacked tuple.
+        # The number of values before the reserved fields; further below, places in the unpacked tuple.
         self._before = reserved[0] if reserved else len(fields)
         self._zeros = tuple(
             bytes(int(code[:-1])) if code[-1] == "s" else 0 for name, code in fields if name == "reserved"
@@ -58,7 +58,7 @@ class Record:
 
         Args:
             out: uint8, on the host.
-            values: of all fields that are not reserved, in order.
+            values: values of all fields except reserved ones, in order.
         """
         view: Any = out.numpy()
         before = self._before
@@ -66,13 +66,13 @@ class Record:
         struct.pack_into("<I", view, self._covered, kernels.crc32c(out[: self._covered]))
 
     def read(self, data: torch.Tensor) -> tuple[Any, ...]:
-        """Returns the values of all fields that are not reserved, once the checksum is found to be right.
+        """Checks a record and returns the values of all fields except reserved ones.
 
         Args:
             data: uint8, on the host, at least `nbytes` long.
 
         Raises:
-            WireError: for too few bytes, another magic or version, a wrong checksum, or a reserved field that is not
+            WireError: there are too few bytes, the magic, version or checksum is wrong, or a reserved field is not
                 zero.
         """
         if data.numel() < self.nbytes:

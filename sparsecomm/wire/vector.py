@@ -1,6 +1,6 @@
-"""A whole payload from one rank to another that knows neither its length nor whether there is one.
+"""A sparse vector as a payload, sent to a rank that knows neither its length nor whether it is finite.
 
-Cost: two messages, the header and the body; nothing but the header if the body is empty.
+Cost: two messages, the header and the body; only the header if the body is empty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sparsecomm.types import Codecs, IndexCodec, Pairs, ValueCodec
 from sparsecomm.wire.header import FLAG_NONFINITE, HEADER_BYTES, Header, write_header
 from sparsecomm.wire.pairs import choose_index_codec, decode_body, encode_payload, max_payload_bytes
 
-_NUMBER = 1  # in the header of a vector, whatever exchange it belongs to: number 1 is pairs
+_NUMBER = 1  # number in the header of a vector, for any exchange method: the body consists of pairs
 
 __all__ = ["Vector", "read_vector", "vector_header", "write_vector"]
 
@@ -25,9 +25,9 @@ class Vector:
     """A sparse vector as a payload.
 
     Attributes:
-        header: its header.
+        header: header of the payload.
         payload: uint8, header and body.
-        error: float32, shape (nnz,): what rounding dropped of the values.
+        error: float32, shape (nnz,), rounding of the values.
     """
 
     header: Header
@@ -36,7 +36,7 @@ class Vector:
 
 
 def vector_header(like: Header) -> Header:
-    """Returns a header for a sparse vector of an exchange, nothing of its content in it: kind 1, as in an allgather."""
+    """Returns a blank header for a sparse vector that is sent in the exchange of header `like`."""
     return replace(
         like,
         collective=_NUMBER,
@@ -52,11 +52,11 @@ def write_vector(like: Header, pairs: Pairs | None, codecs: Codecs, arena: Arena
     """Writes a sparse vector.
 
     Args:
-        like: this rank's header in the exchange.
-        pairs: what is in it; None for a sum that is not finite, of which only that is told.
-        codecs: how to write it.
-        arena: gives the buffers.
-        key: names them.
+        like: header of this rank in the exchange.
+        pairs: indices and values; None for a sum that is not finite, which is sent as a header with FLAG_NONFINITE.
+        codecs: codecs of values and positions.
+        arena: allocates the buffers.
+        key: name of the buffers.
     """
     header = vector_header(like)
     if pairs is None:
@@ -76,10 +76,10 @@ def write_vector(like: Header, pairs: Pairs | None, codecs: Codecs, arena: Arena
 
 
 def read_vector(header: Header, payload: torch.Tensor, arena: Arena, key: Hashable) -> Pairs:
-    """Decodes and checks a sparse vector; it is in the arena until the next use of the key.
+    """Checks and decodes a sparse vector. The result is valid until the next use of the key.
 
     Raises:
-        WireError: if anything in it is wrong; names its author and the bucket.
+        WireError: the payload is damaged. The error names its author and the bucket.
     """
     indices = arena.get((key, "indices"), header.nnz, torch.uint32, reserve=2 * header.nnz)
     values = arena.get((key, "values"), header.nnz, torch.float32, reserve=2 * header.nnz)

@@ -1,4 +1,4 @@
-"""Adam before compression: with nothing left out it is AdamW, and a step that fails leaves its moments as they were."""
+"""Adam before compression: at density 1 it equals AdamW, and a failed step does not change the moments."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_right_bias_correction() -> N
 
 
 def test_switched_on_mid_run_it_starts_its_moments_there() -> None:
-    """Without bias correction from that step on, the first update would be far too small."""
+    """Bias correction must count from that step, or the first update would be far too small."""
     sc.init()
     model = small_model()
     state = adam_state(model, feedback=sc.ErrorFeedback())
@@ -82,7 +82,8 @@ def test_switched_on_mid_run_it_starts_its_moments_there() -> None:
     state.update(feedback=sc.AdamCorrection())
     train(model, state, torch.optim.SGD(model.parameters(), lr=0.0), range(5, 6))
     updates = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(updates.abs(), torch.ones_like(updates), rtol=1e-3, atol=1e-3)  # Adam's first is a sign
+    # The first update of Adam is a sign.
+    torch.testing.assert_close(updates.abs(), torch.ones_like(updates), rtol=1e-3, atol=1e-3)
 
 
 def test_most_is_kept_back_and_nothing_lost_at_low_density() -> None:

@@ -1,4 +1,4 @@
-"""What "auto" predicts, tries and decides, given the costs of a link."""
+"""The predictions, trials and decisions of `collective="auto"` for given costs of a link."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsecomm.types import Sizes, ValueCodec
 
 MILLION = 1_000_000
 LONG = WATCHED + MOST_OPTIONS * TURN * TURNS * ROUNDS + 5
-"""Steps in which every trial has ended."""
+"""Number of steps after which every trial has ended."""
 KERNELS = {"exchange": 1e-4, "select": 0.4e-9, "fill": 0.1e-9, "encode": 3e-9, "decode": 3e-9, "add": 0.2e-9}
 GIGABIT = Costs(alpha=1e-4, beta=8e-9, **KERNELS)
 MEMORY = Costs(alpha=2e-5, beta=0.1e-9, **KERNELS)
@@ -60,7 +60,7 @@ def made(costs: Costs, density: float = 0.01, size: int = 4, **options: Any) -> 
 def run(
     chooser: Chooser, clock: Clock, steps: range, seconds: Callable[[str], float], k: int = 10_000
 ) -> list[Candidate]:
-    """Runs steps of one bucket of a million elements; what each takes depends on what was chosen."""
+    """Runs steps of one bucket of a million elements. `seconds` maps the chosen candidate to the time of a step."""
     chosen = []
     for step in steps:
         chooser.begin(step, alone)

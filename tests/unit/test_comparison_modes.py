@@ -1,4 +1,4 @@
-"""Tree (gTop-k), 1-bit signs and PowerSGD in simulated worlds: nothing is lost, replicas agree to the bit."""
+"""Tree (gTop-k), 1-bit signs and PowerSGD in simulated worlds: nothing is lost, and replicas agree bit for bit."""
 
 from __future__ import annotations
 
@@ -155,11 +155,12 @@ def test_signs_conserve_and_replicas_agree(situation: Situation) -> None:
         cluster.step(applied, mode("sign", situation.numel, step))
         assert all(same_bits(applied[0], other) for other in applied[1:])
         scales = [a.abs().mean().expand(situation.numel) for a in accumulated]
-        # A scale may be larger than an element by far: both are summed, and rounded, with it.
+        # A scale may be far larger than an element, and sums with it are rounded accordingly.
         slack = (situation.size + 8) * EPS32 * (total(scales) + magnitude(accumulated))
         slack += 4 * situation.size * TINY32 + situation.size * rounding_of(situation.dtype, applied[0])
         mean = total([torch.where(a < 0, -s, s) for a, s in zip(accumulated, scales, strict=True)])
-        clear = torch.stack([a.abs() for a in accumulated]).min(0).values > 0  # where -0 and 0 do not matter
+        # Skip elements that are 0 on some rank: their sign is undefined.
+        clear = torch.stack([a.abs() for a in accumulated]).min(0).values > 0
         assert bool(((situation.size * applied[0].double() - mean).abs()[clear] <= slack[clear]).all())
         lost = total(accumulated) - situation.size * applied[0].double() - total(cluster.residuals)
         assert bool((lost.abs() <= slack).all())
@@ -181,7 +182,7 @@ def test_signs_of_nothing_are_headers_only(size: int) -> None:
 
 
 def test_signs_of_unused_parameters_are_not_sent() -> None:
-    """Where no rank used them DDP throws the average away, so nothing may have left the residual for it."""
+    """DDP discards the average of a parameter that no rank used, so its residual must not change."""
     cluster = Cluster(3, N)
     spans = {0: ((10, 50), (77, 78)), 1: ((10, 50),), 2: ((0, 60),)}
     for step in range(4):
@@ -239,7 +240,7 @@ def test_powersgd_conserves_and_replicas_agree(
         assert all(same_bits(applied[0], other) for other in applied[1:])
         assert len({b.shared.tag for b in cluster.buckets}) == 1
         lost = total([*grads, *before]) - size * applied[0].double() - total(cluster.residuals)
-        # Factors are sums over rows and columns: what they round is measured against the largest element.
+        # Factors are sums over rows and columns, so their rounding is relative to the largest element.
         largest = float(magnitude([*grads, *before]).max())
         slack = 8 * (size + 9) * EPS32 * 9 * largest + 64 * size * TINY32
         slack = slack + size * rounding_of(dtype, applied[0])
@@ -265,7 +266,7 @@ def test_powersgd_finds_a_matrix_of_its_rank(size: int, codec: ValueCodec) -> No
 
 
 def test_powersgd_learns_the_subspace_from_step_to_step() -> None:
-    """With error feedback off, the same matrix is approximated better in every step: Q is warm."""
+    """Without feedback, each step approximates the same matrix better, since Q starts from the last step."""
     shapes = shapes_of((40, 50))
     g = torch.Generator().manual_seed(1)
     u, v = torch.linalg.qr(torch.randn(40, 40, generator=g))[0], torch.linalg.qr(torch.randn(50, 40, generator=g))[0]
@@ -317,7 +318,7 @@ def test_a_transposed_parameter_is_a_matrix_by_its_slowest_dimension() -> None:
 
 
 class Scene:
-    """Ranks one step on."""
+    """Three ranks after one step."""
 
     def __init__(self, name: str, size: int = 3) -> None:
         self.name, self.size = name, size
@@ -391,7 +392,7 @@ def test_a_rank_that_fails_before_the_exchange_is_named_everywhere(name: str) ->
     plans[1] = replace(plans[1], compressor=Raising("out of cheese")) if name == "tree" else plans[1]
     if name != "tree":
         scene.cluster.buckets[1].velocity = None
-        plans[1] = replace(plans[1], feedback=MomentumCorrection(0.9))  # without a velocity: a bug of ours
+        plans[1] = replace(plans[1], feedback=MomentumCorrection(0.9))  # without a velocity, which fails an assertion
     outcomes = scene.cluster.exchange(scene.grads, plans)
     assert isinstance(outcomes[1], (ValueError, AssertionError))
     for rank in (0, 2):
@@ -449,7 +450,7 @@ def test_a_damaged_message_is_an_error_and_nothing_is_half_applied(
             assert nth > 0
             return
         undetected = name == "powersgd" and damage == "flipped" and nth > 0  # a dense sum has no checksum
-        # A message that is lost leaves a later one in its place, perhaps a header of another kind.
+        # After a lost message the receiver takes a later one instead, perhaps a header of another kind.
         errors = (WireError, CommTimeout, TransportError, CollectiveMismatch)
         assert undetected or isinstance(outcomes[dest], errors), outcomes[dest]
         for rank, outcome in enumerate(outcomes):

@@ -1,4 +1,4 @@
-"""Dense exchanges in 16 bits: what rounding drops, at whatever hop, is in some rank's residual."""
+"""Dense exchanges in 16 bits: the rounding of every hop goes to the residual of some rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsecomm.errors import CollectiveMismatch
 from sparsecomm.types import GRAD_DTYPES, ValueCodec
 
 ALGORITHMS = [DenseAlgorithm.RING, DenseAlgorithm.HALVING]
-"""Those that round; buckets as short as these would go by doubling, in 32 bits."""
+"""The algorithms that round. Buckets this short would otherwise use doubling, in 32 bits."""
 HALVES = [ValueCodec.FP16, ValueCodec.BF16, ValueCodec.INT8]
 
 
@@ -48,7 +48,7 @@ def test_nothing_is_lost_over_several_steps(
     algorithm: DenseAlgorithm,
 ) -> None:
     cluster = Cluster(ranks, numel)
-    aside = numel // 2 if held else 0  # what is put aside is not sent, and must come back
+    aside = numel // 2 if held else 0  # memory of unused parameters is not sent, and must come back
     for step in range(3):
         before = [r.clone() for r in cluster.residuals]
         for b in before:
@@ -63,7 +63,7 @@ def test_nothing_is_lost_over_several_steps(
             cluster.step(grads, how)
         assert all(same_bits(g, grads[0]) for g in grads)
         if not bool(grads[0].isfinite().all()):
-            return  # out of a float16's range: skipped, which other tests look at
+            return  # out of the range of float16: the step is skipped, and other tests check that
         for residual, aside_before in zip(cluster.residuals, kept, strict=True):
             residual[:aside] -= aside_before
         assert_conserved(arrived, before, grads[0] / grad_scale, cluster.residuals)
@@ -75,7 +75,7 @@ def test_nothing_is_lost_over_several_steps(
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_rounding_drops_comes_back_later(codec: ValueCodec, ranks: int, algorithm: DenseAlgorithm) -> None:
-    """A constant gradient with bits that 16 cannot hold: the mean of what is applied still becomes exact."""
+    """The mean of the applied steps converges to a constant gradient that 16 bits cannot represent."""
     numel, steps = 64, 64
     cluster = Cluster(ranks, numel)
     exact = gradient("normal", numel, torch.float32, 3)
@@ -147,7 +147,7 @@ def test_options_say_how_dense_values_travel() -> None:
 def test_sparse_and_dense_steps_in_any_order_lose_nothing(
     ranks: int, numel: int, kinds: list[str], held: bool, final: bool
 ) -> None:
-    """A residual that a dense step has emptied is passed over until something is left in it again."""
+    """A residual that a dense step has emptied is bypassed until it is nonzero again."""
     cluster = Cluster(ranks, numel)
     aside = numel // 3 if held else 0
     for step, kind in enumerate(kinds):
@@ -193,7 +193,7 @@ def test_a_step_that_the_optimizer_skips_leaves_an_empty_residual_empty(emptied:
 
 @pytest.mark.parametrize("emptied", [False, True])
 def test_nan_is_reported_where_other_buckets_depend_on_it(emptied: bool) -> None:
-    """A GradScaler skips the whole step for it: what other buckets have sent must come back."""
+    """A GradScaler skips the whole step, so the elements that other buckets have sent must come back."""
     cluster = Cluster(3, 40, residual=emptied)
     if emptied:
         cluster.step([torch.ones(40) for _ in range(3)], plan(40, dense=True, value_codec=ValueCodec.FP32))

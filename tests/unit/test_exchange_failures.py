@@ -1,4 +1,4 @@
-"""Ranks that disagree, fail, or lie: an error on every rank that says who and what, and nothing half-applied."""
+"""Ranks that disagree, fail or lie: every rank raises an error with rank and cause, and nothing is half-applied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N = 60
 
 
 class Scene:
-    """A cluster with filled residuals, and what everything was before."""
+    """A cluster with filled residuals, and copies of its state before the exchange."""
 
     def __init__(
         self, size: int, *, residual: bool = True, bucket: int = 4, dtype: torch.dtype = torch.float32
@@ -120,7 +120,7 @@ def test_ranks_with_different_worlds_all_see_both_sizes() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_rank_that_fails_before_sending_is_named_everywhere(size: int, dense: bool) -> None:
-    """The rank that failed reports in place of its exchange; the others are in theirs."""
+    """The failed rank calls report_failure while the others call exchange."""
     scene = Scene(size)
     culprit = size // 2
     cause = ValueError("the cat sat on the gradient")
@@ -163,7 +163,7 @@ def test_a_compressor_that_raises_is_its_ranks_own_error_and_a_remote_one_elsewh
 def test_an_encoder_that_raises_after_selection_restores_the_residual(size: int) -> None:
     scene = Scene(size)
     plans = [plan(N) for _ in range(size)]
-    plans[0] = replace(plans[0], index_codec=IndexCodec.DENSE)  # refused: not every element is sent
+    plans[0] = replace(plans[0], index_codec=IndexCodec.DENSE)  # refused, since not every element is sent
     outcomes = scene.cluster.exchange(scene.grads, plans)
     assert isinstance(outcomes[0], KernelError)
     assert all(isinstance(o, RemoteError) for o in outcomes[1:])
@@ -213,7 +213,7 @@ def test_after_an_agreed_failure_the_next_step_works_and_conserves(dense: bool) 
     assert_conserved(scene.sent, before, scene.grads[0], scene.cluster.residuals)
 
 
-# --- damage on the way --------------------------------------------------------------------------------------------
+# --- damaged messages ---------------------------------------------------------------------------------------------
 
 
 class Tamper:
@@ -246,7 +246,7 @@ def lose(message: torch.Tensor) -> None:
 
 
 def assert_only_survivors_were_applied(scene: Scene, outcomes: list[object]) -> None:
-    """A rank that failed is as before; a rank that did not has a whole result."""
+    """Failed ranks have their old state, and all others have the same complete result."""
     good = [r for r, o in enumerate(outcomes) if not isinstance(o, BaseException)]
     for rank in range(scene.cluster.size):
         if rank not in good:
@@ -297,7 +297,7 @@ def test_a_lost_message_leaves_every_failed_rank_as_it_was(
         assert "from rank 1" in str(outcomes[0])
     failed = [r for r, o in enumerate(outcomes) if isinstance(o, BaseException)]
     for rank in failed:
-        # A dense sum that was interrupted may not be presented as a gradient: it is the gradient, or it is NaN.
+        # A partial dense sum must not pass for a gradient: the bucket holds the old gradient or NaN.
         assert same_bits(scene.grads[rank], scene.sent[rank]) or bool(scene.grads[rank].isnan().all())
         if residual:
             assert_restored([scene.cluster.residuals[rank]], [scene.before[rank]], [scene.sent[rank]])
@@ -322,7 +322,7 @@ def test_a_payload_under_another_ranks_name_is_refused() -> None:
     scene = Scene(2)
     scene.cluster.world.tamper = Tamper(1, 0, 0, impersonate)
     outcomes = scene.cluster.exchange(scene.grads, plan(N))
-    assert isinstance(outcomes[0], WireError)  # only this rank knows, so it is not agreed
+    assert isinstance(outcomes[0], WireError)  # no AgreedError, since only this rank knows
     assert "rank 1" in str(outcomes[0])
     scene.assert_untouched(0)
 

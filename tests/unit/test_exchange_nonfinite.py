@@ -1,4 +1,4 @@
-"""NaN and infinity on any rank: every rank sees a non-finite bucket, and no residual is poisoned."""
+"""NaN or infinity on any rank: every rank sees a non-finite bucket, and all residuals stay finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BAD = (float("nan"), float("inf"), float("-inf"))
 
 
 def filled(size: int, numel: int) -> Cluster:
-    """A cluster whose residuals hold something."""
+    """A cluster with nonzero residuals."""
     cluster = Cluster(size, numel)
     for r, residual in enumerate(cluster.residuals):
         residual.copy_(gradient("normal", numel, torch.float32, 77 + r))
@@ -66,7 +66,7 @@ def test_the_step_after_a_bad_one_conserves_as_if_it_had_not_been(dense: bool) -
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_sum_that_overflows_counts_as_non_finite_and_is_undone(dense: bool) -> None:
-    """Gradient and residual are finite, their sum is not: the kernel left the residual alone, and so must the undo."""
+    """Gradient and residual are finite, but not their sum. The kernel does not change such a residual; nor may undo."""
     cluster = filled(2, 10)
     cluster.residuals[0][3] = 3e38
     before = [r.clone() for r in cluster.residuals]

@@ -30,7 +30,7 @@ INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, In
 
 @dataclass(frozen=True)
 class Situation:
-    """P ranks, each with its own kind of gradient."""
+    """P ranks with a kind of gradient for each."""
 
     size: int
     numel: int
@@ -104,7 +104,7 @@ def test_switching_between_sparse_and_dense_conserves(situation: Situation, dens
 
 @given(situations, densities, st.sampled_from(ValueCodec))
 def test_topk_contracts_on_every_rank(situation: Situation, density: float, value_codec: ValueCodec) -> None:
-    """||acc - C(acc)||^2 <= (1 - k/n) ||acc||^2, plus what rounding the values may add."""
+    """||acc - C(acc)||^2 <= (1 - k/n) ||acc||^2, plus the rounding of values."""
     rounding = {
         ValueCodec.FP32: 0.0,
         ValueCodec.FP16: 2.0**-22,
@@ -139,7 +139,7 @@ def test_everything_in_fp32_equals_the_mean(
 
 @given(situations)
 def test_without_feedback_nothing_is_carried_over(situation: Situation) -> None:
-    """With feedback=None a step depends on its own gradients alone."""
+    """With feedback=None a step depends only on the gradients of that step."""
     old, fresh = Cluster(situation.size, situation.numel), Cluster(situation.size, situation.numel)
     how = {"feedback": None, "value_codec": ValueCodec.INT8}
     old.step(situation.grads(0), plan(situation.numel, **how))
@@ -199,7 +199,7 @@ def test_equal_magnitudes_go_to_the_lowest_indices() -> None:
 
 
 def test_what_a_rank_keeps_back_arrives_later() -> None:
-    """Constant gradients, one element a step: after n steps every element has been applied in full."""
+    """With constant gradients and one element per step, every element is applied in full over time."""
     numel, size = 8, 3
     cluster = Cluster(size, numel)
     applied = torch.zeros(numel)

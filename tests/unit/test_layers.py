@@ -1,10 +1,11 @@
-"""The order of the layers, what may import MPI, and what importing the package loads."""
+"""The order of the layers, circles of imports, the users of MPI, and the modules loaded by an import."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from helpers import ROOT, job_environment
 PACKAGE = ROOT / "sparsecomm"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
 
-# From the bottom up; a layer may import itself and what stands before it.
+# From the bottom up. A layer may import itself and the layers before it.
 ORDER = [
     "errors",
     "types",
@@ -35,6 +36,20 @@ ORDER = [
 ]
 NOT_YET = {"presets": {"launch"}, "ps": {"ddp"}}
 """Neighbours that have no business with each other."""
+EXCHANGE_ORDER = [
+    {"costs", "plan", "agree", "messages"},
+    {"method"},
+    {"pipeline"},
+    {"methods"},
+    {"config"},
+    {"auto"},
+]
+"""From the bottom up inside exchange/. A module or folder may import its own group and the groups before it."""
+KNOWN_CIRCLES = {
+    # Annotations in rules.py name Shard, which holds its Rules.
+    frozenset({"sparsecomm.ps.server.rules", "sparsecomm.ps.server.shard"}),
+}
+"""Groups of modules that import each other today, to be taken apart."""
 FACADES = {"__init__", "__main__"}
 MOST_LINES = 400
 
@@ -72,6 +87,68 @@ def test_a_layer_imports_only_from_below(path: Path) -> None:
         assert theirs in ORDER, f"{path}:{line} imports {name}, which has no place in the order of layers"
         assert ORDER.index(theirs) <= ORDER.index(mine), f"{path}:{line}: {mine} imports {theirs}, which is above it"
         assert theirs not in NOT_YET.get(mine, set()), f"{path}:{line}: {mine} has no business with {theirs}"
+
+
+def module_name(path: Path) -> str:
+    """The full name of the module or package in a file."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def module_graph() -> dict[str, set[str]]:
+    """Every module's imports from the package; a name that is not a module stands for the module that has it."""
+    names = {module_name(path) for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        graph[module_name(path)] = found = set()
+        for _, name in imported(path):
+            known = name if name in names else name.rpartition(".")[0]
+            if known in names and known != module_name(path):
+                found.add(known)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The largest groups of modules in which every one imports every other, directly or through others."""
+    reached = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:  # Warshall: paths through the modules up to `middle`
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    mutual = (frozenset({a, *(b for b in reached[a] if a in reached[b])}) for a in graph)
+    return {group for group in mutual if len(group) > 1}
+
+
+@pytest.mark.parametrize("room", [layer for layer in ORDER if (PACKAGE / layer).is_dir()])
+def test_no_modules_of_a_room_import_each_other(room: str) -> None:
+    """Imports in functions and under TYPE_CHECKING count: they are a circle all the same."""
+    prefix = f"sparsecomm.{room}"
+    graph = {name: targets for name, targets in module_graph().items() if f"{name}.".startswith(f"{prefix}.")}
+    inside = {name: {t for t in targets if t in graph} for name, targets in graph.items()}
+    found = circles(inside) - KNOWN_CIRCLES
+    assert not found, f"{sorted(map(sorted, found))} import each other"
+
+
+def test_circles_are_found() -> None:
+    chain = {"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a"}}
+    assert circles(chain) == set()
+    assert circles(chain | {"c": {"b"}}) == {frozenset("bc")}
+    assert circles(chain | {"c": {"a"}}) == {frozenset("abc")}
+
+
+def test_the_order_inside_exchange() -> None:
+    floors = {name: floor for floor, names in enumerate(EXCHANGE_ORDER) for name in names}
+    for path in MODULES:
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "exchange" or parts[1] == "__init__":
+            continue
+        for line, name in imported(path):
+            if not name.startswith("sparsecomm.exchange."):
+                continue
+            theirs = name.split(".")[2]
+            assert theirs in floors, f"{path}:{line} imports {name}: import it from the module that defines it"
+            assert floors[theirs] <= floors[parts[1]], f"{path}:{line}: {parts[1]} imports {theirs}, which is above it"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -1,4 +1,4 @@
-"""Momentum correction, loss scales, held parameters and float16 overflow: the same invariants with more memory."""
+"""Momentum correction, loss scales, unused parameters and float16 overflow: the same invariants with moments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def velocities(cluster: Cluster) -> list[torch.Tensor]:
 
 
 def sgd_reference(grads: list[torch.Tensor], options: MomentumCorrection) -> list[torch.Tensor]:
-    """What momentum applied to each gradient gives, in float64."""
+    """The output of momentum for each gradient, in float64."""
     velocity, out = torch.zeros_like(grads[0], dtype=torch.float64), []
     for g in grads:
         if options.nesterov:
@@ -121,7 +121,7 @@ def test_a_failed_step_restores_residual_and_velocity(momentum: float, nesterov:
         assert all(isinstance(o, CollectiveMismatch) for o in outcomes)
     for now, then in zip(cluster.residuals, before[:3], strict=True):
         torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
-    if momentum:  # without, the velocity is the last gradient and of no further use
+    if momentum:  # with momentum 0 the velocity is the last gradient, which the next step ignores
         for now, then in zip(velocities(cluster), before[3:], strict=True):
             torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_a_failed_step_restores_residual_and_velocity(momentum: float, nesterov:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_residuals_are_in_unscaled_units(dtype: torch.dtype, dense: bool) -> None:
-    """A GradScaler multiplies gradients; when its scale changes, what was kept back must not change its meaning."""
+    """A GradScaler multiplies gradients. When its scale changes, residuals must keep their meaning."""
     cluster, unscaled = Cluster(2, N), Cluster(2, N)
     for step, scale in enumerate([1024.0, 512.0, 64.0]):
         true = [gradient("normal", N, torch.float32, 10 * step + r).to(dtype).float() for r in range(2)]

@@ -1,4 +1,4 @@
-"""Exchanges whose positions every rank knows, in simulated worlds: chunks, a shared seed, a leader's top-k."""
+"""Exchanges with positions that all ranks know, in simulated worlds: chunks, a shared seed, a leader's top-k."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def collective_of(compressor: Compressor) -> str:
 
 @dataclass(frozen=True)
 class Situation:
-    """P ranks with gradients of some kinds; how the packed values are summed."""
+    """P ranks with gradients of some kinds, and the algorithm of the dense sum."""
 
     size: int
     numel: int
@@ -57,7 +57,7 @@ class Situation:
         return gradients(self.kinds, self.size, self.numel, self.dtype, self.seed + 1000 * step)
 
     def summing(self) -> AbstractContextManager[object]:
-        """Vectors as short as these go by doubling in float32 unless they are told otherwise."""
+        """Forces the algorithm of the dense sum. Vectors this short would otherwise use doubling in float32."""
         if self.algorithm is None:
             return nullcontext()
         return mock.patch.object(dense, "choose_dense", return_value=self.algorithm)
@@ -110,7 +110,7 @@ def test_steps_conserve_and_replicas_agree(
 @given(situations, st.sampled_from([sc.ChunkTopK(1.0, chunk=7), sc.RandomK(1.0), sc.CyclicTopK(1.0)]))
 def test_everything_in_fp32_equals_the_dense_sum(situation: Situation, compressor: Compressor) -> None:
     cluster = Cluster(situation.size, situation.numel)
-    # A leader selects no zeros: it must have something everywhere.
+    # A leader never selects zeros, so every element must be nonzero.
     grads = [torch.where(g == 0, torch.ones_like(g), g) for g in situation.grads(0)]
     applied = [g.clone() for g in grads]
     with situation.summing():
@@ -158,7 +158,7 @@ def test_momentum_correction_conserves_and_masks(
         assert_conserved(added, before, grads[0], cluster.residuals)
         for bucket, velocity in zip(cluster.buckets, velocities, strict=True):
             assert bucket.velocity is not None
-            velocity[(bucket.velocity == 0) & (velocity != 0)] = 0.0  # masked where something was sent
+            velocity[(bucket.velocity == 0) & (velocity != 0)] = 0.0  # masked at the positions of sent elements
             torch.testing.assert_close(bucket.velocity, velocity, rtol=1e-5, atol=1e-6)
             assert bool((bucket.velocity[grads[0] != 0] == 0).all()), "sent, so masked"
 
@@ -210,7 +210,7 @@ def test_what_is_put_aside_comes_back_and_scales_cancel(
 
 
 def test_the_chunks_with_the_largest_summed_norms_are_sent_whole() -> None:
-    """No rank alone has the middle chunk as its largest; together they do. The last chunk is short."""
+    """The middle chunk is the largest of no single rank, but the largest of the sum. The last chunk is short."""
     cluster = Cluster(2, 10)
     a = torch.tensor([9.0, 0, 0, 0, 4, -4, 0, 0, 1, 1])
     b = torch.tensor([0.0, 0, 0, 0, 3, -4, 2, 0, 5, 5])

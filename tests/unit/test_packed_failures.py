@@ -1,4 +1,4 @@
-"""Chunks and shared indices when something breaks or ranks disagree: an error that says who, nothing half-applied."""
+"""Chunks and shared indices with failures and disagreements: an error names the rank, and nothing is half-applied."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_of(compressor: Compressor, **options: Any) -> Any:
 
 
 class Scene:
-    """A cluster with filled residuals, and what everything was before."""
+    """A cluster with filled residuals, and copies of its state before the exchange."""
 
     def __init__(self, size: int, *, momentum: bool = False, dtype: torch.dtype = torch.float32) -> None:
         self.cluster = Cluster(size, N, bucket=4)
@@ -113,7 +113,7 @@ def test_an_average_that_a_float16_bucket_cannot_hold_is_skipped(compressor: Com
 @each
 @pytest.mark.parametrize("momentum", [False, True])
 def test_a_step_that_the_optimizer_skips_is_taken_back(compressor: Compressor, momentum: bool) -> None:
-    """As with a GradScaler: the bucket is exchanged, and only later another one turns out to be NaN."""
+    """With a GradScaler, a bucket may have been exchanged before another one turns out to hold NaN."""
     from sparsecomm.exchange import exchange
 
     scene = Scene(3, momentum=momentum)

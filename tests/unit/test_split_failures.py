@@ -1,4 +1,4 @@
-"""Split-reduce when something breaks, at every message: an error that says who, and nothing half-applied."""
+"""Split-reduce with a failure at every message: an error names the rank, and nothing is half-applied."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGE = DIGEST_ABOVE + 1
 
 
 class Scene:
-    """A cluster some steps on, and what everything was before the next."""
+    """A cluster after some steps, and copies of its state before the next one."""
 
     def __init__(self, size: int, collective: str, *, warm: int = 1, momentum: bool = False) -> None:
         self.cluster = Cluster(size, N, bucket=4)
@@ -65,7 +65,7 @@ class Scene:
         assert self.cluster.buckets[rank].shared is self.shared[rank]
 
     def assert_whole_or_untouched(self, outcomes: list[object]) -> None:
-        """Ranks that failed are as before; the others have the same whole result."""
+        """Failed ranks have their old state, and all others have the same complete result."""
         good = [r for r, o in enumerate(outcomes) if not isinstance(o, BaseException)]
         for rank in range(self.cluster.size):
             if rank not in good:
@@ -77,7 +77,7 @@ Change = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def tamper_with(scene: Scene, nth: int, change: Change, source: int = 1, dest: int = 0) -> list[int]:
-    """Changes the n-th message from `source` to `dest`; returns a list that grows with these messages' lengths."""
+    """Changes the n-th message from `source` to `dest`. Returns a list that receives the lengths of these messages."""
     seen: list[int] = []
 
     def tamper(s: int, d: int, message: torch.Tensor) -> torch.Tensor | None:
@@ -99,7 +99,7 @@ def flip(position: float) -> Change:
 
 
 MOST = 12
-"""More messages than any rank sends to another in one step of these worlds."""
+"""More messages than one rank sends to another in a step of these worlds."""
 
 
 @pytest.mark.parametrize("collective", SPLITS)
@@ -108,7 +108,7 @@ MOST = 12
 def test_any_damaged_message_is_an_error_that_names_its_sender(
     size: int, warm: int, damage: str, collective: str
 ) -> None:
-    """With and without regions from the step before; every message between two ranks in turn."""
+    """Damages every message between two ranks in turn, with and without regions from the last step."""
     damage_each_message(size, warm, damage, collective)
 
 
@@ -136,10 +136,10 @@ def damage_each_message(size: int, warm: int, damage: str, collective: str) -> N
         hit += 1
         first = outcomes[0]
         if damage in ("lost", "cut"):
-            # A message that is lost leaves a later one in its place, which has another length, or none.
+            # The receiver takes a later message instead, often of another length, or waits in vain.
             assert isinstance(first, (CommTimeout, TransportError, WireError))
         else:
-            # What is passed on names who made it; here all made by rank 1 or passed on by it.
+            # The error names the author, which may differ from rank 1 if rank 1 only forwards the message.
             assert isinstance(first, WireError), f"message {nth}: {first!r}"
             assert first.bucket == 4
             assert first.rank is not None
@@ -176,7 +176,7 @@ def test_a_rank_that_fails_before_the_exchange_is_named_everywhere(size: int, co
 @pytest.mark.parametrize("collective", SPLITS)
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_a_rank_that_breaks_half_way_leaves_all_as_they_were(collective: str, turn: int, momentum: bool) -> None:
-    """Its generator is closed, as the engine does when another collective fails; the others wait in vain."""
+    """The generator of one rank is closed, as the engine does after a failure; the others wait in vain."""
     scene = Scene(3, collective, momentum=momentum)
     plans = scene.plan(1)
 
@@ -219,7 +219,7 @@ def test_a_nonfinite_gradient_anywhere_skips_the_step_everywhere(size: int, bad:
 @pytest.mark.parametrize("collective", SPLITS)
 @pytest.mark.parametrize("size", [2, 5])
 def test_a_sum_that_overflows_skips_the_step_everywhere(size: int, collective: str) -> None:
-    """Each gradient is finite, their sum is not: only its owner sees that at first."""
+    """All gradients are finite, but not their sum; at first only the owner of the region sees that."""
     scene = Scene(size, collective)
     how = replace(scene.plan(1), value_codec=ValueCodec.FP32)
     for g in scene.grads:
@@ -247,7 +247,7 @@ def test_an_average_out_of_the_range_of_halves_skips_the_step_everywhere(collect
 @pytest.mark.parametrize("collective", SPLITS)
 @pytest.mark.parametrize("momentum", [False, True])
 def test_a_step_that_the_optimizer_skips_is_taken_back_whole(skipped: bool, collective: str, momentum: bool) -> None:
-    """What owners dropped and what rounding lost is in the residuals by then, and must go, too."""
+    """The residuals already hold the dropped sums and the rounding, which must be removed as well."""
     scene = Scene(3, collective, momentum=momentum)
     cluster, how = scene.cluster, replace(scene.plan(1), final=False)
     cluster.world.run(lambda c: exchange(c, cluster.buckets[c.rank], scene.grads[c.rank], how, cluster.arenas[c.rank]))

@@ -1,4 +1,4 @@
-"""Split-reduce in simulated worlds: the invariants of an exchange, and those of its own."""
+"""Split-reduce in simulated worlds: the invariants of all exchanges, and those of regions and thresholds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPLITS = ("split_reduce", "ssar")
 
 @dataclass(frozen=True)
 class Situation:
-    """P ranks with gradients of some kinds, alike on all ranks or not."""
+    """P ranks with gradients of some kinds, equal on all ranks if `alike`."""
 
     size: int
     numel: int
@@ -112,7 +112,7 @@ def test_ssar_of_everything_equals_the_sum(situation: Situation, index_codec: In
 @given(situations, st.sampled_from([0.01, 0.2, 1.0]))
 @settings(max_examples=12)
 def test_ssar_without_rounding_is_the_allgather_to_the_bit(situation: Situation, density: float) -> None:
-    """Sums are made in the order of ranks, whoever owns a region."""
+    """Every owner adds in rank order."""
     ours, other = Cluster(situation.size, situation.numel), Cluster(situation.size, situation.numel)
     for step in range(3):
         a, b = situation.grads(step), situation.grads(step)
@@ -174,7 +174,7 @@ def test_gradients_that_grow_a_thousandfold_do_not_flood_the_gather() -> None:
 
 
 def test_a_full_region_is_gathered_without_positions() -> None:
-    """DSAR: nearly full and fp32, so that 8 positions in 1000 that are zero cost less than a bit each."""
+    """DSAR: in a nearly full fp32 region, sending the few zeros costs less than one bit per position."""
     numel, size = 4000, 2
     cluster = Cluster(size, numel)
     grads = [gradient("normal", numel, torch.float32, r) for r in range(size)]
@@ -183,7 +183,7 @@ def test_a_full_region_is_gathered_without_positions() -> None:
     mean = total(grads) / size
     reports = cluster.step(grads, plan(numel, density=1.0, collective="ssar"))
     torch.testing.assert_close(grads[0].double(), mean, rtol=1e-6, atol=1e-7)
-    # step 0 makes regions; each rank sends half of the vector twice: its part, then its sums
+    # Step 0 makes regions. Each rank sends half of the vector twice: first a part, then sums.
     parts = reports[0].bytes_sent - 4 * numel
     assert parts < numel // 16 + 1000, "positions of one leg only, a bit each, and headers"
 
@@ -218,7 +218,7 @@ def test_momentum_correction_conserves_the_accumulated_velocities(
 @pytest.mark.parametrize("collective", SPLITS)
 @pytest.mark.parametrize("codec", ValueCodec)
 def test_what_an_owner_drops_in_a_span_it_did_not_use_is_kept(collective: str, codec: ValueCodec) -> None:
-    """Its memory of that span is put aside meanwhile, and must not come back alone."""
+    """The memory of that span is set aside during the exchange, and must be added to the dropped sums."""
     n, size = 64, 3
     cluster = Cluster(size, n)
     for step in range(6):
@@ -300,7 +300,7 @@ def test_ranks_with_different_k_are_told_so(size: int) -> None:
 
 
 def where(kind: str, rank: int, size: int, numel: int, step: int) -> torch.Tensor:
-    """A gradient whose large elements are in one place of the bucket, or everywhere."""
+    """A gradient whose large elements are in one span of the bucket, or everywhere."""
     grad = 1e-3 * gradient("normal", numel, torch.float32, 31 * step + rank)
     start, end = {
         "random": (0, numel),
@@ -328,7 +328,7 @@ def test_bytes_are_balanced_and_do_not_grow_with_the_world(kind: str, size: int)
 
 
 def test_all_that_is_kept_in_one_region_is_moved_so_that_all_send_alike() -> None:
-    """The regions were made for another step: now all that is large lies in one of them."""
+    """The regions come from an earlier step, and now all large elements lie in one of them."""
     numel, size = 64_000, 8
     cluster = Cluster(size, numel)
     reports = []
@@ -342,8 +342,8 @@ def test_all_that_is_kept_in_one_region_is_moved_so_that_all_send_alike() -> Non
         assert_conserved(grads, before, applied[0], cluster.residuals)
         assert all(same_bits(applied[0], other) for other in applied[1:])
     sent = [r.bytes_sent for r in reports]
-    # One rank is sent everything (its regions are old), but of the k = 3200 sums that it alone has kept it must not
-    # send a copy to every other: once around is 8 bytes each at most, and so is what the others hand on.
+    # With the old regions, one rank owns all k = 3200 kept sums, of at most 8 bytes each. It must not send all of them
+    # to every other rank, but only once, and the other ranks must send as much.
     assert max(sent) < 2.5 * 8 * 3200
     assert min(sent) > 4 * 3200
 

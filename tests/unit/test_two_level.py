@@ -1,4 +1,4 @@
-"""Two levels in simulated worlds: dense inside nodes of any size and place, sparse between them; nothing is lost."""
+"""Two levels in simulated worlds: nodes of any size, with ranks in any order; no part of a gradient is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ N = 120
 
 @dataclass(frozen=True)
 class Situation:
-    """Ranks on nodes, with gradients of some kinds."""
+    """P ranks on some nodes, with gradients of some kinds."""
 
     nodes: tuple[int, ...]
     numel: int
@@ -138,7 +138,7 @@ def test_one_rank_a_node_is_the_sparse_allgather() -> None:
 @given(st.lists(st.sampled_from(["two_level", "allgather", "dense", "split_reduce"]), min_size=3, max_size=7))
 @settings(max_examples=25)
 def test_changing_the_collective_on_the_way_loses_nothing(collectives: list[str]) -> None:
-    """Ranks that are no leaders own a residual then, which they contribute."""
+    """After other methods all ranks have residuals, and two levels must include those of non-leaders."""
     cluster = Cluster(5, N, nodes=(0, 1, 0, 1, 1))
     for step, collective in enumerate(collectives):
         grads = [gradient("normal", N, torch.float32, 10 * step + r) for r in range(5)]
@@ -208,7 +208,7 @@ def test_spans_that_are_put_aside_stay(codec: ValueCodec) -> None:
 
 
 class Scene:
-    """Five ranks on two nodes, one step on."""
+    """Five ranks on two nodes, after one step."""
 
     nodes = (0, 1, 0, 1, 1)
 
@@ -230,7 +230,7 @@ class Scene:
 
 @pytest.mark.parametrize("odd", range(5))
 def test_a_compressor_that_fails_is_named_everywhere(odd: int) -> None:
-    """A leader's fails after the ranks of its node have sent theirs; on the others it is never called."""
+    """The compressor of a leader fails after the sum inside the node. Those of other ranks are never called."""
     scene = Scene()
     plans = [how(N, 1)] * 5
     plans[odd] = replace(plans[odd], compressor=Raising("out of cheese"))
@@ -320,7 +320,7 @@ def test_ranks_that_see_other_nodes_are_told_so() -> None:
 
 
 def test_leaders_that_disagree_between_themselves_tell_their_nodes() -> None:
-    """Only they see that their index codecs lead to other collectives."""
+    """Leaders with different index codecs choose different methods, which only the leaders notice."""
     nodes, numel = [r // 2 for r in range(8)], 5000
     cluster = Cluster(8, numel, nodes=nodes)
     plans = [how(numel, density=0.01, value_codec=ValueCodec.FP16)] * 8
@@ -337,7 +337,7 @@ def test_leaders_that_disagree_between_themselves_tell_their_nodes() -> None:
 @pytest.mark.parametrize(("source", "dest"), [(2, 0), (0, 2), (1, 0), (1, 4)])
 @pytest.mark.parametrize("damage", ["lost", "flipped", "cut"])
 def test_a_damaged_message_is_an_error_and_nothing_is_half_applied(source: int, dest: int, damage: str) -> None:
-    """From the ranks of a node to their leader, back, and between leaders; each of the messages in turn."""
+    """Damages each message in turn: from a rank to its leader, back, and between leaders."""
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
         "lost": lambda message: None,
         "flipped": lambda message: message.index_fill(0, torch.tensor([message.numel() // 2]), 0x5A),

@@ -1,4 +1,4 @@
-"""The header: what goes in comes out, every field is checked, and the error names the field and its value."""
+"""The header: it survives a round trip, every field is checked, and errors name the field and its value."""
 
 from __future__ import annotations
 

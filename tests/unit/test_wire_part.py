@@ -23,7 +23,7 @@ INDEX_CODECS = (None, IndexCodec.RICE, IndexCodec.BITPACK, IndexCodec.BITMAP, In
 def part_of(
     span: int, nnz: int, seed: int, value_codec: ValueCodec, index_codec: IndexCodec | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A part's bytes, its positions, and what its values decode to."""
+    """The bytes of a part, its positions and its decoded values."""
     g = torch.Generator().manual_seed(seed)
     indices = torch.randperm(span, generator=g)[:nnz].sort().values.to(torch.uint32)
     values = torch.randn(nnz, generator=g)
@@ -67,7 +67,7 @@ def test_what_is_encoded_is_decoded(made: tuple[tuple[int, int], int, ValueCodec
 def test_hostile_parts_are_refused_or_valid(
     made: tuple[tuple[int, int], int, ValueCodec, IndexCodec | None],
 ) -> None:
-    """Behind correct checksums: every field and byte may lie."""
+    """Every field and byte may be wrong, even with correct checksums."""
     (span, nnz), seed, value_codec, index_codec = made
     data, _, _ = part_of(span, nnz, seed, value_codec, index_codec)
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Whole payloads: round trips of every codec, what rounding drops, and damaged bodies."""
+"""Payloads of pairs: round trips with every codec, rounding, and damaged bodies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Payloads of signs: what is written is read back, and whatever is wrong in one is named."""
+"""Payloads of signs: they survive a round trip, and errors name every wrong field."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_any_flipped_bit_is_found(situation: tuple[torch.Tensor, Spans], bit: in
 
 
 def resealed(data: torch.Tensor) -> torch.Tensor:
-    """Gives changed bytes the checksums that they need to be believed."""
+    """Updates the checksums of changed bytes."""
     struct.pack_into("<I", data.numpy(), 80, kernels.crc32c(data[HEADER_BYTES:]))
     return sealed(data)
 

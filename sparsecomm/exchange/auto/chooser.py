@@ -1,15 +1,15 @@
-"""The judgement of `collective="auto"`: predict, try the best few on real steps, decide once for all ranks.
+"""The chooser of `collective="auto"`: predicts, tries the best options on real steps, and decides for all ranks.
 
-    1 watch    the first two steps go by a rule of thumb (fewest bytes); they show the buckets
-    2 measure  all ranks measure messages and kernels together, and keep the slowest rank's figures
-    3 predict  seconds of every candidate for every bucket, from the same figures on all ranks
-    4 try      what is predicted within reach of the best takes turns of a few steps each; whole steps are timed,
-               since what counts is not an exchange but what it adds to a step whose backward hides part of it
-    5 decide   by the slowest rank's medians, the same on all ranks: what is clearly slower is dropped, and what is
-               left is tried again, until one is left or the difference is not worth more steps
-    6 again    from 3 when the number of nonzeros has halved or doubled, as a warm-up makes it
+    1 watch    use the rule of thumb (fewest bytes) in the first two steps, and note the sizes of the buckets
+    2 measure  measure messages and kernels on all ranks together, and keep the figures of the slowest rank
+    3 predict  predict the seconds of every candidate for every bucket, from the same figures on all ranks
+    4 try      use each option whose prediction is near the best for a few steps per turn, and time whole steps, since
+               the backward pass hides part of an exchange
+    5 decide   compare the medians of the slowest rank, the same on all ranks; drop the options that are clearly slower
+               and try the others again, until one is left or the difference is not worth more steps
+    6 again    start from 3 when the number of nonzeros has halved or doubled, e.g. in a warm-up of the density
 
-Every rank runs the same schedule by counting steps; ranks exchange figures in 2 and 5 only.
+All ranks follow the same schedule by counting steps. They exchange figures only in 2 and 5.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from sparsecomm.exchange.auto.explain import explain
 from sparsecomm.exchange.auto.measure import agree_to_choose, agreed_maximum, measure
 from sparsecomm.exchange.auto.predict import BucketSizes, Candidate, best_of_each, candidates, predict
+from sparsecomm.exchange.auto.report import BucketRows, CandidateRow, ChooserReport, Decision, OptionRow
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.costs import Costs, Estimate
@@ -37,37 +38,38 @@ from sparsecomm.types import Sizes, ValueCodec
 __all__ = ["Chooser", "Option"]
 
 WATCHED = 2
-"""Steps before anything is measured: DDP rebuilds its buckets after the first."""
+"""Steps before anything is measured, since DDP rebuilds its buckets after the first."""
 TURN = 5
-"""Steps of a turn; the first is not timed, since buffers grow and regions are made in it."""
+"""Steps of a turn. The first one is not timed, since it grows buffers and makes regions."""
 TURNS = 2
-"""Turns of each option in a round, so that a machine that slows down does not decide."""
+"""Turns of each option in a round, so that a temporary slowdown of the machine does not hit one option alone."""
 ROUNDS = 4
-"""Rounds at most: medians of 32 steps tell apart what differs by a few percent on a machine that others use too."""
+"""Most rounds of a trial. Medians of 32 steps tell apart options that differ by a few percent on a shared machine."""
 REACH = 1.6
-"""What is predicted to take this many times the best's time at most is tried: predictions are not better than that."""
+"""Options predicted to take at most this many times the best prediction are tried, given the error of predictions."""
 PLAIN_REACH = 4.0
-"""The same for no compression, which nobody's choice should be slower than: what it costs a step that computes as well
-is the worst predicted, since it takes the least of its time."""
+"""The same for no compression, which the choice must never be slower than. Its prediction is the least accurate, since
+computation takes the smallest part of its time."""
 MOST_OPTIONS = 4
-_MARGIN = 0.98  # of two options one must be this much faster to count as that
-_CLEARLY = (1.25, 1.12, 1.06)  # times the fastest: what is slower after round 1, 2, 3 is not tried again
+"""Most options in a trial."""
+_MARGIN = 0.98  # an option counts as faster than another only below this fraction of its seconds
+_CLEARLY = (1.25, 1.12, 1.06)  # times the fastest, after rounds 1, 2 and 3: slower options are dropped
 
 Call = Callable[[str, Callable[[Channel], CollectiveSteps[Any]]], Any]
-"""Runs a collective of the state's ranks and waits for it: a label, and what makes its generator."""
+"""Runs a collective and waits for its result. Takes a label and a function that makes the generator."""
 
 
 @dataclass(slots=True)
 class Option:
-    """One answer for all buckets.
+    """An assignment of candidates to all buckets.
 
     Attributes:
-        name: a candidate's, or "the best of each bucket".
+        name: name of the candidate, or "the best of each bucket".
         by_bucket: candidates by bucket number.
-        default: for a bucket of another number.
+        default: candidate for any other bucket.
         predicted: seconds of all exchanges of a step, one after the other.
-        samples: seconds of whole steps.
-        measured: median of a step on the slowest rank so far; infinite before it was tried.
+        samples: seconds of whole steps on this rank.
+        measured: median seconds of a step on the slowest rank; infinite before it was tried.
     """
 
     name: str
@@ -79,7 +81,7 @@ class Option:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is compressed and nothing waits in a residual: float32, all of it."""
+        """Whether all buckets are exchanged densely in float32, without anything left in a residual."""
         return all(c.is_dense and c.values == ValueCodec.FP32 for c in self.by_bucket.values())
 
     def of(self, index: int) -> Candidate:
@@ -88,11 +90,21 @@ class Option:
 
 
 class Chooser:
-    """Chooses the collective of every bucket for one state.
+    """Chooses the exchange method of every bucket for one state.
 
     Args:
-        config: of the state.
+        config: options of the state.
         size: number of ranks.
+
+    Attributes:
+        config: options of the state.
+        size: number of ranks.
+        costs: measured costs; None before they are measured.
+        table: predictions by bucket number and candidate.
+        options: options of the last trial, the fastest prediction first.
+        chosen: the option of the last decision; None before the first.
+        decided_at: training step of the decision of the last trial; None while it runs.
+        measured: seconds of the last exchanges on this rank, by bucket number and candidate.
     """
 
     def __init__(self, config: SparseConfig, size: int) -> None:
@@ -117,14 +129,14 @@ class Chooser:
         self._handed_over: tuple[Option, float] | None = None
 
     def begin(self, step: int, call: Call) -> None:
-        """Starts a step; does nothing if it has begun. Collective in the steps in which figures are exchanged.
+        """Starts a step, unless it has begun already. Collective in the steps in which ranks exchange figures.
 
         Args:
             step: training step.
-            call: runs a collective among the state's ranks.
+            call: runs a collective of the state's ranks.
 
         Raises:
-            SparseCommError: what made an exchange of figures fail, on every rank.
+            SparseCommError: raised on every rank if the exchange of figures fails.
         """
         if step == self._step:
             return
@@ -141,14 +153,14 @@ class Chooser:
         self._current = self._schedule[self._position] if self._schedule else self.chosen
 
     def choose(self, index: int, numel: int, k: int) -> Candidate:
-        """Returns how to exchange a bucket in this step."""
+        """Returns the candidate for a bucket in this step."""
         self._sizes[index] = (numel, k)
         if self._current is not None:
             return self._current.of(index)
         return self._rule_of_thumb(numel, k)
 
     def handed_over(self) -> None:
-        """Notes that the step's last bucket was handed over: the time between two of these is a whole step's."""
+        """Records that DDP handed over the last bucket of the step. The time between two calls is that of a step."""
         now, current = perf_counter(), self._current
         before, self._handed_over = self._handed_over, None
         if current is None:
@@ -158,16 +170,29 @@ class Chooser:
             current.samples.append(now - before[1])
 
     def finished(self, index: int, candidate: Candidate, seconds: float) -> None:
-        """Notes what the exchange of a bucket took on this rank. Called on the engine's thread."""
+        """Records the seconds of a bucket's exchange on this rank. Called on the engine's thread."""
         self.measured[index, candidate].append(seconds)
 
-    def numel_of(self, index: int) -> int:
-        """Returns the elements of a bucket that predictions were made for."""
-        return self._predicted_sizes[index][0]
-
     def explain(self) -> str:
-        """Returns a table: predicted and measured per bucket and candidate, the options tried, and why."""
-        return explain(self)
+        """Returns tables of predicted and measured seconds, by bucket and by option, and the reason of the decision."""
+        return explain(self.report())
+
+    def report(self) -> ChooserReport:
+        """Returns a frozen copy of the measurements, predictions and decision."""
+        options = tuple(OptionRow(o.name, o.predicted, o.measured, o.is_plain) for o in self.options)
+        decision = None
+        if self.decided_at is not None and self.chosen is not None:
+            decision = Decision(self.decided_at, next(i for i, o in enumerate(self.options) if o is self.chosen))
+        buckets = tuple(self._rows(index) for index in sorted(self.table))
+        return ChooserReport(self.size, self.costs, buckets, options, decision)
+
+    def _rows(self, index: int) -> BucketRows:
+        rows = []
+        for candidate, estimate in sorted(self.table[index].items(), key=lambda item: item[1].seconds):
+            samples = list(self.measured.get((index, candidate), ()))
+            chosen = self.chosen is not None and self.chosen.of(index) == candidate
+            rows.append(CandidateRow(candidate.name, estimate, median(samples) if samples else None, chosen))
+        return BucketRows(index, self._predicted_sizes[index][0], tuple(rows))
 
     def _sizes_of(self, numel: int, k: int, values: ValueCodec) -> Sizes:
         return Sizes(k, numel, self.size, values, self.config.indices)
@@ -214,14 +239,14 @@ class Chooser:
         return candidates(self.config, layered=self.costs is not None and self.costs.layered)
 
     def _make_options(self) -> list[Option]:
-        """Returns what is worth a trial, the best prediction first."""
+        """Returns the options that are worth a trial, the fastest prediction first."""
         table = self.table
         each = best_of_each(table)
         options: list[Option] = []
         for candidate in self._candidates():
             same = dict.fromkeys(table, candidate)
             total = self._total(same)
-            if all(o.predicted != total for o in options):  # of two that differ in nothing one is enough to try
+            if all(o.predicted != total for o in options):  # equal predictions mean equal exchanges: try one
                 options.append(Option(candidate.name, same, candidate, total))
         if len(set(each.values())) > 1:
             largest = max(self._last_sizes, key=lambda i: self._last_sizes[i][0])
@@ -249,14 +274,15 @@ class Chooser:
         for option, seconds in zip(options, figures, strict=True):
             option.measured = seconds
         self._round += 1
-        tried = [o for o in options if o in self._schedule]  # only these saw the machine as it was in this round
+        tried = [o for o in options if o in self._schedule]  # times of earlier rounds are not comparable
         fastest = min(tried, key=lambda o: o.measured)
         if self._round < ROUNDS:
             near = [o for o in tried if o.measured <= _CLEARLY[self._round - 1] * fastest.measured]
             if len(near) > 1:
                 self._open_round(near)
                 return
-        # What is as fast as the fastest: no compression, for nothing waits in a residual then; else the prediction.
+        # Of options that are about as fast as the fastest: no compression, since it leaves no residual; else the
+        # fastest prediction.
         level = [o for o in tried if fastest.measured >= _MARGIN * o.measured]
         plain = [o for o in level if o.is_plain]
         self.chosen, self.decided_at, self._schedule = (*plain, *level)[0], step, []

@@ -1,4 +1,4 @@
-"""What messages and kernels cost here, measured by all ranks together in a fraction of a second."""
+"""The costs of messages and kernels, measured by all ranks together in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from sparsecomm import kernels
 from sparsecomm.collectives import allgather_fixed
 from sparsecomm.compress import Compressor, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
-from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.costs import Costs
-from sparsecomm.exchange.method import method_named
+from sparsecomm.exchange.method import blank_header, method_named
+from sparsecomm.exchange.pipeline import exchange
+from sparsecomm.exchange.plan import Plan
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
@@ -36,31 +37,31 @@ __all__ = ["agree_to_choose", "agreed_maximum", "measure"]
 
 _ELEMENTS = 1 << 20
 _REPEATS = 5
-_SMALL, _MEDIUM, _LARGE = 64, 1 << 16, 1 << 19  # bytes: at 100 Mbit/s all of them together take 0.3 s
+_SMALL, _MEDIUM, _LARGE = 64, 1 << 16, 1 << 19  # bytes; at 100 Mbit/s all messages together take 0.3 s
 _KEY = "choose"
 
 _CHOOSING = HeaderRules(11, "CHOOSING", check_pairs)
-"""Headers of ranks that choose a method: no bucket is exchanged, and no body follows."""
+"""Rules for the headers of ranks that choose a method. No bucket is exchanged, and no body follows."""
 register_rules(_CHOOSING)
 
 
 def measure(
     channel: Channel, step: int, compressor: Compressor, density: float, arena: Arena
 ) -> CollectiveSteps[Costs]:
-    """Measures messages between all ranks at once, and kernels on all ranks at once. Collective.
+    """Measures messages and kernels while all ranks use them at once. Collective.
 
     Args:
-        channel: the ranks.
-        step: training step, so that ranks which are elsewhere are found out.
-        compressor: selects.
-        density: fraction that is selected.
-        arena: gives the buffers.
+        channel: connection to the other ranks.
+        step: training step, which must be the same on all ranks.
+        compressor: compressor whose selection is timed.
+        density: fraction of elements that is selected.
+        arena: allocates the buffers.
 
     Returns:
-        Of each figure the slowest rank's; the same on all ranks.
+        For each cost the figure of the slowest rank; the same on all ranks.
 
     Raises:
-        AgreedError: if some rank does not measure now.
+        AgreedError: some rank is in another step or does not measure.
     """
     yield from agree_to_choose(channel, step, arena)
     around, inside = _rings(channel.nodes)
@@ -76,10 +77,10 @@ def measure(
 
 
 def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveSteps[None]:
-    """Checks that all ranks choose now. Collective.
+    """Checks that all ranks choose a method in this step. Collective.
 
     Raises:
-        AgreedError: on every rank alike, if not.
+        AgreedError: raised on every rank if some rank does not.
     """
     header = blank_header(channel.rank, channel.size, 0, step, 0, _CHOOSING.number)
     payload = arena.get((_KEY, "payload"), HEADER_BYTES, torch.uint8)
@@ -88,7 +89,7 @@ def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveStep
 
 
 def agreed_maximum(channel: Channel, mine: torch.Tensor, arena: Arena) -> CollectiveSteps[list[float]]:
-    """Returns element by element the largest of all ranks' float64 vectors, the same on all ranks. Collective."""
+    """Returns the elementwise maximum of the float64 vectors of all ranks, the same on all ranks. Collective."""
     blocks = [mine.view(torch.uint8)]
     if channel.size > 1:
         blocks = yield from allgather_fixed(channel, blocks[0], arena, (_KEY, "figures"))
@@ -97,9 +98,9 @@ def agreed_maximum(channel: Channel, mine: torch.Tensor, arena: Arena) -> Collec
 
 
 def _rings(nodes: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
-    """Returns all ranks in a ring whose neighbours are on different nodes where possible, and the ranks of each node.
+    """Returns a ring of all ranks whose neighbours are on different nodes if possible, and the ranks of each node.
 
-    Thus all ranks of a node use its link at once, as they do in an exchange between all.
+    In this ring all ranks of a node use its link at once, as in an exchange between all ranks.
     """
     inside: dict[int, list[int]] = {}
     for rank, node in enumerate(nodes):
@@ -109,7 +110,7 @@ def _rings(nodes: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
 
 
 def _measure_link(channel: Channel, ring: Sequence[int], arena: Arena) -> CollectiveSteps[tuple[float, float]]:
-    """Every rank of a ring sends to the next while it receives from the one before: seconds a round, seconds a byte."""
+    """Returns seconds per round and per byte while every rank of a ring sends to the next one. Collective."""
     if len(ring) == 1:
         return 0.0, 0.0
     place = ring.index(channel.rank)
@@ -143,7 +144,7 @@ def _timed(task: Callable[[], object]) -> float:
 
 
 def _exchange_seconds(arena: Arena) -> float:
-    """What our own code takes for an exchange with nobody, of next to nothing."""
+    """Returns the seconds of an exchange of 64 elements in a world of one rank."""
     layout = BucketLayout(("gradient",), ((64,),), ((1,),))
     bucket, grad = BucketMemory(0, layout, torch.zeros(64)), torch.ones(64)
     plan = Plan(0, "allgather", TopK(), 1, ValueCodec.FP16)
@@ -156,7 +157,7 @@ def _exchange_seconds(arena: Arena) -> float:
 
 
 def _kernel_seconds(compressor: Compressor, density: float) -> Iterator[float]:
-    """Yields seconds an element of select and fill, a nonzero of encode and decode, an element of add."""
+    """Yields the costs from `select` to `add`, in the order of `Costs`."""
     n = _ELEMENTS
     k = max(1, min(n, round(density * n)))
     grad = torch.randn(n, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Candidates for a bucket, and the seconds that each is predicted to take."""
+"""The candidates for a bucket, and the predicted seconds of each."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sparsecomm.types import Sizes, ValueCodec
 __all__ = ["BucketSizes", "Candidate", "best_of_each", "candidates", "predict"]
 
 BucketSizes = Mapping[int, tuple[int, int]]
-"""By bucket number: elements, and nonzeros to select."""
+"""Elements, and nonzeros to select, by bucket number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to exchange a bucket.
+    """An exchange method with a codec of values.
 
     Attributes:
         method: name of the exchange method.
@@ -35,18 +35,18 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """E.g. "allgather" or "dense fp16"."""
+        """Name in tables, e.g. "allgather" or "dense fp16"."""
         return f"{self.method} {self.values.name.lower()}" if self.is_dense else self.method
 
 
 def candidates(config: SparseConfig, *, layered: bool = False) -> list[Candidate]:
-    """Returns the candidates of "auto": methods that exchange any compressor's selection, and no compression.
+    """Returns the candidates of "auto": sparse methods that work with any compressor, and dense methods.
 
-    Dense in 16 bits competes where its rounding is kept (with feedback) and the value codec allows it.
+    Dense methods in 16 bits are candidates only if feedback keeps their rounding and the value codec is "auto".
 
     Args:
-        config: of the state.
-        layered: whether several nodes have several ranks: two levels compete only there.
+        config: options of the state.
+        layered: whether several nodes have several ranks, which adds the method "two_level".
     """
     scopes = (Scope.GENERAL, Scope.NODES) if layered else (Scope.GENERAL,)
     found = [Candidate(m.name, config.values) for m in methods().values() if m.scope in scopes and m.name != "dense"]
@@ -61,8 +61,6 @@ def predict(candidate: Candidate, sizes: Sizes, costs: Costs) -> Estimate:
     return method_named(candidate.method).seconds(sizes, costs)
 
 
-def best_of_each(
-    table: Mapping[int, Mapping[Candidate, Estimate]],
-) -> dict[int, Candidate]:
-    """Returns for every bucket the candidate with the shortest predicted time; in a tie the first."""
+def best_of_each(table: Mapping[int, Mapping[Candidate, Estimate]]) -> dict[int, Candidate]:
+    """Returns the candidate with the fewest predicted seconds for every bucket; of equal ones the first."""
     return {index: min(row, key=lambda c: row[c].seconds) for index, row in table.items()}

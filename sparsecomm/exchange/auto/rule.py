@@ -1,6 +1,6 @@
-"""The rule of thumb until costs are measured: the method with the fewest bytes.
+"""The rule of thumb before costs are measured: the method with the fewest bytes.
 
-Every rank computes the same answer from the same numbers, so nothing is exchanged to agree on it.
+Every rank computes the same answer from the same numbers, so ranks need no messages to agree on it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ __all__ = ["choose_collective"]
 
 
 def choose_collective(sizes: Sizes, *, dense_codec: ValueCodec = ValueCodec.FP32) -> str:
-    """Returns the method with the fewest bytes sent by a rank, of the sparse allgather and the dense ring.
+    """Returns "allgather" or "dense", whichever sends fewer bytes per rank.
 
     Args:
-        sizes: of the bucket.
-        dense_codec: codec of the values if dense.
+        sizes: sizes of the bucket in a sparse exchange.
+        dense_codec: codec of the values in a dense exchange.
     """
     sparse = method_named("allgather").bytes_sent(sizes)
     cheaper = sparse <= dense_ring_bytes(sizes.numel, sizes.ranks, dense_codec)

@@ -1,4 +1,4 @@
-"""The ways of exchanging a bucket, one a file or folder. Importing this package registers them all."""
+"""The exchange methods, each in a file or folder. Importing this package registers all of them."""
 
 from sparsecomm.exchange.methods import (  # noqa: F401
     allgather,

@@ -1,6 +1,7 @@
-"""Sparse allgather: every rank's selection to all ranks, summed in rank order. Best for few ranks or low density.
+"""Sparse allgather: every rank sends its selection to all ranks. Best for few ranks or low density.
 
-Cost: ceil(log2 P) messages for the headers, P - 1 for the bodies; (P - 1) (k b + 88) bytes, with b bytes a nonzero.
+The selections are summed in rank order. Cost: ceil(log2 P) messages for the headers, P - 1 for the bodies, and
+(P - 1) (k b + 88) bytes, with b bytes per nonzero.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["Allgather"]
 
 @register
 class Allgather(Method):
-    """Sends the selection to all ranks, as one payload whose header goes ahead."""
+    """Sends the selection to all ranks as one payload, whose header travels ahead in the agreement."""
 
     name = "allgather"
     number = 1
@@ -52,7 +53,7 @@ class Allgather(Method):
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """Bodies go to each rank directly, all at once."""
+        """Every rank sends its body to all others at once."""
         return (ranks - 1).bit_length() + min(1, ranks - 1)
 
     @override
@@ -62,18 +63,18 @@ class Allgather(Method):
 
     @override
     def encode(self) -> None:
-        """Writes the payload and adds to the residual what rounding drops; undoing the step overwrites that."""
+        """Writes the payload and adds the rounding to the residual; undoing the step overwrites it."""
         exchange, taken = self.exchange, self._taken
         plan, memory, numel = exchange.plan, exchange.memory, exchange.grad.numel()
         nnz = taken.nnz
         header = self.header = exchange.header()
         header.value_codec = plan.value_codec
         header.index_codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
-        # Index bytes need not grow with nnz (no gaps are left when all is sent), so both ends are asked.
+        # Index bytes may shrink as nnz grows (a full selection has no gaps), so the bound covers both ends.
         counts = (nnz, max(nnz, taken.capacity))
         self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, count, numel) for count in counts)
         self.payload = exchange.arena.get((memory.index, "payload"), self._most, torch.uint8)
-        # Free again at once: all buckets share it.
+        # Needed only until the end of this method, so all buckets share it.
         error = exchange.workspace.get("rounding", nnz, torch.float32, reserve=taken.capacity)
         encode_payload(header, taken.indices, taken.values, self.payload, error)
         if plan.value_codec != ValueCodec.FP32 and memory.residual is not None:
@@ -95,12 +96,12 @@ class Allgather(Method):
     def decode(self) -> None:
         """Decodes and checks every rank's payload.
 
-        This rank's own values are decoded like all others, since all ranks must add the same rounded numbers; its own
-        indices are at hand.
+        The values of this rank are decoded like all others, since all ranks must add the same rounded numbers. Its
+        indices are known and not decoded.
         """
         workspace, taken, headers = self.exchange.workspace, self._taken, self._headers
         total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
-        # Applied before anything else runs on this thread, so all buckets share these, which also keeps them in cache.
+        # Applied before another bucket runs on this thread. So all buckets share them, which also keeps them in cache.
         indices = workspace.get("decoded indices", total, torch.uint32, reserve=most)
         values = workspace.get("decoded values", total, torch.float32, reserve=most)
         own = (self.exchange.channel.rank, taken.indices)

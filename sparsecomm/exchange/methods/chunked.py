@@ -1,7 +1,7 @@
-"""Chunked: the chunks with the largest norms over all ranks, summed densely in 16 bits (GradientFlow's CSC).
+"""Chunked: a dense sum in 16 bits of the chunks with the largest norms over all ranks (GradientFlow's CSC).
 
-Norms are summed in float32, whatever the codec of the values: the sum has the same bits on all ranks, and so has
-the choice. Ties go to the lowest chunk. Chunks that are zero everywhere are not sent.
+Norms are always summed in float32. The sum has the same bits on all ranks, so all ranks choose the same chunks. Of
+equal norms the lowest chunk wins. Chunks that are zero on all ranks are not sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Chunked"]
 
 @register
 class Chunked(Packed):
-    """Sums the L1 norms of all chunks first. All ranks then hold the same bits and take the same chunks."""
+    """Sums the L1 norms of all chunks over the ranks and sends the chunks with the largest."""
 
     name = "chunked"
     number = 5
@@ -39,7 +39,7 @@ class Chunked(Packed):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """For chunks of the default length; shorter ones have more norms."""
+        """Assumes chunks of the default length; shorter chunks have more norms."""
         norms = dense_allreduce_bytes(ChunkTopK().chunks_of(sizes.numel), sizes.ranks, ValueCodec.FP32)
         values = dense_allreduce_bytes(sizes.k, sizes.ranks, summable(sizes.values))
         return agreement_bytes(sizes.ranks) + norms + values
@@ -56,7 +56,7 @@ class Chunked(Packed):
 
     @override
     def tag(self) -> int:
-        """Returns the length of a chunk: with others, ranks would add up values that do not belong together."""
+        """Returns the length of a chunk; ranks with different lengths would add values of different positions."""
         return self._chunk
 
     @override

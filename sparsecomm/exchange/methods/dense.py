@@ -1,6 +1,6 @@
-"""Dense: residual and gradient whole, summed densely. Rounding to 16 bits on the way goes back to the residual.
+"""Dense: a dense sum of the residual plus the gradient. The rounding of 16-bit codecs goes back to the residual.
 
-Cost: that of `collectives.dense_allreduce` for n elements, and the agreement.
+Cost: `collectives.dense_allreduce` of n elements, and the agreement.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Dense"]
 
 @register
 class Dense(Method):
-    """Sums the residuals, or the gradients where nothing was ever left over."""
+    """Sums the residuals, or the gradients of a bucket whose residual is missing or zero."""
 
     name = "dense"
     number = 2
@@ -47,7 +47,7 @@ class Dense(Method):
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """In float32 the gradient is summed in place; else there is a residual to keep."""
+        """In float32 the gradient is summed in place; in 16 bits the residual is updated as well."""
         wire, n = summable(sizes.values), sizes.numel
         link = dense_seconds(n, sizes.ranks, wire, alpha=costs.alpha, beta=costs.beta, add=costs.add)
         agreement = costs.alpha * (sizes.ranks - 1).bit_length()
@@ -57,7 +57,7 @@ class Dense(Method):
     @classmethod
     @override
     def header_rules(cls) -> HeaderRules:
-        """The header has neither k nor a tag."""
+        """Headers have neither k nor a tag."""
         return HeaderRules(cls.number, cls.name.upper(), check_empty, must_match=cls.must_match, show=cls.show)
 
     @override
@@ -79,29 +79,29 @@ class Dense(Method):
         residual = exchange.memory.residual if isinstance(taken, WholeTaken) else None
         work, wire, error = grad, self.header.value_codec, None
         if residual is not None or grad.dtype != torch.float32 or not grad.is_cpu:
-            # The gradient itself stays intact until the sum has arrived, so that a failure can be undone. All of it is
-            # sent, so that from a GPU all of it comes to the host.
+            # A copy is summed, so that the gradient is intact if the exchange fails. All of it is copied to the host,
+            # since all of it is sent.
             work = exchange.arena.get((key, "work"), grad.numel(), torch.float32)
             side_of(grad.device).fetch(grad if residual is None else residual, work)
         if isinstance(taken, WholeTaken) and residual is not None and wire != ValueCodec.FP32:
-            error = taken.rest = exchange.arena.get((key, "left"), grad.numel(), torch.float32)
+            error = taken.rest = exchange.arena.get((key, "rest"), grad.numel(), torch.float32)
         self._work = work
         scale = (exchange.plan.grad_scale if residual is not None else 1.0) / exchange.channel.size
         yield from dense_allreduce(exchange.channel, work, exchange.arena, key, wire=wire, scale=scale, error=error)
-        # With a residual NaN and infinity were found when the gradient was added. Without, they matter only where other
-        # buckets would have to be taken back with this one.
+        # With a residual, NaN and infinity were found when the gradient was added. Without one, they matter only if the
+        # step is not final, since other buckets are then undone together with this one.
         return exchange.plan.final or residual is not None or _is_finite(work)
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """The owners have scaled already, before they rounded."""
+        """Ignores `scale`: the owners scaled the sum before they rounded it."""
         assert self._work is not None, "nothing was summed"
         if self._work is not out:
             out.copy_(self._work, non_blocking=True)
 
     @override
     def give_up(self, *, agreed: bool) -> None:
-        """A gradient that is summed in place must not pass for one when half of the sum is there."""
+        """Fills a gradient that holds a partial sum with NaN, so that nobody mistakes it for a gradient."""
         if not agreed and self._work is self.exchange.grad:
             self.exchange.grad.fill_(math.nan)
 

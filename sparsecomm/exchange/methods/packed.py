@@ -1,7 +1,7 @@
-"""The methods whose positions every rank knows: values are packed there, summed densely, and unpacked.
+"""Base of the methods in which all ranks know the same positions: values are packed, summed densely and unpacked.
 
-No position travels with the values, there is no fill-in, and nothing is decoded. The residual stays whole until the
-step is final, so that undoing a step never needs to know what was sent.
+No positions travel with the values, there is no fill-in, and nothing is decoded. The residual stays whole until the
+step is final, so a step can be undone without knowing the sent values.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ __all__ = ["Packed"]
 
 
 class Packed(Method, abc.ABC):
-    """The steps that these methods share; they differ in `take` and `find`.
+    """The steps that these methods share. Subclasses define `take`, `tag` and `find`.
 
-        1 accumulate   the gradient is added to the residual, which stays whole until the end
-        2 find         all ranks find the same places
-        3 sum          the values there are packed and summed densely; the rank that rounds notes what that drops
-        4 apply        the average is unpacked, everything else is zero; at the places the residual becomes what this
-                       rank's rounding has dropped
+        1 accumulate   add the gradient to the residual, which stays whole until the end
+        2 find         find the places, the same on all ranks
+        3 sum          pack the values at the places and sum them densely; the rank that rounds keeps the rounding
+        4 apply        unpack the average and zero everything else; at the places the residual becomes the rounding
 
-    So a failure at any point before the last has changed nothing but what step 1 added.
+    A failure before step 4 is undone by subtracting the gradient from the residual.
     """
 
     has_body = False
@@ -46,7 +45,7 @@ class Packed(Method, abc.ABC):
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """One pass to accumulate, one to write; a dense sum of k, and finding the places."""
+        """One pass accumulates, one writes, and k elements are summed densely. Finding places takes further rounds."""
         link = dense_seconds(
             sizes.k, sizes.ranks, summable(sizes.values), alpha=costs.alpha, beta=costs.beta, add=costs.add
         )
@@ -56,7 +55,7 @@ class Packed(Method, abc.ABC):
 
     @abc.abstractmethod
     def tag(self) -> int:
-        """Returns the header's tag: a number that must be the same on all ranks for them to find the same places."""
+        """Returns the tag of the header: a number on which the places depend, so ranks must share it."""
 
     @abc.abstractmethod
     def find(self) -> CollectiveSteps[Places]:
@@ -80,7 +79,7 @@ class Packed(Method, abc.ABC):
         places.gather(residual, packed)
         rounding = None
         if wire != ValueCodec.FP32:
-            rounding = arena.get((key, "left"), places.count, torch.float32, reserve=k)
+            rounding = arena.get((key, "rest"), places.count, torch.float32, reserve=k)
         scale = exchange.plan.grad_scale / exchange.channel.size
         yield from dense_allreduce(exchange.channel, packed, arena, key, wire=wire, scale=scale, error=rounding)
         exchange.report.nnz = places.count
@@ -89,6 +88,6 @@ class Packed(Method, abc.ABC):
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """The owners have scaled already, before they rounded."""
+        """Ignores `scale`: the owners scaled the sum before they rounded it."""
         out.zero_()
         self._places.put(self._packed, out)

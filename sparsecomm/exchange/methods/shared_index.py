@@ -1,7 +1,7 @@
-"""Shared indices: the same positions on all ranks, drawn from a seed or chosen by one rank for all (CLT-k).
+"""Shared indices: all ranks use the same positions, drawn from a seed or selected by a leader (CLT-k).
 
-A leader's positions go down a binomial tree, log2 P messages: the header, which tells the length, and the
-rest.
+The positions of a leader travel down a binomial tree in two broadcasts of ceil(log2 P) rounds each. The first carries
+the header with the length, the second the body.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["SharedIndex"]
 
 @register
 class SharedIndex(Packed):
-    """Takes the positions that the compressor draws, or those of the rank that leads this step."""
+    """Sends the elements at positions that the compressor draws, or that the leader of this step selects."""
 
     name = "shared_index"
     number = 6
@@ -50,7 +50,7 @@ class SharedIndex(Packed):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """For the leader; where nobody leads no positions travel."""
+        """Assumes a leader, which sends most. Without a leader no positions travel."""
         positions = broadcast_bytes(positions_bytes(sizes.k, sizes.numel, sizes.indices), sizes.ranks)
         values = dense_allreduce_bytes(sizes.k, sizes.ranks, summable(sizes.values))
         return agreement_bytes(sizes.ranks) + positions + values
@@ -58,14 +58,14 @@ class SharedIndex(Packed):
     @classmethod
     @override
     def show(cls, field: str, value: Any) -> str:
-        """The tag is 1 + the seed of the sample, 0 if a rank leads."""
+        """The tag is 1 + the seed of the sample, or 0 if there is a leader."""
         if field == "tag":
             return str(value - 1) if value else "none (a rank leads)"
         return super().show(field, value)
 
     @override
     def take(self) -> PlacesTaken:
-        """The leader selects, and puts what it has selected back."""
+        """Adds the gradient; the leader selects positions and returns the selected values to the residual."""
         exchange, plan = self.exchange, self.exchange.plan
         if not isinstance(plan.compressor, SharedPositions):
             raise ConfigError(f"collective 'shared_index' needs a RandomK or CyclicTopK, got {plan.compressor!r}")
@@ -76,7 +76,7 @@ class SharedIndex(Packed):
             return self._taken
         self._taken = exchange.accumulate()
         if self._leader is None:
-            # Free again at once: all buckets share it.
+            # Needed only for this call, so all buckets share it.
             marks = exchange.arena.get("marks", exchange.grad.numel(), torch.uint8)
             self._drawn = plan.compressor.positions(plan.k, plan.step, exchange.memory.layout.hash, marks)
         return self._taken
@@ -87,7 +87,7 @@ class SharedIndex(Packed):
 
     @override
     def encode(self) -> None:
-        """Makes the header and, on the leader, the message with its positions."""
+        """Writes the header and, on the leader, the message with the positions."""
         super().encode()
         exchange = self.exchange
         if self._leader == exchange.channel.rank and exchange.channel.size > 1:
@@ -106,7 +106,7 @@ class SharedIndex(Packed):
         return Places(self._indices.to(torch.int64), 1, numel)
 
     def _spread(self, leader: int) -> CollectiveSteps[None]:
-        """Sends the leader's positions to all ranks."""
+        """Broadcasts the leader's positions. Sets `_indices` on the other ranks. Collective."""
         exchange, key, numel = self.exchange, self.exchange.memory.index, self.exchange.grad.numel()
         channel, arena, k = exchange.channel, exchange.arena, exchange.plan.k
         if leader == channel.rank:

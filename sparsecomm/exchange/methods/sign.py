@@ -1,6 +1,7 @@
-"""1-bit signs: every rank's signs and scale to all ranks, their products summed in rank order. For comparison.
+"""1-bit signs: every rank sends its signs and its scale to all ranks. For comparison.
 
-A sign cannot be zero, so spans of parameters that a rank has not used are left out of its payload.
+The products of signs and scales are summed in rank order. A sign cannot be zero, so a rank omits the spans of
+parameters that it has not used from its payload.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _LARGEST = float(torch.finfo(torch.float32).max)
 
 @register
 class Signs(Method):
-    """EF-signSGD. The part of the accumulated gradient that sign times scale does not give stays in the residual."""
+    """EF-signSGD: the accumulated gradient minus sign times scale stays in the residual."""
 
     name = "sign"
     number = 9
@@ -55,20 +56,20 @@ class Signs(Method):
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """Bodies go to each rank directly, all at once."""
+        """Every rank sends its body to all others at once."""
         return (ranks - 1).bit_length() + min(1, ranks - 1)
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """Signs are packed once, unpacked and added for every rank and for the residual."""
+        """Signs are packed once; they are unpacked and added once per rank and once for the residual."""
         compute = costs.exchange + (4 * costs.add + (sizes.ranks + 1) * (costs.add + 4 * costs.fill)) * sizes.numel
         return Estimate(costs.alpha * cls.rounds(sizes.ranks) + costs.beta * cls.bytes_sent(sizes), compute)
 
     @classmethod
     @override
     def header_rules(cls) -> HeaderRules:
-        """The body is signs and spans."""
+        """Bodies consist of spans and signs."""
         return HeaderRules(cls.number, cls.name.upper(), check_signs)
 
     @override
@@ -78,7 +79,7 @@ class Signs(Method):
 
     @override
     def encode(self) -> None:
-        """Writes the payload and notes what it does not say."""
+        """Writes the payload and computes the next residual."""
         exchange, key, numel = self.exchange, self.exchange.memory.index, self.exchange.grad.numel()
         residual = exchange.memory.residual
         assert residual is not None, "signs need a residual"
@@ -86,7 +87,7 @@ class Signs(Method):
         self.header = exchange.header()
         self.payload = exchange.arena.get((key, "payload"), max_signs_bytes(numel, len(spans)), torch.uint8)
         encode_signs(self.header, residual, spans, self.payload)
-        rest = exchange.arena.get((key, "left"), numel, torch.float32).copy_(residual)
+        rest = exchange.arena.get((key, "rest"), numel, torch.float32).copy_(residual)
         add_signs(self.header, self._mine, spans, rest, sub=True)
         self._taken.rest = rest
 
@@ -96,7 +97,7 @@ class Signs(Method):
 
     @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
-        """The sum of the scales bounds every sum."""
+        """Gathers the bodies, unless the sum of the scales, which bounds every element, exceeds float32."""
         exchange, self._headers = self.exchange, agreement.headers
         if math.fsum(h.value_scale for h in self._headers if h.nnz) > _LARGEST:
             return False
@@ -108,9 +109,9 @@ class Signs(Method):
 
     @override
     def decode(self) -> None:
-        """Checks every rank's payload, then adds them up in rank order."""
+        """Checks every rank's payload, then adds all of them in rank order."""
         spans = [read_spans(*pair) for pair in zip(self._headers, self._bodies, strict=True)]
-        # Applied before anything else runs on this thread, so all buckets share it.
+        # Applied before another bucket runs on this thread, so all buckets share it.
         self._sum = self.exchange.arena.get("sum of signs", self.exchange.grad.numel(), torch.float32).zero_()
         for header, body, left_out in zip(self._headers, self._bodies, spans, strict=True):
             add_signs(header, body, left_out, self._sum)

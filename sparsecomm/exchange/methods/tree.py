@@ -1,14 +1,14 @@
-"""Global top-k along a tree (gTop-k, Shi et al. 2019): pairs of ranks merge their pairs and keep k. For comparison.
+"""Global top-k along a binomial tree (gTop-k, Shi et al. 2019): ranks merge sparse vectors in pairs. For comparison.
 
-    1 up     in round j a rank whose number has bit j as its lowest sends its pairs to the rank without that bit, which
-             adds them to its own and keeps the k largest: rank 0 has the result after ceil(log2 P) rounds, for any P
-    2 down   rank 0's result to all, along the same tree backwards; everybody decodes the same bytes, rank 0 too
+    1 up     in round j, a rank whose lowest set bit is bit j sends its vector to the rank without that bit; that rank
+             adds both vectors and keeps the k largest sums; rank 0 has the result after ceil(log2 P) rounds, for any P
+    2 down   rank 0 sends the result down the same tree; all ranks decode the same bytes, rank 0 included
 
-Cost: 2 ceil(log2 P) rounds of two messages; rank 0 sends ceil(log2 P) times k nonzeros and receives as many. A power of
-two is not needed, so no surplus of ranks is folded away.
+Cost: 2 ceil(log2 P) rounds of two messages. Rank 0 sends k nonzeros ceil(log2 P) times and receives as many. P need not
+be a power of two.
 
-The sums that a merge drops, and the rounding of a vector that is sent on, stay with the rank that did it. They are
-added to its residual only when the whole exchange has succeeded.
+A rank keeps the sums that it drops in a merge and the rounding of the vectors that it sends. It adds them to its
+residual only when the whole exchange has succeeded.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["GlobalTopK"]
 
 @register
 class GlobalTopK(Method):
-    """Sums all selections, keeping k of the sums at most."""
+    """Sums all selections and keeps at most k of the sums."""
 
     name = "tree"
     number = 7
     has_body = False
     must_match: ClassVar = {"nnz": "k"}
-    scope = Scope.COMPARISON  # split-reduce keeps about the same and moves less
+    scope = Scope.COMPARISON  # split-reduce keeps about the same sums and sends less
 
     _taken: SelectedTaken
     _pairs: Pairs | None = None
@@ -49,20 +49,20 @@ class GlobalTopK(Method):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """For rank 0, which sends most."""
+        """Counts the bytes of rank 0, which sends most."""
         payload = HEADER_BYTES + body_bytes(sizes.k, sizes.numel, Codecs(sizes.values, sizes.indices))
         return agreement_bytes(sizes.ranks) + (sizes.ranks - 1).bit_length() * payload
 
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """The agreement, then up and down the tree, with header and body in each round."""
+        """The agreement, then one wait for a header and one for a body in each round up and down the tree."""
         return 5 * (ranks - 1).bit_length()
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """One round after the other moves, decodes and merges k nonzeros."""
+        """In each round up the tree, k nonzeros are sent, decoded and merged."""
         rounds = (sizes.ranks - 1).bit_length()
         nonzeros = (costs.encode + costs.decode) * sizes.k * (rounds + 1)
         compute = costs.exchange + (costs.select + costs.fill) * sizes.numel + nonzeros
@@ -108,7 +108,7 @@ class GlobalTopK(Method):
         return True
 
     def _write(self, pairs: Pairs | None) -> Vector:
-        """Writes this rank's pairs and notes their rounding. Mutates `_dropped`."""
+        """Writes this rank's pairs as a payload and appends their rounding to `_dropped`."""
         exchange, codecs = self.exchange, self.exchange.plan.codecs
         vector = write_vector(self.header, pairs, codecs, exchange.arena, (exchange.memory.index, "tree"))
         if pairs is not None and codecs.values != ValueCodec.FP32:
@@ -116,24 +116,28 @@ class GlobalTopK(Method):
         return vector
 
     def _merge(self, ours: Pairs, theirs: Pairs, bit: int) -> Pairs | None:
-        """Adds two sparse vectors and keeps the k largest sums; None if one is not finite. Mutates `_dropped`."""
+        """Adds two sparse vectors and keeps the k largest sums. Appends the others to `_dropped`.
+
+        Returns:
+            The kept sums; None if a sum is not finite.
+        """
         arena, key, k = self.exchange.arena, self.exchange.memory.index, self.exchange.plan.k
         indices = np.concatenate([ours[0].numpy(), theirs[0].numpy()])
         values = np.concatenate([ours[1].numpy(), theirs[1].numpy()])
-        order = np.argsort(indices, kind="stable")  # fast, since both halves are ascending
+        order = np.argsort(indices, kind="stable")  # a merge: fast, since both halves are ascending
         indices, values = indices[order], values[order]
         first = np.flatnonzero(np.diff(indices, prepend=indices[:1] + np.uint32(1)))
-        with np.errstate(over="ignore"):  # noticed below
+        with np.errstate(over="ignore"):  # exact_topk counts infinite sums
             sums = torch.from_numpy(np.add.reduceat(values, first) if len(first) else values)
         places = torch.from_numpy(indices[first])
         room = min(k, sums.numel())
-        where = arena.get((key, "kept places"), room, torch.uint32, reserve=k)
+        chosen = arena.get((key, "kept places"), room, torch.uint32, reserve=k)
         kept = arena.get((key, "kept values", bit), room, torch.float32, reserve=k)
-        result = kernels.exact_topk(None, sums, room, where, kept)
+        result = kernels.exact_topk(None, sums, room, chosen, kept)
         if result.nonfinite:
             return None
-        self._dropped.append((places, sums))  # zero where a sum was kept
-        at = torch.from_numpy(where[: result.stored].numpy().astype(np.int64))
+        self._dropped.append((places, sums))  # exact_topk has zeroed the kept sums
+        at = torch.from_numpy(chosen[: result.stored].numpy().astype(np.int64))
         return places[at], kept[: result.stored]
 
     @override

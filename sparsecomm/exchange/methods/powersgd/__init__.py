@@ -1,4 +1,4 @@
-"""PowerSGD (Vogels et al. 2019): low-rank factors, summed densely."""
+"""PowerSGD (Vogels et al. 2019): dense sums of low-rank factors."""
 
 from sparsecomm.exchange.methods.powersgd.method import LowRank
 

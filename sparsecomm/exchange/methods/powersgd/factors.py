@@ -1,4 +1,4 @@
-"""Low-rank factors of the matrices in a bucket: which there are, and vectors made orthonormal alike on all ranks."""
+"""The matrices in a bucket, and orthonormal vectors that have the same bits on all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsecomm.feedback.layout import BucketLayout
 
 __all__ = ["Matrix", "matrices_of", "orthonormal", "random_factor"]
 
-_DEPENDENT = 1e-6  # of a column's norm: what is left of it beside the columns before is rounding
+_DEPENDENT = 1e-6  # relative norm below which the remainder of a projected vector is only rounding
 _SEED = 0x5EED
 
 
@@ -23,10 +23,10 @@ class Matrix:
     """A parameter that is sent as two factors.
 
     Attributes:
-        name: the parameter's.
-        start: its first element in the bucket.
+        name: name of the parameter.
+        start: first element of the parameter in the bucket.
         rows: length of the dimension that is slowest in memory.
-        cols: of all others together.
+        cols: product of the lengths of all other dimensions.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Matrix:
 
 
 def matrices_of(layout: BucketLayout, rank: int) -> tuple[list[Matrix], list[tuple[int, int]]]:
-    """Returns the parameters of which a low rank saves something, and the spans of all else, joined."""
+    """Returns the parameters for which a low rank saves bytes, and the merged spans of all other parameters."""
     matrices: list[Matrix] = []
     spans: list[tuple[int, int]] = []
     start = 0
@@ -59,20 +59,21 @@ def matrices_of(layout: BucketLayout, rank: int) -> tuple[list[Matrix], list[tup
 
 
 def random_factor(name: str, rank: int, length: int) -> torch.Tensor:
-    """Returns normal numbers that depend on the arguments alone, float32, shape (rank, length)."""
+    """Returns normally distributed numbers, float32, shape (rank, length), that depend only on the arguments."""
     seed = zlib.crc32(name.encode(), _SEED)
     return torch.randn(rank, length, generator=torch.Generator().manual_seed(seed))
 
 
 def orthonormal(vectors: torch.Tensor, spare: Callable[[], torch.Tensor] | None = None) -> None:
-    """Makes vectors orthonormal, by modified Gram-Schmidt in float64, done twice.
+    """Makes vectors orthonormal by modified Gram-Schmidt in float64, with each projection done twice.
 
-    Sums are made in numpy's order, which depends on neither threads nor the width of vector instructions, so that ranks
-    on different machines get the same bits from the same bits.
+    Sums use numpy's order, which depends neither on threads nor on the width of vector instructions. So ranks on
+    different machines compute the same bits from the same input.
 
     Args:
-        vectors: float32, shape (r, n), contiguous. Mutated. What depends on those before becomes its spare, or zero.
-        spare: gives the spares: float32, shape (r, n).
+        vectors: float32, shape (r, n), contiguous. Mutated. A vector that depends on earlier ones is replaced by its
+            spare, or by zero if there is none or the spare depends on them, too.
+        spare: returns one spare per vector, float32, shape (r, n).
     """
     made = vectors.numpy().astype(np.float64)
     for i in range(len(made)):
@@ -84,7 +85,7 @@ def orthonormal(vectors: torch.Tensor, spare: Callable[[], torch.Tensor] | None 
 
 
 def _normalize(made: np.ndarray, i: int) -> bool:
-    """Makes the i-th vector orthogonal to those before, of norm 1; returns whether anything is left of it."""
+    """Makes vector i orthogonal to the earlier ones and of norm 1. Returns False if it is zero or depends on them."""
     before = _norm(made[i])
     for _ in range(2):
         for other in made[:i]:

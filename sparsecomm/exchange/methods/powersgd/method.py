@@ -1,13 +1,13 @@
-"""PowerSGD: each matrix as two thin factors, which dense sums can add up (Vogels et al. 2019). For comparison.
+"""PowerSGD: dense sums of two thin factors of each matrix (Vogels et al. 2019). For comparison.
 
-    1 accumulate   the gradient is added to the residual, which stays whole until the end: M
-    2 project      P = M Q, with the orthonormal Q that the last step's factor gives, summed over ranks
-    3 approximate  P made orthonormal, Q = M^T P, summed over ranks together with the elements that travel as they are
-    4 apply        the average is P Q^T / ranks; M - P Q^T with this rank's own Q stays in the residual
+    1 accumulate   add the gradient to the residual M, which stays whole until the end
+    2 project      sum P = M Q over the ranks, with Q made orthonormal from the right factor of the last step
+    3 approximate  make P orthonormal, sum Q = M^T P over the ranks, together with the elements of all other parameters
+    4 apply        the average is P Q^T / ranks; M - P Q^T with this rank's Q stays in the residual
 
-All ranks make P orthonormal from the same sum, by operations that give the same bits on any machine. The two sums are
-steps of one generator, so that any number of buckets may be in flight. The residual uses the rank's own Q, minus the
-rounding of its 16 bits, so that its sum over ranks is exactly the part that the average lacks.
+All ranks make P orthonormal from the same sum, by operations that give the same bits on any machine. Both sums are
+steps of one generator, so any number of buckets may be in flight. The residual uses the rank's Q before the sum, minus
+its 16-bit rounding. So the residuals of all ranks add up to exactly the part that the average lacks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["Factors", "LowRank"]
 
 @dataclass(slots=True)
 class Factors:
-    """The factors that a bucket remembers: the next step's iteration starts from them.
+    """The factors that a bucket remembers, from which the next step starts.
 
     Attributes:
-        rank: of the approximation.
-        right: float32, the sums of all matrices' right factors, one after the other, each of shape (rank, columns).
-        tag: of these bits; not 0.
+        rank: rank of the approximation.
+        right: float32, the summed right factors of all matrices, one after the other, each of shape (rank, columns).
+        tag: checksum of `right`, never 0.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class Factors:
 
 @register
 class LowRank(Method):
-    """Sums low-rank factors densely, in 32 or 16 bits; the rounding of 16 bits goes back to the residual."""
+    """Sums low-rank factors densely, in 32 or 16 bits; the rounding goes back to the residual."""
 
     name = "powersgd"
     number = 8
@@ -64,12 +64,12 @@ class LowRank(Method):
     _matrices: list[Matrix]
     _others: list[Span]
     _left_factor: torch.Tensor
-    _second: torch.Tensor  # the right factors, and all elements that travel as they are
+    _second: torch.Tensor  # the right factors, then the elements of all other parameters
 
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """For k values, half in each sum. Shapes say how many there really are."""
+        """Assumes k values, half in each sum; the true number depends on the shapes of parameters."""
         wire, k = summable(sizes.values), sizes.k
         sums = (dense_allreduce_bytes(n, sizes.ranks, wire) for n in (k // 2, k - k // 2))
         return agreement_bytes(sizes.ranks) + sum(sums)
@@ -77,13 +77,13 @@ class LowRank(Method):
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """The agreement and two short sums."""
+        """The agreement takes log2 P rounds, each of the two short sums twice as many."""
         return 5 * (ranks - 1).bit_length()
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """The matrix is read for each factor and for the residual, and written once."""
+        """Every matrix is read for each factor and for the residual, and written once."""
         compute = 3 * costs.exchange + (4 * costs.add + 2 * costs.fill) * sizes.numel
         return Estimate(costs.alpha * cls.rounds(sizes.ranks) + costs.beta * cls.bytes_sent(sizes), compute)
 
@@ -95,7 +95,7 @@ class LowRank(Method):
     @override
     def encode(self) -> None:
         exchange, compressor = self.exchange, self.exchange.plan.compressor
-        # Other compressors may be benched over this method: it has to know no more than a rank.
+        # Benchmarks also run this method with compressors that have no rank.
         self._rank = compressor.rank if isinstance(compressor, PowerSGD) else 1
         self._matrices, self._others = matrices_of(exchange.memory.layout, self._rank)
         self.header = exchange.header()
@@ -151,8 +151,8 @@ class LowRank(Method):
     def _keep(
         self, residual: torch.Tensor, first: torch.Tensor, mine: torch.Tensor, error: torch.Tensor | None
     ) -> None:
-        """Works out the part of M that this rank has not told the others: its next residual."""
-        rest = self._taken.rest = self._buffer("left", residual.numel())
+        """Computes the next residual: the part of M that this rank's factors lack, and the rounding."""
+        rest = self._taken.rest = self._buffer("rest", residual.numel())
         rest.copy_(residual)
         rights = mine.numel()
         if error is not None:
@@ -169,9 +169,9 @@ class LowRank(Method):
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """The owners have scaled already, before they rounded.
+        """Multiplies the factors. Ignores `scale`: the owners scaled the sum before they rounded it.
 
-        Products and sums are elementwise, since a matrix product may differ from one machine to another.
+        Products and sums are elementwise, since the bits of a matrix product may differ between machines.
         """
         full = out if out.dtype == torch.float32 else self.exchange.arena.get("low rank", out.numel(), torch.float32)
         rights = sum(self._rank * m.cols for m in self._matrices)
@@ -191,7 +191,7 @@ class LowRank(Method):
 
     @override
     def finish(self) -> None:
-        """Remembers the right factors."""
+        """Stores the right factors for the next step."""
         right = self._second[: sum(self._rank * m.cols for m in self._matrices)]
         known = self._known()
         kept = right.clone() if known is None else known.right.copy_(right)
@@ -206,7 +206,7 @@ class LowRank(Method):
         return self.exchange.arena.get((self.exchange.memory.index, name), numel, torch.float32)
 
     def _factors(self, first: torch.Tensor, right: torch.Tensor) -> list[tuple[Matrix, torch.Tensor, torch.Tensor]]:
-        """Returns every matrix with views of its factors, of shapes (rank, rows) and (rank, columns)."""
+        """Returns each matrix with views of its factors, of shapes (rank, rows) and (rank, columns)."""
         found, p, q, rank = [], 0, 0, self._rank
         for m in self._matrices:
             left = first[p : p + rank * m.rows].view(rank, m.rows)

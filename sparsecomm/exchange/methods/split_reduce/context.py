@@ -1,4 +1,4 @@
-"""Where a split-reduce works: the ranks, the buffers, and the bucket that errors and buffers are named after."""
+"""The channel, the arena and the bucket of a split-reduce."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Context"]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Where a split-reduce works.
+    """The channel, the arena and the bucket of a split-reduce.
 
     Attributes:
-        channel: the ranks.
-        arena: gives all buffers.
-        bucket: bucket number.
+        channel: connection to the other ranks.
+        arena: allocates all buffers.
+        bucket: bucket number, for errors and the names of buffers.
     """
 
     channel: Channel

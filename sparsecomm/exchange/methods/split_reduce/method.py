@@ -1,4 +1,4 @@
-"""Split-reduce: the sum of all selections, of which about k are kept ("split_reduce") or all ("ssar")."""
+"""Split-reduce: sums all selections and keeps about k of the sums ("split_reduce") or all of them ("ssar")."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ __all__ = ["SplitReduce", "Ssar"]
 
 @register
 class SplitReduce(Method):
-    """Ok-Topk's allreduce: its cost does not grow with the number of ranks.
+    """Ok-Topk's allreduce, whose bytes do not grow with the number of ranks.
 
-    The owner of a region keeps in its residual, for all ranks, the sums that it drops and the rounding of the others.
+    The owner of a region adds the sums that it drops, and the rounding of the kept sums, to its residual.
+
+    Attributes:
+        keep_all: whether all sums are kept, not about k of them.
     """
 
     name = "split_reduce"
@@ -45,7 +48,7 @@ class SplitReduce(Method):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """Making regions is spread over the steps that they serve. With `keep_all`, selections are independent."""
+        """Spreads the cost of making regions over their lifetime. With `keep_all`, assumes independent selections."""
         k, n, ranks, codecs = sizes.k, sizes.numel, sizes.ranks, Codecs(sizes.values, sizes.indices)
         region = -(-n // ranks)
         sent = kept = min(region, round(k / ranks))
@@ -58,13 +61,13 @@ class SplitReduce(Method):
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """The agreement, parts and their headers, announcements, the last leg."""
+        """Counts the agreement, the headers and bodies of parts, the announcements and the final gather."""
         return 3 * (ranks - 1).bit_length() + 2 * min(1, ranks - 1)
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """A rank encodes its own nonzeros, decodes about k that it owns and those kept."""
+        """A rank encodes its selection and its kept sums; it decodes the parts of its region and all kept sums."""
         k, ranks = sizes.k, sizes.ranks
         kept = min(sizes.numel, k * ranks) if cls.keep_all else k
         nonzeros = costs.encode * (k + kept / ranks) + costs.decode * (k + kept)
@@ -78,7 +81,7 @@ class SplitReduce(Method):
 
     @override
     def encode(self) -> None:
-        """Makes the header and, if there are regions from the last step, every owner's part."""
+        """Writes the header. If the regions of the last step fit, also encodes a part for each owner."""
         exchange, plan, taken = self.exchange, self.exchange.plan, self._taken
         numel = exchange.grad.numel()
         self._split = Split(
@@ -116,7 +119,7 @@ class SplitReduce(Method):
 
     @override
     def finish(self) -> None:
-        """Adds to the residual this rank's rounding as a sender, and the dropped sums and the rounding as an owner."""
+        """Adds this rank's rounding as a sender, and its dropped sums and rounding as an owner, to the residual."""
         split, reduced, residual = self._split, self._reduced, self.exchange.memory.residual
         assert reduced is not None, "nothing was reduced"
         assert residual is not None, "a sparse exchange needs a residual"
@@ -130,7 +133,7 @@ class SplitReduce(Method):
 
     @override
     def give_up(self, *, agreed: bool) -> None:
-        """The regions stay good for the next step; a threshold that was on its way is forgotten."""
+        """If all ranks skip the step, keeps its regions for the next step, with the threshold from before."""
         if agreed:
             known = self._regions
             self.exchange.memory.shared = None if known is None else replace(known, used=self.exchange.plan.step)
@@ -138,9 +141,9 @@ class SplitReduce(Method):
 
 @register
 class Ssar(SplitReduce):
-    """SparCML's static sparse allreduce: all sums are kept, and the last leg is dense where that is smaller.
+    """SparCML's static sparse allreduce: keeps all sums, and gathers a region densely where that is smaller.
 
-    Without rounding it equals the allgather bit for bit, since sums are made in rank order whoever owns them.
+    Without rounding, the result equals that of the allgather bit for bit, since every owner adds in rank order.
     """
 
     name = "ssar"

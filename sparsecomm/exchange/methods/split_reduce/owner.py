@@ -1,4 +1,4 @@
-"""The owner of a region in a split-reduce: collects the parts of it, adds them up, keeps the largest, hands them on."""
+"""The owner of a region in a split-reduce: collects its parts, adds them, keeps the largest sums and encodes them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ __all__ = ["Owner"]
 
 
 class Owner:
-    """What the owner of a region has received, and what it keeps of the sums.
+    """The owner of a region, with the sums of the region and the kept ones.
+
+    Args:
+        split: the selection of this rank, with `regions` set.
 
     Attributes:
+        split: the selection of this rank.
         start: first position of the region.
-        span: its length.
-        all_indices: uint32, positions of all sums that are not 0, relative to `start`, ascending.
-        all_values: float32, these sums.
-        indices: uint32, positions of the kept sums.
-        values: float32, these sums.
-        dropped: float32, as long as `all_values`: the sums that are not kept, 0 for the others.
-        error: float32, what encoding drops of `values`.
+        span: length of the region.
+        all_indices: uint32, positions of all nonzero sums, relative to `start`, ascending.
+        all_values: float32, all nonzero sums.
+        indices: uint32, positions of the kept sums, relative to `start`, ascending.
+        values: float32, the kept sums.
+        dropped: float32, as long as `all_values`: the dropped sums, with 0 for a kept sum.
+        error: float32, rounding of `values`.
         finite: whether all sums are finite.
-        block: the encoded kept sums.
+        block: uint8, the encoded kept sums.
     """
 
     def __init__(self, split: Split) -> None:
@@ -43,7 +47,7 @@ class Owner:
         self._turn = 0
 
     def collect(self) -> CollectiveSteps[None]:
-        """Steps 2 and 3: sends this rank's parts, receives and decodes those of its region."""
+        """Step 2: sends the parts of this rank, receives and decodes the parts of its region. Collective."""
         split, here = self.split, self.split.channel.rank
         first, last = split.cuts[split.here], split.cuts[split.here + 1]
         mine = split.buffer("own indices", last - first, torch.uint32, reserve=split.capacity)
@@ -52,7 +56,7 @@ class Owner:
         yield from exchange_parts(split.context, "split", split.parts, sources, self._decode)
 
     def _decode(self, arrivals: list[Arrival]) -> None:
-        """Decodes a turn's parts while the next are on their way; what they are added up in is the order of ranks."""
+        """Decodes the parts of one turn while those of the next turn travel."""
         total = sum(a.header.nnz for a in arrivals)
         indices = self.split.buffer(f"indices {self._turn}", total, torch.uint32, reserve=2 * total)
         values = self.split.buffer(f"values {self._turn}", total, torch.float32, reserve=2 * total)
@@ -66,12 +70,12 @@ class Owner:
             offset = end
 
     def add_up(self) -> None:
-        """Step 3: adds the parts up in the order of ranks. Mutates all_indices, all_values and finite.
+        """Step 3: adds the parts in rank order. Sets all_indices, all_values and finite.
 
-        The only pass over all of the region: what is kept and what is dropped are taken from the list of sums.
+        This is the only pass over the whole region. Later steps work on the list of nonzero sums.
         """
         split = self.split
-        sums = split.arena.get("region sums", self.span, torch.float32)  # free again at once: all buckets share it
+        sums = split.arena.get("region sums", self.span, torch.float32)  # needed only here, so all buckets share it
         kernels.scatter_reduce(sums, [self._parts[r] for r in range(split.channel.size)])
         most = min(self.span, sum(values.numel() for _, values in self._parts.values()))
         reserve = min(self.span, 2 * most)
@@ -82,7 +86,7 @@ class Owner:
         self.all_indices, self.all_values = indices[: result.stored], values[: result.stored]
 
     def select(self, threshold: float) -> None:
-        """Step 4: keeps the sums that reach the threshold. Mutates indices, values and dropped."""
+        """Step 4: keeps the sums of at least this magnitude. Sets indices, values and dropped."""
         split, nnz = self.split, self.all_values.numel()
         self.dropped = split.buffer("dropped", nnz, torch.float32, reserve=2 * nnz).zero_()
         if threshold <= KEEP_ALL:
@@ -98,7 +102,7 @@ class Owner:
         self.indices, self.values = indices, values[:stored]
 
     def _fill(self) -> None:
-        """Keeps the region with its zeros."""
+        """Keeps every element of the region, including zeros, so that no positions are sent."""
         indices = self.split.buffer("kept indices", self.span, torch.uint32)
         values = self.split.buffer("kept values", self.span, torch.float32)
         kernels.scatter_reduce(values, [(self.all_indices, self.all_values)])
@@ -106,13 +110,13 @@ class Owner:
         self.indices, self.values = indices, values
 
     def _dense_is_smaller(self, nnz: int) -> bool:
-        """Returns whether the region is so full that values without positions take fewer bytes (SparCML's DSAR)."""
+        """Returns whether all values of the region take fewer bytes than values with positions (SparCML's DSAR)."""
         codec = self.split.codecs.values
         sparse = kernels.max_value_bytes(codec, nnz) + -(-self.span // 8)
         return 0 < nnz < self.span and sparse > kernels.max_value_bytes(codec, self.span) and self.finite
 
     def encode_whole(self) -> None:
-        """Writes what is kept as one part. Mutates block and error."""
+        """Encodes the kept sums as one part. Sets block and error."""
         nnz = self.values.numel()
         codecs = self.split.codecs
         room = max_part_bytes(nnz, self.span, codecs) if nnz else 0
@@ -124,16 +128,16 @@ class Owner:
         self.block = out[:written]
 
     def rebalance(self, segments: list[Segment], counts: list[int]) -> CollectiveSteps[torch.Tensor]:
-        """Step 6: sends slices of what is kept to those who hold them in the gather.
+        """Step 6: sends slices of the kept sums to the ranks that hold them in the gather. Collective.
 
-        Their owner encodes them, once, so that what rounding drops is known to the owner. Mutates error.
+        The owner encodes its slices, and nobody encodes them again, so the owner knows their rounding. Mutates error.
 
         Args:
             segments: all slices.
-            counts: nonzeros kept in each region.
+            counts: kept nonzeros by region.
 
         Returns:
-            The slices that this rank holds, one part after the other.
+            uint8, the encoded slices that this rank holds, one after the other.
         """
         split, here = self.split, self.split.channel.rank
         mine = [s for s in segments if s.owner == here]

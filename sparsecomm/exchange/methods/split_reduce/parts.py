@@ -1,6 +1,6 @@
-"""Parts on their way: every rank sends each of some others a part of known span and unknown length.
+"""Exchange of parts between ranks. The receiver knows the span of a part, but not its length in bytes.
 
-Cost: two messages a part, its header and its body; nothing but the header if it is empty.
+Cost: two messages per part, the header and the body; only the header if the part is empty.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ from sparsecomm.wire import PART_HEADER_BYTES, PartHeader, decode_part, read_par
 
 __all__ = ["Arrival", "decode_pairs", "exchange_parts", "read_header_of", "shifted"]
 
-
 _WINDOW = 8  # destinations in flight: enough to keep a link busy, few enough not to flood a receiver
 
 
 def shifted(indices: torch.Tensor, offset: int, out: torch.Tensor) -> torch.Tensor:
-    """Writes indices moved by an offset, which may be negative; torch cannot add uint32, numpy can.
+    """Adds an offset to indices, with numpy, since torch cannot add uint32.
 
     Args:
         indices: uint32, shape (nnz,).
-        offset: what to add; all results must be in the range of uint32.
+        offset: added to each index; may be negative. All results must be in the range of uint32.
         out: uint32, shape (nnz,). Mutated; may be `indices`.
 
     Returns:
         `out`.
     """
-    np.add(indices.numpy(), np.uint32(offset % 2**32), out=out.numpy())  # modulo 2^32, so that it subtracts, too
+    np.add(indices.numpy(), np.uint32(offset % 2**32), out=out.numpy())  # modulo 2^32, so a negative offset subtracts
     return out
 
 
@@ -42,15 +41,15 @@ def decode_pairs(header: PartHeader, body: torch.Tensor, span: int, out: Pairs, 
     """Decodes a part.
 
     Args:
-        header: of the part.
-        body: uint8.
-        span: elements that the part is of.
-        out: as long as the part has nonzeros. Mutated.
-        rank: who encoded it, for errors.
-        bucket: for errors.
+        header: header of the part.
+        body: uint8, body of the part.
+        span: length of the span of the part.
+        out: indices and values, each of shape (nnz,). Mutated.
+        rank: rank that encoded the part, for errors.
+        bucket: bucket number, for errors.
 
     Raises:
-        WireError: if anything in it is wrong.
+        WireError: the part is damaged.
     """
     try:
         decode_part(header, body, span, *out)
@@ -59,7 +58,7 @@ def decode_pairs(header: PartHeader, body: torch.Tensor, span: int, out: Pairs, 
 
 
 def read_header_of(data: torch.Tensor, span: int, *, rank: int, bucket: int) -> PartHeader:
-    """Reads a part's header; its errors name rank and bucket."""
+    """Reads and checks the header of a part. A WireError names the rank and the bucket."""
     try:
         return read_part_header(data, span)
     except WireError as error:
@@ -68,13 +67,13 @@ def read_header_of(data: torch.Tensor, span: int, *, rank: int, bucket: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A part that has come.
+    """A received part.
 
     Attributes:
-        source: who sent it.
-        header: read and checked.
-        head: the header's bytes.
-        body: not checked yet.
+        source: rank that sent the part.
+        header: the checked header.
+        head: uint8, the bytes of the header.
+        body: uint8, the body, not yet checked.
     """
 
     source: int
@@ -92,25 +91,26 @@ def exchange_parts(
 ) -> CollectiveSteps[None]:
     """Sends parts to some ranks and receives parts from some. Collective; all ranks call it together.
 
-    1. In turn i, send to ranks r + 8 i + 1 .. r + 8 i + 8, receive from ranks r - 8 i - 1 .. r - 8 i - 8: headers.
-    2. The headers that have come say how long the bodies are: receive those beside the headers of the next turn.
-    3. Hand over what has come while the next is under way.
+    1. In turn i, send parts to ranks r + 8 i + 1 .. r + 8 i + 8, and receive headers from ranks r - 8 i - 1 ..
+       r - 8 i - 8.
+    2. The headers give the lengths of the bodies. Receive the bodies together with the headers of the next turn.
+    3. Pass the parts of a turn to `arrived` while those of the next turn travel.
 
-    A rank waits in turn i only for what others send in their turn i, so none waits for one that waits for it.
+    In turn i a rank waits only for messages that others send in their turn i, so ranks never wait in a circle.
 
     Args:
-        context: the ranks and the buffers.
-        name: names the buffers.
-        outgoing: a part's bytes by destination.
-        sources: by rank that sends a part here, the span of that part.
-        arrived: called with a turn's parts, which hold only until it returns.
+        context: channel, arena and bucket.
+        name: part of the names of buffers.
+        outgoing: encoded parts by destination.
+        sources: span of the part from each rank that sends one to this rank.
+        arrived: called with the parts of each turn, which are valid only until it returns.
 
     Raises:
-        WireError: if a header is damaged; names the sender.
+        WireError: a header is damaged. The error names the sender.
     """
     size, turns = context.channel.size, _Turns(context, name, outgoing, sources)
     coming: list[Arrival] = []
-    pending: list[Request] = []  # sends of the turn before, bodies that its headers announced
+    pending: list[Request] = []  # of the last turn: its sends, and the receives of the bodies
     for turn, first in enumerate(range(1, size, _WINDOW)):
         distances = range(first, min(first + _WINDOW, size))
         heads = turns.receive_headers(turn, distances)
@@ -128,7 +128,7 @@ def exchange_parts(
 
 
 class _Turns:
-    """The requests of one `exchange_parts`, turn by turn. Buffers of two turns alternate."""
+    """The requests of one call of `exchange_parts`, turn by turn. Consecutive turns use different buffers."""
 
     def __init__(
         self, context: Context, name: str, outgoing: Mapping[int, torch.Tensor], sources: Mapping[int, int]
@@ -138,7 +138,7 @@ class _Turns:
         self._heads = context.arena.get((self._key, "part headers"), 2 * _WINDOW * PART_HEADER_BYTES, torch.uint8)
 
     def receive_headers(self, turn: int, distances: range) -> list[tuple[int, torch.Tensor, Request]]:
-        """Starts to receive the headers of a turn. Returns source, buffer and request of each."""
+        """Starts to receive the headers of a turn. Returns the source, buffer and request of each header."""
         channel, started = self._context.channel, []
         for slot, distance in enumerate(distances):
             source = (channel.rank - distance) % channel.size
@@ -149,7 +149,7 @@ class _Turns:
         return started
 
     def send(self, distances: range) -> list[Request]:
-        """Starts to send the parts of a turn."""
+        """Starts to send the parts of a turn and returns the requests."""
         channel, started = self._context.channel, []
         for distance in distances:
             dest = (channel.rank + distance) % channel.size
@@ -161,7 +161,7 @@ class _Turns:
     def receive_bodies(
         self, turn: int, heads: Sequence[tuple[int, torch.Tensor, Request]]
     ) -> tuple[list[Arrival], list[Request]]:
-        """Reads a turn's headers and starts to receive the bodies that they announce."""
+        """Reads the headers of a turn and starts to receive the bodies."""
         context, bucket = self._context, self._context.bucket
         headers = [read_header_of(head, self._sources[s], rank=s, bucket=bucket) for s, head, _ in heads]
         total = sum(h.body_bytes for h in headers)

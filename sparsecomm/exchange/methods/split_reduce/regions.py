@@ -1,8 +1,8 @@
-"""Which rank owns which part of the index space, and which magnitudes a split-reduce keeps: both from samples.
+"""The regions of a split-reduce with their owners, and the threshold of kept sums, both estimated from samples.
 
-Every rank contributes a few quantiles of what it holds; from the union all compute the same numbers. Rank r takes its
-quantiles at (j + (r + 1/2) / P) / s, so that P ranks that hold the same positions contribute P s different quantiles
-and not s.
+Every rank contributes a few quantiles of its positions or magnitudes. All ranks compute the same result from the union.
+Rank r takes its s quantiles at (j + (r + 1/2) / P) / s. So P ranks with equal positions contribute P s different
+quantiles, not s.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from sparsecomm.wire import Record
 __all__ = ["KEEP_ALL", "LIFETIME", "Regions", "new_bounds", "new_threshold", "samples_of"]
 
 LIFETIME = 64
-"""Steps that regions are used for (Ok-Topk's tau)."""
+"""Number of steps that use the same regions (Ok-Topk's tau)."""
 KEEP_ALL = 2.0**-149
-"""The smallest positive float32: a threshold that keeps whatever is not zero."""
+"""The smallest positive float32: a threshold that keeps every nonzero sum."""
 _SAMPLES = 2048
-_GAIN = 1 / 8  # counts fall with the 4th to 10th power of the threshold in the tails of gradients
-_NUDGE = 0.1
+_GAIN = 1 / 8  # in the tails of gradients, counts fall with the 4th to 10th power of the threshold
+_NUDGE = 0.1  # largest relative change of the threshold from one step to the next
 
 _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """What ranks remember together of one bucket; the same on all of them.
+    """The regions of one bucket and the threshold of its kept sums; the same on all ranks.
 
     Attributes:
         bounds: int64, shape (P + 1,), ascending from 0 to n: region g is bounds[g] .. bounds[g + 1] - 1.
-        owners: ranks by region.
-        k: nonzeros each rank was asked to select when they were made.
-        made: step at which they were made.
-        used: last step that they were used in.
-        threshold: smallest magnitude of a sum to keep; NaN to find one.
-        tag: 32 bits that differ where any of these does, never 0.
+        owners: owners by region.
+        k: requested number of selected elements in the step that made the regions.
+        made: step that made the regions.
+        used: last step that used the regions.
+        threshold: smallest magnitude of a kept sum; NaN if it is not yet estimated.
+        tag: checksum of all other attributes, never 0.
     """
 
     bounds: npt.NDArray[np.int64]
@@ -62,12 +62,12 @@ class Regions:
         object.__setattr__(self, "tag", zlib.crc32(self.bounds.tobytes(), zlib.crc32(numbers)) or 1)
 
     def place(self, region: int) -> tuple[int, int]:
-        """Returns a region's first position and its length."""
+        """Returns first position and length of a region."""
         start = int(self.bounds[region])
         return start, int(self.bounds[region + 1]) - start
 
     def fit(self, size: int, numel: int, k: int, step: int) -> bool:
-        """Returns whether they may be used: for this world and bucket, about this k, and the step after the last."""
+        """Returns whether the regions suit this world, bucket and k, and whether `step` follows their last use."""
         return (
             len(self.bounds) == size + 1
             and int(self.bounds[-1]) == numel
@@ -78,44 +78,44 @@ class Regions:
         )
 
     def after(self, step: int, threshold: float, kept: int, wanted: int) -> Regions:
-        """Returns what to remember after a step.
+        """Returns the same regions after a step, with the threshold corrected.
 
         Args:
-            step: that step.
-            threshold: in use in it.
-            kept: nonzeros that reached it on all ranks together.
-            wanted: how many should have.
+            step: the finished step.
+            threshold: threshold of that step.
+            kept: number of sums that reached the threshold on all ranks together.
+            wanted: desired number of such sums; 0 to leave the threshold as it is.
         """
         if threshold > KEEP_ALL and wanted:
-            # Plain arithmetic, no power or logarithm: these round alike on every machine.
+            # No power or logarithm: only plain arithmetic rounds in the same way on every machine.
             drift = (kept - wanted) / wanted * _GAIN
             threshold = max(KEEP_ALL, threshold * (1.0 + min(_NUDGE, max(-_NUDGE, drift))))
         return replace(self, used=step, threshold=threshold)
 
 
 def samples_of(size: int) -> int:
-    """Returns how many quantiles each of `size` ranks contributes, once in 64 steps."""
+    """Returns the number of quantiles that each of `size` ranks contributes."""
     return max(16, min(128, _SAMPLES // size))
 
 
 def new_bounds(context: Context, indices: torch.Tensor, numel: int, k: int, step: int) -> CollectiveSteps[Regions]:
-    """Cuts the index space so that every rank is sent about the same number of nonzeros. Collective.
+    """Cuts the index space into regions that receive about equally many nonzeros. Collective.
 
-    1. Contribute the number of selected positions and their quantiles.
-    2. Each rank's samples are a distribution function, linear in between; add them all up.
-    3. Region g ends where it reaches (g + 1) / P.
-    4. The rank with the most samples in a region owns it, as far as each owns one: what is there already need not
-       travel.
+    1. Each rank contributes the number of its positions and their quantiles.
+    2. The samples of a rank define a distribution function, linear between samples. Add those of all ranks.
+    3. Region g ends where the sum reaches (g + 1) / P of its maximum.
+    4. A region goes to the rank with the most samples in it, with one region per rank. The owner's own part of a region
+       need not travel.
 
     Args:
-        context: the ranks and the buffers.
+        context: channel, arena and bucket.
         indices: uint32, shape (nnz,), ascending: positions that this rank has selected.
         numel: elements of the bucket.
-        k: number of positions that this rank was asked to select.
+        k: requested number of positions.
         step: training step.
 
     Raises:
-        WireError: if a rank's samples are damaged; names it.
+        WireError: the samples of a rank are damaged. The error names the rank.
     """
     size = context.channel.size
     counts, found, places = yield from _union(context, indices.numpy(), "positions")
@@ -132,18 +132,17 @@ def new_bounds(context: Context, indices: torch.Tensor, numel: int, k: int, step
 
 
 def _distribution(found: _Floats, places: _Floats, counts: _Floats) -> tuple[_Floats, _Floats]:
-    """Adds up what is known of every rank's positions: how many lie below x, linear between a rank's samples.
+    """Adds the distribution functions of all ranks, each interpolated linearly between the samples of the rank.
 
-    Interpolating rank by rank matters: with every sample as a step of its own, P ranks' roundings add up to regions
-    that differ by 15% at P = 256.
+    With every sample as a step instead, the roundings of P ranks add up, and regions differ by 15% at P = 256.
 
     Args:
-        found: shape (ranks, samples), ascending in each row.
-        places: how many positions of that rank are below each.
-        counts: shape (ranks,).
+        found: shape (ranks, samples), the samples of each rank, ascending.
+        places: shape (ranks, samples), the number of positions of the rank below each sample.
+        counts: shape (ranks,), the number of positions of each rank.
 
     Returns:
-        Points x and how many positions of all ranks are below them, both ascending.
+        Points x, and the estimated number of positions of all ranks below each x; both ascending.
     """
     ends = np.concatenate([found, found[:, -1:] + 1.0], axis=1)
     below = np.concatenate([places, counts[:, None]], axis=1)
@@ -157,11 +156,14 @@ def _distribution(found: _Floats, places: _Floats, counts: _Floats) -> tuple[_Fl
 
 
 def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: int) -> tuple[int, ...]:
-    """Gives regions to ranks, those with the most samples first; what is left goes in order of rank.
+    """Returns the owner of each region.
+
+    Pairs of rank and region are served in the order of their number of samples. The regions that remain go to the ranks
+    that remain, in rank order.
 
     Args:
-        ranks: whose each sample is.
-        regions: where each sample is.
+        ranks: rank of each sample.
+        regions: region of each sample.
         size: number of ranks.
     """
     pairs, votes = np.unique(ranks * size + regions, return_counts=True)
@@ -175,20 +177,20 @@ def _owners(ranks: npt.NDArray[np.int64], regions: npt.NDArray[np.int64], size: 
 
 
 def new_threshold(context: Context, values: torch.Tensor, wanted: int) -> CollectiveSteps[float]:
-    """Finds the magnitude that about `wanted` of all ranks' values reach. Collective.
+    """Estimates the magnitude that about `wanted` of the values of all ranks reach. Collective.
 
     Args:
-        context: the ranks and the buffers.
-        values: float32, shape (nnz,): this rank's sums, finite.
-        wanted: number of sums to keep in all.
+        context: channel, arena and bucket.
+        values: float32, shape (nnz,): the sums of this rank, finite.
+        wanted: number of sums that all ranks together should keep.
 
     Returns:
-        At least KEEP_ALL.
+        The threshold, at least KEEP_ALL.
 
     Raises:
-        WireError: if a rank's samples are damaged; names it.
+        WireError: the samples of a rank are damaged. The error names the rank.
     """
-    ascending = np.sort(np.abs(values.numpy()))  # faster than numpy's partition at this many quantiles
+    ascending = np.sort(np.abs(values.numpy()))  # faster than numpy's partition for so many quantiles
     counts, found, _ = yield from _union(context, ascending.view(np.uint32), "magnitudes")
     ranks = np.flatnonzero(counts)
     if counts.sum() <= wanted or not len(ranks):
@@ -203,18 +205,18 @@ def new_threshold(context: Context, values: torch.Tensor, wanted: int) -> Collec
 
 @cache
 def _record(samples: int) -> Record:
-    """Returns the layout of one rank's samples: how many numbers it has, and the samples, ascending."""
+    """Returns the layout of the samples of one rank: the count of its numbers, then the samples, ascending."""
     return Record("samples", (("count", "I"), ("samples", f"{4 * (samples + 2)}s")), crc="samples_crc")
 
 
 def _union(
     context: Context, ascending: npt.NDArray[np.uint32], name: str
 ) -> CollectiveSteps[tuple[_Floats, _Floats, _Floats]]:
-    """Gathers quantiles of 32-bit numbers.
+    """Gathers quantiles of the 32-bit numbers of all ranks. Collective.
 
     Returns:
-        By rank: the count of its numbers; its samples, ascending; the count of numbers below each. Zeros where it has
-        none.
+        By rank, the count of its numbers, its samples in ascending order, and the count of its numbers below each
+        sample. All zero for a rank without numbers.
     """
     channel = context.channel
     size, samples = channel.size, samples_of(channel.size)
@@ -240,6 +242,6 @@ def _union(
 
 
 def _places(rank: int, size: int, samples: int, count: int) -> npt.NDArray[np.int64]:
-    """Returns which entries of an ascending list a rank contributes: the first, quantiles, the last."""
+    """Returns the entries of an ascending list that a rank contributes: the first, the quantiles and the last."""
     inner = (np.arange(samples) + (rank + 0.5) / size) / samples * count
     return np.minimum(np.concatenate([[0.0], inner, [count]]).astype(np.int64), count - 1)

@@ -1,4 +1,4 @@
-"""Who hands on what in the last leg of a split-reduce: slices of the owners' lists, which every rank can work out."""
+"""The slices of kept sums in the gather of a split-reduce, which every rank can compute from the announced counts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Segment", "decode_blocks", "segments_of"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A slice of what an owner has kept.
+    """A slice of the kept sums of an owner.
 
     Attributes:
-        region: region that it is of.
-        owner: rank that owns the region and has encoded the slice.
-        holder: rank that hands it on.
-        first: its first entry in the owner's list.
-        last: one past its last.
+        region: region of the sums.
+        owner: rank that owns the region and encodes the slice.
+        holder: rank that contributes the slice to the gather.
+        first: first entry of the slice in the owner's list of kept sums.
+        last: one past the last entry.
     """
 
     region: int
@@ -38,18 +38,18 @@ class Segment:
 
     @property
     def count(self) -> int:
-        """Nonzeros in it."""
+        """Number of entries."""
         return self.last - self.first
 
     def place(self, start: int, span: int, kept: int) -> tuple[int, int]:
-        """Returns start and length of the span that its positions are relative to.
+        """Returns start and length of the span to which the positions of the slice are relative.
 
-        That is the owner's region, but for a region that is kept whole: its slices need no positions.
+        The span is the region, or exactly the slice if the region is kept whole: then no positions are sent.
 
         Args:
-            start: first position of the owner's region.
-            span: its length.
-            kept: nonzeros that the owner keeps.
+            start: first position of the region.
+            span: length of the region.
+            kept: number of sums that the owner keeps.
         """
         return (start + self.first, self.count) if kept == span else (start, span)
 
@@ -58,14 +58,15 @@ def segments_of(counts: Sequence[int], owners: Sequence[int], *, even: bool) -> 
     """Returns all slices, in the order of positions.
 
     Args:
-        counts: nonzeros kept in each region.
-        owners: ranks by region.
-        even: whether each rank is to hold about the same number; else owners hold their own.
+        counts: kept nonzeros by region.
+        owners: owners by region.
+        even: whether all ranks hold about equally many entries; otherwise every owner holds all of its sums.
     """
     if not even:
         return [Segment(g, r, r, 0, count) for g, (r, count) in enumerate(zip(owners, counts, strict=True)) if count]
     size, total = len(counts), sum(counts)
-    shares = [total * h // size for h in range(size + 1)]  # in the order of regions: most of a slice stays at home
+    # In the order of regions, so that most entries stay with their owner.
+    shares = [total * h // size for h in range(size + 1)]
     starts = [0, *accumulate(counts)]
     found, region, share = [], 0, 0
     while region < size and share < size:
@@ -88,21 +89,22 @@ def decode_blocks(
     arena: Arena,
     bucket: int,
 ) -> Pairs:
-    """Decodes and checks everything that was gathered.
+    """Decodes and checks all gathered blocks.
 
     Args:
         blocks: uint8, by holder.
         segments: all slices.
-        counts: nonzeros kept in each region.
-        regions: in use.
-        arena: gives the result's buffers, which all buckets share.
-        bucket: for errors.
+        counts: kept nonzeros by region.
+        regions: regions in use.
+        arena: allocates the result's buffers, which all buckets share.
+        bucket: bucket number, for errors.
 
     Returns:
         All kept sums, positions ascending.
 
     Raises:
-        WireError: names the rank that encoded what is wrong, or the one whose block has another length.
+        WireError: a block is damaged. The error names the rank that encoded the damaged part, or the holder of a block
+            of the wrong length.
     """
     total = sum(counts)
     indices = arena.get("decoded indices", total, torch.uint32, reserve=2 * total)

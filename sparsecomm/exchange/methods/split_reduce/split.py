@@ -1,4 +1,4 @@
-"""What a rank brings to a split-reduce: its selection, cut into encoded parts for the owners of the regions."""
+"""The selection of a rank in a split-reduce, cut into encoded parts for the owners of regions."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ __all__ = ["Split"]
 
 @dataclass(slots=True)
 class Split:
-    """One rank's part in a split-reduce.
+    """The selection of one rank in a split-reduce, and its encoded parts.
 
     Attributes:
-        channel: the ranks.
-        arena: gives all buffers.
-        bucket: bucket number, names them.
+        channel: connection to the other ranks.
+        arena: allocates all buffers.
+        bucket: bucket number, part of the names of buffers.
         step: training step.
         numel: elements of the bucket.
-        pairs: what this rank has selected; must stay until the end.
-        capacity: how many it may select in other steps.
-        k: how many it was asked to select, the same on all ranks.
-        codecs: how parts are written.
-        keep_all: keep whatever is reduced, not about k of it.
-        regions: in use.
-        cuts: where in `pairs` each region starts, and the end.
-        parts: encoded parts by their destination.
-        error: float32, shape (nnz,): what rounding drops of `pairs`; 0 in the own region.
+        pairs: the selection of this rank; must not change before the exchange ends.
+        capacity: largest selection in any step; sizes buffers.
+        k: requested number of selected elements, the same on all ranks.
+        codecs: codecs of the parts.
+        keep_all: whether all sums are kept, not about k of them.
+        regions: regions in use; None before `encode`.
+        cuts: first entry of each region in `pairs`, then the number of pairs.
+        parts: encoded parts by destination.
+        error: float32, shape (nnz,), rounding of `pairs`; 0 in the region of this rank.
     """
 
     channel: Channel
@@ -56,26 +56,26 @@ class Split:
 
     @property
     def context(self) -> Context:
-        """The ranks, the buffers and the bucket."""
+        """Channel, arena and bucket."""
         return Context(self.channel, self.arena, self.bucket)
 
     @property
     def wanted(self) -> int | None:
-        """How many nonzeros to keep in all; None for all there are."""
+        """Number of sums that all owners together should keep; None to keep all sums."""
         return None if self.keep_all or self.channel.size == 1 else self.k
 
     @property
     def here(self) -> int:
-        """The region that this rank owns."""
+        """Number of the region that this rank owns."""
         assert self.regions is not None, "regions come first"
         return self.regions.owners.index(self.channel.rank)
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype, *, reserve: int = 0) -> torch.Tensor:
-        """Returns a buffer of this bucket's own."""
+        """Returns a buffer that only this bucket uses."""
         return self.arena.get((self.bucket, "split", name), numel, dtype, reserve=reserve)
 
     def encode(self, regions: Regions) -> None:
-        """Cuts what is selected at these regions and encodes the others' parts. Mutates cuts, parts and error."""
+        """Cuts the selection into these regions and encodes the parts of other owners. Sets cuts, parts and error."""
         self.regions = regions
         indices, values = self.pairs
         nnz, here, size, codecs = values.numel(), self.here, self.channel.size, self.codecs
@@ -99,7 +99,7 @@ class Split:
             offset += written
 
     def relative(self, first: int, last: int, start: int) -> torch.Tensor:
-        """Returns some of the selected positions relative to a region's start, in a buffer that all buckets share."""
+        """Returns selected positions first to last - 1, relative to `start`, in a buffer that all buckets share."""
         chosen = self.pairs[0][first:last]
         out = self.arena.get("relative indices", last - first, torch.uint32, reserve=self.capacity)
         return shifted(chosen, -start, out)

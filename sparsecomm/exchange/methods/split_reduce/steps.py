@@ -1,17 +1,18 @@
-"""Sparse allreduce whose cost does not grow with P: regions with an owner each, reduced, selected again, gathered.
+"""The steps of a split-reduce, a sparse allreduce whose bytes do not grow with P.
 
 After Ok-Topk (Li and Hoefler 2022) and SparCML's SSAR (Renggli et al. 2019), from their descriptions.
 
-    1 regions      cut the index space into P regions that receive about as many nonzeros each; kept for 64 steps
-    2 split        send each region's part to its owner, in rotated order, 8 destinations in flight
-    3 reduce       the owner adds the parts up in rank order
-    4 select       and keeps the sums above a global threshold, so that about k are kept in all
-    5 announce     how many each keeps, and in how many bytes; if it is far off k, a new threshold, once
-    6 rebalance    if some rank keeps so much more than others that it would send far more: move slices
-    7 gather       all blocks to all ranks; everybody decodes the same bytes, their owner too
+    1 regions      cut the index space into P regions that receive about equally many nonzeros; they last 64 steps
+    2 split        send the part of each region to its owner, in rotated order, 8 destinations in flight
+    3 reduce       the owner adds the parts of its region in rank order
+    4 select       the owner keeps the sums above a global threshold, so that all owners together keep about k
+    5 announce     tell all ranks the count and the bytes of the kept sums; if the total is far from k, find a new
+                   threshold and select again, once
+    6 rebalance    if some rank would send far more than the others, move slices of kept sums between ranks
+    7 gather       send all blocks to all ranks; everyone decodes the same bytes, owners included
 
-Cost, with b bytes a nonzero: 2 (P - 1) + O(log P) alpha, about 2 k b (P - 1) / P bytes sent and as many received.
-Without step 4 ("ssar") the last leg grows with the number of different positions, up to dense.
+Cost, with b bytes per nonzero: 2 (P - 1) + O(log P) messages, about 2 k b (P - 1) / P bytes sent and as many received.
+Without step 4 ("ssar") step 7 grows with the number of different positions, up to the cost of a dense gather.
 """
 
 from __future__ import annotations
@@ -36,26 +37,25 @@ __all__ = ["ANNOUNCEMENT_BYTES", "Reduced", "split_reduce"]
 _ANNOUNCEMENT = Record("announcement", (("kept", "I"), ("length", "I"), ("flags", "I")), crc="announcement_crc")
 ANNOUNCEMENT_BYTES = _ANNOUNCEMENT.nbytes
 _NONFINITE = 1
-_UNEVEN = 0.1  # of all that is gathered: what the busiest rank may send above the mean
-_SLACK = 32  # small counts fluctuate by more than a third
-_WORTH_MOVING = 1024  # bytes: about what two more messages cost on a 1 Gbit/s network
+_UNEVEN = 0.1  # excess of the busiest rank over the mean, relative to all gathered bytes, above which slices move
+_SLACK = 32  # nonzeros, since small counts fluctuate by more than a third
+_WORTH_MOVING = 1024  # bytes that take about as long as two more messages on a 1 Gbit/s network
 
 
 @dataclass(slots=True)
 class Reduced:
-    """The result of a split-reduce, and what this rank has to put into its residual for it.
+    """The result of a split-reduce, and the terms that this rank adds to its residual.
 
     Attributes:
-        pairs: the kept sums of all regions, positions ascending; the same bits on all ranks. They hold until the next
+        pairs: the kept sums of all regions, positions ascending; the same bits on all ranks. Valid until the next
             exchange of any bucket.
-        regions: to remember.
+        regions: regions for the next step.
         start: first position of this rank's region.
-        span: its length.
-        dropped: positions in this region, uint32, and sums that were not kept, float32; 0 for those that were.
-        indices: uint32, positions in this region that were kept.
-        error: float32, what rounding drops of these.
-        moved: whether slices were moved to even the gather out.
-        estimated: whether the threshold was found anew.
+        span: length of this rank's region.
+        dropped: all positions of this region with a sum, uint32, relative to `start`, and the dropped sums, float32,
+            with 0 for a kept sum.
+        indices: uint32, positions of the kept sums of this region, relative to `start`.
+        error: float32, rounding of these sums.
     """
 
     pairs: Pairs
@@ -65,22 +65,20 @@ class Reduced:
     dropped: Pairs
     indices: torch.Tensor
     error: torch.Tensor
-    moved: bool
-    estimated: bool
 
 
 def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
-    """Sums the selections of all ranks, keeping about k of the sums. Collective.
+    """Sums the selections of all ranks and keeps about k of the sums. Collective.
 
     Args:
-        split: what this rank has selected. If all ranks hold the same regions, with `Split.encode` done; else with
-            `regions` None on all of them. Mutated.
+        split: the selection of this rank. Mutated. If all ranks hold the same regions, `Split.encode` has been called
+            with them on all ranks; otherwise `regions` is None on all ranks.
 
     Returns:
-        None if a sum is not finite, on all ranks alike.
+        The result; None on all ranks if a sum is not finite.
 
     Raises:
-        WireError: if anything that came here is damaged; names the sender and the bucket.
+        WireError: a message is damaged. The error names the sender and the bucket.
     """
     if split.regions is None:
         found = yield from new_bounds(split.context, split.pairs[0], split.numel, split.k, split.step)
@@ -94,10 +92,10 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
     if chosen is None:
         return None
     counts, lengths = chosen.counts, chosen.lengths
-    moved = _is_uneven(lengths)
-    segments = segments_of(counts, regions.owners, even=moved)
+    uneven = _is_uneven(lengths)
+    segments = segments_of(counts, regions.owners, even=uneven)
     block = owner.block
-    if moved:
+    if uneven:
         block = yield from owner.rebalance(segments, counts)
         _, lengths, _ = yield from _announce(split, regions, 0, block, True)
     total = sum(lengths)
@@ -112,8 +110,6 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
         dropped=(owner.all_indices, owner.dropped),
         indices=owner.indices,
         error=owner.error,
-        moved=moved,
-        estimated=chosen.estimated,
     )
 
 
@@ -122,20 +118,18 @@ class _Chosen:
     """The outcome of steps 4 and 5, the same on all ranks.
 
     Attributes:
-        threshold: magnitude that a kept sum reaches.
-        estimated: whether it was found anew.
-        counts: nonzeros kept in each region.
-        lengths: bytes of each rank's block.
+        threshold: smallest magnitude of a kept sum.
+        counts: kept nonzeros by region.
+        lengths: bytes of the blocks by rank.
     """
 
     threshold: float
-    estimated: bool
     counts: list[int]
     lengths: list[int]
 
 
 def _select(split: Split, regions: Regions, owner: Owner) -> CollectiveSteps[_Chosen | None]:
-    """Steps 4 and 5: keeps the sums above a threshold and tells all ranks; None if a sum is not finite."""
+    """Steps 4 and 5: keeps the sums above a threshold and announces them. Returns None if a sum is not finite."""
     wanted = split.wanted
     threshold = KEEP_ALL if wanted is None else regions.threshold
     estimated = False
@@ -149,18 +143,18 @@ def _select(split: Split, regions: Regions, owner: Owner) -> CollectiveSteps[_Ch
         if not finite:
             return None
         if estimated or wanted is None or not _far_off(sum(counts), wanted, threshold):
-            return _Chosen(threshold, estimated, counts, lengths)
+            return _Chosen(threshold, counts, lengths)
         threshold = math.nan
 
 
 def _far_off(kept: int, wanted: int, threshold: float) -> bool:
     if threshold <= KEEP_ALL:
-        return 3 * kept > 4 * wanted + _SLACK  # there is no more to keep
+        return 3 * kept > 4 * wanted + _SLACK  # all sums are kept, so a new threshold helps only if there are too many
     return not 2 * wanted - _SLACK <= 3 * kept <= 4 * wanted + _SLACK
 
 
 def _is_uneven(lengths: list[int]) -> bool:
-    """Returns whether to even the blocks out: of its own a rank sends log2 P copies in the gather."""
+    """Returns whether to move slices between blocks. In the gather a rank sends log2 P copies of its block."""
     size = len(lengths)
     excess = (max(lengths) - sum(lengths) / size) * (size - 1).bit_length()
     return excess > _UNEVEN * sum(lengths) and excess > _WORTH_MOVING
@@ -169,10 +163,10 @@ def _is_uneven(lengths: list[int]) -> bool:
 def _announce(
     split: Split, regions: Regions, kept: int, block: torch.Tensor, finite: bool
 ) -> CollectiveSteps[tuple[list[int], list[int], bool]]:
-    """Tells all ranks how many nonzeros this rank keeps and in how many bytes.
+    """Tells all ranks how many nonzeros this rank keeps and how many bytes its block has. Collective.
 
     Returns:
-        The nonzeros by region, the bytes by rank, and whether all sums are finite.
+        Kept nonzeros by region, bytes by rank, and whether all sums on all ranks are finite.
     """
     mine = split.buffer("announcement", ANNOUNCEMENT_BYTES, torch.uint8)
     _ANNOUNCEMENT.write(mine, (kept, block.numel(), 0 if finite else _NONFINITE))

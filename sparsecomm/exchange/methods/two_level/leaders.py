@@ -1,4 +1,4 @@
-"""What the leader of a node does for its node, and the other ranks of the node meanwhile."""
+"""The exchange between the leaders of nodes, and the result on its way to the other ranks of each node."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ __all__ = ["Outcome", "follow", "lead", "leaders_method"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of an exchange between leaders, as every rank of a node has it.
+    """The result of an exchange between leaders.
 
     Attributes:
-        pairs: the sum over nodes, divided by their number; None if it is not finite.
-        chosen: uint32, ascending: positions that the node's leader selected; None where nobody asks.
-        rest: float32, shape (n,): the part of the node's sum that the leader did not send; None on the other ranks.
-        shared: object that the leaders' method keeps for the bucket; None on the other ranks.
+        pairs: sum over all nodes, divided by the number of nodes; None if it is not finite.
+        chosen: uint32, ascending: positions that the leader of this node selected; None unless momentum is masked.
+        rest: float32, shape (n,): the part of the node's sum that the leader did not send; None on other ranks.
+        shared: object that the method of the leaders keeps for the bucket; None on other ranks.
     """
 
     pairs: Pairs | None
@@ -55,25 +55,29 @@ class Outcome:
 
 
 def leaders_method(sizes: Sizes) -> type[Method]:
-    """Returns the sparse method with the fewest bytes between the leaders, of whom there are `sizes.ranks`."""
+    """Returns the sparse method that sends the fewest bytes between `sizes.ranks` leaders."""
     return Allgather if Allgather.bytes_sent(sizes) <= SplitReduce.bytes_sent(sizes) else SplitReduce
 
 
 def lead(
     exchange: Exchange, header: Header, total: torch.Tensor, leaders: Sequence[int], node: Sequence[int]
 ) -> CollectiveSteps[Outcome]:
-    """Selects from the node's sum, exchanges with the other leaders, shares the result or the failure.
+    """Exchanges the sum of this node with the other leaders, then sends the result or the failure to the node.
 
     Args:
-        exchange: in progress.
-        header: this rank's.
-        total: float32, shape (n,): the node's sum. Mutated: becomes the leaders' average.
-        leaders: their ranks, ascending.
-        node: ranks of this node, this one first.
+        exchange: the exchange in progress.
+        header: header of this rank.
+        total: float32, shape (n,): sum over the node. Mutated: becomes the average over the leaders.
+        leaders: ranks of the leaders, ascending.
+        node: ranks of this node, this rank first.
+
+    Raises:
+        AgreedError: the exchange between the leaders failed. The other ranks of the node raise it, too.
+        WireError: a payload was damaged on its way to this rank.
     """
     plan, numel, key = exchange.plan, total.numel(), exchange.memory.index
     followers = node[1:]
-    rest = exchange.arena.get((key, "left"), numel, torch.float32).zero_()
+    rest = exchange.arena.get((key, "rest"), numel, torch.float32).zero_()
     noting = _Noting(plan.compressor)
     memory = exchange.memory
     inner = BucketMemory(key, memory.layout, rest, memory.memory, shared=memory.shared)
@@ -102,7 +106,7 @@ def lead(
         raise
     _add_times(exchange.report, report)
     pairs, chosen = None, None
-    if not report.skipped and bool(torch.isfinite(total).all()):  # alike on all leaders
+    if not report.skipped and bool(torch.isfinite(total).all()):  # the same on all leaders
         pairs = _nonzeros(exchange, total)
         exchange.report.nnz = report.nnz
         if plan.masking:
@@ -113,7 +117,10 @@ def lead(
 
 
 def _nonzeros(exchange: Exchange, total: torch.Tensor) -> Pairs:
-    """Takes the nonzeros out of a dense vector; a full one keeps its zeros, and so needs no positions."""
+    """Returns the nonzeros of a dense vector, or all elements if that takes fewer bytes, since positions are omitted.
+
+    Mutates `total`.
+    """
     numel, arena, key = total.numel(), exchange.arena, exchange.memory.index
     nnz = int(torch.count_nonzero(total))
     if 32 * nnz + numel > 32 * numel:
@@ -127,7 +134,7 @@ def _nonzeros(exchange: Exchange, total: torch.Tensor) -> Pairs:
 
 
 def _share(exchange: Exchange, header: Header, outcome: Outcome, followers: Sequence[int]) -> CollectiveSteps[None]:
-    """Sends the result to the ranks of the node, with the leader's selection if they need it."""
+    """Sends the result, and the positions that the leader selected if they are needed, to the ranks of the node."""
     if not followers:
         return
 
@@ -137,7 +144,7 @@ def _share(exchange: Exchange, header: Header, outcome: Outcome, followers: Sequ
 
     payloads = [written(outcome.pairs, ValueCodec.FP32, "result")]
     if outcome.chosen is not None:
-        # The positions are all that matters; a payload without values there is not.
+        # Only positions matter, but a payload cannot omit the values.
         blank = torch.zeros(outcome.chosen.numel())
         payloads.append(written((outcome.chosen, blank), ValueCodec.INT8, "mask"))
     yield [r for f in followers for p in payloads for r in send_payload(exchange.channel, p, f)]
@@ -146,7 +153,7 @@ def _share(exchange: Exchange, header: Header, outcome: Outcome, followers: Sequ
 def _share_failure(
     exchange: Exchange, header: Header, cause: BaseException, followers: Sequence[int]
 ) -> CollectiveSteps[None]:
-    """Tells the ranks of the node that the leaders have failed."""
+    """Tells the ranks of the node that the exchange between leaders failed."""
     if not followers:
         return
     room = HEADER_BYTES + MAX_ERROR_BYTES
@@ -159,11 +166,17 @@ def _share_failure(
 
 
 def follow(exchange: Exchange, header: Header, leader: int, *, masked: bool) -> CollectiveSteps[Outcome]:
-    """Receives the result from the leader, and its selection if `masked`.
+    """Receives the result from the leader of the node.
+
+    Args:
+        exchange: the exchange in progress.
+        header: header of this rank.
+        leader: rank of the leader.
+        masked: whether the leader also sends the positions that it selected.
 
     Raises:
-        AgreedError: if the leaders have failed.
-        WireError: if the leader's message is damaged.
+        AgreedError: the exchange between leaders failed.
+        WireError: the leader's message is damaged.
     """
     key = exchange.memory.index
 
@@ -186,7 +199,7 @@ def follow(exchange: Exchange, header: Header, leader: int, *, masked: bool) -> 
 
 
 class _Noting(Compressor):
-    """Another compressor, whose last selection is noted. Its positions hold until the bucket's next exchange."""
+    """Wraps a compressor and records the positions of its last selection, valid until the bucket's next exchange."""
 
     def __init__(self, other: Compressor) -> None:
         self._other = other
@@ -222,14 +235,14 @@ def _failed(header: Header, cause: BaseException) -> str:
 
 
 def _named(cause: BaseException, leaders: Sequence[int]) -> BaseException:
-    """Returns an agreed failure of the leaders with a word on how its message numbers ranks."""
+    """Returns an agreed failure of the leaders, with a note on how its message numbers ranks."""
     if isinstance(cause, (RemoteError, CollectiveMismatch)):
         return type(cause)(f"between the leaders of nodes, ranks {list(leaders)}, there numbered from 0: {cause}")
     return cause
 
 
 def _add_times(whole: BucketReport, part: BucketReport) -> None:
-    """Counts the leaders' stages as such, not as waiting, of which they are a part."""
+    """Adds the stages of the leaders' exchange to the report and removes their seconds from the time of waiting."""
     for name in ("select_seconds", "encode_seconds", "apply_seconds"):
         seconds = getattr(part, name)
         setattr(whole, name, getattr(whole, name) + seconds)

@@ -1,12 +1,12 @@
-"""Two levels: a dense sum inside each node, the sparse sum between the nodes' leaders, its result shared in the node.
+"""Two levels: a dense sum inside each node, then a sparse exchange between the leaders of the nodes.
 
-    1 sum       the ranks of a node add what they have accumulated at their lowest rank, the leader, in rank order
-    2 exchange  the leader selects from the node's sum and exchanges with the other leaders, by the sparse allgather or
-                split-reduce: the whole pipeline of a bucket again, on a channel of the leaders
+    1 sum       sum the residuals of a node at its lowest rank, the leader, in rank order
+    2 exchange  the leader selects from the sum and exchanges with the other leaders, by sparse allgather or
+                split-reduce; this runs the whole pipeline of a bucket again, on a channel of the leaders
     3 share     the leader sends the sparse result to the ranks of its node
 
-The part of a node's sum that is not selected stays in the leader's residual; those of the other ranks are empty
-afterwards. If all ranks are on one node nothing is compressed: a dense allreduce, which leaves nothing over.
+The part of a node's sum that is not selected stays in the residual of the leader. The residuals of the other ranks are
+zero afterwards. If all ranks are on one node, nothing is compressed: a dense allreduce sums the residuals.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["TwoLevel", "two_level_bytes"]
 
 @register
 class TwoLevel(Method):
-    """Sums densely where memory is shared, sparsely between nodes."""
+    """Sums densely inside a node and sparsely between nodes."""
 
     name = "two_level"
     number = 10
@@ -54,22 +54,22 @@ class TwoLevel(Method):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        """For a leader whose node has no other ranks, since nothing here tells nodes.
+        """Assumes one rank per node, since `sizes` does not tell nodes; `two_level_bytes` takes nodes.
 
-        `two_level_bytes` is told them. The other ranks of a node send 4 bytes an element, in shared memory.
+        The other ranks of a node send 4 bytes per element, in shared memory.
         """
         return two_level_bytes(sizes, range(sizes.ranks))
 
     @classmethod
     @override
     def rounds(cls, ranks: int) -> int:
-        """The agreement, the exchange between leaders, the sum in the node and its result."""
+        """Counts the agreement, the exchange between leaders, the sum inside the node and the sharing of the result."""
         return 3 * (ranks - 1).bit_length() + 3 * min(1, ranks - 1)
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
-        """For a leader. A link that all ranks of a node shared is the leader's alone."""
+        """Predicts the seconds of a leader, which has the link of its node to itself."""
         k, n, others, nodes = sizes.k, sizes.numel, costs.beside - 1, costs.nodes
         between = two_level_bytes(sizes, range(nodes))
         shared = two_level_bytes(sizes, [0, *range(nodes)]) - between
@@ -83,18 +83,18 @@ class TwoLevel(Method):
 
     @property
     def _node(self) -> list[int]:
-        """The ranks of this node, ascending; the first leads."""
+        """Ranks of this node, ascending; the first is the leader."""
         return self._nodes[self.exchange.channel.nodes[self.exchange.channel.rank]]
 
     @override
     def take(self) -> WholeTaken:
-        """Takes all of it; the leader selects from the node's sum."""
+        """Takes the whole residual, since the leader selects only after the sum."""
         self._taken = self.exchange.take_whole()
         return self._taken
 
     @override
     def encode(self) -> None:
-        """Makes the header, which is all that goes ahead, and queues up for the inner process group."""
+        """Writes the header and queues up for the inner process group."""
         exchange, plan, channel = self.exchange, self.exchange.plan, self.exchange.channel
         self._nodes = {}
         for rank, node in enumerate(channel.nodes):
@@ -135,7 +135,7 @@ class TwoLevel(Method):
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """The leaders have divided by their number already."""
+        """Scales by the number of nodes, since the leaders computed an average over nodes."""
         if self._dense is not None:
             out.copy_(self._dense.mul_(scale))
             return
@@ -145,23 +145,23 @@ class TwoLevel(Method):
 
     @override
     def finish(self) -> None:
-        """Remembers what the leaders do, and where momentum is to be zeroed."""
+        """Stores the state of the leaders' method, and the positions at which momentum is zeroed."""
         self.exchange.memory.shared = None if self._outcome is None else self._outcome.shared
         self._taken.masked = None if self._outcome is None else self._outcome.chosen
 
     @override
     def give_up(self, *, agreed: bool) -> None:
-        """Lets the next exchange have the inner process group."""
+        """Leaves the queue for the inner process group."""
         if self._turn is not None:
             self._turn.leave()
 
 
 def two_level_bytes(sizes: Sizes, nodes: Sequence[int]) -> int:
-    """Returns the bytes that the busiest leader of a node sends, for uniform positions.
+    """Returns the bytes that the busiest leader sends, if positions are uniform.
 
     Args:
-        sizes: of the bucket; `k` nonzeros are selected by a leader. `ranks` is not used.
-        nodes: the node of every rank.
+        sizes: sizes of the bucket; `k` is the selection of a leader, and `ranks` is ignored.
+        nodes: node of each rank.
     """
     counts = [nodes.count(n) for n in set(nodes)]
     if len(counts) == 1:

@@ -88,7 +88,7 @@ class MethodChoice:
             return f"collective={config.collective!r} was given: nothing is chosen"
         if only:
             return f"{type(config.compressor).__name__} needs collective={only[0]!r}: nothing is chosen"
-        return "nothing is chosen: there was no exchange between several ranks yet"
+        return "nothing is chosen: there was no exchange among more than one rank yet"
 
     def is_settled(self) -> bool:
         """Returns whether nothing is being tried: the choice was made, or there is none to make."""

@@ -17,7 +17,7 @@ __all__ = ["MethodChoice"]
 
 
 class MethodChoice:
-    """Chooses the methods of one state. Measures only where `collective="auto"` leaves a choice."""
+    """Chooses the methods of one state. It measures only where `collective="auto"` leaves a choice."""
 
     def __init__(self) -> None:
         self._chooser: Chooser | None = None  # made once the world size is known

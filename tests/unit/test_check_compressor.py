@@ -1,4 +1,4 @@
-"""`check_compressor` passes every compressor of ours, and names what is broken in compressors that are."""
+"""`check_compressor` accepts all built-in compressors, and names the fault of broken ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Loses(Slow):
 
 
 class Keeps(Slow):
-    """Leaves what it selects in the residual: it is sent again."""
+    """Leaves selected values in the residual, so that they are sent again."""
 
     def select(self, grad: Any, residual: Any, k: Any, memory: Any, out: Any, **options: Any) -> Selection:
         done = super().select(grad, residual, k, memory, out, **options)
@@ -97,7 +97,7 @@ class LeavesRest(Slow):
 
 
 class Learns(Slow):
-    """Wants gradients of its own: where it runs there are none."""
+    """Uses autograd, which is off where compressors run."""
 
     def positions(self, magnitudes: torch.Tensor, k: int) -> torch.Tensor:
         weight = torch.ones_like(magnitudes).requires_grad_()
@@ -315,7 +315,7 @@ def test_what_is_broken_is_named(compressor: Any, message: str) -> None:
 
 
 def test_what_only_shows_between_ranks_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A strategy that loses something: the compressor is right by itself."""
+    """The compressor is correct, but the strategy loses values."""
     from sparsecomm.exchange.methods.allgather import Allgather
 
     def lossy(self: Allgather, out: torch.Tensor, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Option sets named by the papers they come from."""
+"""Named sets of options, most of them from papers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["PRESETS", "preset"]
 def _dgc(steps_per_epoch: int = 1000, momentum: float = 0.9, clip_norm: float | None = None) -> SparseConfig:
     """Deep Gradient Compression (Lin et al. 2018): momentum correction, factor masking, warm-up to 0.1%.
 
-    The optimizer then has no momentum of its own.
+    Use an optimizer without momentum.
     """
     return SparseConfig(
         compressor=TopK(density=Warmup((0.25, 0.063, 0.015, 0.004), steps_per_stage=steps_per_epoch, final=0.001)),
@@ -35,10 +35,10 @@ def _adam_topk(
     beta2: float = 0.95,
     clip_norm: float | None = 1.0,
 ) -> SparseConfig:
-    """Top-k of Adam updates (`AdamCorrection`), for runs that would use AdamW; the optimizer is SGD without momentum.
+    """Top-k of Adam updates (`AdamCorrection`), for runs that would use AdamW. Use SGD without momentum with it.
 
-    The density falls geometrically from 25% over the warm-up: half the run's steps did well, with about twice the
-    learning rate that suits AdamW with beta1 = 0.9. What was measured is in docs/convergence.md.
+    The density falls geometrically from 25% during the warm-up. A warm-up of half the run's steps worked well, with
+    about twice the learning rate that suits AdamW with beta1 = 0.9. docs/convergence.md has the measurements.
     """
     return SparseConfig(
         compressor=TopK(density=Geometric(0.25, density, warmup_steps)),
@@ -47,7 +47,7 @@ def _adam_topk(
 
 
 def _oktopk(density: float = 0.01) -> SparseConfig:
-    """Top-k by a threshold reused for 32 steps (Ok-Topk, Li and Hoefler 2022), with this version's allgather."""
+    """Top-k by a threshold that is reused for 32 steps (Ok-Topk, Li and Hoefler 2022); any collective."""
     return SparseConfig(compressor=ThresholdTopK(density=density, interval=32), feedback=ErrorFeedback())
 
 
@@ -56,8 +56,8 @@ def _gradientflow(
 ) -> SparseConfig:
     """Coarse-grained sparse communication (GradientFlow, Sun et al. 2019): top chunks, 16 bits, momentum correction.
 
-    The density halves from 80% on, an epoch each. The optimizer then has no momentum of its own. Give DDP a
-    bucket_cap_mb of many chunks: a chunk of 32,768 elements is 128 KiB of float32.
+    The density starts at 80% and halves every epoch. Use an optimizer without momentum. Choose DDP's bucket_cap_mb so
+    that a bucket holds many chunks: a chunk of 32,768 elements is 128 KiB of float32.
     """
     stages = tuple(d for d in (0.8, 0.4, 0.2) if d > density)
     return SparseConfig(
@@ -72,7 +72,7 @@ def _scalecom(density: float = 0.01) -> SparseConfig:
 
 
 def _dense() -> SparseConfig:
-    """No compression: float32 around a ring."""
+    """No compression: float32 values, summed around a ring."""
     return SparseConfig(compressor=Dense())
 
 
@@ -89,11 +89,11 @@ PRESETS = {
 
 
 def preset(name: str, **options: Any) -> SparseConfig:
-    """Returns a named option set; print it, or change it with `.change(...)`.
+    """Returns a named set of options. Print it to see them, and change them with `.change(...)`.
 
     Args:
         name: one of `PRESETS`.
-        options: arguments of that preset, e.g. ``density=0.001``.
+        options: arguments of that preset, for example ``density=0.001``.
 
     Raises:
         ConfigError: for an unknown name or argument.

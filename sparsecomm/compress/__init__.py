@@ -1,4 +1,4 @@
-"""Compressors: from a gradient and its residual to a sparse selection. Nothing here knows MPI or bytes."""
+"""Compressors: they select elements of a gradient and its residual. This package knows neither MPI nor bytes."""
 
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
 from sparsecomm.compress.chunks import ChunkTopK, largest_chunks

@@ -1,4 +1,4 @@
-"""What a compressor is: frozen options and one method that selects."""
+"""The base class of compressors, which are frozen options and one method that selects."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.compress.schedule import Density, check_density, density_at
 
-__all__ = ["Compressor", "Selection", "SelectionBuffers", "SelectorMemory", "SparsifyingCompressor", "take_out"]
+__all__ = ["Accumulated", "Compressor", "Selection", "SelectionBuffers", "SelectorMemory", "SparsifyingCompressor"]
 
 
 @dataclass(slots=True)
 class SelectionBuffers:
-    """Where a selection is written; owned by the caller and reused from step to step.
+    """Buffers that a selection is written to. The caller owns them and reuses them in every step.
 
     Attributes:
         indices: uint32, shape (capacity,).
@@ -29,12 +30,12 @@ class SelectionBuffers:
 
 @dataclass(slots=True)
 class SelectorMemory:
-    """What a compressor remembers of one bucket from step to step.
+    """A compressor's memory of one bucket from step to step.
 
     Attributes:
-        threshold: last threshold in use; NaN if there is none.
+        threshold: the threshold last used; NaN if there is none.
         age: steps since the threshold was exact.
-        k: the k it was made for.
+        k: the k that the threshold was made for.
     """
 
     threshold: float = math.nan
@@ -44,72 +45,80 @@ class SelectorMemory:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was selected from one bucket.
+    """The size of a selection from one bucket, whose pairs are in `SelectionBuffers`.
 
     Attributes:
         nnz: number of pairs at the front of the buffers.
-        nonfinite: number of accumulated elements that were NaN or infinite (never selected).
+        nonfinite: number of accumulated elements that were NaN or infinite; they are never selected.
     """
 
     nnz: int
     nonfinite: int
 
 
-def take_out(
-    positions: torch.Tensor,
-    before: torch.Tensor,
-    grad: torch.Tensor,
-    residual: torch.Tensor,
-    nonfinite: int,
-    out: SelectionBuffers,
-    *,
-    scale: float = 1.0,
-) -> Selection:
-    """Takes what was accumulated at some positions out of the residual, but for sums that were not finite.
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """A residual after a gradient was added to it.
 
-    Args:
-        positions: int64, ascending.
-        before: float32, shape (n,): the residual before the gradient was added.
-        grad: shape (n,), what was added to it.
-        residual: float32, shape (n,). Mutated.
-        nonfinite: how many sums were not finite; the residual was left alone there.
-        out: filled with the selection.
+    Attributes:
+        grad: the gradient, shape (n,).
         scale: factor on the gradient.
+        before: float32, shape (n,): the residual before the gradient was added.
+        residual: float32, shape (n,): the residual after it.
+        nonfinite: number of sums that were NaN or infinite; the residual is unchanged at their positions.
     """
-    if nonfinite:
-        positions = positions[torch.isfinite(before[positions] + grad[positions].float() * scale)]
-    nnz = positions.numel()
-    out.indices[:nnz] = positions.to(torch.uint32)
-    out.values[:nnz] = residual[positions]
-    residual[positions] = 0.0
-    return Selection(nnz, nonfinite)
+
+    grad: torch.Tensor
+    scale: float
+    before: torch.Tensor
+    residual: torch.Tensor
+    nonfinite: int
+
+    def take_out(self, positions: torch.Tensor, out: SelectionBuffers) -> Selection:
+        """Moves the values at some positions out of the residual, except where the sum was not finite.
+
+        Mutates `residual`: it becomes zero where a value was taken.
+
+        Args:
+            positions: int64, ascending.
+            out: receives the selection.
+        """
+        if self.nonfinite:
+            sums = self.before[positions] + self.grad[positions].float() * self.scale
+            positions = positions[torch.isfinite(sums)]
+        nnz = positions.numel()
+        out.indices[:nnz] = positions.to(torch.uint32)
+        out.values[:nnz] = self.residual[positions]
+        self.residual[positions] = 0.0
+        return Selection(nnz, self.nonfinite)
 
 
 class Compressor(abc.ABC):
-    """Base of all compressors. Instances are frozen options; per-bucket memory is passed in.
+    """Base class of all compressors. Instances are frozen options; callers pass in each bucket's memory.
 
     Attributes:
-        collectives: names of the only collectives that can exchange what it makes, the one that "auto" takes first;
-            empty if it makes indices and values, which any collective that is not special can exchange.
+        collectives: names of the only collectives that can exchange this compressor's selections; "auto" takes the
+            first. Empty if the selections are indices and values, which every collective exchanges unless it is made
+            for certain compressors.
     """
 
     collectives: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def density_at(self, step: int) -> float:
-        """Returns the fraction of elements to send at this step, in (0, 1]."""
+        """Returns the fraction of elements to send in this step, in (0, 1]."""
 
     @property
     def is_dense(self) -> bool:
-        """True if every element is sent and no residual is needed."""
+        """Whether every element is sent, so that no residual is needed."""
         return False
 
     def k_for(self, numel: int, step: int) -> int:
-        """Returns how many of `numel` elements to send at this step: at least one, density * numel rounded."""
+        """Returns the number of elements to send in this step: density * numel, rounded, and at least one."""
         return min(numel, max(1, round(self.density_at(step) * numel))) if numel else 0
 
     def capacity(self, k: int, numel: int) -> int:
-        """Returns the length the output buffers need to select about k of numel elements."""
+        """Returns the length of the output buffers that selecting about k of numel elements needs."""
         return min(k, numel)
 
     @abc.abstractmethod
@@ -123,24 +132,28 @@ class Compressor(abc.ABC):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """Adds the gradient to the residual and takes out about k of the largest magnitudes.
+        """Adds the gradient to the residual and moves about k of the largest magnitudes out of it.
 
-        NaN and infinite sums are never selected, and leave the residual as it was there. `sparsecomm.testing` checks
-        all that is said here.
+        NaN and infinite sums are never selected, and leave the residual unchanged at their positions.
+        `sparsecomm.testing` checks this whole contract.
 
         Args:
             grad: shape (n,), float32, float16 or bfloat16.
-            residual: shape (n,), float32. Mutated: zero where something is selected, the sum elsewhere.
-            k: how many elements to select.
+            residual: shape (n,), float32. Mutated: zero where an element is selected, the sum elsewhere.
+            k: number of elements to select.
             memory: this bucket's memory. Mutated.
-            out: filled with the selection, indices ascending.
+            out: receives the selection, indices ascending.
             scale: factor on the gradient.
         """
 
 
 @dataclass(frozen=True)
 class SparsifyingCompressor(Compressor):
-    """Shared options of compressors with a density."""
+    """Base class of compressors with a density.
+
+    Attributes:
+        density: fraction of elements to send: a number in (0, 1], a schedule, or a callable from step to density.
+    """
 
     density: Density = field(default=0.01)
 
@@ -148,6 +161,6 @@ class SparsifyingCompressor(Compressor):
         if not callable(self.density):
             object.__setattr__(self, "density", check_density(self.density))
 
+    @override
     def density_at(self, step: int) -> float:
-        """Returns the scheduled density."""
         return density_at(self.density, step)

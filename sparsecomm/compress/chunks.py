@@ -1,4 +1,4 @@
-"""Top chunks: coarse-grained sparsification, whose positions cost a float a chunk and whose values travel densely."""
+"""Top chunks: coarse-grained sparsification. It sends one float per chunk to agree on chunks, then dense values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
-from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor, take_out
+from sparsecomm.compress.base import Accumulated, Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
 from sparsecomm.compress.places import Places
 from sparsecomm.errors import ConfigError
 
@@ -19,15 +20,15 @@ _MOST = 2**32 - 1
 
 @dataclass(frozen=True)
 class ChunkTopK(SparsifyingCompressor):
-    """The chunks with the largest L1 norm summed over ranks (GradientFlow's CSC, Sun et al. 2019).
+    """The chunks with the largest L1 norms, summed over ranks (GradientFlow's CSC, Sun et al. 2019).
 
-    All ranks find the same chunks, so that the "chunked" collective, which this needs, sums them densely in 16 bits and
-    sends no positions. A bucket of fewer elements than a chunk is one chunk, and always sent: choose chunks much
-    smaller than DDP's buckets.
+    This compressor needs the "chunked" collective. All ranks find the same chunks, so that the collective sums them
+    densely in 16 bits and sends no positions. A bucket smaller than a chunk is a single chunk and is always sent, so
+    choose chunks much smaller than DDP's buckets.
 
     Attributes:
-        density: fraction of the chunks, a number in (0, 1], a schedule, or a callable from step to density.
-        chunk: elements of a chunk.
+        density: fraction of chunks to send: a number in (0, 1], a schedule, or a callable from step to density.
+        chunk: elements per chunk.
     """
 
     chunk: int = 32768
@@ -40,17 +41,20 @@ class ChunkTopK(SparsifyingCompressor):
             raise ConfigError(f"ChunkTopK.chunk must be an int in 1 .. {_MOST}, got {self.chunk!r}")
 
     def chunks_of(self, numel: int) -> int:
-        """Returns the number of chunks of a bucket, the last one maybe short."""
+        """Returns the number of chunks in a bucket; the last one may be short."""
         return -(-numel // self.chunk)
 
+    @override
     def k_for(self, numel: int, step: int) -> int:
-        """Returns the elements of as many full chunks as are sent: at least one, density * chunks rounded."""
+        """Counts whole chunks: density * chunks, rounded, and at least one."""
         return min(numel, super().k_for(self.chunks_of(numel), step) * self.chunk)
 
+    @override
     def capacity(self, k: int, numel: int) -> int:
-        """Returns room for whole chunks."""
+        """Rounds k up to whole chunks."""
         return min(numel, self.chunks_of(k) * self.chunk)
 
+    @override
     def select(
         self,
         grad: torch.Tensor,
@@ -61,20 +65,22 @@ class ChunkTopK(SparsifyingCompressor):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """See `Compressor.select`. Takes the chunks that are largest on this rank alone: k rounded up to whole ones."""
+        """Takes the chunks that are largest on this rank alone; k is rounded up to whole chunks."""
         before = residual.clone()
         norms = torch.empty(self.chunks_of(residual.numel()))
         nonfinite = kernels.accumulate_norms(grad, residual, self.chunk, norms, scale=scale)
         positions = Places(largest_chunks(norms, self.chunks_of(k)), self.chunk, residual.numel()).positions()
-        return take_out(positions, before, grad, residual, nonfinite, out, scale=scale)
+        return Accumulated(grad, scale, before, residual, nonfinite).take_out(positions, out)
 
 
 def largest_chunks(norms: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the numbers of the largest norms, int64, ascending, ties to the lowest; zeros are left out.
+    """Returns the numbers of the chunks with the largest norms, int64, ascending. Zero norms are left out.
+
+    Among equal norms the lowest number wins.
 
     Args:
-        norms: float32, shape (m,). Mutated: it is used up.
-        count: how many at most.
+        norms: float32, shape (m,). Mutated: used as work space.
+        count: maximal number of chunks.
     """
     norms.clamp_(max=torch.finfo(torch.float32).max)  # a sum of finite norms may overflow
     room = min(count, norms.numel())

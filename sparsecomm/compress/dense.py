@@ -1,10 +1,11 @@
-"""No compression: everything is sent. The baseline under the same interface."""
+"""No compression: every element is sent. This is the baseline, behind the same interface."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
@@ -17,14 +18,15 @@ class Dense(Compressor):
     """Sends every element."""
 
     @property
+    @override
     def is_dense(self) -> bool:
-        """Always true."""
         return True
 
+    @override
     def density_at(self, step: int) -> float:
-        """Always 1."""
         return 1.0
 
+    @override
     def select(
         self,
         grad: torch.Tensor,
@@ -35,6 +37,6 @@ class Dense(Compressor):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """See `Compressor.select`. Selects every nonzero element."""
+        """Selects every nonzero element."""
         result = kernels.exact_topk(grad, residual, grad.numel(), out.indices, out.values, scale=scale)
         return Selection(nnz=result.stored, nonfinite=result.nonfinite)

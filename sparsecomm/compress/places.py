@@ -1,4 +1,4 @@
-"""Places in a bucket that every rank knows: single elements, or chunks of them."""
+"""Places in a bucket that all ranks know: single elements, or chunks of elements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Places"]
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Some elements of a flat vector, to be packed, sent without positions, and unpacked.
+    """Some elements of a flat vector. They are packed, sent without positions, and unpacked.
 
     Attributes:
-        chunks: int64, shape (m,), strictly ascending: numbers of the chunks.
-        width: elements of a chunk; the vector's last one may be shorter.
+        chunks: chunk numbers, int64, shape (m,), strictly ascending.
+        width: elements per chunk; the vector's last chunk may be shorter.
         numel: elements of the vector.
     """
 
@@ -38,7 +38,7 @@ class Places:
         return bool(self._tail and self.chunks.numel() and int(self.chunks[-1]) == self.numel // self.width)
 
     def gather(self, source: torch.Tensor, out: torch.Tensor) -> None:
-        """Packs: copies these elements of `source`, shape (numel,), into `out`, shape (count,), in their order."""
+        """Packs: copies these elements of `source`, shape (numel,), to `out`, shape (count,). Mutates `out`."""
         rows, chunks, parts = self._rows(source), *self._split(out)
         torch.index_select(rows, 0, chunks, out=parts[0])
         parts[1].copy_(source[self.numel - parts[1].numel() :])
@@ -50,7 +50,7 @@ class Places:
         into[self.numel - parts[1].numel() :].copy_(parts[1])
 
     def fill(self, into: torch.Tensor, value: float) -> None:
-        """Sets these elements of `into`, shape (numel,)."""
+        """Sets these elements of `into`, shape (numel,), to `value`. Mutates `into`."""
         chunks = self.chunks[:-1] if self._has_tail else self.chunks
         self._rows(into).index_fill_(0, chunks, value)
         if self._has_tail:
@@ -64,14 +64,21 @@ class Places:
         return every.flatten()[: self.count]
 
     def _rows(self, vector: torch.Tensor) -> torch.Tensor:
-        """The vector's full chunks; torch copies single elements much faster than rows of one."""
+        """Returns the vector's full chunks as rows.
+
+        Chunks of one element stay flat: torch copies single elements much faster than rows of one.
+        """
         if self.width == 1:
             return vector
         whole = self.numel // self.width
         return vector[: whole * self.width].view(whole, self.width)
 
     def _split(self, packed: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Returns the full chunks' numbers, what is packed of them in the shape of `_rows`, and of the short one."""
+        """Splits a packed vector into full chunks and the short one.
+
+        Returns:
+            Numbers of the full chunks; their values, in the shape that `_rows` returns, and the short chunk's values.
+        """
         tail = self._tail if self._has_tail else 0
         chunks = self.chunks[:-1] if tail else self.chunks
         full, short = packed[: packed.numel() - tail], packed[packed.numel() - tail :]

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from typing_extensions import override
+
 from sparsecomm.compress.signs import WholeBucket
 from sparsecomm.errors import ConfigError
 
@@ -17,8 +19,8 @@ class PowerSGD(WholeBucket):
     """Low-rank approximation with error feedback (Vogels et al. 2019).
 
     Attributes:
-        rank: of the approximation, at least 1. A matrix of m rows and n columns takes rank (m + n) values; parameters
-            of which that is not less travel as they are.
+        rank: rank of the approximation, at least 1. A matrix of m rows and n columns takes rank * (m + n) values.
+            Parameters that this does not make smaller are sent uncompressed.
 
     Raises:
         ConfigError: if the rank is not a whole number >= 1.
@@ -31,7 +33,8 @@ class PowerSGD(WholeBucket):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank must be a whole number >= 1, got {self.rank!r}")
 
+    @override
     def k_for(self, numel: int, step: int) -> int:
-        """Returns how many values are sent of a bucket that is one square matrix: shapes are not known here."""
+        """Assumes that the bucket is one square matrix, because the shapes in it are not known here."""
         side = math.isqrt(numel)
         return min(numel, self.rank * (side + -(-numel // max(side, 1))))

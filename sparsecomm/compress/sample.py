@@ -1,4 +1,4 @@
-"""A sample without replacement that every rank draws alike, from a key: integers only, on any machine the same."""
+"""A sample without replacement that all ranks draw alike from a key, in integers: the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["sample"]
 
 
 def sample(marks: torch.Tensor, k: int, *key: int) -> torch.Tensor:
-    """Draws k of n positions, every subset equally likely.
+    """Draws k of n positions; all subsets are equally likely.
 
-    Positions are drawn until k different ones are marked; or, if k is more than half, until n - k are, and the others
-    are taken. Cost: about 2 k random numbers, and passes over a byte an element.
+    Draws positions until k different ones are marked. If k is more than half of n, it marks n - k positions and returns
+    the others. The cost is about 2 k random numbers, and passes over one byte per element.
 
     Args:
-        marks: uint8, shape (n,), n at most 2**32: work space. Mutated.
-        k: at most n.
+        marks: work space, uint8, shape (n,), n at most 2**32. Mutated.
+        k: number of positions, at most n.
         key: numbers that the sample depends on, each in [0, 2**64).
 
     Returns:
@@ -27,14 +27,14 @@ def sample(marks: torch.Tensor, k: int, *key: int) -> torch.Tensor:
     """
     text = b"".join(number.to_bytes(8, "little") for number in key)
     digest = hashlib.blake2b(text, digest_size=16, person=b"sparsecomm").digest()
-    # Of numpy's generators it is the raw bits that are the same in all versions, not what is made of them.
+    # Only the raw bits of numpy's generators are the same in all versions; distributions made from them may change.
     bits = np.random.Philox(key=int.from_bytes(digest, "little"))
     numel = marks.numel()
     few, marked = min(k, numel - k), marks.numpy().view(np.bool_)
     marked[:] = False
     drawn = 0
     while drawn < few:
-        # Never more than are missing: if too many were marked, which of them to drop would have to be drawn, too.
+        # Draw no more than are missing: if too many were marked, those to drop would have to be drawn as well.
         marked[_uniform(bits, numel, few - drawn)] = True
         drawn = int(np.count_nonzero(marked))
     if few < k:
@@ -43,7 +43,7 @@ def sample(marks: torch.Tensor, k: int, *key: int) -> torch.Tensor:
 
 
 def _uniform(bits: np.random.Philox, numel: int, count: int) -> npt.NDArray[np.uint32]:
-    """Draws integers below numel: as many bits as it has, again where they are too large."""
+    """Draws `count` integers of numel's bit length, and redraws those that are not below numel."""
     mask = np.uint32((1 << (numel - 1).bit_length()) - 1)
     parts: list[npt.NDArray[np.uint32]] = []
     missing = count

@@ -1,4 +1,4 @@
-"""How the density changes over the steps of a training run."""
+"""Density schedules: the density at each step of a training run."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Constant:
 
 @dataclass(frozen=True)
 class Warmup:
-    """A list of densities, each held for a number of steps, then the final one (DGC's warm-up, by steps).
+    """A list of densities that last a number of steps each, then a final density (DGC's warm-up, counted in steps).
 
     Attributes:
         densities: the stages, e.g. ``(0.25, 0.063, 0.015, 0.004)``.
-        steps_per_stage: steps each stage lasts.
+        steps_per_stage: steps per stage.
         final: density after the last stage.
     """
 
@@ -70,12 +70,12 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Geometric:
-    """A density that falls geometrically from one value to another, then stays there (DGC's warm-up, by steps).
+    """A density that falls geometrically and then stays constant (DGC's warm-up, counted in steps).
 
     Attributes:
         start: density at step 0.
         final: density from step `steps` on.
-        steps: how long it falls; 0 for the final density at once.
+        steps: number of steps during which it falls; 0 starts with the final density.
     """
 
     start: float
@@ -100,10 +100,10 @@ Density = float | Constant | Warmup | Geometric | Callable[[int], float]
 
 
 def density_at(density: Density, step: int) -> float:
-    """Returns the density at a step, checked.
+    """Returns the density at a step, and checks it.
 
     Raises:
-        ConfigError: if a callable returned something outside (0, 1].
+        ConfigError: if a callable returned a value outside (0, 1].
     """
     if callable(density):
         return check_density(density(step), name=f"density({step})")

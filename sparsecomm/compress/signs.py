@@ -1,4 +1,4 @@
-"""One bit an element: the signs of what was accumulated, and one scale for all."""
+"""Options of the sign method: one bit per element, and one scale for the whole bucket."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, Selection, SelectionBuffers, SelectorMemory
@@ -14,16 +15,17 @@ __all__ = ["Sign", "WholeBucket"]
 
 
 class WholeBucket(Compressor):
-    """What is sent is made of all that was accumulated, by the collective: nothing is selected here."""
+    """Base class of compressors that select nothing: the collective compresses the whole accumulated gradient."""
 
+    @override
     def density_at(self, step: int) -> float:
-        """Always 1: no element is left out."""
         return 1.0
 
+    @override
     def capacity(self, k: int, numel: int) -> int:
-        """Always 0: there are no pairs."""
         return 0
 
+    @override
     def select(
         self,
         grad: torch.Tensor,
@@ -34,7 +36,7 @@ class WholeBucket(Compressor):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """See `Compressor.select`. Adds the gradient to the residual and takes nothing out."""
+        """Adds the gradient to the residual and selects nothing."""
         return Selection(nnz=0, nonfinite=kernels.accumulate_dense(grad, residual, scale=scale))
 
 
@@ -42,8 +44,8 @@ class WholeBucket(Compressor):
 class Sign(WholeBucket):
     """1-bit signs with error feedback (EF-signSGD, Karimireddy et al. 2019).
 
-    Each rank sends the sign of every accumulated element and their mean magnitude; the average is that of these
-    products. 32 times fewer bytes than float32, whatever the gradient.
+    Each rank sends the sign of every accumulated element, and the mean magnitude of all. The result is the average over
+    ranks of sign times mean magnitude. It always takes 32 times fewer bytes than float32.
     """
 
     collectives: ClassVar[tuple[str, ...]] = ("sign",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from sparsecomm import kernels
 from sparsecomm.compress.base import Selection, SelectionBuffers, SelectorMemory, SparsifyingCompressor
@@ -17,9 +18,10 @@ class TopK(SparsifyingCompressor):
     """Exact top-k sparsification (Stich et al. 2018, Aji and Heafield 2017).
 
     Attributes:
-        density: k / n, a number in (0, 1], a schedule, or a callable from step to density.
+        density: k / n: a number in (0, 1], a schedule, or a callable from step to density.
     """
 
+    @override
     def select(
         self,
         grad: torch.Tensor,
@@ -30,6 +32,6 @@ class TopK(SparsifyingCompressor):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """See `Compressor.select`. Selects exactly min(k, number of nonzeros) elements."""
+        """Selects exactly min(k, number of nonzeros) elements; among equal magnitudes the lowest index wins."""
         result = kernels.exact_topk(grad, residual, k, out.indices, out.values, scale=scale)
         return Selection(nnz=result.stored, nonfinite=result.nonfinite)

@@ -17,7 +17,7 @@ __all__ = ["MethodChoice"]
 
 
 class MethodChoice:
-    """Chooses the methods of one state. Measures only where `collective="auto"` leaves a choice."""
+    """Chooses the methods of one state. It measures only where `collective="auto"` leaves a choice."""
 
     def __init__(self) -> None:
         self._chooser: Chooser | None = None  # made once the world size is known
@@ -89,7 +89,7 @@ class MethodChoice:
             return f"collective={config.collective!r} was given: nothing is chosen"
         if only:
             return f"{type(config.compressor).__name__} needs collective={only[0]!r}: nothing is chosen"
-        return "nothing is chosen: there was no exchange between several ranks yet"
+        return "nothing is chosen: there was no exchange among more than one rank yet"
 
     def is_settled(self) -> bool:
         """Returns whether nothing is being tried: the choice was made, or there is none to make."""

@@ -1,4 +1,4 @@
-"""For those who write compressors of their own: `check_compressor` finds what would break a training run."""
+"""`check_compressor` for authors of compressors: it finds bugs that would break a training run."""
 
 from sparsecomm.testing.contract import ContractError, check_compressor
 

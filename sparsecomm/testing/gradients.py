@@ -1,4 +1,4 @@
-"""Gradients of every awkward kind, the same in every run."""
+"""Gradients of all awkward kinds, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NONFINITE = ("one NaN", "one infinity", "all NaN")
 
 
 def gradient(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Returns a flat gradient.
+    """Returns a flat gradient, shape (numel,).
 
     Args:
         kind: one of `FINITE` or `NONFINITE`.
-        numel: its length.
+        numel: number of elements.
         dtype: float32, float16 or bfloat16.
-        seed: another one gives another gradient.
+        seed: seed of the random elements.
     """
     noise = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
     if kind == "zeros":

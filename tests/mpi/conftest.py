@@ -1,4 +1,4 @@
-"""Lets one suite run on every rank: `mpirun -n 3 python -m pytest tests/mpi`; plain pytest runs it in a world of one.
+"""Runs one suite on every rank: `mpirun -n 3 python -m pytest tests/mpi`. Plain pytest runs it in a world of one.
 
 All ranks collect the same tests. After each test the ranks tell each other whether they passed it, so that a failure
 on one rank is a failure on all of them and the next test starts together.
@@ -25,7 +25,7 @@ _passed = pytest.StashKey[bool]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each rank a temporary folder of its own: pytest's shared one is cleaned up by all ranks at once."""
+    """Gives each rank a private temporary folder, because all ranks would clean up pytest's shared one at once."""
     if detect().size > 1 and config.option.basetemp is None:
         folder = tempfile.TemporaryDirectory(prefix="sparsecomm-tests-")
         config.add_cleanup(folder.cleanup)
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def world() -> sc.World:
     """The world of all ranks; stays up until the process ends."""
-    gc.freeze()  # a state looks for its DDP model among live objects: leave it only those of the tests
+    gc.freeze()  # a state searches live objects for its DDP model; leave it only those of the tests
     return sc.init(timeout=float(os.environ.get("SPARSECOMM_TIMEOUT", "60")))
 
 

@@ -18,7 +18,7 @@ N = 100_000
 
 
 def memory_profile() -> profile:
-    """Records what torch allocates on the thread that enters it."""
+    """Records torch's allocations on the thread that enters it."""
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 

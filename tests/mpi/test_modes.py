@@ -1,4 +1,4 @@
-"""Ways people use DDP that are not covered elsewhere here; docs/ddp-modes.md lists them all."""
+"""DDP modes that no other file here tests; docs/ddp-modes.md lists all modes."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_autocast(world: sc.World) -> None:
 
 
 def test_parameters_frozen_and_thawed_mid_run_keep_their_residual(world: sc.World) -> None:
-    """With find_unused_parameters DDP allows it; what a frozen layer has left over waits for it."""
+    """DDP allows it with find_unused_parameters; the residual of a frozen layer stays until it is thawed."""
     state = sparse()
     model = mlp()
     ddp = wrap(model, state, find_unused_parameters=True)

@@ -115,7 +115,7 @@ def test_ranks_with_other_densities_are_told_so(world: sc.World) -> None:
 
 @pytest.mark.parametrize("collective", SPLITS)
 def test_a_bucket_by_hand(world: sc.World, collective: str) -> None:
-    """Without DDP: a first and a second step, the sum of what is applied and kept is what came in."""
+    """Without DDP: after each of two steps, applied averages and residuals add up to the gradients."""
     model = mlp()
     state = sc.SparseState(sc.TopK(0.2), collective=collective, value_codec="fp32", model=model)
     step = partial(loss_of, model)

@@ -278,7 +278,7 @@ def test_averaging_by_hand_equals_ddp(world: sc.World) -> None:
 
 
 def test_groups_of_ranks_average_among_themselves(world: sc.World) -> None:
-    """Two halves train two models, each its own average (a world of one or two has one rank a half)."""
+    """Two halves of the world train two models, each with its average. In small worlds a half is one rank."""
     halves = [list(range(world.size // 2)) or [0], list(range(world.size // 2, world.size))]
     groups = [dist.new_group(ranks) for ranks in halves]
     mine = groups[int(world.rank in halves[1])]

@@ -1,4 +1,4 @@
-"""`check_compressor` passes every compressor of ours, and names what is broken in compressors that are."""
+"""`check_compressor` accepts all built-in compressors, and names the fault of broken ones."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Loses(Slow):
 
 
 class Keeps(Slow):
-    """Leaves what it selects in the residual: it is sent again."""
+    """Leaves selected values in the residual, so that they are sent again."""
 
     def select(self, grad: Any, residual: Any, k: Any, memory: Any, out: Any, **options: Any) -> Selection:
         done = super().select(grad, residual, k, memory, out, **options)
@@ -97,7 +97,7 @@ class LeavesRest(Slow):
 
 
 class Learns(Slow):
-    """Wants gradients of its own: where it runs there are none."""
+    """Uses autograd, which is off where compressors run."""
 
     def positions(self, magnitudes: torch.Tensor, k: int) -> torch.Tensor:
         weight = torch.ones_like(magnitudes).requires_grad_()
@@ -290,8 +290,8 @@ BROKEN = [
     (HalfPrecision(0.1), "not conserved at position .*float16"),
     (NoHalf(0.1), "select raised TypeError: .*bfloat16|select raised .*BFloat16"),
     (ChangesGradient(0.1), "select changed the gradient"),
-    (Rolls(0.1), "otherwise the second time"),
-    (Remembers(0.1), "keep what is remembered of one in `memory`"),
+    (Rolls(0.1), "another selection the second time"),
+    (Remembers(0.1), "keep the state of a bucket in `memory`"),
     (NotEmpty(0.1), r"select raised .*\(0 elements"),
     (NotAll(0.1), "select raised RuntimeError"),
     (Silent(0.1), "nothing was selected in 10 steps"),
@@ -315,7 +315,7 @@ def test_what_is_broken_is_named(compressor: Any, message: str) -> None:
 
 
 def test_what_only_shows_between_ranks_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A strategy that loses something: the compressor is right by itself."""
+    """The compressor is correct, but the strategy loses values."""
     from sparsecomm.exchange.methods.allgather import Allgather
 
     def lossy(self: Allgather, out: torch.Tensor, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Options: what is accepted, changed, refused, and what the presets are."""
+"""Options: accepted, changed and refused values, and the presets."""
 
 from __future__ import annotations
 

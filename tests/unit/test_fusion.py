@@ -1,4 +1,4 @@
-"""Which buckets are exchanged together, and what becomes of them."""
+"""Fusion of buckets: which are exchanged together, and how averages and errors return to each."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_a_broken_off_backward_left_is_failed_not_sent_with_the_next() -> N
 
 
 def test_unused_parameters_are_found_across_buckets() -> None:
-    buckets = [handed(i, 4) for i in range(3)]  # the first one's gradient is zero
+    buckets = [handed(i, 4) for i in range(3)]  # the gradient of the first is zero
     buckets.append(handed(3, 2))
     buckets[3].grad.zero_()
     (batch,) = one_pass(buckets, 10**6)

@@ -1,4 +1,4 @@
-"""How `allreduce_gradients` cuts a model into flat buckets and gives the averages back; in a world of one."""
+"""`allreduce_gradients` in a world of one: division into flat buckets, and the way back of the averages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsecomm as sc
-from sparsecomm.ddp import by_hand as manual
+from sparsecomm.ddp import by_hand
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,7 +19,7 @@ def world() -> sc.World:
 @given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=12), st.integers(1, 300))
 def test_buckets_hold_every_parameter_once_last_first_of_one_dtype(sizes: list[tuple[int, bool]], limit: int) -> None:
     parameters = [torch.zeros(n, dtype=torch.float16 if half else torch.float32) for n, half in sizes]
-    buckets = manual._buckets(parameters, limit)
+    buckets = by_hand._buckets(parameters, limit)
     assert [id(p) for b in buckets for p in b] == [id(p) for p in reversed(parameters)]
     for bucket in buckets:
         assert len({p.dtype for p in bucket}) == 1
@@ -45,26 +45,26 @@ def test_flattening_and_giving_back_is_the_identity(make: object, like: bool) ->
     parameter = torch.nn.Parameter(make())  # type: ignore[operator]
     grad = torch.randn(parameter.shape)
     parameter.grad = torch.empty_like(parameter).copy_(grad) if like else grad.clone()
-    flat = manual._flat_grad(parameter).clone()
+    flat = by_hand._flat_grad(parameter).clone()
     assert flat.shape == (parameter.numel(),)
     parameter.grad.zero_()
-    manual._give_back([parameter], flat)
+    by_hand._give_back([parameter], flat)
     assert torch.equal(parameter.grad, grad)
 
 
 @each_layout
 def test_a_parameter_without_a_gradient_gets_the_average(make: object) -> None:
     parameter = torch.nn.Parameter(make())  # type: ignore[operator]
-    assert not manual._flat_grad(parameter).any()
+    assert not by_hand._flat_grad(parameter).any()
     average = torch.randn(parameter.numel())
-    manual._give_back([parameter], average)
+    by_hand._give_back([parameter], average)
     assert parameter.grad is not None
     assert parameter.grad.shape == parameter.shape
     assert sorted(parameter.grad.reshape(-1).tolist()) == sorted(average.tolist())
 
 
 def test_the_gradient_tensor_itself_stays() -> None:
-    """Others may hold it: optimizers with foreach, hooks."""
+    """Optimizers with foreach and hooks may hold references to it."""
     model = torch.nn.Linear(3, 2)
     state = sc.SparseState(sc.TopK(1.0), model=model, value_codec="fp32")
     model(torch.ones(1, 3)).sum().backward()

@@ -1,4 +1,4 @@
-"""Resharding: (sum of residuals) / P is kept whatever the sizes; what is not one whole world is refused."""
+"""Resharding keeps (sum of residuals) / P for all world sizes, and refuses incomplete worlds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Densities: what is accepted, what is refused, and what a schedule says at each step."""
+"""Densities: accepted and refused values, and the density of each schedule at each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in docs/your-own-compressor.md, as it stands there: it trains under mpirun, and it keeps its contract."""
+"""The code in docs/your-own-compressor.md trains under mpirun and keeps the contract of compressors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_it_trains_and_its_bytes_are_counted(own: Path) -> None:
     assert [int(step) for step, *_ in found] == [0, 50, 100], job
     losses, sent = [int(f[1]) for f in found], [int(f[2].replace(",", "")) for f in found]
     assert losses[2] < 0.8 * losses[0]
-    # 301 of 30,100 elements, 2 bytes a value and between 1 and 2 an index, and a header of 88.
+    # 301 of 30,100 elements: 2 bytes per value, 1 to 2 bytes per index, and a header of 88 bytes.
     assert 301 * 3 < sent[0] < 301 * 4 + 88
     assert sent[2] == pytest.approx(101 * sent[0], rel=0.02)
     assert int(found[2][3]) > 50

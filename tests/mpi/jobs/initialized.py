@@ -43,7 +43,7 @@ def twice() -> None:
 
 
 def own_torch() -> None:
-    """torch.distributed was brought up by the user, who may go on using it."""
+    """The user initialized torch.distributed, and may continue to use it."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -69,7 +69,7 @@ def other_torch() -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a port that no process listens on."""
     import socket
 
     with socket.socket() as s:

@@ -1,4 +1,4 @@
-"""A tiny training run with the hook; what goes wrong in it, and where, is said by the arguments.
+"""A tiny training run with the hook. The arguments say which failure happens in it, and where.
 
 train.py [--steps N] [--collective NAME] [--fail KIND] [--rank R] [--at STEP]
 """

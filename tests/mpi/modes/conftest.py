@@ -1,4 +1,4 @@
-"""Keeps the heap that a state searches for its DDP model small: what one file leaves behind is frozen for the next."""
+"""Keeps the heap small that a state searches for its DDP model: freezes the objects that each file leaves behind."""
 
 from __future__ import annotations
 

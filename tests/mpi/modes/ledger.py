@@ -1,4 +1,4 @@
-"""Books of what goes into the hook and what comes out of DDP: nothing may be lost on the way, in any mode.
+"""A ledger of gradients that enter the hook and averages that DDP returns: no mode may lose anything.
 
 No `from __future__ import annotations` here: DDP refuses hooks with string annotations.
 """
@@ -39,7 +39,7 @@ def _flat(named: Named) -> torch.Tensor:
 
 
 class Ledger:
-    """A DDP model with a hook that writes down, by parameter name, what this rank gives and what it gets.
+    """A DDP model with a hook that records, by parameter name, this rank's gradients and averages.
 
     `step` runs one optimizer step's backward; `check` gathers all ranks' books and compares.
     """
@@ -103,7 +103,7 @@ class Ledger:
         return out
 
     def check(self, *, rank: int | None = None, rtol: float = 1e-5, atol: float = 1e-5) -> None:
-        """Sum over ranks of gradients = P * (sum of what was applied) + sum over ranks of residuals, by parameter.
+        """Sum over ranks of gradients = P * (sum of applied averages) + sum over ranks of residuals, by parameter.
 
         Collective. What was applied is the same on every rank, to the bit.
 

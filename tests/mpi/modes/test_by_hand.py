@@ -1,4 +1,4 @@
-"""`allreduce_gradients` for scripts without DDP, on models of every layout; what one rank cannot do all learn of."""
+"""`allreduce_gradients` for scripts without DDP, with all layouts; a failure on one rank reaches all ranks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_rank_without_a_gradient_takes_part_with_zeros_and_gets_the_average(wo
 
 
 def test_gradients_in_another_memory_order_than_their_parameters(world: sc.World) -> None:
-    """Autograd may leave a gradient in an order of its own."""
+    """Autograd may choose another memory order for a gradient."""
     model, plain = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
     state = lossless(model=model)
     g = torch.randn(4, 6, generator=torch.Generator().manual_seed(world.rank))

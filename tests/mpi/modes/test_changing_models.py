@@ -77,7 +77,7 @@ def test_a_new_ddp_around_the_same_model_may_take_the_same_state(world: sc.World
 
 
 def test_a_new_ddp_with_other_options_is_asked_for_them_anew(world: sc.World) -> None:
-    """The first DDP allowed no unused parameters, the second does: what is kept for one that nobody uses must stay."""
+    """Only the second DDP model allows unused parameters; the residual of one that no rank uses must stay."""
     model, state = zoo.seeded(zoo.Branches), sparse()
     first = Ledger(model, state)
     run(first, 0, 3)

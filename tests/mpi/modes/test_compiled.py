@@ -84,7 +84,7 @@ def compiled_autograd() -> Any:
 
 @pytest.mark.parametrize("autograd", [contextlib.nullcontext, compiled_autograd], ids=["usual", "compiled"])
 def test_the_python_reducer_is_refused_at_the_first_backward(world: sc.World, autograd: Callable[[], Any]) -> None:
-    """It would ignore what the hook returns: gradients would not be averaged, in silence."""
+    """That reducer would ignore the hook's result, so that gradients would silently not be averaged."""
     with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
         compiled = torch.compile(wrap(mlp(), sparse()), backend="aot_eager")
         with pytest.raises(Exception, match="Python reducer") as caught, autograd():

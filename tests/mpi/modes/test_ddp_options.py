@@ -35,7 +35,7 @@ def test_torchs_bf16_wrapper_is_refused_on_cpus_by_ddp(world: sc.World) -> None:
 
 
 def test_skipping_buckets_is_refused_with_what_works(world: sc.World) -> None:
-    """skip_all_reduce_unused_params: DDP calls no hook for buckets that nobody uses, so steps would not end."""
+    """skip_all_reduce_unused_params: DDP calls no hook for unused buckets, so that steps would not end."""
     options = {"find_unused_parameters": True, "skip_all_reduce_unused_params": True, "bucket_cap_mb": 1e-5}
     ddp = wrap(zoo.seeded(zoo.Branches), sparse(), **options)
     with pytest.raises(RuntimeError, match="find_unused_parameters=True alone works"):
@@ -60,7 +60,7 @@ def test_parameters_whose_reduction_ddp_delays_do_not_meet_the_hook(world: sc.Wo
 
 
 def test_ddps_own_mixed_precision_is_refused_by_ddp(world: sc.World) -> None:
-    """It registers a hook of its own, and DDP takes one."""
+    """DDP registers another hook for it, and takes only one."""
     from torch.nn.parallel.distributed import _MixedPrecision
 
     with warnings.catch_warnings():

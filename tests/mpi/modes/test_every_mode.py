@@ -135,7 +135,7 @@ def test_nothing_is_lost_and_replicas_agree(world: sc.World, mode: Mode, kind: s
         assert ledger.step(partial(mode.backward, ledger.ddp, step))
         ledger.check()
         descend(ledger.model)
-    # Each rank has its own batch statistics until the next forward broadcasts those of rank 0, as in plain DDP.
+    # Batch statistics differ between ranks until the next forward broadcasts those of rank 0, as in plain DDP.
     if not list(ledger.model.buffers()):
         ledger.check_replicas()
     assert ledger.kept_back > 0, "a test in which nothing is kept back proves nothing"
@@ -199,7 +199,7 @@ def test_lbfgs_runs_several_backwards_a_step(world: sc.World) -> None:
 
 
 def test_two_models_that_alternate_lose_nothing(world: sc.World) -> None:
-    """As a GAN trains: the generator's loss goes through the discriminator, which is stepped on its own."""
+    """As in a GAN: the generator's loss goes through the discriminator, which has a separate step."""
     generator, critic = Ledger(mlp(), sparse()), Ledger(zoo.seeded(nn.Linear, 3, 1), sparse(0.3))
     for step in range(STEPS):
         x = torch.randn(8, 12, generator=torch.Generator().manual_seed(100 * step + world.rank))

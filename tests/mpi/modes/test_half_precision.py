@@ -118,7 +118,7 @@ def test_overflows_on_one_rank_skip_the_step_on_all_and_lose_nothing(
 
 
 def test_real_overflows_of_float16_activations_on_one_rank(world: sc.World) -> None:
-    """No poison: the scale is so large that what flows back in float16 overflows, first on the rank with large data."""
+    """Real overflows: the scale is so large that float16 gradients overflow, first on the rank with large data."""
     run = Scaled(world, init_scale=2.0**19, growth_interval=1000)
     finite, partly = [], 0
     for step in range(14):

@@ -56,7 +56,7 @@ def test_masking_everything_that_is_sent_leaves_plain_sgd(world: sc.World) -> No
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("masking", [False, True])
 def test_dgc_step_by_step(world: sc.World, nesterov: bool, masking: bool) -> None:
-    """Against DGC's pseudo code on this rank's gradients: u, v and what is sent, one bucket."""
+    """Compares u, v and the sent values of one bucket with DGC's pseudo code."""
     m = 0.7
     feedback = sc.MomentumCorrection(momentum=m, nesterov=nesterov, masking=masking)
     state = sparse(0.1, feedback=feedback)
@@ -108,7 +108,7 @@ def test_each_rank_clips_its_own_gradient(world: sc.World, clip: float) -> None:
 
 
 def test_velocity_survives_a_bucket_rebuild_and_a_checkpoint(world: sc.World) -> None:
-    """The run goes on to the bit: it is resumed in the live model, whose buckets are those it was saved with."""
+    """The resumed run repeats the original bit for bit, because the live model keeps its buckets."""
     feedback = sc.MomentumCorrection()
     state = sparse(feedback=feedback)
     ddp = wrap(mlp(), state)

@@ -43,7 +43,7 @@ def assert_same(a: Saved, b: Saved) -> None:
 
 
 def assert_goes_on_alike(first: sc.SparseState, a: nn.Module, second: sc.SparseState, b: nn.Module) -> None:
-    """Both see the same buckets (that of a first backward) only after a rebuild, so the sum is what must agree."""
+    """Both runs have the same buckets only after a rebuild, so only the sums must agree."""
     for state, ddp in ((first, a), (second, b)):
         before = residual_of(state, ddp)
         assert bool(before.any())
@@ -53,7 +53,7 @@ def assert_goes_on_alike(first: sc.SparseState, a: nn.Module, second: sc.SparseS
 
 
 def test_every_tensor_of_a_state_dict_is_plain(world: sc.World) -> None:
-    """Contiguous, of its own memory, on the CPU: what safetensors and others ask for. Channels-last ones, too."""
+    """Tensors are contiguous, own their memory and are on the CPU, as safetensors requires; channels-last ones too."""
     state = sc.SparseState(sc.ThresholdTopK(0.1), collective="allgather")
     trained(state, make=partial(zoo.seeded, zoo.Pictures))
     saved = state.state_dict()
@@ -98,7 +98,7 @@ def test_safetensors_by_rank(world: sc.World, tmp_path: Path, make: Any) -> None
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_distributed_checkpoint_under_a_key_of_the_rank(world: sc.World, tmp_path: Path) -> None:
-    """Tensors of one name count as copies of each other there, so each rank's state needs its own name."""
+    """torch.distributed.checkpoint treats tensors of one name as copies, so each rank's state needs another name."""
     state = sparse()
     ddp = trained(state)
     folder, key = str(shared(tmp_path) / "dcp"), f"comm.rank{world.rank}"
@@ -121,7 +121,7 @@ def test_distributed_checkpoint_under_a_key_of_the_rank(world: sc.World, tmp_pat
 def test_distributed_checkpoint_into_a_fresh_state_does_not_lose_the_residual(
     world: sc.World, tmp_path: Path, stateful: bool
 ) -> None:
-    """dcp loads what the new state's state_dict names: whatever else was saved would vanish in silence."""
+    """dcp loads only the names in the new state's state_dict; other saved tensors would silently be lost."""
     state = sparse()
     ddp = trained(state)
     folder, key = str(shared(tmp_path) / "dcp"), f"comm.rank{world.rank}"
@@ -143,7 +143,7 @@ def test_distributed_checkpoint_into_a_fresh_state_does_not_lose_the_residual(
 @pytest.mark.parametrize("feedback", FEEDBACKS, ids=["ef", "dgc"])
 @pytest.mark.parametrize("fmt", ["torch.save", "safetensors"])
 def test_a_run_goes_on_with_fewer_ranks(world: sc.World, tmp_path: Path, feedback: sc.Feedback, fmt: str) -> None:
-    """P ranks train and save; P - 1 of them load what was resharded (3 -> 2) and go on; nothing is lost."""
+    """P ranks train and save; P - 1 of them load the resharded state (3 -> 2) and continue. Nothing is lost."""
     if world.size == 1:
         pytest.skip("no rank can go")
     if fmt == "safetensors":

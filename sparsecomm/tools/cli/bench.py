@@ -112,7 +112,7 @@ def _command(name: str, bench: Bench) -> typer.Typer:
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = _summary(bench)
+    command.__doc__ = _description(bench)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     return app
@@ -225,6 +225,13 @@ def _parsed(name: str, value: Any, hint: Any) -> Any:
 
 def _summary(bench: Callable[..., Any]) -> str:
     return (inspect.getdoc(bench) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _description(bench: Bench) -> str:
+    """Returns a Google docstring without its sections; paragraphs stay apart."""
+    return re.split(r"^(?:Args|Returns|Raises):\n", inspect.getdoc(bench) or "", maxsplit=1, flags=re.MULTILINE)[
+        0
+    ].strip()
 
 
 def _argument_docs(bench: Bench) -> dict[str, str]:

@@ -20,7 +20,7 @@ def missing() -> str | None:
         if shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
             return f"`{tool}` is not installed: install {package} (Debian, Ubuntu: apt-get install {package})"
     if os.geteuid() != 0:
-        return f"only root can make network namespaces, and this is user {os.geteuid()}: run it with sudo"
+        return f"making network namespaces needs root, and this is user {os.geteuid()}: run it with sudo"
     command = ["unshare", "--net", "--mount", "--uts", "true"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30.0, check=False)
     if done.returncode:

@@ -228,10 +228,9 @@ def _summary(bench: Callable[..., Any]) -> str:
 
 
 def _description(bench: Bench) -> str:
-    """Returns a Google docstring without its sections; paragraphs stay apart."""
-    return re.split(r"^(?:Args|Returns|Raises):\n", inspect.getdoc(bench) or "", maxsplit=1, flags=re.MULTILINE)[
-        0
-    ].strip()
+    """Returns the paragraphs of a Google docstring before its sections, without the line breaks inside them."""
+    text, *_ = re.split(r"^(?:Args|Returns|Raises):\n", inspect.getdoc(bench) or "", maxsplit=1, flags=re.MULTILINE)
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in text.strip().split("\n\n"))
 
 
 def _argument_docs(bench: Bench) -> dict[str, str]:

@@ -45,7 +45,7 @@ def run(
     density: float = 0.01,
     bounds: Sequence[int] = (4, 1000),
 ) -> dict[str, Any]:
-    """Measures pushes per second in every mode of the parameter server, with one slow worker. Run it under mpirun -n 4.
+    """Measures pushes per second in each mode of the server, with a slow worker. Run it under mpirun -n 4 or more.
 
     The workers sleep instead of computing, so that workers on the same core do not slow each other down. Goal: at
     least 0.9 of the rate of the other workers without a slow one. It applies to the asynchronous mode and to

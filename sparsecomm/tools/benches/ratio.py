@@ -50,8 +50,8 @@ def run(
     after 1/8, 1/2 and all of the steps. Goal: top-k with rounding contracts by at least k / n, the mean of random-k.
 
     Args:
-        models: Models: gpt, text-cnn (both learn Python's standard library) or digits-cnn (needs scikit-learn). By
-            default all that can be trained here.
+        models: Models to train: gpt, text-cnn (both on source code of Python's standard library) or digits-cnn (needs
+            scikit-learn). By default all that can be trained here.
         densities: Nonzeros over elements.
         steps: Training steps before the last recording.
         repeats: Timed rounds.

@@ -47,7 +47,7 @@ def run(
 
     Args:
         ranks: World sizes.
-        densities: k over the elements of the bucket.
+        densities: Nonzeros per rank (k) over the elements of the bucket.
         kinds: Positions of the large elements: random, clustered (each rank elsewhere) or adversarial (all ranks in one
             place).
         collectives: Collectives to measure.
@@ -99,7 +99,7 @@ def _random(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> tor
 
 def _clustered(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> torch.Tensor:
     width = min(numel, max(2 * k, numel // size))
-    place = (rank * 7919) % size  # keeps ranks with consecutive numbers apart
+    place = (rank * 7919) % size  # the regions of consecutive ranks are not adjacent
     return _some(place * (numel - width) // max(1, size - 1), width, k, g)
 
 

@@ -78,7 +78,7 @@ def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
         flags = [] if kind is bool else [f"--{word.replace('_', '-')}" for word in _names(name, many)]
         shown: Any = True
         if many and not required:
-            shown = "all" if parameter.default is None else ",".join(map(str, parameter.default))
+            shown = "all" if parameter.default is None else ",".join(map(str, parameter.default)) or False
         option = typer.Option(*flags, help=helps.get(name), show_default=shown)
         annotation: Any = list[str] if many else kind
         found[name] = parameter.replace(

@@ -22,7 +22,7 @@ def _plot(
     files: Annotated[list[Path], typer.Argument(help="Result files.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the pictures to.")],
 ) -> None:
-    """Draw result files as PNG and SVG."""
+    """Draws result files as PNG and SVG."""
     loaded = [results.load(file) for file in files]
     for result in loaded:
         for file in results.draw(BENCHES[result.bench], result.content, out):
@@ -38,7 +38,7 @@ def _report(
         bool, typer.Option("--mixed", help="Accept results of several machines; each has its own section.")
     ] = False,
 ) -> None:
-    """Make one self-contained HTML page of all result files in a folder."""
+    """Makes one self-contained HTML page of all result files in a folder."""
     page = folder / "report.html" if out is None else out
     text = report.page(results.load_folder(folder), mixed=mixed)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def _compare(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows here.")] = None,
 ) -> None:
-    """Compare two results of one bench, row by row, as ratios B/A."""
+    """Compares two results of one bench, row by row, as ratios B/A."""
     first, second = results.load(a), results.load(b)
     found = results.compare(first, second, field or ())
     table = Table(title=f"bench {first.bench}: A = {a}, B = {b}, {first.machine}")

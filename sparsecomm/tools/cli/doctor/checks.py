@@ -73,7 +73,7 @@ def _mpi(r: Report) -> Iterator[Problem]:
 def _mpirun(r: Report) -> Iterator[Problem]:
     mpi = r.mpi
     if mpi.family is None or r.launch.mpi or r.launch.size > 1:
-        return  # the user has a launcher that works
+        return  # there is no library to compare with, or the launcher works already
     good = next((m for m in mpi.mpiruns if m.matches), None)
     bare = next((m for m in mpi.mpiruns if m.on_path), None)
     library = f"mpi4py uses {mpi.family} {mpi.version}"

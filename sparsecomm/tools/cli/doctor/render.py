@@ -13,7 +13,7 @@ from sparsecomm.tools.cli.doctor.report import Report
 __all__ = ["render"]
 
 _MARKS = {"error": ("ERROR", "bold red"), "warning": ("warn", "yellow"), "hint": ("hint", "cyan")}
-_MANY = 6  # interfaces that get a line each; the others are counted
+_MANY = 6  # hosts or interfaces that get a line each; the others are counted
 
 
 def render(report: Report, console: Console) -> None:
@@ -77,7 +77,7 @@ def _world(r: Report) -> Iterator[str]:
     for rank in world.ranks:
         hosts.setdefault(rank.host, []).append(rank.rank)
     nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
-    yield f"all {world.met} found each other over {world.over} on {nodes}"
+    yield f"all {world.met} met over {world.over} on {nodes}"
     for host, ranks in list(hosts.items())[:_MANY]:
         yield f"{host}: rank {', '.join(map(str, ranks))}"
     if len(hosts) > _MANY:
@@ -91,7 +91,7 @@ def _mpi(r: Report) -> Iterator[str]:
     else:
         level = "does not start" if mpi.problem else "waits for other ranks"
         if mpi.thread_level:
-            level = f"grants MPI_THREAD_{mpi.thread_level}"
+            level = f"provides MPI_THREAD_{mpi.thread_level}"
         yield f"{mpi.family} {mpi.version} (MPI {mpi.standard}), {level}"
         yield f"library  {mpi.library or 'unknown'}"
         in_use = [f"messages through pml {mpi.pml}"] if mpi.pml else []
@@ -100,7 +100,7 @@ def _mpi(r: Report) -> Iterator[str]:
         if in_use:
             yield ", ".join(in_use)
     for m in mpi.mpiruns:
-        belongs = {True: ", same MPI", False: ", ANOTHER MPI", None: ""}[m.matches]
+        belongs = {True: ", same MPI", False: ", DIFFERENT MPI", None: ""}[m.matches]
         yield f"mpirun   {m.path} ({m.family} {m.version}{belongs}{', on PATH' if m.on_path else ''})"
 
 
@@ -110,7 +110,7 @@ def _ucx(r: Report) -> Iterator[str]:
         yield ucx.problem or "none"
         return
     can = " and ".join(f"{name} ucx" for name in ucx.in_mpi)
-    yield f"{ucx.version}, " + (f"in Open MPI as {can}" if can else "whether MPI can use it is not known")
+    yield f"{ucx.version}, " + (f"in Open MPI as {can}" if can else "unknown whether MPI can use it")
     if ucx.problem:
         yield ucx.problem
     if ucx.transports:

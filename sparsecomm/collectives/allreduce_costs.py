@@ -52,9 +52,10 @@ class _Link:
     crossing: float = 1.0
 
 
-# One host: measured between two ranks that share memory (bench/bench_allreduce.py). Network: 1 Gbit/s Ethernet, where
-# choosing matters most; on a faster one the same rule loses at most the difference of a few rounds. Its gamma stands
-# for more than the adder: at the end of every long message the link runs dry until both sides have turned round.
+# One host: measured between two ranks that share memory (`bench collectives --algorithms ring,halving,doubling`).
+# Network: 1 Gbit/s Ethernet, where choosing matters most; on a faster one the same rule loses at most the difference of
+# a few rounds. Its gamma stands for more than the adder: at the end of every long message the link runs dry until both
+# sides have turned round.
 _SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT, hides=False)
 _NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4, turning=1.15, crossing=2.5)
 

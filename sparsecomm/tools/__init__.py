@@ -1,1 +1,1 @@
-"""Commands, benches, and the lab of several hosts on one machine."""
+"""The commands, the benches, and the lab, which makes several hosts on one machine."""

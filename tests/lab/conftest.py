@@ -1,4 +1,4 @@
-"""Labs are really made here: tests are skipped, with the reason, where that is impossible, and must leave nothing."""
+"""These tests make real labs and must leave nothing behind. They are skipped on machines that cannot make labs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _able() -> None:
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A name for labs that must be gone at the end of the test."""
+    """A name for labs, which must be gone at the end of the test."""
     made = f"t{os.getpid()}"
     yield made
     left = [lab.name for lab in survey() if lab.name.startswith(made)]
@@ -34,7 +34,7 @@ def name() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """Starts processes that have imported sparsecomm already."""
+    """A server that starts processes with sparsecomm already imported."""
     made = Forks()
     yield made
     made.close()

@@ -1,4 +1,4 @@
-"""What tests of labs share."""
+"""Helpers of the tests of labs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOBS = Path(__file__).parent / "jobs"
 
 
 def machine(name: str) -> list[str]:
-    """What the machine itself has of interfaces and named namespaces that could be a lab's; not others' doings."""
+    """Returns the machine's own interfaces and named namespaces whose names could belong to a lab."""
     commands = (["ip", "-br", "link"], ["ip", "netns", "list"])
     said = [subprocess.run(c, capture_output=True, text=True, check=True, timeout=30).stdout for c in commands]
     ours = re.compile(rf"(br|v|veth|eth|switch|{name})[-a-z0-9]*\b.*")
@@ -29,12 +29,12 @@ def machine(name: str) -> list[str]:
 
 
 def gone(name: str) -> bool:
-    """Whether nothing of a lab is left, at the latest after 15 seconds."""
+    """Returns whether nothing of a lab is left, after waiting for up to 15 seconds."""
     return until(lambda: not (ROOT / name).exists() and not list(ROOT.glob(f".{name}.*")), 15.0)
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
-    """Waits for a condition; returns whether it came."""
+    """Waits for a condition; returns whether it came true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -53,12 +53,12 @@ class Forks:
         self._folder = tempfile.TemporaryDirectory()
 
     def start(self, code: str) -> Fork:
-        """Starts a process that runs this code; it knows `Lab`, `app` and `os`."""
+        """Starts a process that runs this code, in which `Lab`, `app` and `os` are defined."""
         output = Path(tempfile.mkstemp(dir=self._folder.name)[1])
         return Fork(self.ask(code=code, output=str(output)), output, self)
 
     def ask(self, **request: Any) -> int:
-        """Sends a request, returns its answer."""
+        """Sends a request and returns the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -66,7 +66,7 @@ class Forks:
         return int(self._process.stdout.readline())
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the server."""
         with self._process as process:
             assert process.stdin is not None
             process.stdin.close()
@@ -82,5 +82,5 @@ class Fork:
     server: Forks
 
     def wait(self) -> int:
-        """Waits for its end; returns its exit code, negative for a signal."""
+        """Waits for the process to end; returns its exit code, negative for a signal."""
         return self.server.ask(wait=self.pid)

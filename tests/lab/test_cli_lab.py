@@ -44,7 +44,7 @@ def test_a_lab_stays_is_used_changed_shown_and_removed(
 
 
 def commands_inside(name: str) -> list[str]:
-    """What runs in a lab; nothing if one of them ends just now."""
+    """Returns the names of the processes in a lab; an empty list if one of them is just ending."""
     try:
         return [Path(f"/proc/{pid}/comm").read_text().strip() for pid in teardown.inside(name)]
     except OSError:

@@ -1,4 +1,4 @@
-"""Labs through the Python interface: what they are, what they carry, what they refuse and what they leave alone."""
+"""The Python interface of labs: hosts and links, jobs, refused options, and no effect on the rest of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsecomm.tools.lab.survey import remove
 
 
 def entered(lab: Lab, host: int, *command: str) -> str:
-    """What a command prints on a host."""
+    """Returns the output of a command on a host."""
     line = ["/bin/sh", str(teardown.ROOT / lab.name / "enter"), lab.hosts[host], *command]
     return subprocess.run(line, capture_output=True, text=True, check=True, timeout=30).stdout
 
@@ -91,7 +91,7 @@ def test_ddp_with_the_hook_trains_across_hosts(name: str) -> None:
 
 
 def test_a_timeout_kills_everything_inside(name: str) -> None:
-    script = "echo started; setsid sleep 98 & sleep 98"  # one leaves the job's process group
+    script = "echo started; setsid sleep 98 & sleep 98"  # one sleep is outside the job's process group
     with Lab(hosts=2, rate=None, name=name) as lab:
         start = time.monotonic()
         with pytest.raises(subprocess.TimeoutExpired) as caught:
@@ -100,7 +100,7 @@ def test_a_timeout_kills_everything_inside(name: str) -> None:
         assert caught.value.cmd == ["/bin/sh", "-c", script]
         assert str(caught.value.stdout).split() == ["started", "started"]
         assert not teardown.inside(name)
-        assert lab.mpirun(["true"], timeout=30).returncode == 0, "the lab is still of use"
+        assert lab.mpirun(["true"], timeout=30).returncode == 0, "the lab is still usable"
 
 
 def test_failures_of_a_job_are_its_exit_code(name: str) -> None:
@@ -148,7 +148,7 @@ def test_a_name_that_is_taken_is_refused_and_what_has_it_is_not_touched(name: st
             with pytest.raises(LabError, match=r"is up already.*sparsecomm lab down --name"):
                 again.up()
         assert entered(lab, 0, "hostname").strip() == lab.hosts[0]
-        Lab(hosts=1, name=name).down()  # another lab of that name: not this one's to remove
+        Lab(hosts=1, name=name).down()  # must not remove another lab of the same name
         assert entered(lab, 0, "hostname").strip() == lab.hosts[0]
 
 
@@ -166,12 +166,12 @@ def test_what_is_not_a_lab_is_not_touched(name: str) -> None:
         foreign.unlink()
         foreign.parent.rmdir()
         with teardown.locked():
-            pass  # its end removes the folder of labs if it is empty
+            pass  # releasing the lock removes the folder of labs if it is empty
 
 
 @pytest.fixture
 def foreign(name: str) -> Iterator[str]:
-    """A namespace with a process in it and a bridge, called what a lab's host and switch are called."""
+    """A foreign namespace with a process, and a foreign bridge, named like a lab's host and bridge."""
     made = f"{name}-h0"
 
     def ip(*words: str) -> None:
@@ -205,7 +205,7 @@ def test_a_failure_while_it_is_made_leaves_nothing(name: str, call: int, monkeyp
     calls = iter(range(1, 100))
 
     def run(command: list[str], text: str = "") -> None:
-        # A qdisc that no kernel has: the command itself fails, as it would without tbf.
+        # No kernel has this link type, so the command fails as it would on a kernel without tbf.
         real(command, text) if next(calls) != call else real([*command[:2], "ip", "link", "add", "x", "type", "none"])
 
     monkeypatch.setattr(network, "_run", run)

@@ -1,4 +1,4 @@
-"""bench collectives on real ranks: every algorithm averages the same gradients, and who registers takes part."""
+"""`bench collectives` on real ranks: all algorithms average the same gradients, also one that a test registers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_algorithms_average_the_same_gradients(tmp_path: Path) -> None:
         mine = {row["algorithm"]: row for row in rows if row["numel"] == numel}
         for exact in ("dense", "dense sum", "mpi allreduce", "gloo allreduce"):
             assert mine[exact]["relative_error"] < 1e-6
-        # Our payloads by Gloo carry the same selection; half an average is half wrong.
+        # Gloo gathers the same payloads, so the error is the same; half an average has an error of one half.
         ours, gloo = mine["allgather"]["relative_error"], mine["gloo allgather"]["relative_error"]
         assert 0.5 < ours < 1.0
         assert ours == pytest.approx(gloo, rel=1e-6)
@@ -86,7 +86,7 @@ def test_without_mpi_its_allreduce_is_a_row_with_the_reason(tmp_path: Path) -> N
 
 @dataclass
 class Ranks:
-    """As much of a world as is asked before anything is measured."""
+    """The part of a world that the checks of options read."""
 
     size: int
 

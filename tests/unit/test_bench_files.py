@@ -1,4 +1,4 @@
-"""Result files: what is none is refused by name, two are compared row by row, a folder becomes one page."""
+"""Result files: invalid ones are refused by name, two are compared row by row, a folder becomes one page."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_result_compared_with_itself_gives_one_everywhere() -> None:
 
 def test_a_slower_run_shows_row_by_row(tmp_path: Path) -> None:
     def slow(data: dict[str, Any]) -> None:
-        data["rows"].reverse()  # rows are matched by what they are about, not by place
+        data["rows"].reverse()  # rows are matched by their keys and not by their order
         for row in data["rows"]:
             row["seconds"] *= 2.0 if row["path"] == "avx2" else 0.5
 

@@ -1,4 +1,4 @@
-"""bench ratio: bytes are those of real payloads, contraction is what it must be, recordings are real training."""
+"""`bench ratio`: bytes are those of real payloads, the contraction is right, recordings come from real training."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_error_feedback_is_running_and_recordings_repeat() -> None:
     sparse, again, dense = (record(source, d, 4, [1, 4]) for d in (0.01, 0.01, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(sparse.accumulated, again.accumulated, strict=True))
     assert torch.equal(sparse.accumulated[0], dense.accumulated[0])
-    # At density 1 nothing is kept back; at 1% nearly all of four gradients is still there.
+    # At density 1 the residual is empty; at 1% it still holds nearly all of four gradients.
     assert float(sparse.accumulated[1].norm()) > 1.5 * float(dense.accumulated[1].norm())
 
 

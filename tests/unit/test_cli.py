@@ -1,4 +1,4 @@
-"""The command line: quick to start, clear about mistakes, and `bench` shows whatever the registry holds."""
+"""The command line starts quickly, reports mistakes clearly, and `bench` lists all registered benches."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_options_come_from_the_signature_and_the_docstring() -> None:
         "--json",
     ):
         assert expected in done.output
-    assert "progress" not in done.output  # a callback is no option
+    assert "progress" not in done.output  # a callback is not an option
     assert set(options_of(sample)) == {"numel", "densities", "paths", "repeats", "quick"}
 
 

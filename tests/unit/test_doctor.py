@@ -1,4 +1,4 @@
-"""`sparsecomm doctor` tells the truth about good and broken installations, and never hangs."""
+"""`sparsecomm doctor` reports good and broken installations correctly, and never hangs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from sparsecomm.tools.cli.doctor.report import (
 def doctor(
     *options: str, path: Path | None = None, launcher: tuple[str, ...] = (), **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs doctor; `path` is a folder whose modules come before all others."""
+    """Runs doctor; modules in the folder `path` take precedence over all others."""
     clean = {k: v for k, v in job_environment().items() if not k.startswith(("SPARSECOMM_", "UCX_"))}
     pythonpath = os.pathsep.join(str(p) for p in (path, ROOT) if p)
     return subprocess.run(
@@ -56,7 +56,7 @@ def doctor(
 
 
 def stub(folder: Path, module: str, text: str) -> Path:
-    """Makes a folder with a module of this name."""
+    """Makes a module with this text in a folder and returns the folder."""
     (folder / module).parent.mkdir(parents=True, exist_ok=True)
     (folder / module).write_text(text)
     return folder
@@ -123,7 +123,7 @@ def test_under_mpirun_rank_0_alone_reports_that_all_ranks_met() -> None:
 
 
 def test_a_launcher_of_another_mpi_is_an_error() -> None:
-    # What a rank sees that a foreign mpirun started: the variables, and no server behind them.
+    # A rank that a foreign mpirun started sees its variables, but no server answers.
     done = doctor("--json", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
     report = json.loads(done.stdout)
     assert done.returncode == 1
@@ -161,7 +161,7 @@ GOOD = Report(
 
 
 def ranks(*hosts: str, **other: str) -> World:
-    """A world of ranks on these hosts; the last rank differs by `other`."""
+    """Returns a world of ranks on these hosts; the last rank has the different facts `other`."""
     same = {"python": "3", "sparsecomm": "1", "torch": "2", "mpi": "Open MPI 5.0.11", "kernels": "avx2"}
     found = [Rank(rank=i, host=h, threads=1, cpus="ff", **same) for i, h in enumerate(hosts)]
     return World("MPI", len(hosts), len(hosts), [*found[:-1], replace(found[-1], **other)])

@@ -1,4 +1,4 @@
-"""`bench train` and `bench peers`: what they refuse, what becomes of methods that fail or hang, what a row holds."""
+"""`bench train` and `bench peers`: refused options, methods that fail or hang, and the content of rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FIGURES = {
 
 
 def local_jobs(ranks: int, *options: str, limit: float) -> Jobs:
-    """Jobs of that many ranks on this machine, with the broken methods at hand."""
+    """Returns jobs of this many ranks on this machine that know the broken methods."""
 
     def launch(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         job = run_job([*mpirun_command(ranks), *command], deadline=timeout, env={"PYTHONPATH": path})
@@ -57,7 +57,7 @@ def assert_figures(row: dict[str, Any]) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What `bench peers` says when it ends with exit code 1 at once."""
+    """Returns the error output of `bench peers`, which must exit with 1 at once."""
     with pytest.raises(SystemExit) as ended:
         bench(["peers", *options])
     assert ended.value.code == 1
@@ -209,7 +209,7 @@ def test_peers_between_two_real_hosts(tmp_path: Path) -> None:
     for row in rows.values():
         assert_figures(row)
         assert row["rate"] == "50mbit"
-        # What the interface sent is what the algorithm sends, and the packets' headers.
+        # The interface sends the bytes of the algorithm and the headers of the packets.
         least = row["bytes_per_step"]
         assert least <= row["wire_bytes_per_step"] <= 1.1 * least + 20_000
     # 1.19 MB at 50 Mbit/s take 0.19 s, whatever the processor does.

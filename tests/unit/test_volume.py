@@ -1,4 +1,4 @@
-"""`sparsecomm bench volume`: counts what the collectives themselves count, and every collective can be asked for."""
+"""`sparsecomm bench volume`: its counts agree with those of the collectives, and it can measure every collective."""
 
 from __future__ import annotations
 

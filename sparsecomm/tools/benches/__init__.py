@@ -1,9 +1,9 @@
-"""Benches: functions that measure and return ``{"meta": ..., "rows": [...]}``; the command line prints them.
+"""Benches: functions that measure and return ``{"meta": ..., "rows": [...]}``; the command line prints the rows.
 
-A bench's module may have ``print_table(result, console)``, which shows a result, and ``plots(result, folder)``, which
-draws it and returns the files; both are found by name and serve all benches of the module.
+The module of a bench may define ``print_table(result, console)``, which prints a result, and ``plots(result, folder)``,
+which draws it and returns the files. Both are found by name and serve all benches of the module.
 
-On shared machines only ratios mean anything, so `alternate` interleaves what is measured with what it is compared to.
+On shared machines only ratios mean anything, so `alternate` interleaves the calls that are compared.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _F = TypeVar("_F", bound=Callable[..., dict[str, Any]])
 _K = TypeVar("_K", bound=Hashable)
 
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {}
-"""Benches by name; filled by the `bench` decorator when the module that holds one is imported."""
+"""Benches by name. The decorator `bench` adds to it when a module with benches is imported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What the fields of a bench's rows are, for whoever puts two results side by side.
+    """The fields of a bench's rows, for comparing two results.
 
     Attributes:
-        keys: together they say what a row is about; the same in every run.
-        measures: the numbers to compare.
+        keys: Fields that together identify a row; the same in every run.
+        measures: Numbers to compare.
     """
 
     keys: tuple[str, ...] = ()
@@ -63,16 +63,16 @@ class Fields:
 
 
 ROWS: dict[str, Fields] = {}
-"""What each bench said of its rows."""
+"""Fields of the rows of each bench, by the bench's name."""
 
 
 def bench(name: str, *, keys: Sequence[str] = (), measures: Sequence[str] = ()) -> Callable[[_F], _F]:
     """Registers a bench function under a name.
 
     Args:
-        name: as in ``sparsecomm bench NAME``.
-        keys: fields that together say what a row is about.
-        measures: fields worth comparing between two runs.
+        name: Name on the command line, ``sparsecomm bench NAME``.
+        keys: Fields that together identify a row.
+        measures: Fields to compare between two runs.
     """
 
     def register(function: _F) -> _F:
@@ -84,19 +84,19 @@ def bench(name: str, *, keys: Sequence[str] = (), measures: Sequence[str] = ()) 
 
 
 def registry() -> Mapping[str, Callable[..., dict[str, Any]]]:
-    """Returns all benches by name: imports every module of this package, each of which registers its own."""
+    """Imports every module of this package, so that all benches register, and returns the benches by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return BENCHES
 
 
 def companion(bench: Callable[..., Any], name: str) -> Any:
-    """Returns what the bench's module has under a name (`print_table`, `plots`), or None."""
+    """Returns the function of this name (`print_table` or `plots`) in the bench's module, or None."""
     return getattr(sys.modules[bench.__module__], name, None)
 
 
 def meta() -> dict[str, Any]:
-    """What a result needs to be read later: versions, hardware, kernel paths, threads, date."""
+    """Returns the circumstances of a measurement: versions, hardware, kernel paths, threads, date."""
     try:
         own = version("sparsecomm")
     except PackageNotFoundError:
@@ -130,13 +130,13 @@ def _cpu_model() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds a call took over some repeats.
+    """Seconds that a call took, over some repeats.
 
     Attributes:
-        seconds: the median.
-        spread: distance between the quartiles, as a fraction of the median.
-        best: the minimum.
-        samples: all of them, in order.
+        seconds: Median.
+        spread: Distance between the quartiles, as a fraction of the median.
+        best: Minimum.
+        samples: All samples, in order.
     """
 
     seconds: float
@@ -145,15 +145,15 @@ class Timing:
     samples: tuple[float, ...] = ()
 
     def over(self, other: Timing) -> float:
-        """How many times as long as another task of the same `alternate` call: the median over the rounds.
+        """Returns the ratio to another timing of the same `alternate` call, as the median over rounds.
 
-        Paired by round, because noise from outside lasts longer than a round and so hits both.
+        Samples are paired by round, because noise from outside lasts longer than a round and hits both.
         """
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=False))
 
 
 def timing(samples: Sequence[float]) -> Timing:
-    """Summarises seconds that a call took over some repeats; at least one."""
+    """Returns the summary of at least one sample, in seconds."""
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, median, median)
     return Timing(median, (high - low) / median if median else 0.0, min(samples), tuple(samples))
@@ -167,14 +167,14 @@ def alternate(
     before: Callable[[], object] | None = None,
     slow: Iterable[_K] = (),
 ) -> dict[_K, Timing]:
-    """Times several calls in turn, round after round, so that noise from outside hits all of them alike.
+    """Times several calls in turn, round after round, so that noise from outside affects all of them equally.
 
     Args:
-        tasks: what to time, by name.
-        repeats: rounds that count.
-        warmup: rounds before them that do not.
-        before: called before every timed call, not timed: restores the state that tasks mutate.
-        slow: names that run only in the first three counted rounds and in no warm-up round.
+        tasks: Calls to time, by name.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
+        before: Called, untimed, before every task; it restores the state that tasks mutate.
+        slow: Names of tasks that run only in the first three timed rounds and not in warm-up rounds.
 
     Returns:
         A timing for each task.
@@ -196,19 +196,20 @@ def alternate(
 
 
 def verdict(measured: float | None, goal: float | None) -> str:
-    """'ok' if a measurement is within its goal (an upper bound), 'MISS' if not, '' if there is nothing to judge."""
+    """Returns "ok" if a measurement is at most its goal, "MISS" if it is more, "" if either is None."""
     if measured is None or goal is None:
         return ""
     return "ok" if measured <= goal else "MISS"
 
 
 def table(title: str, rows: list[dict[str, Any]], columns: Mapping[str, tuple[str, str]]) -> Table:
-    """A rich table of result rows.
+    """Returns a rich table of result rows.
 
     Args:
-        title: above the table.
-        rows: result rows.
-        columns: heading: (key in the row, format specification); a row without the key has an empty cell.
+        title: Title above the table.
+        rows: Rows of a result.
+        columns: Headings, each with a key of the row and a format specification. A row without the key has an empty
+            cell.
     """
     out = Table(title=title)
     for heading, (_, form) in columns.items():

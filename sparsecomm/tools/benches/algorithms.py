@@ -1,7 +1,7 @@
-"""Ways to average a gradient over all ranks: our collectives, and what Gloo and MPI offer for the same job.
+"""Algorithms that average a gradient over all ranks: our collectives, and those of Gloo and MPI.
 
-All start from a dense gradient on each rank and end with its average on each, so selecting, encoding, decoding and
-dividing are part of what they do. A new one takes part in `bench collectives` by registering.
+Each starts with a dense gradient on every rank and ends with the average on every rank, so its time includes selecting,
+encoding, decoding and dividing. A new algorithm takes part in `bench collectives` as soon as it is registered.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import torch.distributed as dist
 
 import sparsecomm as sc
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes
+from sparsecomm.collectives import (
+    dense_allreduce,
+    dense_ring_bytes,
+    doubling_allreduce,
+    halving_allreduce,
+    ring_allreduce,
+)
+from sparsecomm.collectives.allreduce_costs import ring_segment
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.method import method_named, methods
 from sparsecomm.exchange.methods.allgather import Allgather
@@ -42,17 +49,17 @@ _VALUES = ValueCodec.FP16
 
 
 class Unavailable(Exception):
-    """An algorithm cannot run in this job; the message says why. Raised on all ranks alike."""
+    """An algorithm cannot run in this job, for the reason in the message. It is raised on all ranks or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is to be averaged.
+    """The gradient to average.
 
     Attributes:
-        world: the ranks.
-        work: float32, shape (n,): this rank's gradient before a call, the average over ranks after it.
-        density: fraction that a sparse algorithm sends.
+        world: The ranks.
+        work: This rank's gradient before a call and the average over ranks after it; float32, shape (n,).
+        density: Fraction of the elements that a sparse algorithm sends.
     """
 
     world: sc.World
@@ -61,11 +68,11 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Elements that a sparse algorithm sends."""
+        """Number of elements that a sparse algorithm sends."""
         return max(1, round(self.density * self.work.numel()))
 
     def bucket(self, *, residual: bool) -> BucketMemory:
-        """Returns a bucket of this size, with an empty residual or none."""
+        """Returns the memory of a bucket of this size, with a residual of zeros or without one."""
         numel = self.work.numel()
         rows = max(r for r in range(1, math.isqrt(numel) + 1) if numel % r == 0)
         layout = BucketLayout(("gradient",), ((rows, numel // rows),), ((numel // rows, 1),))
@@ -77,9 +84,9 @@ class Ready:
     """An algorithm that is set up for a case.
 
     Attributes:
-        call: averages the case's `work` over all ranks. Collective.
-        bytes_sent: what this rank sent in the last call.
-        counted: whether that was counted, not computed from what the algorithm is known to send at least.
+        call: Averages the case's `work` over all ranks. Collective.
+        bytes_sent: Returns the bytes that this rank sent in the last call.
+        counted: Whether these bytes were counted; otherwise they are the least that the algorithm sends.
     """
 
     call: Callable[[], object]
@@ -89,13 +96,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """A way to average.
+    """A registered algorithm.
 
     Attributes:
-        name: in rows and options.
-        role: "ours", "peer", or "floor" (it computes what others do, and talks to nobody).
-        sparse: whether it sends a fraction of the elements; else the average is exact.
-        prepare: sets it up for a case; raises `Unavailable` if it cannot run in this job.
+        name: Name in rows and options.
+        role: "ours"; "peer", which ours are compared with; "part", a building block of ours, which runs only if it is
+            named; or "floor", the computation of the others without communication.
+        sparse: Whether it sends a fraction of the elements; otherwise the average is exact.
+        prepare: Sets it up for a case; raises `Unavailable` if it cannot run in this job.
     """
 
     name: str
@@ -105,13 +113,13 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
-"""All algorithms by name."""
+"""Registered algorithms by name."""
 
 _Prepare = Callable[[Case], Ready]
 
 
 def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Prepare]:
-    """Registers a function that prepares an algorithm; see `Algorithm` for the arguments."""
+    """Registers a function that prepares an algorithm. The arguments are attributes of `Algorithm`."""
 
     def register(prepare: _Prepare) -> _Prepare:
         ALGORITHMS[name] = Algorithm(name, role, sparse, prepare)
@@ -121,7 +129,7 @@ def algorithm(name: str, *, role: str, sparse: bool) -> Callable[[_Prepare], _Pr
 
 
 def exchanging(case: Case, collective: str) -> Ready:
-    """Prepares whole exchanges, as training does them, by one of our collectives; a dense one in float32."""
+    """Prepares complete exchanges, as in training, with one of our collectives; dense ones are in float32."""
     bucket, arena = case.bucket(residual=method_named(collective).needs_residual), Arena()
     compressor = compressor_for(collective, case.density)
     values = ValueCodec.FP32 if collective == "dense" else _VALUES
@@ -137,17 +145,16 @@ def exchanging(case: Case, collective: str) -> Ready:
     return Ready(call, lambda: last.bytes_sent, counted=True)
 
 
-for _name, _method in methods().items():  # all that a SparseState can be asked for
+for _name, _method in methods().items():  # every collective that a SparseState accepts
     algorithm(_name, role="ours", sparse=_method.needs_residual)(partial(exchanging, collective=_name))
 
 
-@algorithm("dense sum", role="ours", sparse=False)
-def _dense_sum(case: Case) -> Ready:
-    """What peers do: the sum alone, without finding out whether all ranks agree about what is summed."""
+def _summing(case: Case, allreduce: Callable[..., CollectiveSteps[None]], **options: Any) -> Ready:
+    """Prepares a dense sum alone, as peers do it: the ranks do not check that they agree about its operands."""
     arena, sent = Arena(), 0
 
     def steps(channel: Channel) -> CollectiveSteps[int]:
-        yield from dense_allreduce(channel, case.work, arena, "bench", scale=1.0 / case.world.size)
+        yield from allreduce(channel, case.work, arena, "bench", scale=1.0 / case.world.size, **options)
         return channel.traffic.bytes_sent
 
     def call() -> None:
@@ -155,6 +162,11 @@ def _dense_sum(case: Case) -> Ready:
         sent = case.world.engine.call("bench", steps)
 
     return Ready(call, lambda: sent, counted=True)
+
+
+@algorithm("dense sum", role="ours", sparse=False)
+def _dense_sum(case: Case) -> Ready:
+    return _summing(case, dense_allreduce)
 
 
 @algorithm("mpi allreduce", role="peer", sparse=False)
@@ -168,8 +180,8 @@ def _mpi_allreduce(case: Case) -> Ready:
     buffer = [work.numpy(), MPI.FLOAT]
 
     def call() -> None:
-        # Called from this thread, which spares it the hand-over to the engine's. Never two threads in MPI at once: the
-        # engine calls MPI only while an exchange is in flight, and here none is.
+        # This thread calls MPI itself, without the hand-over to the engine's thread. That is safe because the engine
+        # calls MPI only while an exchange is in flight, and none is in flight here.
         MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer)
         work.mul_(1.0 / world.size)
 
@@ -188,7 +200,7 @@ def _gloo_allreduce(case: Case) -> Ready:
 
 
 class _Selecting:
-    """The computation of a sparse average without its communication: select, encode, and later decode and add."""
+    """The computation of a sparse average without the communication: select, encode, decode, add."""
 
     def __init__(self, case: Case) -> None:
         numel = case.work.numel()
@@ -200,7 +212,7 @@ class _Selecting:
         self.payload = torch.empty(max_payload_bytes(self._codec, _VALUES, case.k, numel), dtype=torch.uint8)
 
     def encode(self) -> int:
-        """Writes this rank's payload; returns its length in bytes."""
+        """Selects elements and writes this rank's payload. Returns its length in bytes."""
         case, residual = self._case, self._bucket.residual
         assert residual is not None
         taken = take_some(self._bucket, Incoming(case.work), sc.TopK(density=case.density), case.k, self._arena)
@@ -213,7 +225,7 @@ class _Selecting:
         return HEADER_BYTES + header.body_bytes
 
     def apply(self, payloads: list[torch.Tensor]) -> None:
-        """Decodes payloads by rank and leaves their average in the case's `work`."""
+        """Decodes the payloads, in rank order, and writes their average to the case's `work`."""
         parts = []
         for rank, payload in enumerate(payloads):
             header = read_header(payload)
@@ -226,7 +238,7 @@ class _Selecting:
 
 @algorithm("gloo allgather", role="peer", sparse=True)
 def _gloo_allgather(case: Case) -> Ready:
-    """Our payloads by Gloo's allgather, which wants equal lengths: the lengths go first, then all are padded."""
+    """Prepares Gloo's allgather of our payloads. It needs equal lengths, so ranks gather lengths first and then pad."""
     size, selecting, arena = case.world.size, _Selecting(case), Arena()
     mine, lengths = torch.zeros(1, dtype=torch.int64), [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
     sent = 0
@@ -247,7 +259,7 @@ def _gloo_allgather(case: Case) -> Ready:
 
 @algorithm("compute only", role="floor", sparse=True)
 def _compute_only(case: Case) -> Ready:
-    """What any sparse allgather computes on one rank, each payload of the others as long as its own."""
+    """Prepares the computation of a sparse allgather on one rank, which decodes its own payload once for every rank."""
     selecting = _Selecting(case)
 
     def call() -> None:
@@ -255,3 +267,42 @@ def _compute_only(case: Case) -> Ready:
         selecting.apply([selecting.payload[:length]] * case.world.size)
 
     return Ready(call, lambda: 0, counted=True)
+
+
+# --- parts of `dense sum`, for choosing between them (collectives/allreduce_costs.py) -------------------------------
+
+
+@algorithm("dense sum fp16", role="part", sparse=False)
+def _dense_sum_fp16(case: Case) -> Ready:
+    return _summing(case, dense_allreduce, wire=ValueCodec.FP16)
+
+
+@algorithm("dense sum bf16", role="part", sparse=False)
+def _dense_sum_bf16(case: Case) -> Ready:
+    return _summing(case, dense_allreduce, wire=ValueCodec.BF16)
+
+
+@algorithm("ring", role="part", sparse=False)
+def _ring(case: Case) -> Ready:
+    return _summing(case, ring_allreduce, segment=ring_segment(one_host=case.world.engine.transport.one_host))
+
+
+@algorithm("halving", role="part", sparse=False)
+def _halving(case: Case) -> Ready:
+    return _summing(case, halving_allreduce)
+
+
+@algorithm("doubling", role="part", sparse=False)
+def _doubling(case: Case) -> Ready:
+    return _summing(case, doubling_allreduce)
+
+
+@algorithm("hand-over", role="part", sparse=False)
+def _hand_over(case: Case) -> Ready:
+    """Prepares a collective without messages, which costs only the way to the engine's thread and back."""
+
+    def nothing(channel: Channel) -> CollectiveSteps[None]:
+        return
+        yield
+
+    return Ready(lambda: case.world.engine.call("bench", nothing), lambda: 0, counted=True)

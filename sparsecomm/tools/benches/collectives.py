@@ -1,4 +1,4 @@
-"""Averages of gradients by every algorithm there is, ours and other people's, on the same ranks in turn."""
+"""`bench collectives`: averages gradients with our algorithms and those of Gloo and MPI, on the same ranks in turn."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sparsecomm.tools.benches.algorithms import ALGORITHMS, Algorithm, Case, Una
 __all__ = ["GOAL", "plots", "print_table", "run"]
 
 GOAL = 1.0
-"""As fast as the best peer, or faster."""
+"""The goal for seconds over the best peer's seconds."""
 
 
 @dataclass(slots=True)
 class _Rounds:
-    """What one size gave.
+    """The measurements at one size.
 
     Attributes:
-        timings: by algorithm and density (None for a dense one), the slowest rank's of every round.
-        facts: further fields of their rows.
+        timings: Timings of the slowest rank of every round, by algorithm and density (None for a dense algorithm).
+        facts: Other fields of the rows, by the same keys.
     """
 
     timings: dict[tuple[str, float | None], Timing] = field(default_factory=dict)
@@ -43,26 +43,27 @@ def run(
     algorithms: Sequence[str] | None = None,
     repeats: int = 15,
 ) -> dict[str, Any]:
-    """Averages gradients by our collectives, Gloo's and MPI's, round after round. Run it under mpirun -n P.
+    """Averages gradients with our collectives, Gloo's and MPI's, in turn. Run it under mpirun -n P.
 
-    Goal: as fast as the best peer (1.0), which for a dense algorithm of ours is the best dense peer. The gradients are
-    random and independent: ranks select different elements, the worst case for sparse sums.
+    Goal: as fast as the best peer (ratio 1.0). A dense algorithm is compared only with dense peers. The gradients are
+    random and independent, so ranks select different elements, which is the worst case for sparse sums.
 
     Args:
-        numels: elements of the gradient.
-        densities: fractions that sparse algorithms send.
-        algorithms: which ones; all by default.
-        repeats: timed rounds.
+        numels: Elements of the gradient.
+        densities: Fractions of the elements that sparse algorithms send.
+        algorithms: Algorithms to measure. By default all but ring, halving, doubling, dense sum fp16, dense sum bf16
+            (parts of dense sum) and hand-over (the way to the engine's thread and back).
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``. A row: algorithm, role, density (None: dense), numel, world, transport,
-        seconds (median over rounds of the slowest rank), spread, bytes_sent (by rank 0, bytes), bytes_are ("counted" or
-        "computed"), relative_error of one average, best_peer, peer_ratio (seconds over that peer's, median over
-        rounds), goal, ok; or error, why it could not run. Rows whose numel is None have the geometric mean of
-        peer_ratio over all sizes.
+        ``{"meta": {...}, "rows": [...]}``. A row has algorithm, role, density (None: dense), numel, world, transport,
+        seconds (of the slowest rank, median over rounds), spread, bytes_sent (by rank 0), bytes_are ("counted" or
+        "computed"), relative_error (of one average), best_peer, peer_ratio (seconds over those of best_peer, median
+        over rounds), goal and ok; or error, the reason why it could not run. Rows whose numel is None hold the
+        geometric mean of peer_ratio over all sizes.
 
     Raises:
-        ConfigError: in a world of one, or if an argument is not acceptable.
+        ConfigError: The world has one rank, or an argument is not acceptable.
     """
     world = sc.init()
     chosen = _checked(world, numels, densities, algorithms, repeats)
@@ -100,7 +101,7 @@ def _checked(
             raise ConfigError(f"density = {density} is not in (0, 1]")
     if repeats < 1:
         raise ConfigError(f"repeats = {repeats} is not a positive number of rounds")
-    return [a for n, a in ALGORITHMS.items() if names is None or n in names]
+    return [a for n, a in ALGORITHMS.items() if (n in names if names is not None else a.role != "part")]
 
 
 def _measure(
@@ -155,7 +156,7 @@ def _rows_of(world: sc.World, numel: int, found: _Rounds, chosen: Iterable[Algor
         } | facts
         mine = found.timings.get((name, density))
         if mine is not None:
-            # Only peers whose average is at least as exact: a dense algorithm is not compared with a sparse one.
+            # Peers must be at least as exact, so a dense algorithm is never compared with a sparse one.
             peers = {k: t for k, t in found.timings.items() if roles[k[0]] == "peer" and k[1] in (None, density)}
             best = min(peers, key=lambda k: peers[k].seconds, default=None)
             ratio = None if best is None else mine.over(peers[best])
@@ -173,7 +174,7 @@ def _rows_of(world: sc.World, numel: int, found: _Rounds, chosen: Iterable[Algor
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each algorithm and density: the geometric mean over sizes of its ratio to the best peer."""
+    """Returns a row for each algorithm and density: the geometric mean over sizes of its ratio to the best peer."""
     ratios: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for row in rows:
         if row["role"] != "floor" and row.get("peer_ratio"):
@@ -214,7 +215,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     if not any("error" in row for row in rows):
         del columns["error"]
     info = result["meta"]
-    title = f"averaging a gradient over {info['world']} ranks ({info['transport']}), selection and coding included"
+    title = f"average of a gradient over {info['world']} ranks ({info['transport']}), including selection and coding"
     (console or Console()).print(table(title, rows, columns))
 
 
@@ -225,7 +226,7 @@ def _sent(row: dict[str, Any]) -> str:
 
 
 def plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws seconds, and the ratio to the best peer, by size; returns the files written."""
+    """Draws seconds and the ratio to the best peer against size; returns the files written."""
     timed = [row for row in result["rows"] if row.get("seconds") and row["numel"]]
     series = list(dict.fromkeys((row["algorithm"], row["role"], row["density"]) for row in timed))
     figure, axes = figures.new_figure(1, 2)

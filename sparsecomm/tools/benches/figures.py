@@ -1,4 +1,4 @@
-"""One look for all plots: sizes, colours, units on axes, PNG and SVG files. Loads matplotlib when one is drawn."""
+"""The common style of all plots: sizes, colours, units on axes, PNG and SVG files. Loads matplotlib on first use."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from sparsecomm.errors import ConfigError
 
 __all__ = ["COLOURS", "MARKERS", "headline", "legend_below", "new_figure", "ratio_axis", "save", "unit_axis"]
 
-# Okabe and Ito's palette: told apart by the colour-blind too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_WIDTH, _HEIGHT = 5.6, 4.2  # inches, of a panel
+_WIDTH, _HEIGHT = 5.6, 4.2  # inches per panel
 
 
 def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """Makes an empty figure of panels.
 
     Args:
-        rows: of panels.
-        columns: of panels.
-        options: of matplotlib's `Figure.subplots`, such as ``sharex=True``.
+        rows: Rows of panels.
+        columns: Columns of panels.
+        options: Options of matplotlib's `Figure.subplots`, such as ``sharex=True``.
 
     Returns:
         The figure, and its axes as a 2-D array.
 
     Raises:
-        ConfigError: if matplotlib is not installed.
+        ConfigError: Matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def new_figure(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, An
 
 
 def unit_axis(axis: Any, unit: str) -> None:
-    """Writes the ticks of a matplotlib x or y axis with a unit and its prefix: 1 ms, 16 MB."""
+    """Labels the ticks of a matplotlib axis with a unit and an SI prefix: 1 ms, 16 MB."""
     from matplotlib.ticker import EngFormatter, NullFormatter
 
     axis.set_major_formatter(EngFormatter(unit))
@@ -51,7 +51,7 @@ def unit_axis(axis: Any, unit: str) -> None:
 
 
 def ratio_axis(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    """Writes the ticks of a logarithmic axis as plain numbers, at these multiples of each power of ten."""
+    """Labels the ticks of a logarithmic axis with plain numbers, at these multiples of each power of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=subs))
@@ -60,7 +60,7 @@ def ratio_axis(axis: Any, subs: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
 
 
 def legend_below(figure: Any, axes: Any, columns: int = 4) -> None:
-    """Puts one legend for all panels under them, each label once, so that it covers no data."""
+    """Puts one legend for all panels below them, where it covers no data; each label appears once."""
     found: dict[str, Any] = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -68,21 +68,21 @@ def legend_below(figure: Any, axes: Any, columns: int = 4) -> None:
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def headline(figure: Any, info: dict[str, Any], what: str) -> None:
-    """Writes above all panels what was measured, on which machine and when; `info` is a result's meta."""
+def headline(figure: Any, info: dict[str, Any], subject: str) -> None:
+    """Writes the subject, the machine and the date above all panels; `info` is a result's meta."""
     date = str(info.get("date", ""))[:10]
-    figure.suptitle(f"{what}, {info.get('cpu')}, {info.get('cores')} cores, {date}", fontsize=10)
+    figure.suptitle(f"{subject}, {info.get('cpu')}, {info.get('cores')} cores, {date}", fontsize=10)
 
 
 def save(figure: Any, folder: Path, name: str) -> list[Path]:
     """Writes a figure as NAME.png and NAME.svg.
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: The folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
     for file in files:
-        # No date in the file: the same result gives the same picture.
+        # Files contain no date, so that the same result always gives the same picture.
         figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     return files

@@ -1,4 +1,4 @@
-"""Speed of the Triton kernels on a GPU, as ratios to the copy bandwidth of device memory in the same run."""
+"""The GPU rows of `bench kernels`: speed of the Triton kernels, relative to device memory's copy bandwidth."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sparsecomm.types import IndexCodec, ValueCodec
 __all__ = ["GPU_NUMEL", "check_device", "measure", "wait"]
 
 GPU_NUMEL = 2**28
-"""256M elements, 1 GiB in float32: no cache holds any of it."""
+"""256M elements, 1 GiB in float32, which is far larger than any cache."""
 
-_MOVED = 12  # bytes an element: read gradient and residual, write the residual
-_COPIED = 8  # bytes an element: read and write
-_DRAGONN = 2**27  # elements, 512 MB: 13.2 ms on a V100
+_MOVED = 12  # bytes per element: read gradient and residual, write the residual
+_COPIED = 8  # bytes per element: read and write
+_DRAGONN = 2**27  # elements (512 MB); DRAGONN takes 13.2 ms for them on a V100
 _PAYLOADS = 8
-_HEAD = 88  # bytes, a payload's header
+_HEAD = 88  # bytes of a payload's header
 _INDEX, _VALUE = IndexCodec.RICE, ValueCodec.FP16
 
 
 def check_device(device: str) -> torch.device:
-    """Returns a device to measure on.
+    """Returns the CUDA device to measure on.
 
     Raises:
-        ConfigError: if kernels cannot run there; says why.
+        ConfigError: Kernels cannot run there, for the reason in the message.
     """
     chosen = torch.device(device)
     if chosen.type != "cuda":
@@ -49,10 +49,10 @@ def measure(device: torch.device, numel: int, densities: Sequence[float], repeat
     """Returns the rows of `sparsecomm bench kernels --device cuda`.
 
     Args:
-        device: where; the CPU, too, if Triton's interpreter is the path in use (its times mean nothing).
-        numel: elements of the dense vector.
-        densities: nonzeros over elements.
-        repeats: timed rounds.
+        device: Device to measure on. It may be the CPU under Triton's interpreter, whose times mean nothing.
+        numel: Elements of the dense vector.
+        densities: Nonzeros over elements.
+        repeats: Timed rounds.
     """
     rows: list[dict[str, Any]] = []
     for density in densities:
@@ -70,7 +70,7 @@ def _times(
     repeats: int,
     before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Times tasks in turn, from an idle device to an idle device: launches and the reading of counts are in it."""
+    """Times tasks in turn, from idle device to idle device; launches and reading counts back are included."""
     samples: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(-2, repeats):
         for name, task in tasks.items():
@@ -86,7 +86,7 @@ def _times(
 
 
 def wait(device: torch.device) -> None:
-    """Waits until a device has done all it was given."""
+    """Waits until a device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -103,7 +103,7 @@ def _row(op: str, took: Timing, metric: str, measured: float, goal: float | None
 
 
 def _pairs(device: torch.device, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A gradient, a residual, and room for pairs."""
+    """Returns a gradient, a residual, and buffers for the indices and values of pairs."""
     grad = torch.randn(n, generator=torch.Generator(device).manual_seed(0), device=device)
     room = k + k // 4 + 64
     indices = torch.empty(room, dtype=torch.uint32, device=device)
@@ -111,7 +111,7 @@ def _pairs(device: torch.device, n: int, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _at(device: torch.device, n: int, density: float, repeats: int) -> list[dict[str, Any]]:
-    """Selecting, and all of encode, decode and apply, at one density."""
+    """Returns the rows of one density: selection, and encode, decode and apply together."""
     k = max(1, round(n * density))
     grad, residual, indices, values = _pairs(device, n, k)
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
@@ -142,8 +142,8 @@ def _at(device: torch.device, n: int, density: float, repeats: int) -> list[dict
 
 
 @dataclass(slots=True)
-class _Said:
-    """Description of a payload, for encoders and decoders; its body is not verified."""
+class _PairsHeader:
+    """The header fields that decoding a payload needs."""
 
     rank: int
     nnz: int
@@ -158,17 +158,17 @@ class _Said:
 
 
 def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> Callable[[], None]:
-    """Returns a call that encodes a selection, and decodes and adds as many payloads as that of 8 ranks.
+    """Returns a call that encodes a selection, and decodes and adds the payloads of 8 ranks.
 
-    Payloads go to pinned memory and come from there, as in an exchange; headers, checksums and messages are not in it,
-    and neither is the fill of `out`, which an exchange overwrites.
+    Payloads are written to and read from pinned memory, as in an exchange. The call leaves out headers, checksums and
+    messages, and the initial fill of `out`, which an exchange overwrites.
     """
     n, k, device = grad.numel(), indices.numel(), grad.device
     kernels.exact_topk(None, grad.clone(), k, indices, values)
     room = _HEAD + kernels.max_index_bytes(_INDEX, k, n) + kernels.max_value_bytes(_VALUE, k)
     payload = torch.empty(room, dtype=torch.uint8, pin_memory=device.type == "cuda")
     arrived = torch.empty(_PAYLOADS * room, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    error, form = torch.empty_like(values), _Said(0, k, n, 0, 1.0)
+    error, form = torch.empty_like(values), _PairsHeader(0, k, n, 0, 1.0)
     got_indices = torch.empty(_PAYLOADS * k, dtype=torch.uint32, device=device)
     got_values = torch.empty(_PAYLOADS * k, device=device)
 
@@ -178,24 +178,27 @@ def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: 
     index_bytes, value_bytes, scale, _ = encode()
     size = index_bytes + value_bytes
     bodies = [arrived[r * size : (r + 1) * size].copy_(payload[_HEAD : _HEAD + size]) for r in range(_PAYLOADS)]
-    said = [_Said(r, k, n, index_bytes, scale) for r in range(_PAYLOADS)]
+    headers = [_PairsHeader(r, k, n, index_bytes, scale) for r in range(_PAYLOADS)]
 
     def call() -> None:
         encode()
-        for part in kernels.decode_pairs(said, bodies, got_indices, got_values):
+        for part in kernels.decode_pairs(headers, bodies, got_indices, got_values):
             kernels.scatter_add(out, *part)
 
     return call
 
 
 def _encoding(device: torch.device, n: int, density: float, repeats: int) -> dict[str, Any]:
-    """Select by threshold and encode, as on most steps of `ThresholdTopK`."""
+    """Returns the row of selecting by threshold and encoding, as in most steps of `ThresholdTopK`."""
     k = max(1, round(n * density))
     grad, residual, indices, values = _pairs(device, n, k)
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
     room = indices.numel()
     most = _HEAD + kernels.max_index_bytes(_INDEX, room, n) + kernels.max_value_bytes(_VALUE, room)
-    payload, form = torch.empty(most, dtype=torch.uint8, pin_memory=device.type == "cuda"), _Said(0, k, n, 0, 1.0)
+    payload, form = (
+        torch.empty(most, dtype=torch.uint8, pin_memory=device.type == "cuda"),
+        _PairsHeader(0, k, n, 0, 1.0),
+    )
 
     def encode() -> None:
         k = kernels.accumulate_select(grad, residual, threshold, indices, values).stored

@@ -1,4 +1,4 @@
-"""What the hook adds to a training step on a GPU, in a world of one: everything but the network."""
+"""`bench gpu_hook`: time that the hook adds to a training step on a GPU in a world of one, thus without a network."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def run(
     device: str = "cuda",
     width: int = _WIDTH,
 ) -> dict[str, Any]:
-    """Times forward and backward of an MLP of 25.2M parameters with the hook and with one that does nothing.
+    """Times training steps of an MLP of 25.2M parameters with the hook and with an empty hook.
 
-    Goal: what the hook adds is at most 5% of backward. The world has one rank, so its own payload is encoded, decoded
-    and applied, and nothing travels.
+    Goal: the hook adds at most 5% of the time of backward. The world has one rank, which encodes, decodes and applies
+    its own payload without sending anything.
 
     Args:
-        densities: nonzeros over elements.
-        batch: rows of the input; more of them make backward longer.
-        steps: timed steps of each.
-        device: cuda; cpu only shows that the bench runs.
-        width: of the layers.
+        densities: Nonzeros over elements.
+        batch: Examples per step; more of them make backward longer.
+        steps: Timed steps with each hook.
+        device: Device to measure on; with cpu the bench runs but has no verdict.
+        width: Width of the layers.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``; each row has density, numel, step_seconds, floor_seconds, backward_seconds,
-        share (what the hook adds over backward), goal, ok.
+        ``{"meta": {...}, "rows": [...]}``. A row has density, batch, numel, ranks, step_seconds, floor_seconds (with
+        an empty hook), backward_seconds, share (time that the hook adds over time of backward), goal and ok.
 
     Raises:
-        ConfigError: for a device that cannot be measured here.
+        ConfigError: This machine cannot measure on that device.
     """
     where = torch.device("cpu") if device == "cpu" else gpu.check_device(device)
     world = sc.init()
@@ -78,7 +78,7 @@ def run(
 def _seconds(
     device: torch.device, width: int, batch: int, steps: int, state: object, hook: Callable[..., object]
 ) -> tuple[float, float]:
-    """Median seconds of a step, forward and backward, and of its backward alone."""
+    """Returns the median seconds of a step (forward and backward) and of its backward alone."""
     torch.manual_seed(0)
     layers = [layer for _ in range(_DEPTH) for layer in (nn.Linear(width, width), nn.Tanh())]
     ddp = DistributedDataParallel(nn.Sequential(*layers).to(device), process_group=dist.new_group(backend="gloo"))
@@ -114,4 +114,6 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     rows = [
         row | {f"{k}_ms": row[f"{k}_seconds"] * 1e3 for k in ("step", "floor", "backward")} for row in result["rows"]
     ]
-    (console or Console()).print(table(f"what the hook adds, a world of one, {result['meta']['gpu']}", rows, columns))
+    (console or Console()).print(
+        table(f"time that the hook adds in a world of one, {result['meta']['gpu']}", rows, columns)
+    )

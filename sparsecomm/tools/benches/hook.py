@@ -1,4 +1,4 @@
-"""What the hook costs beyond kernels and messages, and how much of an exchange hides under backward."""
+"""`bench hook`: the hook's overhead over kernels and messages; `bench overlap`: communication hidden by backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsecomm.wire import HEADER_BYTES
 
 __all__ = ["print_table", "run", "run_overlap"]
 
-_GOAL = 150e-6  # seconds a bucket
+_GOAL = 150e-6  # seconds per bucket
 
 
 @bench("hook", keys=("buckets", "numel", "world"), measures=("seconds", "overhead_seconds"))
@@ -31,20 +31,20 @@ def run(
     density: float = 0.01,
     repeats: int = 9,
 ) -> dict[str, Any]:
-    """Times exchanges by a SparseState against bare ones: the same kernels and messages by hand. Also under mpirun.
+    """Times exchanges of a SparseState against the same kernels and messages called directly. Also runs under mpirun.
 
-    Overhead = seconds a bucket - bare seconds, the best of rounds taken in turn (a difference of medians would mostly
-    show what else the machine was doing). Bare is more than kernels and messages timed apart: ranks also wait for each
-    other's kernels, which never take equally long.
+    The overhead of a bucket is the difference of the two times, each the minimum over rounds, since medians would
+    mostly show other load on the machine. The direct calls take longer than kernels and messages timed separately,
+    because ranks also wait for each other's kernels.
 
     Args:
-        shapes: buckets and elements of each, as "1000x1024".
-        density: fraction selected.
-        repeats: timed rounds.
+        shapes: Numbers of buckets and of elements in each, such as "1000x1024".
+        density: Fraction of the elements to select.
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``, a row a shape: buckets, numel, world, seconds, bare_seconds, and of that
-        kernel_seconds and message_seconds by themselves, overhead_seconds (all a bucket), goal, ok.
+        ``{"meta": {...}, "rows": [...]}`` with a row per shape: buckets, numel, world, seconds, bare_seconds (direct
+        calls), kernel_seconds and message_seconds (each timed separately), overhead_seconds (all per bucket), goal, ok.
     """
     world = sc.init()
     threads = torch.get_num_threads()
@@ -109,7 +109,7 @@ def _timed(task: Callable[[], object], world: sc.World) -> float:
 
 @dataclass(slots=True)
 class _InFlight:
-    """What one exchange keeps in memory from selecting until it is applied: as much as in a real one."""
+    """Memory of one exchange from selection to application, as much as a real exchange uses."""
 
     residual: torch.Tensor
     indices: torch.Tensor
@@ -122,10 +122,10 @@ class _InFlight:
 
 
 class _ByHand:
-    """The kernels that the exchanges of these buckets need on one rank, and with them the messages; nothing else.
+    """The kernels and messages of exchanges, called directly.
 
-    In their order and on memory of their own, as in exchanges of which as many are in flight as the engine allows:
-    what a kernel finds in the cache is part of its cost, and so is waiting for the other ranks' kernels.
+    Order and memory are those of real exchanges with as many in flight as the engine allows, because the state of the
+    caches and the wait for the kernels of other ranks are part of the cost.
     """
 
     def __init__(self, world: sc.World, grads: Sequence[torch.Tensor], k: int) -> None:
@@ -182,7 +182,7 @@ class _ByHand:
                 self._receive(*bucket)
 
     def messages(self) -> None:
-        """Sends the messages alone, one exchange after the other. Collective."""
+        """Sends the messages alone, one exchange after another. Collective."""
 
         def steps(channel: Channel) -> CollectiveSteps[None]:
             for _ in (bucket for group in self._groups for bucket in group):
@@ -193,9 +193,9 @@ class _ByHand:
         self._world.engine.call("bench messages", steps)
 
     def exchanges(self) -> None:
-        """Both together: headers leave as soon as a bucket is selected, bodies when the others' headers are there.
+        """Runs kernels and messages together. Collective.
 
-        Collective.
+        Headers are sent as soon as a bucket is selected, and bodies as soon as the headers of all ranks have arrived.
         """
 
         def steps(channel: Channel) -> CollectiveSteps[None]:
@@ -228,21 +228,21 @@ def run_overlap(
     bucket_mb: int = 4,
     repeats: int = 9,
 ) -> dict[str, Any]:
-    """Times backward of a DDP model with sparse_hook against one with a hook that does nothing. Run it under mpirun.
+    """Times backward of a DDP model with sparse_hook and with an empty hook. Run it under mpirun.
 
     Args:
-        width: of the square layers.
-        layers: how many.
-        batch: examples a rank.
-        density: fraction selected.
+        width: Width of the square layers.
+        layers: Number of layers.
+        batch: Examples per rank.
+        density: Fraction of the elements to select.
         bucket_mb: DDP's bucket_cap_mb.
-        repeats: timed rounds.
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``, one row: world, numel, buckets, backward_seconds (with a hook that does
-        nothing), sparse_backward_seconds, added_seconds (their difference), communication_seconds (hand-over of the
-        first bucket to the end of the last exchange), exposed_seconds (hand-over of the last bucket to that end),
-        hidden (fraction of communication_seconds that was under backward), ok (exposed < communication).
+        ``{"meta": {...}, "rows": [...]}`` with one row: world, numel, buckets, backward_seconds (with an empty hook),
+        sparse_backward_seconds, added_seconds (their difference), communication_seconds (from the submission of the
+        first bucket to the end of the last exchange), exposed_seconds (from the submission of the last bucket to that
+        end), hidden (fraction of communication_seconds that backward hides), ok (exposed <= communication).
     """
     world = sc.init()
     threads = torch.get_num_threads()
@@ -293,7 +293,7 @@ def _overlap(
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the rows of either bench."""
+    """Prints a result of either bench."""
     rows = result["rows"]
     if "hidden" in rows[0]:
         columns = {
@@ -306,7 +306,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "hidden": ("hidden", ".0%"),
             "": ("ok", ""),
         }
-        title = "overlap: how much of the communication hides under backward"
+        title = "overlap: share of the communication that backward hides"
     else:
         rows = [{k: v * 1e6 if k.endswith("seconds") or k == "goal" else v for k, v in row.items()} for row in rows]
         columns = {
@@ -321,5 +321,5 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "goal": ("goal", ".0f"),
             "": ("ok", ""),
         }
-        title = "hook: microseconds a bucket beyond kernels and messages"
+        title = "hook: microseconds per bucket, and overhead over kernels and messages"
     (console or Console()).print(table(title, rows, columns))

@@ -1,4 +1,4 @@
-"""Speed of the compute kernels, against the memory floor and against what torch offers for the same job."""
+"""`bench kernels`: speed of the compute kernels, relative to memory bandwidth and to torch's operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsecomm.types import IndexCodec, ValueCodec
 __all__ = ["plots", "print_table", "run"]
 
 RESNET50 = 25_557_032
-"""Parameters of ResNet-50: the vector that facts.md measured."""
+"""Number of parameters of ResNet-50, the default length of the vector."""
 
 
 @bench("kernels", keys=("op", "codec", "path", "density", "numel", "metric"), measures=("seconds", "measured"))
@@ -27,28 +27,30 @@ def run(
     repeats: int = 15,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measures accumulate_select, exact_topk, index encoding, and decode + add, on one thread or a GPU.
+    """Times selection, index encoding, and decoding with addition, on one thread or on a GPU.
 
-    Goals (ratios): accumulate_select at most 1.25x `residual.add_(grad)` up to 1% density and 1.6x at 10%; exact_topk
-    at most 3.5x that floor and 1/20 of the torch way; BITPACK encoding at most 2 ns an index; decode + add no slower
-    than `torch.index_add_` with int64 indices that are decoded already. On a GPU: accumulate_select at 80% of the copy
-    bandwidth of the same run; exact_topk 3.5x that and a tenth of torch.topk; encode, decode and apply for 8 ranks at
-    0.1% a quarter of it; select and encode of 512 MB at 0.1% in 1 ms.
+    Goals on the CPU: accumulate_select takes at most 1.25 times as long as the floor, `residual.add_(grad)`, up to 1%
+    density and 1.6 times at 10%; exact_topk at most 3.5 times the floor and 1/20 of the same in torch; BITPACK encoding
+    at most 2 ns per index; decoding and adding no longer than `torch.index_add_` with indices already in int64.
+
+    Goals on a GPU: accumulate_select reaches 80% of the copy bandwidth of the same run; exact_topk takes at most 3.5
+    times as long as accumulate_select and 1/10 as long as torch.topk; encoding, decoding and applying for 8 ranks at
+    0.1% density take at most 1/4 of accumulate_select; selecting from 512 MB and encoding at 0.1% take at most 1 ms.
 
     Args:
-        numel: elements of the dense vector; 25,557,032 (ResNet-50's) on the CPU and 2**28 on a GPU by default.
-        densities: nonzeros over elements.
-        paths: kernel paths, by default all that compute on the CPU. Goals are for the SIMD paths only.
-        repeats: timed rounds.
-        device: cpu or cuda.
+        numel: Elements of the dense vector; by default 25,557,032 (ResNet-50's) on the CPU and 2**28 on a GPU.
+        densities: Nonzeros over elements.
+        paths: Kernel paths, by default all that run on the CPU. Only SIMD paths have goals.
+        repeats: Timed rounds.
+        device: Device to measure on, cpu or cuda.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``; each row has op, path, density, numel, seconds, spread and what applies of
-        codec, floor_seconds, floor_ratio, torch_seconds, torch_ratio (ours over torch's), ns_per_index, goal, measured,
-        ok.
+        ``{"meta": {...}, "rows": [...]}``. A row has op, path, density, numel, nnz, seconds, spread, metric, measured,
+        goal and ok, and depending on op also codec, bits_per_index, floor_seconds, floor_ratio, torch_seconds,
+        torch_ratio (ours over torch's) and ns_per_index.
 
     Raises:
-        ConfigError: for a device that cannot be measured here.
+        ConfigError: This machine cannot measure on that device.
     """
     if device != "cpu":
         where = gpu.check_device(device)
@@ -63,7 +65,7 @@ def run(
         grad = torch.randn(numel, generator=torch.Generator().manual_seed(0))
         for density in densities:
             k = max(1, round(numel * density))
-            for path in paths or [p for p in kernels.available_paths() if p != "triton"]:  # it would be interpreted
+            for path in paths or [p for p in kernels.available_paths() if p != "triton"]:  # the CPU only interprets it
                 kernels.set_path(path)
                 rounds = max(3, repeats // 5) if path == "reference" else repeats
                 for row in (*_selecting(grad, k, rounds), *_decoding(grad, k, rounds)):
@@ -81,7 +83,7 @@ def run(
 
 
 def _torch_topk(grad: torch.Tensor, residual: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one writes without kernels."""
+    """Selects the k largest elements with torch's operations alone."""
     residual.add_(grad)
     indices = residual.abs().topk(k, sorted=False).indices
     values = residual[indices]
@@ -98,8 +100,8 @@ def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
 
     def rest() -> None:
-        # Every round selects from the same vector, as if training stood still; also walks all of the residual, so
-        # that each task finds the caches in the same state.
+        # Every round must select from the same vector. Writing the whole residual also brings the caches into the same
+        # state before each task.
         residual.zero_()
 
     timings = alternate(
@@ -198,7 +200,7 @@ def _decoding(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a result of `run` with its goals."""
+    """Prints a result of `run`."""
     columns = {
         "op": ("op", ""),
         "codec": ("codec", ""),
@@ -218,13 +220,13 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     (console or Console()).print(table(title, rows, columns))
 
 
-_FLOOR_BYTES = 12.0  # an element: read the residual and the gradient, write the residual
+_FLOOR_BYTES = 12.0  # per element: read the residual and the gradient, write the residual
 
 
 def _bytes_an_element(row: dict[str, Any]) -> float:
-    """The least memory traffic of an operation, over the elements of the dense vector.
+    """Returns the least memory traffic of an operation, in bytes per element of the dense vector.
 
-    Caches hold lines, not elements: scattered reads and writes really move up to 16 times what is counted here.
+    Memory is moved in cache lines, so scattered reads and writes actually move up to 16 times as much.
     """
     pair, coded = 8.0, float(row.get("bits_per_index", 0.0)) / 8
     an_index = {"encode": 4.0 + coded, "decode_add": coded + 4.0 + pair}  # indices and codes; codes, values, sums
@@ -235,9 +237,9 @@ def _bytes_an_element(row: dict[str, Any]) -> float:
 
 
 def plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws a roofline for each kernel path: least bytes moved an element against bandwidth; returns the files."""
+    """Draws a roofline per kernel path, bandwidth against least bytes moved per element; returns the files written."""
     if "gpu" in result["meta"]:
-        return []  # its rows are ratios already
+        return []  # rows of a GPU are already ratios
     rows = [row for row in result["rows"] if row.get("metric") != "x torch" or row["op"] == "decode_add"]
     paths = list(dict.fromkeys(row["path"] for row in rows))
     series = list(dict.fromkeys((row["op"], row.get("codec")) for row in rows))

@@ -1,7 +1,7 @@
-"""Ways to average gradients, each attached to a model as its users would: what the training benches compare.
+"""The training methods that `bench train` and `bench peers` compare: ways of averaging gradients.
 
-`method` registers one; a plugin module may register more. Ours run over this job's transport (MPI under mpirun),
-torch's over Gloo.
+Each is attached to a model in the way its users do it. `method` registers one, and plugin modules may register more.
+Our methods run over this job's transport (MPI under mpirun), torch's over Gloo.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.method import Scope, methods
 from sparsecomm.tools.benches.compressors import compressor_for
 
-__all__ = ["METHODS", "Attached", "Method", "Run", "load_plugins", "method", "runs_of", "silent_hook"]
+__all__ = ["METHODS", "Attached", "Run", "TrainingMethod", "load_plugins", "method", "runs_of", "silent_hook"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class Attached:
     """A model whose gradients a method averages.
 
     Attributes:
-        model: to run forward and backward on.
-        step_bytes: (step) to the bytes this rank sent in that step; called after it.
-        counted: whether these are counted as they are sent, or computed from what the algorithm sends.
-        average: called between backward and the optimizer, for methods that do not hook into backward.
-        momentum: of the optimizer; 0 where the method applies momentum itself.
-        settled: whether it does what it will do from now on; steps until then are not timed.
+        model: The model to run forward and backward on.
+        step_bytes: Returns the bytes that this rank sent in a step, given the step's number; called after the step.
+        counted: Whether these bytes are counted when sent; otherwise they are computed from the algorithm.
+        average: Called between backward and the optimizer, for methods that do not hook into backward.
+        momentum: Momentum of the optimizer; 0 if the method applies momentum itself.
+        settled: Returns whether the method has chosen its final behaviour; steps before that are not timed.
     """
 
     model: nn.Module
@@ -48,20 +48,20 @@ class Attached:
 
 
 Attach = Callable[[nn.Module, float], Attached]
-"""(model, density) to the attached model; collective. The density means nothing to a method that has none."""
+"""Attaches a method to a model, given the model and a density. Collective. Methods without a density ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """A registered way to average gradients.
+class TrainingMethod:
+    """A registered way of averaging gradients.
 
     Attributes:
-        name: on the command line and in results.
-        attach: puts it onto a model.
-        sparse: whether it runs once for each density.
-        package: the import that it needs, if it is not ours or torch's.
-        warmup: steps until it sends what it sends from then on.
-        default: whether it runs when no method is named.
+        name: Name on the command line and in results.
+        attach: Attaches it to a model.
+        sparse: Whether it runs once for each density.
+        package: Module that it needs to import, unless it is ours or torch's.
+        warmup: Number of steps before it reaches its final behaviour.
+        default: Whether it runs if the user names no methods.
     """
 
     name: str
@@ -79,17 +79,17 @@ class Method:
         return f"not installed: no module {self.package!r}"
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, TrainingMethod] = {}
 """Methods by name."""
 
 
 def method(
     name: str, *, sparse: bool = False, package: str | None = None, warmup: int = 2, default: bool = True
 ) -> Callable[[Attach], Attach]:
-    """Registers a method; the arguments are the attributes of `Method`."""
+    """Registers a method. The arguments are attributes of `TrainingMethod`."""
 
     def register(attach: Attach) -> Attach:
-        METHODS[name] = Method(name, attach, sparse, package, warmup, default)
+        METHODS[name] = TrainingMethod(name, attach, sparse, package, warmup, default)
         return attach
 
     return register
@@ -97,7 +97,7 @@ def method(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A method at a density; None for one that has none."""
+    """A method, and its density if it has one."""
 
     method: str
     density: float | None = None
@@ -107,20 +107,20 @@ class Run:
 
     @classmethod
     def parse(cls, text: str) -> Run:
-        """Reads what `str` writes."""
+        """Returns the run with this text, the inverse of `str`."""
         name, _, density = text.partition("@")
         return cls(name, float(density) if density else None)
 
 
 def runs_of(methods: Sequence[str], densities: Sequence[float]) -> list[Run]:
-    """Returns what to run, sparse methods once for each density.
+    """Returns the runs of these methods; a sparse method has one for each density.
 
     Args:
-        methods: names; all default ones if empty.
-        densities: in (0, 1].
+        methods: Names; if empty, all methods that run by default.
+        densities: Densities in (0, 1].
 
     Raises:
-        ConfigError: for an unknown method or an impossible density.
+        ConfigError: A method is unknown, or a density is out of range.
     """
     names = list(dict.fromkeys(methods)) or [m.name for m in METHODS.values() if m.default]
     unknown = [name for name in names if name not in METHODS]
@@ -139,7 +139,7 @@ def load_plugins(modules: Sequence[str]) -> None:
     """Imports modules that register methods.
 
     Raises:
-        ConfigError: if one cannot be imported.
+        ConfigError: A module cannot be imported.
     """
     for name in modules:
         try:
@@ -149,15 +149,16 @@ def load_plugins(modules: Sequence[str]) -> None:
 
 
 def _ring_bytes(elements: int, itemsize: int) -> int:
-    """Bytes that a rank sends in a ring allreduce."""
+    """Returns the bytes that a rank sends in a ring allreduce."""
     size = dist.get_world_size()
     return 2 * (size - 1) * elements * itemsize // size
 
 
 def _ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Wraps a model that is the same on all ranks already: at 100 Mbit/s sending it takes longer than a run.
+    """Wraps a model in DDP.
 
-    Gradients are views of the buckets, as DDP's documentation advises: every method is spared a copy.
+    All ranks build the same model, so DDP does not send it, which at 100 Mbit/s would take longer than a run. Gradients
+    are views of the buckets, as DDP's documentation advises, which saves every method a copy.
     """
     return DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True, **options)
 
@@ -166,18 +167,18 @@ def _numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# --- torch's own --------------------------------------------------------------------------------------------------
+# --- torch's methods ----------------------------------------------------------------------------------------------
 
 
 @method("none")
 def _none(model: nn.Module, density: float) -> Attached:
-    """Every rank trains alone: the floor."""
+    """No communication; every rank trains alone. The other methods are compared with its step time."""
     return Attached(model, lambda step: 0)
 
 
 @method("ddp-gloo")
 def _plain(model: nn.Module, density: float) -> Attached:
-    """DDP as it is, float32."""
+    """Plain DDP in float32."""
     sent = _ring_bytes(_numel(model), 4)
     return Attached(_ddp(model), lambda step: sent)
 
@@ -192,7 +193,7 @@ def silent_hook(state: object, bucket):  # type: ignore[no-untyped-def]
 
 @method("ddp-silent", default=False)
 def _silent(model: nn.Module, density: float) -> Attached:
-    """DDP with a hook that sends nothing: what filling buckets costs; no hook can expose less."""
+    """DDP with a hook that sends nothing. Its exposed time is the cost of filling buckets, the minimum for any hook."""
     ddp = _ddp(model)
     ddp.register_comm_hook(None, silent_hook)
     return Attached(ddp, lambda step: 0)
@@ -216,7 +217,7 @@ def _bf16(model: nn.Module, density: float) -> Attached:
 
 
 def _bf16_whatever_the_backend(state, bucket):  # type: ignore[no-untyped-def]
-    """Torch's own hook by another name: DDP refuses it by name where there is no NCCL, and Gloo can sum bfloat16."""
+    """Torch's bf16 hook under another name: without NCCL, DDP refuses it by name, although Gloo can sum bfloat16."""
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
@@ -227,18 +228,18 @@ def _bf16_gloo(model: nn.Module, density: float) -> Attached:
 
 @method("int8-torch", default=False)
 def _int8(model: nn.Module, density: float) -> Attached:
-    """Torch's 8-bit quantization hook: it gathers every rank's gradient, a byte an element."""
+    """Torch's 8-bit quantization hook, which gathers every rank's gradient with one byte per element."""
     ddp = _ddp(model)
     ddp.register_comm_hook(None, quantization_hooks.quantization_pertensor_hook)
     sent = (dist.get_world_size() - 1) * _numel(model)
     return Attached(ddp, lambda step: sent)
 
 
-_POWER_START = 2  # torch's least; until then it sends everything
+_POWER_START = 2  # first compressed step, the least that torch accepts; before it, gradients are sent whole
 
 
 def _powersgd(model: nn.Module, rank: int) -> Attached:
-    # With a second bucket it deadlocks on Gloo: its callbacks wait for other futures.
+    # One bucket holds the whole model, since with two it deadlocks on Gloo, where its callbacks wait for other futures.
     ddp = _ddp(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=_POWER_START)
     ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
@@ -247,7 +248,7 @@ def _powersgd(model: nn.Module, rank: int) -> Attached:
 
 
 def _low_rank_numel(model: nn.Module, rank: int) -> int:
-    """Elements that PowerSGD sends: two factors of every matrix where that halves it, everything else whole."""
+    """Returns the elements that PowerSGD sends: two factors of a matrix if they halve its size, all else whole."""
     total = 0
     for p in model.parameters():
         rows = p.shape[0] if p.dim() > 1 else 1
@@ -266,12 +267,12 @@ def _powersgd_4(model: nn.Module, density: float) -> Attached:
     return _powersgd(model, 4)
 
 
-# --- others' ------------------------------------------------------------------------------------------------------
+# --- other packages -----------------------------------------------------------------------------------------------
 
 
 @method("grace-topk", sparse=True, package="grace_dl.dist")
 def _grace(model: nn.Module, density: float) -> Attached:
-    """GRACE (Xu et al. 2021), its package for torch.distributed: top-k, residual memory, allgather, no DDP."""
+    """GRACE (Xu et al. 2021) with its torch.distributed package: top-k, residual memory, allgather, no DDP."""
     from grace_dl.dist.communicator.allgather import Allgather
     from grace_dl.dist.compressor.topk import TopKCompressor
     from grace_dl.dist.memory.residual import ResidualMemory
@@ -289,7 +290,7 @@ def _grace(model: nn.Module, density: float) -> Attached:
     return Attached(model, lambda step: sent, average=average)
 
 
-# --- ours ---------------------------------------------------------------------------------------------------------
+# --- our methods --------------------------------------------------------------------------------------------------
 
 
 def _sparsecomm(model: nn.Module, config: sc.SparseConfig, momentum: float = 0.9) -> Attached:
@@ -312,13 +313,13 @@ def _ours_dense(model: nn.Module, density: float) -> Attached:
 
 @method("sparsecomm-topk", sparse=True)
 def _ours_topk(model: nn.Module, density: float) -> Attached:
-    """Exact top-k, fp16 values, error feedback, and the sparse allgather, which is best for few ranks."""
+    """Exact top-k, fp16 values, error feedback, and the sparse allgather, the best choice for few ranks."""
     return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density), collective="allgather"))
 
 
 @method("sparsecomm-auto", sparse=True)
 def _ours_auto(model: nn.Module, density: float) -> Attached:
-    """What `SparseState(TopK(density))` does: it tries what looks best, and stays with the fastest."""
+    """`SparseState(TopK(density))`, which tries the most promising collectives and keeps the fastest."""
     return _sparsecomm(model, sc.SparseConfig(compressor=sc.TopK(density)))
 
 
@@ -340,7 +341,7 @@ def _ours_dense_fp16(model: nn.Module, density: float) -> Attached:
     return _sparsecomm(model, sc.preset("dense").change(value_codec="fp16"))
 
 
-for _ours in methods().values():  # those that have no name of their own above
+for _ours in methods().values():  # those without a registration above
     if _ours.needs_residual and _ours.scope != Scope.OWN and _ours.name != "allgather":
         method(f"sparsecomm-{_ours.name}", sparse=True, default=_ours.name == "split_reduce")(
             _by_collective(_ours.name)
@@ -354,8 +355,8 @@ def _ours_random(model: nn.Module, density: float) -> Attached:
 
 @method("sparsecomm-topk-int8", sparse=True, default=False)
 def _ours_topk_int8(model: nn.Module, density: float) -> Attached:
-    how = sc.SparseConfig(compressor=sc.TopK(density), collective="allgather", value_codec="int8")
-    return _sparsecomm(model, how)
+    config = sc.SparseConfig(compressor=sc.TopK(density), collective="allgather", value_codec="int8")
+    return _sparsecomm(model, config)
 
 
 @method("sparsecomm-ef-topk", sparse=True, default=False)
@@ -370,7 +371,7 @@ def _ours_oktopk(model: nn.Module, density: float) -> Attached:
 
 @method("sparsecomm-dgc", sparse=True, default=False)
 def _ours_dgc(model: nn.Module, density: float) -> Attached:
-    """DGC without its density warm-up, which outlasts a bench; it applies the momentum itself."""
+    """DGC without its density warm-up, which would take longer than a bench. DGC applies the momentum itself."""
     return _sparsecomm(
         model, sc.preset("dgc", momentum=0.9).change(density=density, collective="allgather"), momentum=0.0
     )

@@ -1,4 +1,4 @@
-"""`bench peers`: the same training by every method between hosts whose links have a given rate."""
+"""`bench peers`: the same training with every method, between hosts whose links have a given rate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from sparsecomm.tools.lab.network import bits_per_second
 __all__ = ["Jobs", "plots", "print_table", "run", "steps_for"]
 
 _FLOOR = Run("none")
-_START_SECONDS = 60.0  # for mpirun and the imports of all ranks, on a busy machine
-_STEP_SECONDS = 0.5  # of the default task's computation, four ranks on two cores
-_RATE_SECONDS = 12.0  # of dense steps in a run
+_START_SECONDS = 60.0  # limit for mpirun and the imports of all ranks, on a busy machine
+_STEP_SECONDS = 0.5  # computation of a step of the default task, with four ranks on two cores
+_RATE_SECONDS = 12.0  # duration of a run, if its steps are dense
 
 
 @bench("peers", keys=("method", "rate", "density", "world", "task"), measures=("step_seconds", "exposed_seconds"))
@@ -46,32 +46,32 @@ def run(
     task_name: str = "mlp",
     plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Times the same training by every method between hosts with links of given rates. Needs root; runs mpirun itself.
+    """Compares training methods between hosts with links of given rates. Needs root; starts mpirun itself.
 
-    All methods run in every round, one after the other, so that noise from outside hits all alike. Losses do not depend
-    on the rate, so they come from one longer run of each method at the highest one.
+    All methods run in turn in every round, so that noise from outside affects all of them equally. Losses do not depend
+    on the rate and come from one longer run of each method at the highest rate.
 
     Args:
-        rates: of the links, in tc's units: "1gbit".
-        hosts: one rank on each.
-        methods: which; all but the special ones if none is named (an unknown name is answered with a list).
-        densities: of the methods that have one.
-        steps: of training in a run; 0 for as many as the rate allows in reasonable time.
-        loss_steps: of training in the run that the losses come from; 0 to take them from the timed runs.
-        rounds: how often each run is repeated.
-        task_name: mlp (25.2M parameters), cnn or gpt.
-        plugins: modules that register more methods, importable on all hosts.
+        rates: Rates of the links, in tc's units, such as 1gbit.
+        hosts: Number of hosts, with one rank on each.
+        methods: Methods to compare; by default all but special ones. An unknown name lists all methods.
+        densities: Densities for the methods that have one.
+        steps: Training steps per run; 0 chooses a number that takes reasonable time at each rate.
+        loss_steps: Training steps in the runs that give the losses; 0 takes losses from the timed runs.
+        rounds: Repetitions of each run.
+        task_name: Model to train: mlp (25.2M parameters), cnn or gpt.
+        plugins: Modules that register more methods, importable on all hosts.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``, a row a rate and run: method, rate, density, world, task, steps,
-        step_seconds (the median over rounds), step_spread (the largest of a round), exposed_seconds (step_seconds
-        minus that of `none`, both of the same round, the median over rounds), bytes_per_step, bytes_are,
-        wire_bytes_per_step, final_loss after loss_steps, curve (a list of [step, bytes, loss]), error. A run that
-        failed, hung or whose package is missing has its reason as error and no figures.
+        ``{"meta": {...}, "rows": [...]}`` with a row per rate and run: method, rate, density, world, task, numel,
+        steps, timed_steps, step_seconds (median over rounds), step_spread (largest over rounds), cpu_seconds,
+        exposed_seconds (step_seconds minus that of `none` in the same round, median over rounds), bytes_per_step,
+        bytes_are, wire_bytes_per_step, final_loss, loss_steps, curve (a list of [step, bytes, loss]) and error. The row
+        of a run that failed, hung or lacks a package has the reason as error and no figures.
 
     Raises:
-        ConfigError: for an argument that is not acceptable, before anything runs.
-        LabError: if this machine cannot make such hosts.
+        ConfigError: An argument is not acceptable; raised before anything runs.
+        LabError: This machine cannot make such hosts.
     """
     load_plugins(plugins)
     chosen, runs = task(task_name), runs_of(methods, densities)
@@ -87,13 +87,15 @@ def run(
 
 def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, rounds: int) -> None:
     if detect().size > 1:
-        raise ConfigError(f"{detect().launcher} started {detect().size} ranks: start bench peers once, without it")
+        raise ConfigError(
+            f"{detect().launcher} started {detect().size} ranks: start bench peers once, without a launcher"
+        )
     if not rates:
-        raise ConfigError("rates: give one at least, such as 1gbit")
+        raise ConfigError("rates: give at least one, such as 1gbit")
     for rate in rates:
         _bits(rate)
     if hosts < 2:
-        raise ConfigError(f"hosts = {hosts}: 2 at least, or nothing is sent")
+        raise ConfigError(f"hosts = {hosts}: 2 at least, since one host sends nothing")
     if rounds < 1:
         raise ConfigError(f"rounds = {rounds}: 1 at least")
     for name, value in (("steps", steps), ("loss_steps", loss_steps)):
@@ -102,19 +104,19 @@ def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, round
 
 
 def _bits(rate: str) -> int:
-    """Returns a rate in bits a second; raises LabError if it is none."""
+    """Returns a rate in bits per second; raises LabError for anything else."""
     bits = bits_per_second(rate)
     assert bits is not None, rate
     return bits
 
 
 def steps_for(bits: float, hosts: int, numel: int) -> int:
-    """Returns how many steps of training a run of reasonable length has when the links carry `bits` a second."""
+    """Returns the number of training steps in a run of reasonable length, given the links' bits per second."""
     return max(FEWEST_STEPS, min(8, int(_RATE_SECONDS / (_STEP_SECONDS + _dense_seconds(bits, hosts, numel)))))
 
 
 def _dense_seconds(bits: float, hosts: int, numel: int) -> float:
-    """Seconds that a float32 ring allreduce takes on the wire."""
+    """Returns the seconds that a float32 ring allreduce takes on the wire."""
     return 2 * (hosts - 1) / hosts * numel * 32 / bits
 
 
@@ -124,13 +126,14 @@ def _numel(chosen: Task) -> int:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Starts workers that run several methods in turn, and one more for those that a failure left over.
+    """Starts jobs that run several methods in turn; after a failure, another job runs the remaining methods.
 
     Attributes:
-        launch: (command, timeout in seconds) to the finished mpirun of that command; may raise TimeoutExpired.
-        world: number of ranks it starts.
-        options: of the worker (`sparsecomm.tools.benches.training`).
-        limit: seconds after which a run counts as hung.
+        launch: Runs a command under mpirun, given a timeout in seconds, and returns the finished process. It may raise
+            TimeoutExpired.
+        world: Number of ranks that it starts.
+        options: Options of the worker (`sparsecomm.tools.benches.training`).
+        limit: Seconds after which a run counts as hung.
     """
 
     launch: Callable[[list[str], float], subprocess.CompletedProcess[str]]
@@ -139,21 +142,21 @@ class Jobs:
     limit: float
 
     def rows(self, runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
-        """Returns a row for every run, with its figures or its error."""
+        """Returns a row for each run, with its figures or its error."""
         left, rows = list(runs), {}
         while left:
             out, problem = self._launch(left)
             for row in out:
                 rows[left.pop(0)] = row
             if left and not problem:
-                problem = "its job ended without a result and without an error"
+                problem = "its job ended with neither a result nor an error"
             if left:
                 failed = left.pop(0)
                 rows[failed] = error_row(failed, self.world, problem)
         return rows
 
     def _launch(self, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], str]:
-        """Returns the rows that a job printed, in the order of `runs`, and what ended it early."""
+        """Returns the rows that a job printed, in the order of `runs`, and why it ended early ("" if it did not)."""
         command = [sys.executable, "-m", "sparsecomm.tools.benches.training", "--runs", ",".join(map(str, runs))]
         command += [*self.options, "--limit", f"{self.limit:g}"]
         try:
@@ -167,7 +170,7 @@ class Jobs:
 
 
 def _reason(errors: str, code: int, limit: float) -> str:
-    """Returns why a job ended, in a line, from what it wrote to stderr."""
+    """Returns why a job failed, in one line, given its error output and exit code; "" if it succeeded."""
     if code == 0:
         return ""
     if re.search(r"^(\[.*\])?Timeout \(\d", errors, re.MULTILINE):
@@ -192,7 +195,7 @@ def _measure(
     rounds: int,
     plugins: Sequence[str],
 ) -> dict[str, Any]:
-    """Runs everything in a lab; shows how far it is."""
+    """Runs all methods in a lab behind a progress bar and returns the result."""
     numel = _numel(chosen)
     base = ["--task", chosen.name, "--plugins", ",".join(plugins)]
     jobs = rounds * len(by_rate) + (1 if loss_steps else 0)
@@ -202,8 +205,8 @@ def _measure(
     with _progress() as progress, Lab(hosts=hosts, rate=fastest, name=f"peers{os.getpid() % 10000}") as lab:
         bar = progress.add_task("", total=jobs)
 
-        def rows_at(rate: str, steps: int, what: str, wanted: Sequence[Run], *more: str) -> dict[Run, dict[str, Any]]:
-            progress.update(bar, description=f"{rate}: {what}, {len(wanted)} runs of {steps} steps")
+        def rows_at(rate: str, steps: int, stage: str, wanted: Sequence[Run], *more: str) -> dict[Run, dict[str, Any]]:
+            progress.update(bar, description=f"{rate}: {stage}, {len(wanted)} runs of {steps} steps")
             lab.set_rate(rate)
             limit = 60.0 + 4 * steps * (_STEP_SECONDS + _dense_seconds(_bits(rate), hosts, numel))
             options = [*base, "--steps", str(steps), *more]
@@ -215,7 +218,7 @@ def _measure(
 
         for number in range(rounds):
             for rate, steps in by_rate.items():
-                # What failed once is not tried again: it would only wait for its limit.
+                # A run that failed once is not repeated, since a second attempt may take until its limit.
                 wanted = [r for r in runs if not any(s["error"] for s in samples[rate, r])]
                 for r, row in rows_at(rate, steps, f"round {number + 1} of {rounds}", wanted).items():
                     samples[rate, r].append(row)
@@ -231,7 +234,7 @@ def _measure(
 
 
 def _root() -> Path:
-    """Returns the folder that `sparsecomm` was imported from."""
+    """Returns the folder that contains the package `sparsecomm`."""
     return Path(__file__).resolve().parents[3]
 
 
@@ -254,7 +257,16 @@ def _row(
     loss: Mapping[str, Any] | None,
     hosts: int,
 ) -> dict[str, Any]:
-    """Makes one row of the samples of its rounds, those of `none` beside them, and the run that gives its loss."""
+    """Returns the row of a run at a rate.
+
+    Args:
+        rate: Rate of the links.
+        wanted: Method and density.
+        samples: Rows of its timed runs, one per round.
+        floor: Rows of `none` in the same rounds.
+        loss: Row of the run that gives the loss; None takes the last timed run.
+        hosts: Number of hosts.
+    """
     failed = next((s["error"] for s in samples if s["error"]), None)
     row = {"rate": rate, **error_row(wanted, hosts, failed)}
     if failed is not None:
@@ -280,7 +292,7 @@ def _row(
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a table a rate, and below it why runs have no figures."""
+    """Prints a table per rate, and below it the errors of runs without figures."""
     out = console or Console()
     about = result["meta"]
     for rate in dict.fromkeys(row["rate"] for row in result["rows"]):

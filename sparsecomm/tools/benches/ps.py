@@ -1,4 +1,4 @@
-"""The parameter server: throughput with one slow worker, by mode; what a push costs a server."""
+"""`bench ps`: throughput of the parameter server with a slow worker; `bench ps_server`: cost of a push on a server."""
 
 from __future__ import annotations
 
@@ -44,28 +44,30 @@ def run(
     density: float = 0.01,
     bounds: Sequence[int] = (4, 1000),
 ) -> dict[str, Any]:
-    """Measures pushes a second in every mode while one worker is slow. Run it under mpirun -n 4 or more.
+    """Measures pushes per second in each mode of the server, with a slow worker. Run it under mpirun -n 4 or more.
 
-    Computing is a sleep, so that workers which share cores do not slow each other. The goal: at least 0.9 of what the
-    other workers push without a slow one among them, in the asynchronous mode and in the stale-synchronous ones whose
-    bound is not used up; a bound that is used up holds everybody to the slowest, as synchronous rounds do.
+    The workers sleep instead of computing, so that workers on the same core do not slow each other down. Goal: at
+    least 0.9 of the rate of the other workers without a slow one. It applies to the asynchronous mode and to
+    stale-synchronous modes that do not reach their bound. When the bound is reached, all workers run at the speed of
+    the slowest, as in synchronous mode.
 
     Args:
-        servers: ranks that serve.
-        seconds: how long each mode runs.
-        compute_ms: milliseconds of a step's computing.
-        slowdown: factor for the last worker.
-        numel: elements of the model.
-        density: of pushes and pulls.
-        bounds: of the stale-synchronous mode.
+        servers: Number of ranks that serve.
+        seconds: Seconds that each mode runs.
+        compute_ms: Milliseconds of computation per step.
+        slowdown: Factor by which the last worker is slower.
+        numel: Elements of the model.
+        density: Density of pushes; that of pulls is twice as high.
+        bounds: Bounds of the stale-synchronous mode.
 
     Returns:
-        ``{"meta": ..., "rows": ...}``. A row: mode, workers, servers, slowdown, numel, density, pushes_a_second,
-        fraction (of the others' sum: workers - 1 times an undisturbed worker's rate), lead (pushes that the fastest
-        worker is ahead of the slowest at the end), staleness (mean over all pushes), goal, ok.
+        ``{"meta": ..., "rows": ...}``. A row has mode, bound, workers, servers, slowdown, numel, density,
+        pushes_a_second, fraction (of the rate of the other workers: workers - 1 times the rate of a worker in the first
+        row), lead (pushes by which the fastest worker is ahead of the slowest at the end), staleness (mean over all
+        pushes), goal and ok.
 
     Raises:
-        ConfigError: for fewer than two workers, or times that are not positive.
+        ConfigError: There are fewer than two workers, or a time is not positive.
     """
     if not (seconds > 0 and compute_ms > 0 and slowdown >= 1):
         given = f"seconds = {seconds}, compute_ms = {compute_ms}, slowdown = {slowdown}"
@@ -88,7 +90,7 @@ def run(
 def _measure(
     mode: ps.Mode, slowdown: float, servers: int, seconds: float, compute: float, numel: int, density: float
 ) -> dict[str, Any] | None:
-    """Runs one mode; returns its row on the first worker, None elsewhere."""
+    """Runs one mode. Returns its row on the first worker and None on all other ranks."""
 
     def train(rank: int, size: int) -> dict[str, Any]:
         if size < 2:
@@ -131,19 +133,19 @@ def _measure(
 def run_server(
     numel: int = 4_000_000, densities: Sequence[float] = (0.001, 0.01, 0.1), repeats: int = 15
 ) -> dict[str, Any]:
-    """Times what a push costs a server before the optimizer, over the scatter-add floor.
+    """Times a push on a server, without the optimizer, relative to scatter-add.
 
-    A push is checked (envelope, two checksums, header), its positions and values are decoded, and it is added to a
-    dense vector. The floor is that addition alone, of positions and values that lie ready. Goal: at most 2.
+    The server checks a push (envelope, two checksums, header), decodes its positions and values, and adds them to a
+    dense vector. The floor is the addition alone, of decoded positions and values. Goal: at most 2 times the floor.
 
     Args:
-        numel: elements of the shard.
-        densities: of the push.
-        repeats: rounds, of which the median counts.
+        numel: Elements of the shard.
+        densities: Densities of the push.
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": ..., "rows": ...}``. A row: numel, density, nnz, bytes, push_ms, floor_ms, ratio,
-        torch_ratio (over torch's index_add_ with positions ready), goal, ok.
+        ``{"meta": ..., "rows": ...}``. A row has numel, density, nnz, bytes, push_ms, floor_ms, ratio (of these),
+        torch_ratio (over torch's index_add_ of decoded positions), goal and ok.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -215,7 +217,7 @@ _SERVER_COLUMNS = {
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Shows a result of either bench."""
+    """Prints a result of either bench."""
     rows = result["rows"]
     if rows and "push_ms" in rows[0]:
         console.print(table(f"a push on a server, {rows[0]['numel']:,} elements", rows, _SERVER_COLUMNS))

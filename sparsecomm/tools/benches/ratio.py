@@ -1,4 +1,4 @@
-"""Compression ratio and error of every codec on gradients of real training, headers included."""
+"""`bench ratio`: compression ratio and error of every codec on gradients of real training, including headers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsecomm.wire import (
 
 __all__ = ["Coded", "code", "plots", "print_table", "run"]
 
-_DRAWS = 5  # of random-k
+_DRAWS = 5  # random selections that `delta_random` averages
 _FLOOR = "floor"
 
 
@@ -44,30 +44,30 @@ def run(
     steps: int = 80,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Codes gradients recorded from real training, with every value and index codec at every density.
+    """Encodes gradients recorded from real training with every value and index codec, and compares size and error.
 
-    Each model is trained at each density by two workers with error feedback; what worker 0 is about to compress is
-    recorded at an eighth, half and the end of the steps. Goal: top-k with its rounding contracts by at least the bound
-    k / n, which is what random-k reaches on average.
+    Two workers train each model at each density with error feedback. The vectors that worker 0 compresses are recorded
+    after 1/8, 1/2 and all of the steps. Goal: top-k with rounding contracts by at least k / n, the mean of random-k.
 
     Args:
-        models: gpt, text-cnn (both on Python's standard library) or digits-cnn (needs scikit-learn); by default all
-            that can be trained here.
-        densities: nonzeros over elements.
-        steps: of training before the last recording.
-        repeats: timed rounds.
+        models: Models to train: gpt, text-cnn (both on source code of Python's standard library) or digits-cnn (needs
+            scikit-learn). By default all that can be trained here.
+        densities: Nonzeros over elements.
+        steps: Training steps before the last recording.
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``; meta.recordings says what was trained and its loss, meta.left_out which
-        models could not be. A row: model, numel, density, nnz, value_codec, index_codec, chosen (whether sparsecomm
-        picks that index codec by itself), payload_bytes (header included), index_bytes, value_bytes, ratio_fp32 (4n
-        over payload), ratio_fp16 (2n over payload), ratio_coo32 (8k without any header over payload), bits_an_element,
-        bits_a_nonzero, relative_error, delta (contraction 1 - |x - C(x)|^2 / |x|^2), all means over the recordings;
-        delta_worst, its minimum; delta_bound, k / n; delta_random, random-k's; encode_floor_ratio and
-        decode_floor_ratio (time over that of ``residual.add_(grad)``), spread; goal, ok.
+        ``{"meta": {...}, "rows": [...]}``. meta.recordings describes each training and its loss, meta.left_out the
+        models that could not be trained. A row has model, numel, density, nnz, value_codec, index_codec, chosen
+        (whether sparsecomm would choose this index codec); as means over the recordings payload_bytes (header
+        included), index_bytes, value_bytes, ratio_fp32 (4n over payload), ratio_fp16 (2n over payload), ratio_coo32 (8k
+        over payload), bits_an_element, bits_a_nonzero, relative_error and delta (contraction,
+        1 - |x - C(x)|^2 / |x|^2); delta_worst (minimum of delta), delta_bound (k / n), delta_random (delta of
+        random-k), encode_floor_ratio and decode_floor_ratio (times over that of ``residual.add_(grad)``), spread, goal
+        and ok.
 
     Raises:
-        ConfigError: if an argument is not acceptable, or a model's data is not installed.
+        ConfigError: An argument is not acceptable, or a model's data is not installed.
     """
     chosen, left_out = _checked(models, densities, steps, repeats)
     threads = torch.get_num_threads()
@@ -89,7 +89,7 @@ def run(
 def _checked(
     models: Sequence[str] | None, densities: Sequence[float], steps: int, repeats: int
 ) -> tuple[list[str], dict[str, str]]:
-    """Returns the models to train, and those that cannot be, with the reason."""
+    """Returns the models to train, and the reasons why others cannot be trained, by model."""
     for name in models or ():
         if name not in SOURCES:
             raise ConfigError(f"model {name!r} does not exist; known are {', '.join(SOURCES)}")
@@ -119,15 +119,15 @@ def _about(recording: Recording) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A vector that went through a codec and came back.
+    """A vector that was encoded and decoded.
 
     Attributes:
-        payload: uint8: header, indices, values.
-        index_bytes: of the payload.
-        value_bytes: of the payload.
-        relative_error: |x - C(x)| / |x|, of the whole vector, selection and rounding together.
-        encode: writes the payload again, for timing.
-        decode: reads and checks it again.
+        payload: Header, indices and values, uint8.
+        index_bytes: Bytes of the indices in the payload.
+        value_bytes: Bytes of the values in the payload.
+        relative_error: Error of the whole vector from selection and rounding, |x - C(x)| / |x|.
+        encode: Writes the payload again, for timing.
+        decode: Reads and checks the payload again, for timing.
     """
 
     payload: torch.Tensor
@@ -146,14 +146,14 @@ class Coded:
 def code(
     x: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, value_codec: ValueCodec, index_codec: IndexCodec
 ) -> Coded:
-    """Writes selected elements as a payload, and reads them from its bytes.
+    """Encodes selected elements of a vector as a payload and decodes it.
 
     Args:
-        x: float32, shape (n,): what was selected from.
-        indices: uint32, shape (k,), ascending.
-        values: float32, shape (k,).
-        value_codec: how values are written.
-        index_codec: how indices are written.
+        x: The whole vector, float32, shape (n,).
+        indices: Indices of the selected elements, uint32, shape (k,), ascending.
+        values: Values of the selected elements, float32, shape (k,).
+        value_codec: Codec of the values.
+        index_codec: Codec of the indices.
     """
     n, k = x.numel(), values.numel()
     header = blank_header(0, 1, 0, 0, n, Allgather.number)
@@ -199,7 +199,7 @@ def _rows(recording: Recording, repeats: int) -> list[dict[str, Any]]:
 
 
 def _top(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects as training does; fewer than k where x has fewer nonzeros."""
+    """Selects the k largest elements as in training, or fewer if x has fewer nonzeros."""
     indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
     stored = kernels.exact_topk(None, x.clone(), k, indices, values).stored
     return indices[:stored], values[:stored]
@@ -251,7 +251,7 @@ def _timed(
 
 
 def _random_k(x: torch.Tensor, k: int) -> float:
-    """The contraction of keeping k random elements instead, the mean of a few draws."""
+    """Returns the contraction when k random elements are kept, as the mean of a few draws."""
     generator = torch.Generator().manual_seed(0)
     whole = float(x.double().square().sum())
     if not whole:
@@ -261,7 +261,7 @@ def _random_k(x: torch.Tensor, k: int) -> float:
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a result of `run`, a table for each model, and what was trained."""
+    """Prints a result of `run`: a table for each model and a description of its training."""
     columns = {
         "density": ("density", "g"),
         "values": ("value_codec", ""),
@@ -284,13 +284,13 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     rows = [row | {"indices": row["index_codec"] + (" *" if row["chosen"] else "")} for row in result["rows"]]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        title = f"{model}, n = {mine[0]['numel']:,}; * picked by itself; encode and decode over residual.add_(grad)"
+        title = f"{model}, n = {mine[0]['numel']:,}; * chosen by default; encode and decode over residual.add_(grad)"
         out.print(table(title, mine, columns))
     for made in result["meta"]["recordings"]:
         out.print(
-            f"{made['model']} ({made['data']}), {made['parameters']:,} parameters, error feedback at "
-            f"{made['density']:g}: recorded at steps {', '.join(map(str, made['steps']))}, loss "
-            f"{made['loss_at_start']:.3f} at the start, {made['loss_at_end']:.3f} at the end",
+            f"{made['model']} ({made['data']}), {made['parameters']:,} parameters, error feedback at density "
+            f"{made['density']:g}, recorded at steps {', '.join(map(str, made['steps']))}, loss "
+            f"{made['loss_at_start']:.3f} at the start and {made['loss_at_end']:.3f} at the end",
             highlight=False,
         )
     for model, reason in result["meta"]["left_out"].items():
@@ -298,7 +298,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
 
 
 def plots(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws compression ratio against relative error, a panel for each model; returns the files written."""
+    """Draws compression ratio against relative error, with a panel per model; returns the files written."""
     rows = result["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     densities = sorted({row["density"] for row in rows})
@@ -324,7 +324,7 @@ def plots(result: dict[str, Any], folder: Path) -> list[Path]:
         first.plot([], [], "s", color=colour, label=f"density {density:g}")
     for codec, marker in zip(codecs, figures.MARKERS, strict=False):
         first.plot([], [], marker, color="grey", label=f"{codec.lower()} values")
-    first.plot([], [], "o", color="grey", label="indices packed, as picked")
+    first.plot([], [], "o", color="grey", label="packed indices, as by default")
     first.plot([], [], "o", color="grey", markerfacecolor="none", label="indices as uint32")
     figures.legend_below(figure, axes, columns=5)
     figures.headline(figure, result["meta"], "ratio against error on gradients of real training")

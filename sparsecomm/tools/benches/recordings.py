@@ -1,7 +1,7 @@
-"""Gradients of real training: small models on real data that needs no download, two workers, error feedback running.
+"""Records gradients of real training: small models on data that needs no download, two workers, error feedback.
 
-What a compressor sees is the gradient plus what it kept back in earlier steps. So it is recorded while the very
-exchange that training uses runs at the density in question, on one simulated rank for each worker.
+The input of a compressor is the gradient plus the residual of earlier steps. It is therefore recorded while the same
+exchange as in training runs at the density of interest, with one simulated rank for each worker.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _WORKERS, _CONTEXT = 2, 64
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model and what it learns.
+    """A model and its data.
 
     Attributes:
-        name: in options and rows.
-        data: what it is trained on, in words.
-        build: returns a fresh model; the same one after the same ``torch.manual_seed``.
-        draw: (generator, examples) to (inputs, int64 targets).
-        batch: examples of a worker in a step.
-        lr: learning rate of AdamW.
-        needs: a package that must be installed, if any.
+        name: Name in options and rows.
+        data: Description of the data.
+        build: Returns a fresh model, which depends only on ``torch.manual_seed``.
+        draw: Returns inputs and int64 targets, given a generator and a number of examples.
+        batch: Examples per worker and step.
+        lr: Learning rate of AdamW.
+        needs: Package that must be installed, if any.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What worker 0 was about to compress, at several steps of one training run.
+    """The vectors that worker 0 was about to compress, at several steps of one training run.
 
     Attributes:
-        source: the model's name.
-        density: at which error feedback ran.
-        steps: when each was recorded, counted from 1.
-        accumulated: float32, shape (n,), one a step: gradient plus residual.
-        losses: mean over the first and over the last tenth of the steps, nats: shows that it learns.
+        source: Name of the model.
+        density: Density of the exchange with error feedback.
+        steps: Steps of the recordings, counted from 1.
+        accumulated: Gradient plus residual at each of these steps, float32, shape (n,).
+        losses: Mean losses over the first and over the last tenth of the steps, in nats, which show that it learns.
     """
 
     source: str
@@ -73,23 +73,23 @@ class Recording:
 
 
 def missing(source: Source) -> str:
-    """Says which package the source needs and does not find; nothing if it can be recorded."""
+    """Returns why the source cannot be recorded, which names the missing package; "" if it can."""
     if source.needs and importlib.util.find_spec(source.needs) is None:
         return f"{source.needs} is not installed"
     return ""
 
 
 def record(source: Source, density: float, steps: int, moments: Sequence[int]) -> Recording:
-    """Trains a model and records what its error feedback accumulates. The same call records the same.
+    """Trains a model and records gradient plus residual. Repeated calls give the same recording.
 
     Args:
-        source: what to train.
-        density: fraction of the elements that each worker sends in a step.
-        steps: of training.
-        moments: steps to record, ascending, each in 1..steps.
+        source: Model and data.
+        density: Fraction of the elements that each worker sends in a step.
+        steps: Training steps.
+        moments: Steps to record, ascending, each in 1..steps.
 
     Raises:
-        ConfigError: if a package that it needs is missing.
+        ConfigError: A package that the source needs is missing.
     """
     problem = missing(source)
     if problem:
@@ -140,7 +140,7 @@ class _Workers:
 
     @property
     def residual(self) -> Tensor:
-        """Worker 0's."""
+        """The residual of worker 0."""
         residual = self._buckets[0].residual
         assert residual is not None
         return residual
@@ -162,7 +162,7 @@ class _Workers:
 
 
 class _ByteGPT(nn.Module):
-    """A causal transformer over bytes, embedding and head tied: 0.8M parameters."""
+    """A causal transformer over bytes with tied embedding and head, 0.8M parameters."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
@@ -175,14 +175,14 @@ class _ByteGPT(nn.Module):
         self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps bytes, int64 (batch, time), to logits of the next ones, (batch, time, 256)."""
+        """Maps bytes, int64 (batch, time), to logits of the next bytes, (batch, time, 256)."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         hidden = self.blocks(self.tokens(x) + self.positions.weight[: x.shape[1]], mask=mask, is_causal=True)
         return F.linear(hidden, self.tokens.weight)
 
 
 class _TextCNN(nn.Module):
-    """A character-level CNN (Zhang et al. 2015) that tells which package a piece of source code is from."""
+    """A character-level CNN (Zhang et al. 2015) that predicts the package of a piece of source code."""
 
     def __init__(self, classes: int, width: int = 128) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class _TextCNN(nn.Module):
 
 
 def _image_cnn() -> nn.Module:
-    """Two convolutions and two linear layers on 8 x 8 images: 85k parameters."""
+    """Returns two convolutions and two linear layers for 8 x 8 images, 85k parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -221,7 +221,7 @@ def _image_cnn() -> nn.Module:
 
 @functools.cache
 def _packages() -> tuple[Tensor, ...]:
-    """Returns source code of Python's standard library, uint8, by package: the 16 largest."""
+    """Returns the source code of the 16 largest packages of Python's standard library, each as uint8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for package in sorted(p for p in root.iterdir() if (p / "__init__.py").is_file() and p.name != "test"):

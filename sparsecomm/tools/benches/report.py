@@ -1,4 +1,4 @@
-"""One self-contained HTML page of the results of a run: tables, verdicts, plots, machine, how to measure again."""
+"""`bench report`: one self-contained HTML page with tables, verdicts, plots, machine and the commands to repeat."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["page"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _MACHINE = ("cpu", "cores", "system")
-_OPEN_ROWS = 40  # longer tables are folded
+_OPEN_ROWS = 40  # tables with more rows are folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class _Grid:
     """A table as text.
 
     Attributes:
-        title: above it.
-        headings: of the columns.
-        numeric: whether each column is of numbers.
-        rows: cells by row.
+        title: Title above the table.
+        headings: Headings of the columns.
+        numeric: Whether each column holds numbers.
+        rows: Cells by row.
     """
 
     title: str
@@ -43,18 +43,18 @@ class _Grid:
 
     @property
     def folded(self) -> bool:
-        """Whether it is long."""
+        """Whether the page folds the table because it is long."""
         return len(self.rows) > _OPEN_ROWS
 
     @property
     def misses(self) -> int:
-        """Rows that did not reach their goal: a folded table with such rows starts unfolded."""
+        """Number of rows that missed their goal; a folded table with such rows starts unfolded."""
         return sum("MISS" in row for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """A result as the page shows it."""
+    """The section of one result on the page."""
 
     anchor: str
     result: Result
@@ -75,7 +75,7 @@ class _Collector(Console):
         self.notes: list[str] = []
 
     def print(self, *objects: Any, **_: Any) -> None:
-        """Keeps what would be shown."""
+        """Keeps the objects instead of printing them."""
         for shown in objects:
             if isinstance(shown, Table):
                 self.grids.append(_grid(shown))
@@ -84,14 +84,14 @@ class _Collector(Console):
 
 
 def page(found: Sequence[Result], *, mixed: bool = False) -> str:
-    """Returns the page's HTML; it refers to nothing outside itself.
+    """Returns the HTML of a page without external references.
 
     Args:
-        found: at least one result.
-        mixed: whether results of several machines may be on it, each machine under a heading of its own.
+        found: At least one result.
+        mixed: Whether results of several machines may share the page; each machine then has a separate heading.
 
     Raises:
-        ConfigError: if the machines differ and `mixed` is not set, or a bench cannot read its rows; names the files.
+        ConfigError: The machines differ and `mixed` is False, or a bench cannot read its rows; names the files.
     """
     machines: dict[str, list[Result]] = {}
     for result in found:
@@ -99,10 +99,10 @@ def page(found: Sequence[Result], *, mixed: bool = False) -> str:
     if len(machines) > 1 and not mixed:
         parts = "; ".join(f"{m}: {', '.join(r.path.name for r in rs)}" for m, rs in machines.items())
         raise ConfigError(
-            f"results of {len(machines)} machines cannot share a page, readers would compare them ({parts}); "
-            "--mixed shows each machine apart"
+            f"results of {len(machines)} machines cannot share a page, because readers would compare them ({parts}); "
+            "--mixed gives each machine its own section"
         )
-    # A template only this page needs; importing it is not free.
+    # Imported late, because nothing else needs jinja2 and the import takes time.
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(
@@ -141,7 +141,7 @@ def _section(result: Result, anchor: str, scratch: Path) -> _Section:
 
 
 def _facts(group: Sequence[Result]) -> dict[str, str]:
-    """What all results of a machine say of it; versions that differ are all listed."""
+    """Returns the facts in the meta of a machine's results; facts that differ between results list all values."""
     apart = {"bench", "command", "date", "load_average", "world", "transport"}
     keys = dict.fromkeys(k for k in (*_MACHINE, *(k for r in group for k in r.meta)) if k not in apart)
     facts = {}
@@ -182,7 +182,7 @@ def _plain(shown: Any) -> str:
         return shown.plain
     try:
         return Text.from_markup(str(shown)).plain
-    except MarkupError:  # text with brackets of its own
+    except MarkupError:  # the text contains brackets that are not markup
         return str(shown)
 
 

@@ -1,4 +1,4 @@
-"""Result files: read them, refuse what is none, and put two of them side by side."""
+"""Result files: reads and checks them, draws them, and compares two of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Comparison", "Result", "check_drawable", "compare", "draw", "load", 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a result file holds.
+    """The content of a result file.
 
     Attributes:
-        path: the file.
-        bench: name of the bench that wrote it.
-        meta: versions, machine, date, command.
-        rows: measurements.
+        path: The file.
+        bench: Name of the bench that wrote it.
+        meta: Versions, machine, date, command.
+        rows: Measurements.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def machine(self) -> str:
-        """Processor and cores: only results with the same may be compared."""
+        """Processor and cores. Only results of the same machine may be compared."""
         return f"{self.meta['cpu']}, {self.meta['cores']} cores"
 
     @property
@@ -43,7 +43,7 @@ class Result:
         return {"meta": self.meta, "rows": self.rows}
 
     def verdicts(self) -> dict[str, int]:
-        """How many rows say "ok", how many "MISS", and how many could not be measured ("error")."""
+        """Returns the numbers of rows with verdict "ok", with verdict "MISS", and with an error."""
         said = [("error" if row.get("error") else row.get("ok")) for row in self.rows]
         return {word: said.count(word) for word in ("ok", "MISS", "error")}
 
@@ -52,7 +52,7 @@ def load(path: Path) -> Result:
     """Reads a result file.
 
     Raises:
-        ConfigError: if it cannot be read or is not a result of `sparsecomm bench`; names the file and what is wrong.
+        ConfigError: It cannot be read or is not a result of `sparsecomm bench`; names the file and the problem.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -61,49 +61,49 @@ def load(path: Path) -> Result:
     except ValueError as error:  # not UTF-8, or not JSON
         raise ConfigError(f"{path} is damaged, or no JSON: {error}") from error
     except RecursionError:
-        raise ConfigError(f"{path} is no result of sparsecomm bench: it is nested too deeply") from None
+        raise ConfigError(f"{path} is not a result of sparsecomm bench: it is nested too deeply") from None
     problem = _problem(data)
     if problem:
-        raise ConfigError(f"{path} is no result of sparsecomm bench: {problem}")
+        raise ConfigError(f"{path} is not a result of sparsecomm bench: {problem}")
     name = data["meta"]["bench"]
     if name not in registry():
-        raise ConfigError(f"{path} is of bench {name!r}, which is not here; there are {', '.join(sorted(BENCHES))}")
+        raise ConfigError(f"{path} is of bench {name!r}, which is not here; known are {', '.join(sorted(BENCHES))}")
     return Result(path, name, data["meta"], data["rows"])
 
 
 def load_folder(folder: Path) -> list[Result]:
-    """Reads all result files (*.json) of a folder, by name of bench, then of file.
+    """Reads all result files (*.json) of a folder, sorted by bench and then by file name.
 
     Raises:
-        ConfigError: if there is none, or one is no result.
+        ConfigError: There is no such file, or one is not a result.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
     found = [load(path) for path in sorted(folder.glob("*.json"))]
     if not found:
         raise ConfigError(
-            f"{folder} holds no result file: write some with sparsecomm bench NAME --json {folder}/NAME.json"
+            f"{folder} holds no result files: write some with sparsecomm bench NAME --json {folder}/NAME.json"
         )
     return sorted(found, key=lambda result: (result.bench, result.path.name))
 
 
 def check_drawable(name: str, bench: Callable[..., Any]) -> None:
-    """Raises ConfigError if the bench draws nothing or matplotlib is missing: before anything long is measured."""
+    """Raises ConfigError if the bench has no plots or matplotlib is missing. Call it before a long measurement."""
     if companion(bench, "plots") is None:
         raise ConfigError(f"bench {name} has no plots")
     figures.new_figure()
 
 
 def draw(bench: Callable[..., Any], content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws a result by its bench's own `plots`; returns the files written.
+    """Draws a result with the `plots` of its bench; returns the files written.
 
     Args:
-        bench: the function that measured it.
-        content: ``{"meta": {...}, "rows": [...]}``; meta has the bench's name.
-        folder: for the files; made if it is not there.
+        bench: The bench function that measured it.
+        content: ``{"meta": {...}, "rows": [...]}``; meta holds the bench's name.
+        folder: Folder for the files; made if it does not exist.
 
     Raises:
-        ConfigError: if the bench draws nothing, matplotlib is missing, or the rows are not those of that bench.
+        ConfigError: The bench has no plots, matplotlib is missing, or the rows are not those of that bench.
     """
     name = content["meta"]["bench"]
     check_drawable(name, bench)
@@ -114,20 +114,20 @@ def draw(bench: Callable[..., Any], content: Mapping[str, Any], folder: Path) ->
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns the errors of code that reads a bench's rows into one that says that the rows are of another version."""
+    """Turns errors of code that reads a bench's rows into a ConfigError about rows of another version."""
     try:
         yield
     except SparseCommError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"bench {name} cannot read this result ({type(error).__name__}: {error}): its rows are not those that "
-            "this version writes"
+            f"bench {name} cannot read this result ({type(error).__name__}: {error}): another version of the bench "
+            "wrote its rows"
         ) from error
 
 
 def _problem(data: Any) -> str:
-    """Says in which way this is not ``{"meta": {...}, "rows": [{...}, ...]}``; nothing if it is."""
+    """Returns why the data is not a valid ``{"meta": {...}, "rows": [{...}, ...]}``; "" if it is."""
     if not isinstance(data, dict) or not isinstance(data.get("meta"), dict) or not isinstance(data.get("rows"), list):
         return 'it is not {"meta": {...}, "rows": [...]}'
     for key, kind in {"bench": str, "cpu": str, "cores": int}.items():
@@ -143,15 +143,15 @@ def _problem(data: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two results of one bench, row by row.
+    """A comparison of two results of one bench, row by row.
 
     Attributes:
-        keys: fields that rows were matched by.
-        measures: fields that were compared.
-        rows: the keys, and for each measure "NAME A", "NAME B" and "NAME B/A" (None if A is zero).
-        means: geometric mean of B/A over rows, for each measure with at least one ratio.
-        only_a: keys of rows that B lacks.
-        only_b: keys of rows that A lacks.
+        keys: Fields by which rows were matched.
+        measures: Fields that were compared.
+        rows: The keys, and for each measure "NAME A", "NAME B" and "NAME B/A" (None if A is zero).
+        means: Geometric mean of B/A over rows, for each measure with at least one ratio.
+        only_a: Keys of rows that B lacks.
+        only_b: Keys of rows that A lacks.
     """
 
     keys: tuple[str, ...]
@@ -163,16 +163,16 @@ class Comparison:
 
 
 def compare(a: Result, b: Result, measures: Sequence[str] = ()) -> Comparison:
-    """Puts two results of the same bench on the same machine side by side.
+    """Compares two results of the same bench on the same machine.
 
     Args:
-        a: the one to compare with.
-        b: the one in question.
-        measures: fields to compare; those that the bench declares if empty.
+        a: The baseline.
+        b: The result to compare with it.
+        measures: Fields to compare; if empty, those that the bench declares.
 
     Raises:
-        ConfigError: if the benches or the machines differ, a field is not there, rows cannot be told apart, or none
-            match.
+        ConfigError: The benches or the machines differ, a field does not exist, two rows of a result have equal keys,
+            or no rows match.
     """
     if a.bench != b.bench:
         raise ConfigError(f"{a.path} is of bench {a.bench}, {b.path} of bench {b.bench}: there is nothing to compare")
@@ -184,7 +184,7 @@ def compare(a: Result, b: Result, measures: Sequence[str] = ()) -> Comparison:
     ours, theirs = _by_key(a, fields.keys), _by_key(b, fields.keys)
     both = [key for key in ours if key in theirs]
     if not both:
-        raise ConfigError(f"{a.path} and {b.path} have no row in common: none agree on {', '.join(fields.keys)}")
+        raise ConfigError(f"{a.path} and {b.path} have no row in common: no two agree on {', '.join(fields.keys)}")
     rows = [_side_by_side(ours[key], theirs[key], fields) for key in both]
     means = {}
     for measure in fields.measures:
@@ -202,14 +202,14 @@ def compare(a: Result, b: Result, measures: Sequence[str] = ()) -> Comparison:
 
 
 def _fields(a: Result, b: Result, wanted: Sequence[str]) -> Fields:
-    """What the bench declares; for one that declares nothing, text tells rows apart and seconds are compared."""
+    """Returns the fields that the bench declares; by default, text fields are keys and seconds are measures."""
     declared = ROWS.get(a.bench, Fields())
     rows = [*a.rows, *b.rows]
     present = list(dict.fromkeys(key for row in rows for key in row))
     for measure in wanted:
         if not any(_number(row.get(measure)) for row in rows):
             numbers = [key for key in present if any(_number(row.get(key)) for row in rows)]
-            raise ConfigError(f"field {measure!r} is no number in any row; there are: {', '.join(numbers)}")
+            raise ConfigError(f"field {measure!r} is not a number in any row; numbers are: {', '.join(numbers)}")
     guessed = [k for k in present if k in ("density", "numel", "world") or any(isinstance(r.get(k), str) for r in rows)]
     keys = declared.keys or tuple(key for key in guessed if key != "ok")
     seconds = [key for key in present if key.endswith("seconds") and key not in keys]

@@ -1,6 +1,6 @@
-"""What the training benches train: small models on data with something to learn, the same bytes for every method.
+"""The tasks of the training benches: small models and data from which they can learn.
 
-A batch depends on the seed, the rank and the step alone, so that all methods see the same examples in the same order.
+A batch depends only on seed, rank and step, so that all methods see the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsecomm.errors import ConfigError
 __all__ = ["TASKS", "Task", "task"]
 
 _CLASSES, _LATENT = 10, 16
-_HELD_OUT = 2**20  # a step that no run reaches; its batch is the held-out one
+_HELD_OUT = 2**20  # step number of the held-out batch, which no run reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Task:
     """A model and an endless stream of examples.
 
     Attributes:
-        name: in `TASKS`.
-        build: returns a fresh model; the same one after the same ``torch.manual_seed``.
-        draw: (generator, examples) to (inputs, int64 targets).
-        batch: examples a rank and step.
-        lr: learning rate of SGD with momentum 0.9 that suits plain averaging.
-        held_out: examples on which `loss` is reported.
+        name: Name in `TASKS`.
+        build: Returns a fresh model, which depends only on ``torch.manual_seed``.
+        draw: Returns inputs and int64 targets, given a generator and a number of examples.
+        batch: Examples per rank and step.
+        lr: Learning rate of SGD with momentum 0.9 that suits plain averaging.
+        held_out: Number of examples on which the loss is reported.
     """
 
     name: str
@@ -61,10 +61,10 @@ class Task:
 
 
 def task(name: str) -> Task:
-    """Returns a task.
+    """Returns the task of this name.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: It does not exist.
     """
     if name not in TASKS:
         raise ConfigError(f"task {name!r} does not exist; known are {', '.join(TASKS)}")
@@ -73,14 +73,14 @@ def task(name: str) -> Task:
 
 @functools.cache
 def _teacher(inputs: int) -> tuple[Tensor, Tensor]:
-    """Returns how latents become inputs, shape (latent, inputs), and classes, shape (latent, classes)."""
+    """Returns the maps from latents to inputs, shape (latent, inputs), and to classes, shape (latent, classes)."""
     generator = torch.Generator().manual_seed(7)
     spread = torch.randn(_LATENT, inputs, generator=generator) / _LATENT**0.5
     return spread, torch.randn(_LATENT, _CLASSES, generator=generator)
 
 
 def _labelled(shape: tuple[int, ...], generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
-    """Draws noisy images of latents that a fixed teacher has labelled."""
+    """Draws noisy images of random latents, and labels of the latents by a fixed teacher."""
     numel = int(torch.Size(shape).numel())
     spread, classes = _teacher(numel)
     latent = torch.randn(examples, _LATENT, generator=generator)
@@ -89,7 +89,7 @@ def _labelled(shape: tuple[int, ...], generator: torch.Generator, examples: int)
 
 
 def _mlp() -> nn.Module:
-    """Six square layers of 2048 and a head: 25.2M parameters."""
+    """Returns six square layers of width 2048 and a head, 25.2M parameters."""
     layers: list[nn.Module] = []
     for _ in range(6):
         linear = nn.Linear(2048, 2048)
@@ -100,7 +100,7 @@ def _mlp() -> nn.Module:
 
 
 def _cnn() -> nn.Module:
-    """Three convolutions and a head on 16 x 16 images: 0.3M parameters."""
+    """Returns three convolutions and a head for 16 x 16 images, 0.3M parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -116,7 +116,7 @@ def _cnn() -> nn.Module:
 
 
 class _ByteGPT(nn.Module):
-    """A causal transformer over bytes: 0.8M parameters."""
+    """A causal transformer over bytes, 0.8M parameters."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _ByteGPT(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps bytes, int64 (batch, time), to logits of the next ones, (batch, time, 256)."""
+        """Maps bytes, int64 (batch, time), to logits of the next bytes, (batch, time, 256)."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
         logits: Tensor = self.head(self.blocks(hidden, mask=mask, is_causal=True))
@@ -137,7 +137,7 @@ class _ByteGPT(nn.Module):
 
 @functools.cache
 def _text() -> Tensor:
-    """Returns source code of Python's standard library as uint8; no download."""
+    """Returns source code of Python's standard library as uint8, which needs no download."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 

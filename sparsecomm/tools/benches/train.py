@@ -1,4 +1,4 @@
-"""`bench train`: the same training by every method under the launcher that started this, and the time to a loss."""
+"""`bench train`: the same training with every method, under the launcher of this job, and the time to reach a loss."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ def run(
     limit: float = 600.0,
     plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Trains the same model by every method and reports step time, bytes, and the time to a loss. Run it under mpirun.
+    """Trains the same model with every method and compares step time, bytes and time to a loss. Run it under mpirun.
 
     Args:
-        methods: which; all but the special ones if none is named (an unknown name is answered with a list).
-        densities: of the methods that have one.
-        steps: of training; those of a method's warm-up are not timed.
-        eval_every: steps between losses on held-out examples; 0 for one at the end.
-        target: the loss to reach; if not given, what the worst method reached that averages and did not fail.
-        task_name: cnn (0.3M parameters), gpt (0.9M) or mlp (25.2M).
-        lr: learning rate of SGD with momentum 0.9; the task's if not given.
-        seed: of the model and the examples.
-        limit: seconds after which a run counts as hung and the job ends.
-        plugins: modules that register more methods.
+        methods: Methods to compare; by default all but special ones. An unknown name lists all methods.
+        densities: Densities for the methods that have one.
+        steps: Training steps; those of a method's warm-up are not timed.
+        eval_every: Steps between losses on held-out examples; 0 evaluates only at the end.
+        target: Loss to reach; by default the highest final loss of all methods that communicate and did not fail.
+        task_name: Model to train: cnn (0.3M parameters), gpt (0.9M) or mlp (25.2M).
+        lr: Learning rate of SGD with momentum 0.9; by default that of the task.
+        seed: Seed of the model and the examples.
+        limit: Seconds after which a run counts as hung and the job ends.
+        plugins: Modules that register more methods.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``, a row a run: what `training.train` returns, and exposed_seconds
-        (step_seconds minus that of `none`), target, seconds_to_target and bytes_to_target (None if it was not
-        reached), and error.
+        ``{"meta": {...}, "rows": [...]}`` with a row per run: the fields of `training.train`, exposed_seconds
+        (step_seconds minus that of `none`), target, seconds_to_target and bytes_to_target (None if the target was not
+        reached).
 
     Raises:
-        ConfigError: for an argument that is not acceptable, before anything runs.
+        ConfigError: An argument is not acceptable; raised before anything runs.
     """
     load_plugins(plugins)
     chosen, runs = task(task_name), runs_of(methods, densities)
     if limit <= 0 or eval_every < 0:
-        raise ConfigError(f"limit = {limit:g} and eval_every = {eval_every}: a positive time, and 0 steps or more")
+        raise ConfigError(f"limit must be positive and eval_every at least 0, got {limit:g} and {eval_every}")
     schedule = Schedule(steps, eval_every, lr, seed, limit)
     world = sc.init()
     threads = torch.get_num_threads()
@@ -86,14 +86,14 @@ def _with_target(row: Mapping[str, Any], floor: Mapping[str, Any], goal: float |
 
 
 def time_to(target: float | None, curve: Sequence[Sequence[float]]) -> tuple[float | None, float | None]:
-    """Returns when a loss curve first is at or below a target.
+    """Returns the point at which a loss curve first reaches a target.
 
     Args:
-        target: a loss, or None.
-        curve: [step, seconds, bytes, loss], in order.
+        target: A loss, or None.
+        curve: Points [step, seconds, bytes, loss], in order.
 
     Returns:
-        Seconds and bytes, or None and None if it never is.
+        Seconds and bytes at the first loss at or below the target; None and None if there is none.
     """
     for _, seconds, sent, loss in curve:
         if target is not None and loss <= target:
@@ -102,7 +102,7 @@ def time_to(target: float | None, curve: Sequence[Sequence[float]]) -> tuple[flo
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the rows, and below them why runs have no figures."""
+    """Prints the rows, and below them the errors of runs without figures."""
     out = console or Console()
     about = result["meta"]
     rows = [row | {"run": str(Run(row["method"], row["density"]))} for row in result["rows"]]

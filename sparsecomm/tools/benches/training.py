@@ -1,8 +1,8 @@
-"""One training run by one method, timed; and the worker that runs several in turn on every rank.
+"""A timed training run with one method, and the worker that does several runs in turn on every rank.
 
 ``mpirun -n 4 python -m sparsecomm.tools.benches.training --runs ddp-gloo,sparsecomm-topk@0.01`` prints one JSON line
-a run on rank 0 when it is done. A run that fails alike on all ranks is a line with its error and the next one follows.
-One that fails on some ranks, or hangs, ends the job, since the other ranks are still inside its messages.
+per run on rank 0. If a run fails on all ranks, its line holds the error and the next run follows. If it hangs or fails
+on some ranks only, the job ends, because the other ranks are still exchanging messages of that run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter, process_time
@@ -32,26 +32,26 @@ from sparsecomm.tools.benches.tasks import TASKS, Task, task
 __all__ = ["FEWEST_STEPS", "RunFailed", "Schedule", "agreed", "error_row", "train"]
 
 FEWEST_STEPS = 4
-_PATIENCE = 20.0  # seconds at most that a rank which failed waits to hear whether the others failed as well
+_PATIENCE = 20.0  # longest time in seconds that a failed rank waits to learn whether the others failed as well
 
 
 class RunFailed(SparseCommError):
-    """A run failed alike on all ranks; the next one may follow."""
+    """A run failed on another rank, but not on this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long a run is and what it writes down.
+    """Length and settings of a run.
 
     Attributes:
-        steps: of training, the same for all methods; those of a method's warm-up are not timed.
-        eval_every: steps between losses on held-out examples; 0 for one at the end alone.
-        lr: learning rate; the task's if None.
-        seed: of the model and the examples.
-        limit: seconds after which a run counts as hung.
+        steps: Training steps, the same for all methods; those of a method's warm-up are not timed.
+        eval_every: Steps between losses on held-out examples; 0 evaluates only at the end.
+        lr: Learning rate; that of the task if None.
+        seed: Seed of the model and the examples.
+        limit: Seconds after which a run counts as hung.
 
     Raises:
-        ConfigError: if there are too few steps to time one.
+        ConfigError: There are too few steps to time one.
     """
 
     steps: int = 20
@@ -66,23 +66,24 @@ class Schedule:
 
 
 def error_row(run: Run, world: int, error: str | None) -> dict[str, Any]:
-    """Returns the row of a run that has no figures."""
+    """Returns the row of a run without figures."""
     return {"method": run.method, "density": run.density, "world": world, "error": error}
 
 
 def agreed(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[str, Any]:
-    """Runs `train`, and sees to it that all ranks go on alike. Collective.
+    """Runs `train` and makes all ranks agree on the outcome. Collective.
 
     Returns:
-        Its row, or one with an error if it failed on all ranks.
+        The row of `train`, or a row with an error if it failed on all ranks.
 
     Raises:
-        Exception: what went wrong, if it did so on some ranks alone.
+        Exception: The failure of this rank, if other ranks did not fail.
+        RunFailed: Another rank failed, and this one did not.
     """
     missing = METHODS[run.method].missing
     if missing is not None:
         return error_row(run, world.size, missing)
-    # Its own connections: a run that failed may have left half a message on those of the default group.
+    # A separate group, because a failed run may have left half a message on the connections of the default group.
     patience = timedelta(seconds=min(_PATIENCE, schedule.limit / 8))
     group = dist.new_group(timeout=patience, backend="gloo") if world.size > 1 else None
     faulthandler.dump_traceback_later(schedule.limit, exit=True)
@@ -93,7 +94,7 @@ def agreed(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[
     try:
         failed = _gathered(error is not None, world.size, group)
     except RuntimeError:
-        failed = [True, False]  # some are not there
+        failed = [True, False]  # other ranks do not answer, so not all failed
     finally:
         faulthandler.cancel_dump_traceback_later()
     if error is not None and not all(failed):
@@ -120,63 +121,80 @@ def _gathered(value: Any, size: int, group: Any = None) -> list[Any]:
     return values
 
 
-def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[str, Any]:
-    """Trains a fresh model by one method. Collective.
+@dataclass(slots=True)
+class _Record:
+    """The measurements of this rank in one run, with an entry per step.
 
-    A method that is still finding out what to do when it should be timed gets as many steps more as that takes.
+    Attributes:
+        first: First step that is timed.
+        seconds: Wall time of each step.
+        cpu: Processor time of each step, all threads.
+        sent: Bytes sent in each step.
+        curve: Points [step, seconds, bytes, loss], where seconds and bytes count from the start.
+        wire_start: Bytes that the network interface had sent before the first timed step; None if unknown.
+        wire_end: Bytes that it had sent after the last step; None if unknown.
+    """
+
+    first: int
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    curve: list[list[Any]] = field(default_factory=list)
+    wire_start: int | None = None
+    wire_end: int | None = None
+
+    @property
+    def timed(self) -> list[float]:
+        """Seconds of the timed steps."""
+        return self.seconds[self.first :]
+
+    def summary(self) -> tuple[float, float, float, float | None, list[float], float]:
+        """Returns median, spread, mean bytes, wire bytes per step, losses of the curve and mean processor time."""
+        median = statistics.median(self.timed)
+        wire = None
+        if self.wire_start is not None and self.wire_end is not None:
+            wire = (self.wire_end - self.wire_start) / len(self.timed)
+        spread = _quartile_distance(self.timed) / median
+        losses = [point[3] for point in self.curve]
+        return (
+            median,
+            spread,
+            statistics.mean(self.sent[self.first :]),
+            wire,
+            losses,
+            statistics.mean(self.cpu[self.first :]),
+        )
+
+
+def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[str, Any]:
+    """Trains a fresh model with one method. Collective.
+
+    If a method has not settled when timing should start, the run has as many more steps as that takes.
 
     Args:
-        world: this job.
-        run: method and density.
-        chosen: model and examples.
-        schedule: how long.
+        world: The world of this job.
+        run: Method and density.
+        chosen: Model and examples.
+        schedule: Length and settings of the run.
 
     Returns:
-        A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (the median
-        step of the slowest rank, without barriers), step_spread (its quartile distance over its median), cpu_seconds
-        (of a step, all threads of a rank, the mean over ranks: what communication takes from backward where it is
-        hidden shows here), bytes_per_step (sent by the rank that sends most), bytes_are ("counted" as they are sent, or
-        "computed" from what the algorithm sends), wire_bytes_per_step (what the network interface sent, all protocols
-        included; None where the ranks share it), final_loss (on held-out examples, the mean over ranks), curve (a list
-        of [step, seconds, bytes, loss], everything since the start, warm-up included), error (None).
+        A row, the same on all ranks: method, density, task, world, numel, steps, timed_steps, step_seconds (median step
+        of the slowest rank, without barriers), step_spread (its quartile distance over its median), cpu_seconds (of a
+        step, all threads of a rank, mean over ranks; it shows the time that hidden communication takes from backward),
+        bytes_per_step (sent by the rank that sends most), bytes_are ("counted" when sent, or "computed" from the
+        algorithm), wire_bytes_per_step (sent by the network interface, including all protocols; None if ranks share
+        it), final_loss (on held-out examples, mean over ranks), curve (a list of [step, seconds, bytes, loss], where
+        seconds and bytes count from the start and include the warm-up), error (None).
     """
     entry = METHODS[run.method]
     torch.manual_seed(schedule.seed)
     model = chosen.build()
     numel = sum(p.numel() for p in model.parameters())
     attached = entry.attach(model, run.density or 1.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr or chosen.lr, momentum=attached.momentum)
-    held_out = chosen.held_out_examples(schedule.seed)
-    seconds, sent, curve = [], [], []
-    cpu: list[float] = []
-    wire_start = wire_end = None
-    step, first = 0, entry.warmup  # the first step that is timed
-    while step < schedule.steps or step - first < schedule.steps - entry.warmup:
-        if not attached.settled():
-            first = max(entry.warmup, step + 1)
-        if step == first:
-            wire_start = _interface_bytes()
-        examples = chosen.examples(schedule.seed, world.rank, step)
-        used = process_time()
-        seconds.append(_step(attached, optimizer, chosen, examples))
-        cpu.append(process_time() - used)
-        sent.append(attached.step_bytes(step))
-        wire_end = _interface_bytes()
-        last = step == schedule.steps - 1
-        if last or (schedule.eval_every and step < schedule.steps and (step + 1) % schedule.eval_every == 0):
-            curve.append([step + 1, sum(seconds), sum(sent), _loss(model, chosen, held_out)])
-            if world.size > 1:
-                world.barrier()  # the evaluation is not part of anybody's step
-        step += 1
-    timed = seconds[first:]
-    own_wire = None if wire_start is None or wire_end is None else (wire_end - wire_start) / len(timed)
-    median = statistics.median(timed)
-    spread = _quartile_distance(timed) / median
-    work = statistics.mean(cpu[first:])
-    mine = (median, spread, statistics.mean(sent[first:]), own_wire, [point[3] for point in curve], work)
-    ranks = _gathered(mine, world.size)
+    record = _record(world, attached, model, entry.warmup, chosen, schedule)
+    ranks = _gathered(record.summary(), world.size)
     slowest = max(ranks, key=lambda rank: float(rank[0]))
-    for i, point in enumerate(curve):
+    for i, point in enumerate(record.curve):
         point[3] = statistics.mean(rank[4][i] for rank in ranks)
     wires = [rank[3] for rank in ranks if rank[3] is not None]
     return {
@@ -186,23 +204,52 @@ def train(world: sc.World, run: Run, chosen: Task, schedule: Schedule) -> dict[s
         "world": world.size,
         "numel": numel,
         "steps": schedule.steps,
-        "timed_steps": len(timed),
+        "timed_steps": len(record.timed),
         "step_seconds": slowest[0],
         "step_spread": slowest[1],
         "cpu_seconds": statistics.mean(rank[5] for rank in ranks),
         "bytes_per_step": round(max(rank[2] for rank in ranks)),
         "bytes_are": "counted" if attached.counted else "computed",
         "wire_bytes_per_step": round(max(wires)) if len(wires) == world.size else None,
-        "final_loss": curve[-1][3],
-        "curve": curve,
+        "final_loss": record.curve[-1][3],
+        "curve": record.curve,
         "error": None,
     }
+
+
+def _record(
+    world: sc.World, attached: Attached, model: torch.nn.Module, warmup: int, chosen: Task, schedule: Schedule
+) -> _Record:
+    """Runs all steps and measures them. Collective."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule.lr or chosen.lr, momentum=attached.momentum)
+    held_out = chosen.held_out_examples(schedule.seed)
+    record = _Record(first=warmup)
+    step = 0
+    while step < schedule.steps or step - record.first < schedule.steps - warmup:
+        if not attached.settled():
+            record.first = max(warmup, step + 1)
+        if step == record.first:
+            record.wire_start = _interface_bytes()
+        examples = chosen.examples(schedule.seed, world.rank, step)
+        used = process_time()
+        record.seconds.append(_step(attached, optimizer, chosen, examples))
+        record.cpu.append(process_time() - used)
+        record.sent.append(attached.step_bytes(step))
+        record.wire_end = _interface_bytes()
+        last = step == schedule.steps - 1
+        if last or (schedule.eval_every and step < schedule.steps and (step + 1) % schedule.eval_every == 0):
+            loss = _loss(model, chosen, held_out)
+            record.curve.append([step + 1, sum(record.seconds), sum(record.sent), loss])
+            if world.size > 1:
+                world.barrier()  # so that the evaluation of other ranks is not part of any step
+        step += 1
+    return record
 
 
 def _step(
     attached: Attached, optimizer: torch.optim.Optimizer, chosen: Task, examples: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
-    """Does one step of training; returns its seconds."""
+    """Runs one training step and returns its seconds."""
     start = perf_counter()
     optimizer.zero_grad(set_to_none=True)
     chosen.loss(attached.model, *examples).backward()  # type: ignore[no-untyped-call]
@@ -225,7 +272,7 @@ def _quartile_distance(samples: Sequence[float]) -> float:
 
 
 def _interface_bytes() -> int | None:
-    """Returns the bytes sent by the interface that GLOO_SOCKET_IFNAME names, where this host has one rank."""
+    """Returns the bytes sent by the interface in GLOO_SOCKET_IFNAME; None if it is unknown or ranks share it."""
     name = os.environ.get("GLOO_SOCKET_IFNAME")
     if name is None or sc.world().local_size > 1:
         return None
@@ -239,9 +286,9 @@ def _interface_bytes() -> int | None:
 
 def _worker(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparsecomm.tools.benches.training", description=__doc__)
-    parser.add_argument("--runs", required=True, help="methods, METHOD or METHOD@DENSITY, separated by commas")
+    parser.add_argument("--runs", required=True, help="comma-separated runs, METHOD or METHOD@DENSITY")
     parser.add_argument("--task", default="mlp", choices=sorted(TASKS))
-    parser.add_argument("--plugins", default="", help="modules that register methods, separated by commas")
+    parser.add_argument("--plugins", default="", help="comma-separated modules that register methods")
     for name in ("steps", "eval-every", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Schedule(), name.replace("-", "_")))
     parser.add_argument("--lr", type=float)

@@ -1,4 +1,4 @@
-"""What an exchange sends, in a simulated world of up to 1,024 ranks: every message is really made, sent and decoded."""
+"""`bench volume`: bytes that exchanges send among simulated ranks, which encode, send and decode real messages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from typing_extensions import override
 
 from sparsecomm.collectives import dense_ring_bytes
 from sparsecomm.compress import Compressor, Selection, SelectionBuffers
@@ -26,7 +27,7 @@ from sparsecomm.types import Sizes, ValueCodec
 
 __all__ = ["KINDS", "print_table", "run"]
 
-_LIFETIME = 64  # steps that one partition serves: what the step that makes it costs more is spread over these
+_LIFETIME = 64  # steps that one partition serves, over which the extra cost of the step that makes it is spread
 
 
 @bench("volume", keys=("collective", "ranks", "density", "kind"), measures=("words", "balance"))
@@ -39,30 +40,31 @@ def run(
     k: int = 4096,
     value_codec: str = "fp16",
 ) -> dict[str, Any]:
-    """Counts the bytes of exchanges among simulated ranks, headers included.
+    """Counts the bytes of exchanges among simulated ranks, including headers.
 
     The unit is k (P - 1) / P words of 4 bytes, the least that any sparse allreduce sends before coding. Goals: at most
-    3 of these; the busiest rank sends and receives at most 1.2 times the mean.
+    3 units, and at most 1.2 times the mean traffic on the busiest rank.
 
     Args:
-        ranks: numbers of ranks.
-        densities: k over the elements of the bucket.
-        kinds: where the gradients are large: random; clustered (each rank elsewhere); adversarial (all in one place).
-        collectives: which to measure.
-        steps: steps after the first, in which the index space is cut.
-        k: nonzeros a rank sends; raised to 16 P in larger worlds, where headers would be all there is to see. Those
-            whose ranks choose together send what their compressor makes of the density, out of gradients of their own.
-        value_codec: how values are written.
+        ranks: World sizes.
+        densities: Nonzeros per rank (k) over the elements of the bucket.
+        kinds: Positions of the large elements: random, clustered (each rank elsewhere) or adversarial (all ranks in one
+            place).
+        collectives: Collectives to measure.
+        steps: Steps to measure after the first, in which ranks partition the index space.
+        k: Nonzeros per rank; raised to 16 P in larger worlds, where headers would dominate. Where all ranks select the
+            same positions, the compressor derives k from the density.
+        value_codec: Codec of the values.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``. A row: collective, ranks, density, numel, k, kind; bytes (of the rank that
-        sends or receives most, worst step after the first), words (these in the unit), words_first (step 0),
-        words_mean (a first step and 63 others), balance (busiest rank over mean), kept (nonzeros of the result),
-        overlap (fraction of the exact top k of the sum that is in the result), dense_ratio (bytes over those of a
-        dense float32 ring), estimate_ratio (what the strategy predicts over bytes), goal, ok.
+        ``{"meta": {...}, "rows": [...]}``. A row has collective, ranks, density, numel, k, kind, bytes (of the rank
+        that sends or receives most, in the worst step after the first), words (bytes in units), words_first (those of
+        the first step), words_mean (mean of a first step and 63 others), balance (busiest rank over mean), kept
+        (nonzeros of the result), overlap (fraction of the exact top k of the sum that is in the result), dense_ratio
+        (bytes over those of a dense float32 ring), estimate_ratio (predicted bytes over bytes), goal and ok.
 
     Raises:
-        ConfigError: for an unknown kind, collective or codec, or numbers that are too small.
+        ConfigError: A kind, collective or codec is unknown, or a number is too small.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -97,7 +99,7 @@ def _random(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> tor
 
 def _clustered(rank: int, size: int, numel: int, k: int, g: torch.Generator) -> torch.Tensor:
     width = min(numel, max(2 * k, numel // size))
-    place = (rank * 7919) % size  # neighbours are not those of the next rank
+    place = (rank * 7919) % size  # the regions of consecutive ranks are not adjacent
     return _some(place * (numel - width) // max(1, size - 1), width, k, g)
 
 
@@ -111,11 +113,11 @@ KINDS: dict[str, Callable[[int, int, int, int, torch.Generator], torch.Tensor]] 
     "clustered": _clustered,
     "adversarial": _adversarial,
 }
-"""Where a rank's k largest elements are, by name."""
+"""Functions that return the positions of a rank's k largest elements, by kind of gradient."""
 
 
 def _some(start: int, width: int, k: int, g: torch.Generator) -> torch.Tensor:
-    """Returns k different positions of a stretch, ascending, int64."""
+    """Returns k distinct positions in [start, start + width), ascending, int64."""
     if 4 * k > width:
         return start + torch.randperm(width, generator=g)[:k].sort().values
     found = torch.empty(0, dtype=torch.int64)
@@ -127,15 +129,16 @@ def _some(start: int, width: int, k: int, g: torch.Generator) -> torch.Tensor:
 
 
 class _Given(Compressor):
-    """Selects what it is told: the volume depends on nothing else, so that ranks need no gradients of their own."""
+    """Returns a given selection. The volume depends on nothing else, so ranks need no gradients of their own."""
 
     def __init__(self, indices: torch.Tensor, values: torch.Tensor) -> None:
         self._indices, self._values = indices, values
 
+    @override
     def density_at(self, step: int) -> float:
-        """Not asked for: the plan has k."""
-        return 1.0
+        return 1.0  # not used, since the plan holds k
 
+    @override
     def select(
         self,
         grad: torch.Tensor,
@@ -146,7 +149,7 @@ class _Given(Compressor):
         *,
         scale: float = 1.0,
     ) -> Selection:
-        """See `Compressor.select`; leaves gradient and residual alone."""
+        """Writes the given selection; neither reads nor writes gradient and residual."""
         nnz = self._values.numel()
         out.indices[:nnz] = self._indices
         out.values[:nnz] = self._values
@@ -155,7 +158,7 @@ class _Given(Compressor):
 
 @dataclass
 class _Cell:
-    """One collective, world, size and kind of gradient."""
+    """A combination of collective, world size, bucket size and kind of gradient."""
 
     name: str
     size: int
@@ -168,18 +171,18 @@ class _Cell:
     def __post_init__(self) -> None:
         own = method_named(self.name).scope == Scope.OWN
         self.compressor = compressor_for(self.name, self.density) if own else None
-        # What is sent is then made of all of a gradient, and that must be what the selection leaves of it.
+        # These send data made from the whole gradient, so the gradient must hold the selection and nothing else.
         self.made_of_all = own or self.name == "two_level"
         self.k = self.wanted if self.compressor is None else self.compressor.k_for(self.numel, 0)
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Exchanges a first step and `steps` others and returns the row."""
-        # Each rank on a machine of its own, as the estimates have it.
+        """Runs a first step and `steps` others, and returns the row."""
+        # Each rank is on a separate host, as the estimates assume.
         world = SimulatedWorld(self.size, range(self.size))
         rows = max(r for r in range(1, math.isqrt(self.numel) + 1) if self.numel % r == 0)
         layout = BucketLayout(("weight",), ((rows, self.numel // rows),), ((self.numel // rows, 1),))
-        # All ranks write the same average, and where the selection is given none reads gradient or residual, so that
-        # one of each serves all.
+        # All ranks write the same average, and with a given selection none reads gradient or residual. One gradient and
+        # one residual then serve all ranks, which saves memory.
         alone = self.size if self.made_of_all else 1
         grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
         residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
@@ -234,7 +237,7 @@ class _Cell:
     def _plan(
         self, step: int, grad: torch.Tensor, residual: torch.Tensor, selection: tuple[torch.Tensor, torch.Tensor]
     ) -> Plan:
-        """How a rank exchanges its selection; ranks that choose together find it in its gradient, which is written."""
+        """Returns the plan for a rank's selection; where `made_of_all`, writes the selection to the gradient."""
         if self.made_of_all:
             residual.zero_()
             grad.zero_()[selection[0].to(torch.int64)] = selection[1]
@@ -242,7 +245,7 @@ class _Cell:
         return Plan(step, self.name, compressor, self.k, value_codec=self.codec)
 
     def _selection(self, rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a rank selects: k positions of its kind, magnitudes with the tail of a Laplacian above a threshold."""
+        """Returns a rank's selection: k positions of its kind, with values from the tails of a Laplacian."""
         g = torch.Generator().manual_seed(100_003 * step + rank)
         indices = KINDS[self.kind](rank, self.size, self.numel, self.wanted, g)
         magnitudes = 1.0 + torch.empty(self.wanted).exponential_(4.0, generator=g)
@@ -250,7 +253,7 @@ class _Cell:
         return indices.to(torch.uint32), magnitudes * signs
 
     def _overlap(self, result: torch.Tensor, selections: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Returns how much of the exact top k of the sum of all selections is in the result."""
+        """Returns the fraction of the exact top k of the sum of all selections that is in the result."""
         total = torch.zeros(self.numel, dtype=torch.float64)
         for indices, values in selections:
             total.index_add_(0, indices.to(torch.int64), values.double())
@@ -259,7 +262,7 @@ class _Cell:
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a result of `run` with its goals."""
+    """Prints a result of `run`."""
     columns = {
         "collective": ("collective", ""),
         "P": ("ranks", "d"),
@@ -278,5 +281,5 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         "goal": ("goal", "g"),
         "verdict": ("ok", ""),
     }
-    title = "bytes a rank, in k (P - 1) / P words of 4 bytes, headers included (balance: goal 1.2)"
+    title = "bytes per rank, in k (P - 1) / P words of 4 bytes, including headers (goal of balance: 1.2)"
     (console or Console()).print(table(title, result["rows"], columns))

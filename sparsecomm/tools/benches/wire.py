@@ -1,4 +1,4 @@
-"""Size, accuracy and speed of the codecs."""
+"""`bench wire`: size, accuracy and speed of the codecs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def run(
     densities: Sequence[float] = (0.001, 0.01, 0.1),
     repeats: int = 7,
 ) -> dict[str, Any]:
-    """Encodes the largest entries of a random vector with every index codec and every value codec.
+    """Encodes the largest elements of a random vector with every index codec and every value codec.
 
-    Goals: RICE within 1.06 times the entropy of uniform positions; BITPACK within 1.15 times at 0.1%.
+    Goals: RICE takes at most 1.06 times the entropy of uniform positions; BITPACK at most 1.15 times at 0.1% density.
 
     Args:
-        numel: elements of the dense vector.
-        densities: nonzeros over elements.
-        repeats: timed rounds.
+        numel: Elements of the dense vector.
+        densities: Nonzeros over elements.
+        repeats: Timed rounds.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}``. A row is about an index codec (index_codec, index_bits a nonzero,
-        entropy_bits, ratio of the two, estimate_ratio: estimated over real size) or about a value codec (value_codec,
-        value_bits a nonzero, relative_error in the L2 norm), with density, numel, nnz, encode_ns and decode_ns a
-        nonzero, spread, goal and ok.
+        ``{"meta": {...}, "rows": [...]}``. The row of an index codec has index_codec, index_bits (per nonzero),
+        entropy_bits, ratio (of these) and estimate_ratio (estimated over real size); the row of a value codec has
+        value_codec, value_bits (per nonzero) and relative_error (in the L2 norm). Both have density, numel, nnz,
+        encode_ns and decode_ns (per nonzero), spread, goal and ok.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def _value_row(codec: ValueCodec, values: torch.Tensor, repeats: int) -> dict[st
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a result of `run` with its goals."""
+    """Prints a result of `run`."""
     columns = {
         "density": ("density", "g"),
         "indices": ("index_codec", ""),

@@ -1,4 +1,4 @@
-"""The command line: options and exit codes. What a command does is in the module of its name."""
+"""Options and exit codes of the command line. Each command is implemented in the module of the same name."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _root(
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that MPI may take to start and the ranks to find each other.")
+        float, typer.Option(min=0.1, help="Seconds in which MPI must start and the ranks must find each other.")
     ] = 60.0,
 ) -> None:
-    """Check this installation; under mpirun, srun or torchrun also the job. Exit code 1 if something is broken."""
+    """Check this installation and, under mpirun, srun or torchrun, this job. Exits with 1 if something is broken."""
     from sparsecomm.tools.cli.doctor import run
 
     raise typer.Exit(run(as_json=json, seconds=timeout))
@@ -55,7 +55,7 @@ def doctor(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def bench(ctx: typer.Context) -> None:
-    """Measure kernels, codecs and more on this machine; `sparsecomm bench --list` shows what there is."""
+    """Measure kernels, codecs, collectives and training; `sparsecomm bench --list` lists the benches."""
     from sparsecomm.tools.cli.bench import run
 
     raise typer.Exit(run(list(ctx.args)))

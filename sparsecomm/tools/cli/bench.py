@@ -1,8 +1,8 @@
-"""`sparsecomm bench NAME`: runs a measurement of `sparsecomm.tools.benches`, shows its rows and writes them as JSON.
+"""`sparsecomm bench NAME`: runs one of `sparsecomm.tools.benches`, prints its rows and writes them as JSON.
 
-Nothing here knows a bench by name. Any module in `sparsecomm.tools.benches` may register one; its signature says which
-options it takes, its docstring what they mean, and `print_table(result, console)` and `plots(result, folder)` beside
-it, if there, show and draw its rows. `sparsecomm bench plot | report | compare` work on what was written.
+This module knows no bench by name. Any module in `sparsecomm.tools.benches` may register one. The options come from its
+signature and their help from its docstring. If its module defines `print_table(result, console)` and
+`plots(result, folder)`, these print and draw the rows. `sparsecomm bench plot | report | compare` read result files.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _registry() -> Mapping[str, Bench]:
 def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
     """Returns a bench's parameters as typer options, by name.
 
-    int, float, str, bool and optional ones of these become plain options; a sequence becomes an option that takes a
-    comma-separated list, may be repeated, and goes by its singular as well: `--density 0.01` for `densities`.
-    Parameters of other types, such as a callback, are left at their defaults.
+    A parameter of type int, float, str or bool, optional or not, becomes a plain option. A sequence becomes an option
+    that takes a comma-separated list, may be repeated, and also has a singular name: `--density 0.01` for `densities`.
+    Parameters of other types, such as callbacks, keep their defaults.
     """
     hints, helps = get_type_hints(bench), _argument_docs(bench)
     found = {}
@@ -78,7 +78,7 @@ def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
         flags = [] if kind is bool else [f"--{word.replace('_', '-')}" for word in _names(name, many)]
         shown: Any = True
         if many and not required:
-            shown = "all" if parameter.default is None else ",".join(map(str, parameter.default))
+            shown = "all" if parameter.default is None else ",".join(map(str, parameter.default)) or False
         option = typer.Option(*flags, help=helps.get(name), show_default=shown)
         annotation: Any = list[str] if many else kind
         found[name] = parameter.replace(
@@ -90,13 +90,13 @@ def options_of(bench: Bench) -> dict[str, inspect.Parameter]:
 
 
 def _command(name: str, bench: Bench) -> typer.Typer:
-    """Returns a command line whose one command is this bench."""
+    """Returns a command line with this bench as its only command."""
     options = options_of(bench)
     hints = get_type_hints(bench)
 
     def command(json_file: Path | None, plot: Path | None, **values: Any) -> None:
         given = {key: _parsed(key, value, hints.get(key, str)) for key, value in values.items()}
-        # What was not given is left out, so that the bench's own default holds.
+        # Options that the user did not give are left out, so that the bench's own defaults hold.
         raise typer.Exit(_measure(name, bench, {k: v for k, v in given.items() if v is not None}, json_file, plot))
 
     json_option = typer.Option("--json", metavar="FILE", help='Write {"meta": ..., "rows": [...]} here.')
@@ -112,7 +112,7 @@ def _command(name: str, bench: Bench) -> typer.Typer:
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = _summary(bench)
+    command.__doc__ = _description(bench)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     return app
@@ -121,12 +121,12 @@ def _command(name: str, bench: Bench) -> typer.Typer:
 def _measure(
     name: str, bench: Bench, options: Mapping[str, Any], json_file: Path | None, plot_folder: Path | None
 ) -> int:
-    """Runs a bench; rank 0 shows, writes and draws what it returns."""
+    """Runs a bench; rank 0 prints, writes and draws its result. Returns the exit code."""
     console, errors = bench_console(), Console(stderr=True)
     try:
         if plot_folder is not None:
             check_drawable(name, bench)
-        for folder in (json_file.parent if json_file else None, plot_folder):  # before the long part
+        for folder in (json_file.parent if json_file else None, plot_folder):  # fail before the long part
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
         result = dict(bench(**options))
@@ -147,7 +147,7 @@ def _measure(
 
 
 def _command_line(name: str, options: Mapping[str, Any]) -> str:
-    """Returns the line that measures this again."""
+    """Returns the shell command that repeats this measurement."""
     launch = detect()
     words = ["sparsecomm", "bench", name]
     if launch.launcher == "torchrun":
@@ -165,13 +165,13 @@ def _command_line(name: str, options: Mapping[str, Any]) -> str:
 
 def _print_list(benches: Mapping[str, Bench]) -> None:
     console = Console()
-    usage = "Usage: sparsecomm bench NAME [--json FILE] [--plot DIR] [OPTIONS]   (NAME --help lists them)\n"
+    usage = "Usage: sparsecomm bench NAME [--json FILE] [--plot DIR] [OPTIONS]   (NAME --help lists the options)\n"
     console.print(usage, markup=False)
     table = Table.grid(padding=(0, 2))
     for name in sorted(benches):
         table.add_row(f"  [bold]{name}[/]", _summary(benches[name]))
     console.print(table)
-    console.print("\nWith result files:\n")
+    console.print("\nCommands for result files:\n")
     table = Table.grid(padding=(0, 2))
     for name, command in bench_files.COMMANDS.items():
         table.add_row(f"  [bold]{name}[/]", _summary(command))
@@ -191,7 +191,7 @@ def _print_rows(name: str, result: Mapping[str, Any], console: Console) -> None:
 
 
 def _kind(hint: Any) -> tuple[type | None, bool]:
-    """Returns the type of an option's value or of its items, None if it cannot be an option; and whether it is many."""
+    """Returns the type of an option's value or items (None if it cannot be an option), and whether it is a list."""
     if get_origin(hint) in (Union, UnionType):
         inner = [a for a in get_args(hint) if a is not type(None)]
         return _kind(inner[0]) if len(inner) == 1 else (None, False)
@@ -205,7 +205,7 @@ def _kind(hint: Any) -> tuple[type | None, bool]:
 
 
 def _names(name: str, many: bool) -> list[str]:
-    """Returns a parameter's option names: "densities" goes by "density" as well."""
+    """Returns the option names of a parameter; "densities" is also called "density"."""
     if not many:
         return [name]
     singular = re.sub(r"ies$", "y", name) if name.endswith("ies") else name.removesuffix("s")
@@ -227,8 +227,14 @@ def _summary(bench: Callable[..., Any]) -> str:
     return (inspect.getdoc(bench) or "").split("\n\n")[0].replace("\n", " ")
 
 
+def _description(bench: Bench) -> str:
+    """Returns the paragraphs of a Google docstring before its sections, without the line breaks inside them."""
+    text, *_ = re.split(r"^(?:Args|Returns|Raises):\n", inspect.getdoc(bench) or "", maxsplit=1, flags=re.MULTILINE)
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in text.strip().split("\n\n"))
+
+
 def _argument_docs(bench: Bench) -> dict[str, str]:
-    """Returns what the Args section of a Google docstring says of each parameter."""
+    """Returns the description of each parameter in the Args section of a Google docstring."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", inspect.getdoc(bench) or "", re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section.group(1) if section else "", re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text) for name, text in entries}

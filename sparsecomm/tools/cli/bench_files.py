@@ -1,4 +1,4 @@
-"""`sparsecomm bench plot | report | compare`: what can be done with result files that benches have written."""
+"""`sparsecomm bench plot | report | compare`: commands that read result files of benches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["COMMANDS", "run"]
 
 def _plot(
     files: Annotated[list[Path], typer.Argument(help="Result files.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the pictures to.")],
 ) -> None:
-    """Draw result files as PNG and SVG."""
+    """Draws result files as PNG and SVG."""
     loaded = [results.load(file) for file in files]
     for result in loaded:
         for file in results.draw(BENCHES[result.bench], result.content, out):
@@ -30,15 +30,15 @@ def _plot(
 
 
 def _report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the result files of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the result files.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The page; DIR/report.html if left out.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Page to write; DIR/report.html by default.")
     ] = None,
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="Allow results of several machines, each machine shown apart.")
+        bool, typer.Option("--mixed", help="Accept results of several machines; each has its own section.")
     ] = False,
 ) -> None:
-    """Make one self-contained HTML page of all results in a folder."""
+    """Makes one self-contained HTML page of all result files in a folder."""
     page = folder / "report.html" if out is None else out
     text = report.page(results.load_folder(folder), mixed=mixed)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -47,12 +47,14 @@ def _report(
 
 
 def _compare(
-    a: Annotated[Path, typer.Argument(metavar="A.json", help="The result to compare with.")],
-    b: Annotated[Path, typer.Argument(metavar="B.json", help="The result in question.")],
-    field: Annotated[list[str] | None, typer.Option(help="Field to compare; may be repeated.")] = None,
+    a: Annotated[Path, typer.Argument(metavar="A.json", help="The baseline.")],
+    b: Annotated[Path, typer.Argument(metavar="B.json", help="The result to compare with it.")],
+    field: Annotated[
+        list[str] | None, typer.Option(help="Field to compare; may be repeated. By default the measures of the bench.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows here.")] = None,
 ) -> None:
-    """Compare two results of one bench row by row: B over A."""
+    """Compares two results of one bench, row by row, as ratios B/A."""
     first, second = results.load(a), results.load(b)
     found = results.compare(first, second, field or ())
     table = Table(title=f"bench {first.bench}: A = {a}, B = {b}, {first.machine}")
@@ -74,7 +76,7 @@ def _compare(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"plot": _plot, "report": _report, "compare": _compare}
-"""By the word that follows `sparsecomm bench`; no bench may be called so."""
+"""Commands by the word that follows `sparsecomm bench`; no bench may have one of these names."""
 
 
 def run(name: str, args: list[str]) -> int:

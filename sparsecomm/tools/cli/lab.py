@@ -1,4 +1,4 @@
-"""`sparsecomm lab`: makes, uses, shows and removes hosts of network namespaces on this machine."""
+"""`sparsecomm lab`: makes, uses, lists and removes labs of several hosts (network namespaces) on this machine."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["lab_app"]
 HOSTS, RATE = 4, "1gbit"
 
 lab_app = typer.Typer(
-    help="Several hosts on this machine, joined by links of a given rate (Linux, root).", no_args_is_help=True
+    help="Several hosts on this machine, joined by links of a given rate (needs Linux and root).", no_args_is_help=True
 )
-Name = Annotated[str, typer.Option("--name", help="Which lab; several can be up at once.")]
-_RATE_HELP = "Of every link, each way: 1gbit, 100mbit, ...; none for no limit."
+Name = Annotated[str, typer.Option("--name", help="Name of the lab; several labs can be up at once.")]
+_RATE_HELP = "Rate of every link in each direction: 1gbit, 100mbit, ...; none for no limit."
 
 
 @lab_app.command()
 def up(
-    hosts: Annotated[int, typer.Option(help="How many hosts.")] = HOSTS,
+    hosts: Annotated[int, typer.Option(help="Number of hosts.")] = HOSTS,
     rate: Annotated[str, typer.Option(help=_RATE_HELP)] = RATE,
     name: Name = "lab",
 ) -> None:
-    """Make hosts that stay until `lab down`."""
+    """Make a lab that stays until `lab down`."""
     with _clear_errors(), _signals_raise():
         lab = Lab(hosts=hosts, rate=_rate(rate), name=name).up(persistent=True)
         _say(f"lab {name!r} is up: {', '.join(lab.hosts)} at {lab.rate or 'no limit'}")
@@ -44,14 +44,16 @@ def up(
 
 @lab_app.command(context_settings={"allow_interspersed_args": False})
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What every rank runs.")],
-    ranks: Annotated[int | None, typer.Option("-n", help="Number of ranks; one a host by default.")] = None,
-    hosts: Annotated[int | None, typer.Option(help="Make a lab of so many hosts for this run alone.")] = None,
-    rate: Annotated[str | None, typer.Option(help="Make a lab of this rate for this run alone.")] = None,
-    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="For all ranks; may be repeated.")] = None,
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="Command that every rank runs.")],
+    ranks: Annotated[int | None, typer.Option("-n", help="Number of ranks; one per host by default.")] = None,
+    hosts: Annotated[int | None, typer.Option(help="Make a lab of this many hosts for this run only.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Make a lab with links of this rate for this run only.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Variable for all ranks; may be repeated.")
+    ] = None,
     name: Name = "lab",
 ) -> None:
-    """Run a command under mpirun across the hosts of the lab that is up, or of one made for this run."""
+    """Run a command under mpirun across the hosts of a lab: the one that is up, or one made for this run."""
     with _clear_errors(), _signals_raise():
         variables = dict(map(_variable, env or ()))
         if hosts is None and rate is None:
@@ -67,7 +69,7 @@ def rate(
     value: Annotated[str, typer.Argument(metavar="RATE", help=_RATE_HELP)],
     name: Name = "lab",
 ) -> None:
-    """Change the rate of all links of a lab that is up."""
+    """Change the rate of all links of a lab."""
     with _clear_errors():
         lab = Lab.find(name)
         lab.set_rate(_rate(value))
@@ -76,7 +78,7 @@ def rate(
 
 @lab_app.command()
 def status() -> None:
-    """Show all labs, and what dead processes left of some."""
+    """List all labs, including the remains of labs whose process died."""
     with _clear_errors():
         labs = survey()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -91,7 +93,7 @@ def status() -> None:
 
 @lab_app.command()
 def down(name: Name = "lab") -> None:
-    """Kill what runs in a lab and remove it, also what a dead process left of one."""
+    """Kill all processes in a lab and remove it; also removes the remains of a dead one."""
     with _clear_errors():
         killed = remove(name)
         _say(f"lab {name!r} is removed" + (f"; {killed} processes inside were killed" if killed else ""))
@@ -100,7 +102,7 @@ def down(name: Name = "lab") -> None:
 def _print_status(lab: LabStatus, console: Console) -> None:
     title = Text.assemble((lab.name, "bold"), f", {lab.rate or 'no limit'} each way")
     if lab.owner is not None:
-        title.append(f", goes with process {lab.owner}")
+        title.append(f", removed when process {lab.owner} ends")
     console.print(title)
     if lab.problem:
         console.print(Text.assemble(("  not usable: ", "red"), lab.problem), soft_wrap=True)
@@ -138,7 +140,7 @@ def _clear_errors() -> Iterator[None]:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Turns the signals that end a process into an exception, so that what was made is removed."""
+    """Turns the signals that end a process into SystemExit, so that the lab is removed on the way out."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

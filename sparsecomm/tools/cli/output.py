@@ -1,4 +1,4 @@
-"""How commands show and write results: a console wide enough for tables, cells, and files that are never half."""
+"""Output of the commands: a console wide enough for tables, the text of cells, and atomically written files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _WIDE = 160  # characters
 
 
 def on_terminal() -> bool:
-    """Returns whether somebody watches stdout.
+    """Returns whether stdout reaches a terminal.
 
-    Open MPI gives every rank a terminal of its own even where mpirun's stdout is a file or a pipe, so under it the
-    question goes to the parent process, which is mpirun or its daemon.
+    Open MPI gives every rank a pseudo-terminal even if mpirun's stdout is a file or a pipe. Under Open MPI the answer
+    therefore comes from the parent process, which is mpirun or its daemon.
     """
     if not sys.stdout.isatty() or "OMPI_COMM_WORLD_RANK" not in os.environ:
         return sys.stdout.isatty()
@@ -36,7 +36,8 @@ def on_terminal() -> bool:
 def bench_console() -> Console:
     """Returns a console for tables.
 
-    A log or a pipe has room for all columns; the terminal that mpirun gives to ranks has 80, whatever the user's has.
+    It is wide in a log or a pipe, which have room for all columns, and under mpirun, whose pseudo-terminals always have
+    80 columns whatever the width of the user's terminal.
     """
     if not on_terminal():
         return Console(width=_WIDE, force_terminal=False)
@@ -46,14 +47,14 @@ def bench_console() -> Console:
 
 
 def cell(value: object) -> str:
-    """Writes a value of a row."""
+    """Returns the text of a row's value."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes a result, so that at `path` there is at any time either the old file or the whole new one."""
+    """Writes a result atomically: at any time `path` is either the old file or the whole new one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             json.dump(data, file, indent=2)

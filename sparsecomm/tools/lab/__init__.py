@@ -1,4 +1,4 @@
-"""Several hosts on one Linux machine: network namespaces joined by links of a given rate, and mpirun across them."""
+"""Several hosts on one Linux machine: network namespaces, links of a given rate between them, and mpirun on top."""
 
 from sparsecomm.errors import LabError
 from sparsecomm.tools.lab.lab import Lab

@@ -1,4 +1,4 @@
-"""Running something on a host of a lab: a script that enters the host, and one that mpirun calls in ssh's place."""
+"""Runs commands on a host of a lab: a script that enters the host, and a script that replaces ssh for mpirun."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from sparsecomm.tools.lab.state import State
 
 __all__ = ["agent", "on_host", "write_scripts"]
 
-# A host name and /etc/hosts of its own, and a /sys that shows its interfaces: UCX and sparsecomm's doctor look there.
+# Each host has a separate host name and /etc/hosts, and a /sys with its interfaces, which UCX and doctor read.
 _ENTER = """\
 #!/bin/sh
-# enter HOST COMMAND [ARGUMENT...]: becomes the command, on a host of this lab
+# enter HOST COMMAND [ARGUMENT...]: replaces itself with the command, on a host of this lab
 set -e
 here=$(dirname "$0")
 host=$1
@@ -21,10 +21,10 @@ exec nsenter --net="$here/ns/$host" unshare --uts --mount --propagation slave /b
   shift 2
   exec "$@"' enter "$host" "$here/hosts" "$@"
 """
-# As ssh does, it joins the words and leaves them to a shell.
+# Like ssh, the agent joins the words and passes them to a shell.
 _AGENT = """\
 #!/bin/sh
-# agent [OPTION]... HOST WORD...: what mpirun calls to start its daemon on another host; options are ssh's
+# agent [OPTION]... HOST WORD...: mpirun calls this to start its daemon on another host; it skips ssh's options
 while case $1 in -*) ;; *) false ;; esac; do shift; done
 host=$1
 shift
@@ -39,16 +39,16 @@ def write_scripts(state: State) -> None:
     (state.folder / "agent").chmod(0o755)
     known = [("127.0.0.1", "localhost"), *zip(state.addresses, state.hosts, strict=True)]
     lines = [f"{address}\t{host}" for address, host in known]
-    # torch asks for the names of IPv4-mapped addresses, and warns if there are none; no host is looked up by these.
+    # torch looks up names of IPv4-mapped addresses and warns if there are none; nobody looks up these names.
     lines += [f"::ffff:{address}\t{host}.mapped" for address, host in known]
     (state.folder / "hosts").write_text("\n".join(lines) + "\n")
 
 
 def on_host(state: State, host: str, command: list[str]) -> list[str]:
-    """Returns the command that becomes `command` on a host."""
+    """Returns the command that runs `command` on a host."""
     return ["/bin/sh", str(state.folder / "enter"), host, *command]
 
 
 def agent(state: State) -> str:
-    """Returns the launch agent as one line. It is run by a shell since /run is often mounted noexec."""
+    """Returns the launch agent as one command line. A shell runs it because /run is often mounted noexec."""
     return f"/bin/sh {state.folder / 'agent'}"

@@ -1,4 +1,4 @@
-"""`Lab`: several hosts on this machine, from their making to their removal."""
+"""`Lab`: makes, uses and removes several hosts on this machine."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _SUBNETS = 256
 
 
 class Lab:
-    """Hosts made of network namespaces, joined by links of a given rate; a context manager that makes and removes them.
+    """Hosts made of network namespaces and joined by links of a given rate; as a context manager, for a `with` block.
 
-    Needs Linux and root. While it is up, a watchdog process removes it if this process dies, by SIGKILL too.
+    Needs Linux and root. A watchdog process removes the lab if this process dies, even by SIGKILL.
 
     Args:
-        hosts: number of hosts, 1 to 64.
-        rate: of every link in each direction, in tc's units ("1gbit", "100mbit"); None for no limit.
-        name: tells labs apart; host names begin with it.
+        hosts: Number of hosts, 1 to 64.
+        rate: Rate of every link in each direction, in tc's units ("1gbit", "100mbit"); None for no limit.
+        name: Name of the lab; host names begin with it.
 
     Raises:
-        LabError: if an argument is not acceptable.
+        LabError: An argument is not acceptable.
     """
 
     def __init__(self, *, hosts: int = 4, rate: str | None = "1gbit", name: str = "lab") -> None:
@@ -65,16 +65,16 @@ class Lab:
 
     @classmethod
     def find(cls, name: str = "lab") -> Lab:
-        """Returns the lab of that name that is up.
+        """Returns the lab of this name, which must be up.
 
         Raises:
-            LabError: if there is none, or only what a dead process left of it.
+            LabError: There is no such lab, or the process that owned it is dead.
         """
         state = load(check_name(name))
         if state is None:
             raise LabError(f"no lab {name!r} is up: sparsecomm lab up --name {name}")
         if state.orphaned or set(teardown.pins(name).values()) != {SWITCH, *state.hosts}:
-            raise LabError(f"lab {name!r} is what a dead process left behind: remove it with `{remedy(name)}`")
+            raise LabError(f"lab {name!r} was left behind by a dead process: remove it with `{remedy(name)}`")
         lab = cls(hosts=state.count, rate=state.rate, name=state.name)
         lab._state = state
         return lab
@@ -86,7 +86,7 @@ class Lab:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host names, as the hosts themselves and mpirun know them."""
+        """Host names, valid on the hosts themselves and for mpirun."""
         return self._state.hosts
 
     @property
@@ -96,7 +96,7 @@ class Lab:
 
     @property
     def interface(self) -> str:
-        """The network interface that every host has."""
+        """The name of every host's network interface."""
         return INTERFACE
 
     @property
@@ -105,16 +105,16 @@ class Lab:
         return self._state.rate
 
     def up(self, *, persistent: bool = False) -> Lab:
-        """Makes the hosts; whatever fails or interrupts it, nothing is left.
+        """Makes the hosts. If anything fails or interrupts it, nothing of the lab remains.
 
         Args:
-            persistent: whether the lab outlives this process; else it goes with it.
+            persistent: Whether the lab outlives this process; otherwise it is removed when this process ends.
 
         Returns:
             This lab.
 
         Raises:
-            LabError: if the machine cannot, or a lab of that name is there already.
+            LabError: This machine cannot make labs, or a lab of this name exists already.
         """
         problem = missing()
         if problem:
@@ -144,13 +144,13 @@ class Lab:
             self._state.save()
 
     def down(self) -> int:
-        """Kills what runs inside and removes the hosts; without effect if they are gone.
+        """Kills all processes inside and removes the hosts; does nothing if they are gone.
 
         Returns:
-            How many processes were killed.
+            Number of processes killed.
 
         Raises:
-            LabError: if something cannot be killed or removed.
+            LabError: A process cannot be killed, or part of the lab cannot be removed.
         """
         with _as_lab_errors(self.name), teardown.locked():
             return self._remove()
@@ -164,10 +164,10 @@ class Lab:
         """Changes the rate of all links.
 
         Args:
-            rate: as for the class; None for no limit.
+            rate: Rate in tc's units, as for the class; None for no limit.
 
         Raises:
-            LabError: if it is not acceptable, or the lab is not up.
+            LabError: The rate is not acceptable, or the lab is not up.
         """
         bits_per_second(rate)
         with _as_lab_errors(self.name), teardown.locked():
@@ -187,28 +187,28 @@ class Lab:
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command on every rank, rank i on host i modulo the number of hosts.
 
-        Only the lab's links carry messages between hosts. Everything inside the lab is killed on a timeout, an
-        interrupt or any other exception, so run one job at a time.
+        Only the lab's links carry messages between hosts. A timeout, an interrupt or any other exception kills all
+        processes inside the lab, so run one job at a time.
 
         Args:
-            command: program and arguments.
-            ranks: number of ranks; one a host if None.
-            env: variables for all ranks, beside this process's own.
-            timeout: seconds; None to wait for ever.
-            capture: whether to collect the output; else it goes where this process's goes.
+            command: Program and arguments.
+            ranks: Number of ranks; one per host if None.
+            env: Variables for all ranks, in addition to those of this process.
+            timeout: Seconds; None for no limit.
+            capture: Whether to collect the output; otherwise mpirun inherits the streams of this process.
 
         Returns:
             Exit code, standard output and standard error of mpirun.
 
         Raises:
-            LabError: if the lab is not up, there is no mpirun, or an argument is not acceptable.
-            subprocess.TimeoutExpired: after the timeout, with the output so far.
+            LabError: The lab is not up, there is no mpirun, or an argument is not acceptable.
+            subprocess.TimeoutExpired: The job did not end in time; the exception holds the output so far.
         """
         count = len(self.hosts) if ranks is None else ranks
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise LabError(f"ranks = {ranks!r}: at least 1 is needed")
+            raise LabError(f"ranks = {ranks!r}: must be an integer of at least 1")
         if isinstance(command, str) or not command:
-            raise LabError(f"command = {command!r}: give a list of a program and its arguments")
+            raise LabError(f"command = {command!r}: must be a list of a program and its arguments")
         self._refuse_if_gone()
         launcher = find_mpirun()
         environment, names = job_environment(self._state, launcher, count, env or {})
@@ -232,7 +232,7 @@ class Lab:
             out, err = process.communicate(timeout=timeout)
         except BaseException as error:
             teardown.kill_inside(self.name)
-            process.kill()  # if it had not entered yet
+            process.kill()  # in case it had not entered the lab yet
             out, err = process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise subprocess.TimeoutExpired(command, error.timeout, out, err) from None
@@ -245,7 +245,7 @@ class Lab:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() == self._pid:  # a forked child is not the owner
+        if os.getpid() == self._pid:  # a forked child does not own the lab
             self.down()
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class Lab:
             return
         watchdog, self._watchdog = self._watchdog, None
         assert watchdog.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # somebody ended it
+        with contextlib.suppress(BrokenPipeError):  # the watchdog is dead
             watchdog.stdin.write(teardown.KEEP)
         with contextlib.suppress(BrokenPipeError):
             watchdog.stdin.close()
@@ -289,7 +289,7 @@ def _as_lab_errors(name: str) -> Iterator[None]:
 
 
 def _start_watchdog(state: State) -> subprocess.Popen[bytes]:
-    """Starts the process that takes the lab down when this one dies."""
+    """Starts the process that removes the lab when this process dies."""
     command = [sys.executable, "-I", "-S", teardown.__file__, state.name, state.token, str(os.getpid())]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
@@ -298,7 +298,7 @@ def _start_watchdog(state: State) -> subprocess.Popen[bytes]:
 
 
 def _free_subnet() -> int:
-    """The first third byte of an address that no lab has; damaged labs count for nothing."""
+    """Returns the first third byte of an address that no lab uses; labs with a damaged state file do not count."""
     taken = {(teardown.read_state(name) or {}).get("subnet") for name in lab_names()}
     for subnet in range(_SUBNETS):
         if subnet not in taken:

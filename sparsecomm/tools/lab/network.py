@@ -1,8 +1,8 @@
-"""The links of a lab: one namespace a host, one more for the switch that joins them, a shaper at both ends of a link.
+"""The network of a lab: a namespace per host, one for the switch that joins them, a shaper at both ends of each link.
 
-The bridge and its ends of the links are in a namespace of their own, not among the machine's interfaces: there
-is no name or address of the machine's that they could collide with, its firewall does not see their traffic, and
-they end with the namespace.
+The bridge and its ends of the links live in a separate namespace rather than among the machine's interfaces. They can
+therefore not collide with names or addresses of the machine, its firewall does not see their traffic, and they vanish
+with the namespace.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sparsecomm.tools.lab.state import INTERFACE, State
 __all__ = ["SWITCH", "bits_per_second", "build", "shape"]
 
 SWITCH = "switch"
-_SECONDS = 30.0  # what one command may take
+_SECONDS = 30.0  # limit for one command
 _UNITS = {"bit": 1, "bps": 8}
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g|ki|mi|gi|)(bit|bps)", re.IGNORECASE)
 _SLOWEST, _FASTEST = 10**4, 4 * 10**11  # bits per second
-_BURST_SECONDS = 0.002  # a shaper's slack: long enough for its timer, short beside a message
+_BURST_SECONDS = 0.002  # burst of a shaper: long enough for its timer, short compared to a message
 _SMALLEST_BURST = 16 * 1024  # bytes
 _QUEUE = "50ms"
 
@@ -33,16 +33,18 @@ def bits_per_second(rate: str | None) -> int | None:
     """Returns a rate in bits per second; None for None, an unshaped link.
 
     Args:
-        rate: a number and a unit of tc's: "1gbit", "100mbit", "12.5mbps" (bytes per second), "1gibit".
+        rate: A number and one of tc's units: "1gbit", "100mbit", "12.5mbps" (bytes per second), "1gibit".
 
     Raises:
-        LabError: if it is no such rate, or tbf could not keep it.
+        LabError: The text is not a rate, or the rate is out of the range of tbf.
     """
     if rate is None:
         return None
     found = _RATE.fullmatch(rate) if isinstance(rate, str) else None
     if found is None:
-        raise LabError(f"rate = {rate!r}: give a number and a unit, such as 100mbit, 1gbit or 125mbps (bytes a second)")
+        raise LabError(
+            f"rate = {rate!r}: give a number and a unit, such as 100mbit, 1gbit or 125mbps (bytes per second)"
+        )
     number, prefix, unit = found.groups()
     bits = round(float(number) * _PREFIXES[prefix.lower()] * _UNITS[unit.lower()])
     if not _SLOWEST <= bits <= _FASTEST:
@@ -51,10 +53,10 @@ def bits_per_second(rate: str | None) -> int | None:
 
 
 def build(state: State) -> None:
-    """Makes the namespaces and the links of a lab whose folder is there.
+    """Makes the namespaces and the links of a lab whose folder exists.
 
     Raises:
-        LabError: if a command fails; what it said is in the message.
+        LabError: A command failed; the message holds its error output.
     """
     for name in (SWITCH, *state.hosts):
         state.pin(name).touch()
@@ -74,14 +76,14 @@ def build(state: State) -> None:
 
 
 def shape(state: State, before: str | None) -> None:
-    """Gives all links, in both directions, the rate that the state names.
+    """Gives all links the rate in the state, in both directions.
 
     Args:
-        state: the lab.
-        before: the rate that the links have now; None if they are unshaped.
+        state: The lab.
+        before: Rate of the links until now; None if they are unshaped.
 
     Raises:
-        LabError: if a command fails.
+        LabError: A command failed.
     """
     bits = bits_per_second(state.rate)
     if bits is None and before is None:

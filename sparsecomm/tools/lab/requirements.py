@@ -1,4 +1,4 @@
-"""What a lab needs of the machine."""
+"""Checks that this machine can make labs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unsha
 
 
 def missing() -> str | None:
-    """Returns what keeps this process from making labs and how to get it, in one line; None if nothing does."""
+    """Returns why this process cannot make labs and how to fix that, in one line; None if it can."""
     if sys.platform != "linux":
-        return f"a lab is made of Linux network namespaces, and this is {sys.platform}"
+        return f"labs need Linux network namespaces, and this is {sys.platform}"
     for tool, package in _PACKAGES.items():
         if shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
             return f"`{tool}` is not installed: install {package} (Debian, Ubuntu: apt-get install {package})"
@@ -25,5 +25,5 @@ def missing() -> str | None:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30.0, check=False)
     if done.returncode:
         said = done.stderr.strip().removeprefix("unshare: ")
-        return f"root may not make namespaces here ({said}): in a container, give it --privileged"
+        return f"root may not make namespaces here ({said}): start the container with --privileged"
     return None

@@ -1,4 +1,4 @@
-"""What a lab is made of, and the file that says so before anything of it is made."""
+"""The description of a lab, and the state file that holds it before anything else of the lab exists."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class State:
     """A lab, as its state file describes it.
 
     Attributes:
-        name: the lab's name.
-        token: tells this lab from an earlier one of the same name.
-        count: number of hosts.
-        rate: of each link and direction, as given; None if unshaped.
-        subnet: the third byte of its addresses, 10.88.subnet.0/24.
-        owner: the process that takes it down when it ends; None if the lab outlives its maker.
-        owner_start: that process's start in clock ticks since boot, since process ids are used again.
-        boot: which boot of the machine it was made in.
+        name: Name of the lab.
+        token: Distinguishes this lab from earlier labs of the same name.
+        count: Number of hosts.
+        rate: Rate of each link in each direction, as the user gave it; None if unshaped.
+        subnet: Third byte of its addresses, 10.88.subnet.0/24.
+        owner: Id of the process with which the lab ends; None if the lab outlives its maker.
+        owner_start: Start of that process in clock ticks since boot, since process ids are reused.
+        boot: Id of the machine's boot in which the lab was made.
     """
 
     name: str
@@ -56,7 +56,7 @@ class State:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Host names, which also name the files that pin the namespaces."""
+        """Host names; the files that pin the namespaces have the same names."""
         return tuple(f"{self.name}-h{i}" for i in range(self.count))
 
     @property
@@ -66,25 +66,25 @@ class State:
 
     @property
     def folder(self) -> Path:
-        """Where everything of this lab is."""
+        """The folder with all files of this lab."""
         return ROOT / self.name
 
     @property
     def scratch(self) -> Path:
-        """Where mpirun keeps its session files."""
+        """The folder for mpirun's session files."""
         return self.folder / "tmp"
 
     def pin(self, host: str) -> Path:
-        """The file that a host's namespace is mounted on."""
+        """Returns the file that a host's namespace is mounted on."""
         return self.folder / "ns" / host
 
     @property
     def orphaned(self) -> bool:
-        """Whether the process or the boot of the machine that it belongs to is gone."""
+        """Whether its owner is dead or the machine has been restarted."""
         return self.boot != boot_id() or (self.owner is not None and start_time(self.owner) != self.owner_start)
 
     def create(self) -> None:
-        """Makes the lab's folder, its state file in it from the first moment on; to be called under the lock."""
+        """Makes the lab's folder, which holds the state file from the start. Call it under the lock."""
         draft = ROOT / f".{self.name}.{os.getpid()}"
         for part in ("ns", self.scratch.name):
             (draft / part).mkdir(parents=True)
@@ -92,7 +92,7 @@ class State:
         draft.rename(self.folder)
 
     def save(self) -> None:
-        """Replaces the state file; at any time there is either the old or the whole new one."""
+        """Replaces the state file atomically."""
         self._write(self.folder)
 
     def _write(self, folder: Path) -> None:
@@ -105,16 +105,16 @@ def load(name: str) -> State | None:
     """Reads a lab's state file.
 
     Returns:
-        None if there is no lab of that name.
+        None if there is no lab of this name.
 
     Raises:
-        LabError: if the file is damaged, or the place is taken by something that is not a lab.
+        LabError: The file is damaged, or something that is not a lab occupies its folder.
     """
     values = read_state(name)
     folder = ROOT / name
     if values is None:
         if folder.exists() or folder.is_symlink():
-            raise LabError(f"{folder} is there and is not a lab that sparsecomm made: use another name, or remove it")
+            raise LabError(f"{folder} exists and is not a lab that sparsecomm made: use another name or remove it")
         return None
     if set(values) != {field.name for field in fields(State)}:
         raise LabError(f"{folder / STATE_FILE} is damaged: remove the lab with `{remedy(name)}`")
@@ -122,32 +122,34 @@ def load(name: str) -> State | None:
 
 
 def remedy(name: str) -> str:
-    """The command that removes a lab."""
+    """Returns the command that removes a lab."""
     return f"sparsecomm lab down --name {name}"
 
 
 def lab_names() -> Iterator[str]:
-    """Names of all labs, dead ones included."""
+    """Yields the names of all labs, including dead ones."""
     if ROOT.is_dir():
         yield from sorted(path.name for path in ROOT.iterdir() if _NAME.fullmatch(path.name))
 
 
 def check_name(name: str) -> str:
-    """Returns a lab's name if it can be one.
+    """Returns the name if a lab can have it.
 
     Raises:
-        LabError: if not.
+        LabError: It cannot.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise LabError(f"name = {name!r}: a lab's name is 1 to 20 of a-z, 0-9 and inner hyphens, since hosts carry it")
+        raise LabError(
+            f"name = {name!r}: a lab's name has 1 to 20 of a-z, 0-9 and inner hyphens, since it is part of host names"
+        )
     return name
 
 
 def check_hosts(hosts: int) -> int:
-    """Returns a number of hosts if a lab can have so many.
+    """Returns the number of hosts if a lab can have it.
 
     Raises:
-        LabError: if not.
+        LabError: It cannot.
     """
     if isinstance(hosts, bool) or not isinstance(hosts, int) or not 1 <= hosts <= MOST_HOSTS:
         raise LabError(f"hosts = {hosts!r}: a lab has 1 to {MOST_HOSTS} hosts")
@@ -155,14 +157,14 @@ def check_hosts(hosts: int) -> int:
 
 
 def boot_id() -> str:
-    """Which boot of the machine this is."""
+    """Returns the id of the machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if it has ended."""
+    """Returns the start of a process in clock ticks since boot; None if it has ended."""
     try:
-        # The second field is the program's name in parentheses, and may itself hold spaces and parentheses.
+        # The second field is the program's name in parentheses; the name itself may contain spaces and parentheses.
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""All labs of this machine, and what dead processes left of some."""
+"""Lists all labs of this machine, including the remains of dead ones, and removes them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["LabStatus", "remove", "survey"]
 
 @dataclass(frozen=True)
 class LabStatus:
-    """What is known of one lab.
+    """The status of one lab.
 
     Attributes:
-        name: its name.
-        hosts: host names.
-        addresses: their IPv4 addresses.
-        rate: of every link in each direction; None if unshaped.
-        processes: how many run on each host.
-        owner: the process that it goes with; None if it stays until it is taken down.
-        problem: why it is not usable, None if it is.
-        fix: the command that removes it.
+        name: Name of the lab.
+        hosts: Host names.
+        addresses: IPv4 addresses of the hosts.
+        rate: Rate of every link in each direction; None if unshaped.
+        processes: Number of processes on each host.
+        owner: Id of the process with which the lab ends; None if it stays until somebody removes it.
+        problem: Why it is not usable; None if it is.
+        fix: The command that removes it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LabStatus:
 
 
 def survey() -> list[LabStatus]:
-    """Returns all labs, those that are up and what is left of dead ones, by name."""
+    """Returns all labs by name, both those that are up and the remains of dead ones."""
     return [_status(name) for name in lab_names()]
 
 
@@ -62,19 +62,19 @@ def _status(name: str) -> LabStatus:
 
 
 def remove(name: str) -> int:
-    """Takes down the lab of that name, also one that a dead process left or whose state file is damaged.
+    """Removes the lab of this name, even if its owner is dead or its state file is damaged.
 
     Returns:
-        How many processes inside were killed.
+        Number of processes killed.
 
     Raises:
-        LabError: if there is none, what is there is not a lab, or something cannot be killed or removed.
+        LabError: There is no such lab, its folder is not a lab, or something cannot be killed or removed.
     """
     try:
         with teardown.locked():
             if teardown.read_state(check_name(name)) is None:
-                load(name)  # says what is there instead
-                raise LabError(f"there is no lab {name!r}; `sparsecomm lab status` lists those that there are")
+                load(name)  # raises if something else occupies the folder
+                raise LabError(f"there is no lab {name!r}; `sparsecomm lab status` lists all labs")
             return teardown.take_down(name)
     except OSError as error:
         raise LabError(f"lab {name!r} cannot be removed: {error}") from error

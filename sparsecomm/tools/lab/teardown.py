@@ -1,7 +1,7 @@
-"""What of a lab is there, killing what runs inside, and taking it down; run as a script it is a lab's watchdog.
+"""Finds the parts of a lab, kills its processes and removes it. As a script, this file is the watchdog of a lab.
 
-The watchdog must start in milliseconds and outlive anything, so this file is run by its path and imports nothing but
-the standard library: `python teardown.py NAME TOKEN OWNER_PID`, with a pipe from the owner as standard input.
+The watchdog must start in milliseconds and outlive its owner, so it is run by its path and imports only the standard
+library: `python teardown.py NAME TOKEN OWNER_PID`, with a pipe from the owner as standard input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["KEEP", "ROOT", "STATE_FILE", "inside", "kill_inside", "locked", "pin
 ROOT = Path("/run/sparsecomm-lab")
 STATE_FILE = "state.json"
 KEEP = b"keep"
-"""What an owner writes to its watchdog when the lab is to outlive it, or is gone already."""
+"""The owner writes this to its watchdog if the lab shall outlive the owner, or is already gone."""
 
 _MNT_DETACH = 2  # linux/fs.h
 _KILL_SECONDS = 10.0
@@ -34,10 +34,10 @@ _KILL_SECONDS = 10.0
 
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
-    """Holds the lock under which labs are made and removed; leaves no empty `ROOT` behind.
+    """Holds the lock under which labs are made and removed; removes `ROOT` afterwards if it is empty.
 
     Raises:
-        OSError: if `ROOT` cannot be made.
+        OSError: `ROOT` cannot be made.
     """
     while True:
         ROOT.mkdir(mode=0o755, exist_ok=True)
@@ -46,9 +46,9 @@ def locked() -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(ROOT)):
                 break
-        os.close(fd)  # its last holder removed the folder that we waited for
+        os.close(fd)  # the last holder of the lock removed the folder that we waited for
     try:
-        for scrap in ROOT.glob(".*"):  # half-made or half-removed when its maker died; no namespace is in it
+        for scrap in ROOT.glob(".*"):  # left by a process that died; holds no namespace
             shutil.rmtree(scrap, ignore_errors=True)
         yield
     finally:
@@ -58,7 +58,7 @@ def locked() -> Iterator[None]:
 
 
 def read_state(name: str) -> dict[str, Any] | None:
-    """Returns what the state file of a lab says, {} if it is damaged, None if there is none."""
+    """Returns the content of a lab's state file; {} if it is damaged, None if it does not exist."""
     try:
         state = json.loads((ROOT / name / STATE_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +69,7 @@ def read_state(name: str) -> dict[str, Any] | None:
 
 
 def pins(name: str) -> dict[tuple[int, int], str]:
-    """Returns the namespaces of a lab: the host (or "switch") that each is, by device and inode."""
+    """Returns the host (or "switch") of each namespace of a lab, by the namespace's device and inode."""
     found = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         plain = os.stat(ROOT / name).st_dev
@@ -81,7 +81,7 @@ def pins(name: str) -> dict[tuple[int, int], str]:
 
 
 def inside(name: str) -> dict[int, str]:
-    """Returns the processes in a lab's namespaces: the host of each, by process id."""
+    """Returns the host of each process in a lab's namespaces, by process id."""
     namespaces = pins(name)
     found = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if namespaces else ():
@@ -94,19 +94,19 @@ def inside(name: str) -> dict[int, str]:
 def _namespace_of(pid: int) -> tuple[int, int]:
     try:
         stat = os.stat(f"/proc/{pid}/ns/net")
-    except OSError:  # ended, or a zombie
+    except OSError:  # the process has ended or is a zombie
         return 0, 0
     return stat.st_dev, stat.st_ino
 
 
 def kill_inside(name: str) -> int:
-    """Kills every process in a lab's namespaces, until there is none.
+    """Kills all processes in a lab's namespaces, until none is left.
 
     Returns:
-        How many were killed.
+        Number of processes killed.
 
     Raises:
-        OSError: if this process is one of them, or one cannot be killed.
+        OSError: This process is one of them, or one cannot be killed.
     """
     killed: set[int] = set()
     deadline = time.monotonic() + _KILL_SECONDS
@@ -126,27 +126,27 @@ def _kill(pid: int, name: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(pid)
         try:
-            if _namespace_of(pid) in pins(name):  # else the number has passed to another process meanwhile
+            if _namespace_of(pid) in pins(name):  # the id may belong to another process by now
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
         finally:
             os.close(fd)
 
 
 def take_down(name: str) -> int:
-    """Kills what is inside a lab and removes it; to be called under the lock. Can be resumed at any point.
+    """Kills all processes in a lab and removes it. Call it under the lock; an interrupted call can be repeated.
 
     Returns:
-        How many processes were killed.
+        Number of processes killed.
 
     Raises:
-        OSError: if something cannot be killed or removed.
+        OSError: Something cannot be killed or removed.
     """
     folder = ROOT / name
     killed = kill_inside(name)
-    # Bridge, links and addresses live in these namespaces alone and end with them.
+    # Bridge, links and addresses live in these namespaces only and vanish with them.
     for file in sorted((folder / "ns").glob("*")):
         _unpin(file)
-    # The state file goes last, and at once with everything else.
+    # One rename removes the state file together with everything else, so a partly removed lab still has its state.
     scrap = ROOT / f".{name}.{os.getpid()}"
     folder.rename(scrap)
     shutil.rmtree(scrap)
@@ -154,7 +154,7 @@ def take_down(name: str) -> int:
 
 
 def _unpin(file: Path) -> None:
-    """Removes the file that a namespace is mounted on, which also detaches it where other mount namespaces see it."""
+    """Unmounts a namespace and removes the file under it, which also unmounts it in other mount namespaces."""
     umount2 = ctypes.CDLL(None, use_errno=True).umount2
     for _ in range(100):
         while umount2(os.fsencode(file), _MNT_DETACH) == 0:
@@ -162,7 +162,7 @@ def _unpin(file: Path) -> None:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            if error.errno != errno.EBUSY:  # busy: a command of a killed owner has just mounted it
+            if error.errno != errno.EBUSY:  # busy if a command of a killed owner has just mounted it
                 raise
             time.sleep(0.01)
         else:
@@ -171,10 +171,10 @@ def _unpin(file: Path) -> None:
 
 
 def _wait_for(owner: int) -> bool:
-    """Waits for the end of the owner or of its pipe. Returns whether the lab is to be kept."""
+    """Waits until the owner ends or its pipe closes. Returns whether to keep the lab."""
     pipe = sys.stdin.fileno()
     ends = [pipe]
-    # A forked child of the owner holds the pipe open; the owner's own end is what counts.
+    # A forked child of the owner may hold the pipe open, so the end of the owner itself counts as well.
     with contextlib.suppress(OSError):
         ends.append(os.pidfd_open(owner))
     select.select(ends, [], [])
@@ -185,9 +185,9 @@ def _wait_for(owner: int) -> bool:
 
 
 def _watch(name: str, token: str, owner: int) -> None:
-    """Takes the lab of that name and token down when its owner dies without a word."""
+    """Removes the lab of this name and token when its owner dies without writing `KEEP`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # meant for the owner's group, and its end is what we wait for
+        signal.signal(number, signal.SIG_IGN)  # such signals address the owner's group; the watchdog must outlive it
     if _wait_for(owner):
         return
     with locked():

@@ -1,6 +1,6 @@
-"""Processes that make, use or remove a lab and are killed by SIGKILL at a given moment; nothing may be left of it.
+"""Kills processes that make, use or remove a lab by SIGKILL at given moments, after which nothing may be left.
 
-Every moment is a forked process, so that the import is paid once. Prints a line a moment.
+Each moment runs in a forked process, so that sparsecomm is imported only once. Prints a line per moment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def die() -> None:
 
 
 def dying(module: Any, function: str, *, call: int, after: bool = False) -> None:
-    """Makes the process die before (or after) the given call of a function, which else does what it always does."""
+    """Replaces a function so that the process dies before (or after) this call of it; other calls are unchanged."""
     original, calls = getattr(module, function), iter(range(1, 1000))
 
     def replacement(*args: Any, **options: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Runs pieces of Python, each in a forked process of its own, so that sparsecomm is imported once for all of them.
+"""Runs pieces of Python code in forked processes, so that sparsecomm is imported only once.
 
-Reads a JSON line for each: {"code": text, "output": file} is answered by the process id, {"wait": pid} by the exit
-code, negative for a signal.
+Reads one JSON request per line. The answer to {"code": text, "output": file} is the process id, and the answer to
+{"wait": pid} is the exit code, negative for a signal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def child(code: str, output: str) -> None:
     nowhere = os.open(os.devnull, os.O_RDONLY)
     for theirs, ours in ((nowhere, 0), (fd, 1), (fd, 2)):
         os.dup2(theirs, ours)
-    # A suite in a shell's background ignores Ctrl-C, and so would its children.
+    # A test suite in the background of a shell ignores Ctrl-C, and its children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:

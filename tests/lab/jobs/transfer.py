@@ -1,4 +1,4 @@
-"""Times MPI messages between ranks 0 and 1, each way: prints two rates in Mbit/s on the wire, the best of three."""
+"""Times MPI messages between ranks 0 and 1 in both directions; prints the best rate of three for each, in Mbit/s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 comm = MPI.COMM_WORLD
 data, empty = np.zeros(int(sys.argv[1]), dtype=np.uint8), np.zeros(1, dtype=np.uint8)
-FRAME = 1514 / 1448  # bytes on the wire for each byte that TCP carries
+FRAME = 1514 / 1448  # bytes on the wire per byte of TCP payload
 for sender in (0, 1):
     seconds = []
     for _ in range(3):

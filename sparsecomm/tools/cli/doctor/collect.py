@@ -1,4 +1,4 @@
-"""Gathers the report. Nothing here initializes MPI or touches a device in this process: `probe` does, in a child."""
+"""Gathers the report. This process never initializes MPI or touches a device; `probe` does so in a child process."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def probe_mode(launch: LaunchFacts) -> str:
 
 
 def collect(launch: LaunchFacts, probe: Probe, seconds: float) -> Report:
-    """Returns the report, without problems yet.
+    """Returns the report, without its problems.
 
     Args:
-        launch: what `launch_facts` returned.
-        probe: the running probe, started in `probe_mode(launch)`.
-        seconds: how long MPI may take.
+        launch: Result of `launch_facts`.
+        probe: The running probe, started in `probe_mode(launch)`.
+        seconds: Seconds in which MPI must start.
     """
     mode = probe_mode(launch)
-    # Where ranks talk over Gloo, MPI is asked by a probe of its own.
+    # Under torchrun the probe meets the ranks over Gloo, so a second probe examines MPI.
     alone = Probe("solo", seconds) if mode == "torch" else None
     cpu, kernels, torch_facts, threads = machine.cpu(), _kernels(), _torch(), _torch_threads()
     said = probe.finish()
     if alone is None:
-        # Where MPI waits for ranks that do not come, it is the world that has a problem, not MPI.
+        # If MPI waits for ranks that never come, the problem belongs to the world and not to MPI.
         waiting = mode == "mpi" and probe.timed_out and "library" in said
         mpi_said, mpi_problem = said, None if waiting else probe.problem
     else:
@@ -173,7 +173,7 @@ def _torch_threads() -> int:
 
 
 def _threads(cpu: Cpu, torch_threads: int, world: World) -> Threads:
-    """Returns the threads of this node: of all ranks that name the same host as rank 0."""
+    """Returns the threads of all ranks on the host of rank 0."""
     here = [r for r in world.ranks if r.host == world.ranks[0].host]
     mask = 0
     for r in here:

@@ -1,4 +1,4 @@
-"""What the machine has: processor, memory that communication needs, RDMA devices, network interfaces."""
+"""Examines the machine: processor, shared and lockable memory, RDMA devices, network interfaces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsecomm.tools.cli.doctor.report import Cpu, Network, Rdma
 
 __all__ = ["cpu", "network", "rdma"]
 
-# What the kernels' builds need, see sparsecomm/_native/cpu.cpp; best first.
+# CPU flags that each build of the kernels needs (sparsecomm/_native/cpu.cpp), best first.
 _SIMD = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx2": {"avx2", "bmi1", "bmi2", "popcnt", "sse4_2", "f16c", "abm"},
@@ -50,7 +50,7 @@ def rdma() -> list[Rdma]:
 
 
 def network() -> list[Network]:
-    """Returns the interfaces that are up, without loopback, the fastest first."""
+    """Returns the interfaces that are up, fastest first, without loopback."""
     found = []
     for link in sorted(Path("/sys/class/net").glob("*")):
         if link.name == "lo" or _line(link / "operstate") == "down":

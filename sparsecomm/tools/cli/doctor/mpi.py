@@ -1,4 +1,4 @@
-"""What there is of MPI besides the library itself: mpirun, Open MPI's components. Runs only `--version`-like tools."""
+"""Finds the mpiruns and Open MPI's components. The only commands that it runs are of the kind of `--version`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _FRAMEWORKS = ("pml", "osc", "mtl", "btl")
 
 
 def describe_mpi(said: dict[str, dict[str, Any]], problem: str | None) -> Mpi:
-    """Returns what is known of MPI.
+    """Returns the MPI section of the report.
 
     Args:
-        said: what the probe reported, by stage.
-        problem: how the probe ended, None if well.
+        said: Facts from the probe, by stage.
+        problem: Why the probe failed, or None.
     """
     library = said.get("library", {})
     if "library" not in said:
         problem = said.get("failed", {}).get("problem") or problem or "mpi4py was not reached"
     elif "initialized" in said:
-        problem = None  # MPI itself works; what went wrong after it concerns the world
+        problem = None  # MPI itself works; later failures concern the world
     mpiruns = _find_mpiruns(library)
     return Mpi(
         **library,
@@ -40,7 +40,7 @@ def describe_mpi(said: dict[str, dict[str, Any]], problem: str | None) -> Mpi:
 
 
 def _find_mpiruns(library: dict[str, Any]) -> list[Mpirun]:
-    """Returns the mpirun on PATH, beside the interpreter and beside the library, each once."""
+    """Returns the mpiruns on PATH, next to the interpreter and next to the library, without duplicates."""
     on_path = shutil.which("mpirun") or shutil.which("mpiexec")
     places = [Path(sys.executable).parent / "mpirun"]
     if library.get("library"):
@@ -58,7 +58,7 @@ def _find_mpiruns(library: dict[str, Any]) -> list[Mpirun]:
 
 
 def _components(library: dict[str, Any], mpiruns: list[Mpirun]) -> dict[str, list[str]]:
-    """Returns Open MPI's components, from the ompi_info beside the mpirun that belongs to the library."""
+    """Returns Open MPI's components by framework, read from the ompi_info next to the library's mpirun."""
     if library.get("family") != "Open MPI":
         return {}
     folder = next((Path(m.path).parent for m in mpiruns if m.matches), None)

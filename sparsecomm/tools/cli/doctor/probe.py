@@ -1,7 +1,7 @@
-"""The child process in which doctor touches what may crash or hang: MPI, the launcher's world, UCX.
+"""The child process in which doctor calls everything that may crash or hang: MPI, the launcher's world, UCX.
 
-`python -m sparsecomm.tools.cli.doctor.probe solo|mpi|torch SECONDS` prints one JSON object a line, each as soon as
-it is known, so that the parent learns how far a child came that died. Keys: "stage" and what `_probe_*` below report.
+`python -m sparsecomm.tools.cli.doctor.probe solo|mpi|torch SECONDS` prints one JSON object per line, as soon as it is
+known, so that the parent sees how far a child came before it died. The keys are "stage" and the facts of that stage.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sparsecomm.tools.cli.doctor.ucx import loaded_library, query_ucx
 
 __all__ = ["identify", "main"]
 
-_NOTE_BYTES = 4096  # what a rank says of itself, JSON padded with blanks
+_NOTE_BYTES = 4096  # size of a rank's description of itself, JSON padded with blanks
 _THREAD_LEVELS = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
 _PR_SET_PDEATHSIG = 1
 
 
 def identify(text: str) -> tuple[str, str]:
-    """Returns family and version of an MPI from what its library or its mpirun says of itself."""
+    """Returns the family and version of an MPI, given the version text of its library or its mpirun."""
     for family, mark in (("Open MPI", "Open MPI"), ("Intel MPI", r"Intel\(R\) MPI"), ("MPICH", "MPICH|HYDRA")):
         if re.search(mark, text):
             number = re.search(r"(?<![\w.])v?(\d+\.\d[\w.]*)", text)
@@ -39,7 +39,7 @@ def identify(text: str) -> tuple[str, str]:
 
 
 def main(mode: str, seconds: float) -> None:
-    """Runs the probes of a mode and prints what they find."""
+    """Runs the probes of a mode and prints their facts."""
     _die_with_parent()
     if mode == "torch":
         _probe_torch_world(seconds)
@@ -59,7 +59,7 @@ def _die_with_parent() -> None:
 
 
 def _probe_mpi(*, world: bool) -> None:
-    """Loads and initializes MPI; with `world` also meets the other ranks. Collective with `world`."""
+    """Loads and initializes MPI. With `world` it also meets the other ranks and is collective."""
     from sparsecomm.errors import LaunchError
     from sparsecomm.transport.mpi import import_mpi
 
@@ -87,7 +87,7 @@ def _probe_mpi(*, world: bool) -> None:
 
 
 def _probe_torch_world(seconds: float) -> None:
-    """Meets the other ranks over Gloo, by torch's own variables. Collective."""
+    """Meets the other ranks over Gloo, at the address in torch's environment variables. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -100,7 +100,7 @@ def _probe_torch_world(seconds: float) -> None:
 
 
 def _note(rank: int, mpi: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Returns what this rank says of itself (`report.Rank`), uint8, shape (_NOTE_BYTES,)."""
+    """Returns this rank's description of itself (`report.Rank`) as JSON, uint8, shape (_NOTE_BYTES,)."""
     import torch
 
     import sparsecomm
@@ -126,7 +126,7 @@ def _note(rank: int, mpi: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _pml(path: str | None) -> str | None:
-    """Returns the messaging layer that Open MPI chose, from its own table; None where there is no such table."""
+    """Returns the messaging layer that Open MPI selected, read from the library's memory; None for other MPIs."""
     try:
         table = (ctypes.c_char * 256).in_dll(ctypes.CDLL(path), "mca_pml_base_selected_component")
     except (OSError, ValueError):

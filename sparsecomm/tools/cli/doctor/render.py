@@ -1,4 +1,4 @@
-"""Shows a report to people: a line or two a section, then the problems, each with the line that fixes it."""
+"""Prints a report for people: a line or two per section, then the problems, each with a command that fixes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsecomm.tools.cli.doctor.report import Report
 __all__ = ["render"]
 
 _MARKS = {"error": ("ERROR", "bold red"), "warning": ("warn", "yellow"), "hint": ("hint", "cyan")}
-_MANY = 6  # interfaces or devices worth a line each
+_MANY = 6  # hosts or interfaces that get a line each; the others are counted
 
 
 def render(report: Report, console: Console) -> None:
@@ -32,7 +32,7 @@ def render(report: Report, console: Console) -> None:
 
 
 def _sections(r: Report) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields sections: its name in `Problem.section`, its title, its lines."""
+    """Yields the sections: name as in `Problem.section`, title, lines."""
     yield "launch", "Launch", [_launch(r)]
     if r.world.over:
         yield "world", "Ranks", list(_world(r))
@@ -51,11 +51,11 @@ def _sections(r: Report) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _mark(r: Report, section: str) -> Text:
-    """Returns the worst level of a section's problems; they are sorted, the worst first."""
+    """Returns the mark of a section: its worst problem's level, "?" if it could not be examined, or "ok"."""
     level = next((p.level for p in r.problems if p.section == section), None)
     if level:
         return Text(*_MARKS[level])
-    # What could not be examined is not ok, even where the problem is listed under another section.
+    # A section that could not be examined is not ok, even if the problem is listed under another section.
     unknown = (section == "world" and r.world.problem) or (section == "ucx" and r.ucx.problem)
     return Text("?", "dim") if unknown else Text("ok", "green")
 
@@ -64,20 +64,20 @@ def _launch(r: Report) -> str:
     if r.launch.problem:
         return r.launch.problem
     if r.launch.launcher == "python":
-        return "plain python: a world of one (mpirun, srun or torchrun make it larger)"
-    return f"{r.launch.launcher}, this is rank {r.launch.rank} of {r.launch.size}"
+        return "plain python, a world of one rank (use mpirun, srun or torchrun for more)"
+    return f"{r.launch.launcher}, rank {r.launch.rank} of {r.launch.size}"
 
 
 def _world(r: Report) -> Iterator[str]:
     world = r.world
     if world.met != world.expected:
-        yield world.problem or "did not meet"
+        yield world.problem or "the ranks did not meet"
         return
     hosts: dict[str, list[int]] = {}
     for rank in world.ranks:
         hosts.setdefault(rank.host, []).append(rank.rank)
     nodes = "1 node" if len(hosts) == 1 else f"{len(hosts)} nodes"
-    yield f"all {world.met} found each other over {world.over} on {nodes}"
+    yield f"all {world.met} met over {world.over} on {nodes}"
     for host, ranks in list(hosts.items())[:_MANY]:
         yield f"{host}: rank {', '.join(map(str, ranks))}"
     if len(hosts) > _MANY:
@@ -91,7 +91,7 @@ def _mpi(r: Report) -> Iterator[str]:
     else:
         level = "does not start" if mpi.problem else "waits for other ranks"
         if mpi.thread_level:
-            level = f"grants MPI_THREAD_{mpi.thread_level}"
+            level = f"provides MPI_THREAD_{mpi.thread_level}"
         yield f"{mpi.family} {mpi.version} (MPI {mpi.standard}), {level}"
         yield f"library  {mpi.library or 'unknown'}"
         in_use = [f"messages through pml {mpi.pml}"] if mpi.pml else []
@@ -100,7 +100,7 @@ def _mpi(r: Report) -> Iterator[str]:
         if in_use:
             yield ", ".join(in_use)
     for m in mpi.mpiruns:
-        belongs = {True: ", same MPI", False: ", ANOTHER MPI", None: ""}[m.matches]
+        belongs = {True: ", same MPI", False: ", DIFFERENT MPI", None: ""}[m.matches]
         yield f"mpirun   {m.path} ({m.family} {m.version}{belongs}{', on PATH' if m.on_path else ''})"
 
 
@@ -110,7 +110,7 @@ def _ucx(r: Report) -> Iterator[str]:
         yield ucx.problem or "none"
         return
     can = " and ".join(f"{name} ucx" for name in ucx.in_mpi)
-    yield f"{ucx.version}, " + (f"in Open MPI as {can}" if can else "whether MPI can use it is not known")
+    yield f"{ucx.version}, " + (f"in Open MPI as {can}" if can else "unknown whether MPI can use it")
     if ucx.problem:
         yield ucx.problem
     if ucx.transports:
@@ -122,7 +122,7 @@ def _rdma(r: Report) -> Iterator[str]:
     for port in r.rdma:
         yield f"{port.name:<8} {port.state}, {port.rate}, {port.link_layer}"
     if not r.rdma:
-        yield "no devices: messages between nodes go over TCP"
+        yield "no devices; messages between nodes go over TCP"
 
 
 def _network(r: Report) -> Iterator[str]:
@@ -132,21 +132,21 @@ def _network(r: Report) -> Iterator[str]:
     if len(r.network) > _MANY:
         yield f"and {len(r.network) - _MANY} more"
     if not r.network:
-        yield "no interface but loopback"
+        yield "only the loopback interface is up"
 
 
 def _cpu(r: Report) -> str:
     cores = f"{r.cpu.cores} cores" + (f" ({r.cpu.usable} for this process)" if r.cpu.usable != r.cpu.cores else "")
-    return f"{r.cpu.model}, {cores}, SIMD: {', '.join(r.cpu.simd) or 'none that we use'}"
+    return f"{r.cpu.model}, {cores}, SIMD: {', '.join(r.cpu.simd) or 'none that the kernels use'}"
 
 
 def _kernels(r: Report) -> str:
     k = r.kernels
     if k.path is None:
-        return f"SPARSECOMM_KERNELS={k.requested} cannot be used; there are: {', '.join(k.available)}"
+        return f"SPARSECOMM_KERNELS={k.requested} cannot be used; available: {', '.join(k.available)}"
     if not k.native:
-        return "reference, SLOW: the native kernels are missing"
-    why = f"as SPARSECOMM_KERNELS={k.requested} says" if k.requested else f"the fastest of {', '.join(k.available)}"
+        return "reference (SLOW); the native kernels are missing"
+    why = f"set by SPARSECOMM_KERNELS={k.requested}" if k.requested else f"the fastest of {', '.join(k.available)}"
     return f"native, {k.path} ({why})"
 
 
@@ -174,7 +174,7 @@ def _timeout(r: Report) -> str:
 
 
 def _problems(report: Report, console: Console) -> None:
-    """Prints the problems. The fixes are never wrapped, so that they can be pasted."""
+    """Prints the problems. Fixes are never wrapped, so that users can copy them."""
     console.print()
     if not report.problems:
         console.print("[green]No problems found.[/]")

@@ -1,6 +1,6 @@
-"""What doctor finds: plain data, gathered by `collect`, judged by `checks`, shown by `render` or as JSON.
+"""The report of doctor: plain data, gathered by `collect`, judged by `checks`, printed by `render` or as JSON.
 
-The JSON object of `sparsecomm doctor --json` is `Report` field by field (documented in docs/doctor.md), plus "ok".
+The JSON object of `sparsecomm doctor --json` has the fields of `Report` and "ok"; docs/doctor.md documents them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Problem:
     """Something to fix.
 
     Attributes:
-        section: the part of the report it belongs to, the name of a field of `Report`.
-        level: "error" (training will fail or crawl), "warning" (probably not what you want) or "hint".
-        what: what is wrong, one sentence.
-        fix: a line to paste into a shell.
+        section: Name of the field of `Report` that it concerns.
+        level: "error" (training will fail or be very slow), "warning" (probably unintended) or "hint".
+        what: The problem in one sentence.
+        fix: A command to paste into a shell.
     """
 
     section: str
@@ -48,16 +48,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class LaunchFacts:
-    """How this process was started, as `sparsecomm.launch.detect` sees it.
+    """How this process was started, according to `sparsecomm.launch.detect`.
 
     Attributes:
-        launcher: see `sparsecomm.launch.Launch`.
-        rank: this process.
-        size: number of processes.
-        mpi: whether they are to find each other over MPI.
-        root: whether the user is root.
-        root_allowed: whether the environment lets Open MPI run as root.
-        problem: why the launcher's variables make no sense, or None.
+        launcher: Name of the launcher, as in `sparsecomm.launch.Launch`.
+        rank: Rank of this process.
+        size: Number of processes.
+        mpi: Whether the processes meet over MPI.
+        root: Whether the user is root.
+        root_allowed: Whether the environment lets Open MPI run as root.
+        problem: Why the launcher's variables are inconsistent, or None.
     """
 
     launcher: str
@@ -71,14 +71,14 @@ class LaunchFacts:
 
 @dataclass(frozen=True)
 class Mpirun:
-    """An mpirun that was found.
+    """An mpirun on this machine.
 
     Attributes:
-        path: its path.
-        on_path: whether it is the one that a bare `mpirun` runs.
+        path: Its path.
+        on_path: Whether the command `mpirun` runs this one.
         family: "Open MPI", "MPICH", "Intel MPI" or "unknown".
-        version: its version, "" if unknown.
-        matches: whether it is of the same family and version as the MPI library; None if that is not known.
+        version: Its version; "" if unknown.
+        matches: Whether its family and version are those of the MPI library; None if unknown.
     """
 
     path: str
@@ -94,15 +94,15 @@ class Mpi:
 
     Attributes:
         family: "Open MPI", "MPICH", "Intel MPI" or "unknown"; None if no library loads.
-        version: its version.
-        standard: version of the MPI standard, such as "3.1".
-        library: path of the shared library, where known.
+        version: Version of the library.
+        standard: Version of the MPI standard, such as "3.1".
+        library: Path of the shared library; None if unknown.
         thread_level: "SINGLE", "FUNNELED", "SERIALIZED" or "MULTIPLE"; None if MPI could not be initialized.
-        pml: Open MPI's messaging layer in use: "ob1", "ucx", "cm"; None if not known.
-        cuda_aware: whether the library sends GPU memory; None if it does not say.
+        pml: Messaging layer that Open MPI uses: "ob1", "ucx" or "cm"; None if unknown.
+        cuda_aware: Whether the library can send GPU memory; None if unknown.
         components: Open MPI's components by framework, from ompi_info: {"pml": [...], "osc": [...], ...}.
-        mpiruns: every mpirun found, the one on PATH first.
-        problem: why MPI cannot be used, or None.
+        mpiruns: All mpiruns found, the one on PATH first.
+        problem: Why MPI cannot be used, or None.
     """
 
     family: str | None = None
@@ -119,18 +119,18 @@ class Mpi:
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank says of itself.
+    """A rank's description of itself.
 
     Attributes:
-        rank: its number.
-        host: its host's name.
-        python: Python's version.
-        sparsecomm: our version.
-        torch: torch's version.
-        mpi: the MPI library's family and version, "" where ranks talk over Gloo.
-        kernels: the kernel path in use, or "unusable".
-        threads: torch's threads.
-        cpus: cores that it may run on, a bit mask in hexadecimal.
+        rank: Number of the rank.
+        host: Name of its host.
+        python: Version of Python.
+        sparsecomm: Version of sparsecomm.
+        torch: Version of torch.
+        mpi: Family and version of the MPI library; "" if the ranks talk over Gloo.
+        kernels: Kernel path in use, or "unusable".
+        threads: Number of torch's threads.
+        cpus: Cores that the rank may run on, a bit mask in hexadecimal.
     """
 
     rank: int
@@ -149,11 +149,11 @@ class World:
     """Whether the ranks found each other.
 
     Attributes:
-        over: "MPI" or "Gloo"; None if there is no world to find.
-        expected: ranks that the launcher started.
-        met: ranks that met; None if they did not.
-        ranks: what each said, in rank order.
-        problem: why they did not meet, or None.
+        over: "MPI" or "Gloo"; None in a world of one.
+        expected: Number of ranks that the launcher started.
+        met: Number of ranks that met; None if they did not meet.
+        ranks: Descriptions of the ranks, in rank order.
+        problem: Why they did not meet, or None.
     """
 
     over: str | None = None
@@ -168,11 +168,11 @@ class Ucx:
     """UCX, the library through which MPI reaches RDMA.
 
     Attributes:
-        version: None if there is none.
-        library: path of libucp.
-        transports: devices by transport, such as {"rc_verbs": ["mlx5_0:1"], "tcp": ["eth0"]}.
-        in_mpi: which of Open MPI's "pml" and "osc" can use it.
-        problem: why it could not be asked, or None.
+        version: Version of UCX; None if it is not installed.
+        library: Path of libucp.
+        transports: Devices by transport, such as {"rc_verbs": ["mlx5_0:1"], "tcp": ["eth0"]}.
+        in_mpi: Open MPI's frameworks that can use UCX, of "pml" and "osc".
+        problem: Why UCX could not be examined, or None.
     """
 
     version: str | None = None
@@ -184,7 +184,7 @@ class Ucx:
 
 @dataclass(frozen=True)
 class Rdma:
-    """A port of an RDMA device: "name:port", state ("ACTIVE"), rate ("100 Gb/sec (4X EDR)"), link layer."""
+    """A port of an RDMA device: its name ("mlx5_0:1"), state ("ACTIVE"), rate ("100 Gb/sec (4X EDR)"), link layer."""
 
     name: str
     state: str
@@ -194,7 +194,7 @@ class Rdma:
 
 @dataclass(frozen=True)
 class Network:
-    """A network interface that is up: name, speed in Mbit/s (None if it does not say), MTU in bytes."""
+    """A network interface that is up: name, speed in Mbit/s (None if unknown), MTU in bytes."""
 
     name: str
     speed: int | None
@@ -206,12 +206,12 @@ class Cpu:
     """The processor.
 
     Attributes:
-        model: its name.
-        cores: logical cores of the machine.
-        usable: cores that this process may run on.
-        simd: instruction sets that matter to the kernels, best first.
-        shm_free: free bytes in /dev/shm, through which ranks of one node talk; None if there is none.
-        memlock: bytes that this process may lock, as RDMA needs; None for no limit.
+        model: Name of the processor.
+        cores: Number of logical cores of the machine.
+        usable: Number of cores that this process may run on.
+        simd: Instruction sets that the kernels use, best first.
+        shm_free: Free bytes in /dev/shm, through which ranks of one node talk; None if it does not exist.
+        memlock: Bytes that this process may lock, which RDMA needs; None for no limit.
     """
 
     model: str
@@ -227,14 +227,14 @@ class Kernels:
     """The compute kernels.
 
     Attributes:
-        path: the path in use; None if what SPARSECOMM_KERNELS asks for cannot run.
-        available: paths that can run here, fastest first.
-        requested: SPARSECOMM_KERNELS, or None.
-        native: whether the C++ kernels are loaded.
-        problem: why the C++ kernels are missing, or None.
-        request_problem: why SPARSECOMM_KERNELS cannot be honoured, or None.
-        compiler: path of a C++ compiler, None if there is none.
-        checkout: whether this is a source checkout rather than an installed wheel.
+        path: Kernel path in use; None if the path that SPARSECOMM_KERNELS names cannot run.
+        available: Paths that can run here, fastest first.
+        requested: Value of SPARSECOMM_KERNELS, or None.
+        native: Whether the C++ kernels are loaded.
+        problem: Why the C++ kernels are missing, or None.
+        request_problem: Why SPARSECOMM_KERNELS cannot be honoured, or None.
+        compiler: Path of a C++ compiler; None if there is none.
+        checkout: Whether this is a source checkout rather than an installed wheel.
     """
 
     path: str | None
@@ -265,11 +265,11 @@ class Threads:
     """Compute threads on this node.
 
     Attributes:
-        omp_num_threads: the variable, or None.
-        torch: torch's threads in this rank.
-        node_ranks: ranks on this node.
-        node_threads: torch's threads of all of them.
-        node_cores: cores that they may use together.
+        omp_num_threads: Value of OMP_NUM_THREADS, or None.
+        torch: Number of torch's threads in this rank.
+        node_ranks: Number of ranks on this node.
+        node_threads: Number of torch's threads in all of these ranks together.
+        node_cores: Number of cores that they may use together.
     """
 
     omp_num_threads: str | None
@@ -281,7 +281,7 @@ class Threads:
 
 @dataclass(frozen=True)
 class Report:
-    """All that doctor found. `versions` and `environment` map names to values; `timeout` is in seconds."""
+    """All findings of doctor. `versions` and `environment` map names to values; `timeout` is in seconds."""
 
     versions: dict[str, str]
     launch: LaunchFacts
@@ -301,7 +301,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong at level "error"."""
+        """Whether there is no problem of level "error"."""
         return all(p.level != "error" for p in self.problems)
 
     def as_json(self) -> dict[str, Any]:

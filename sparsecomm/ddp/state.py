@@ -25,7 +25,7 @@ from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World, world
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder, StepCallback
-from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.transport import Channel, CollectiveSteps, Task
 from sparsecomm.wire import CollectiveKind
 
 __all__ = ["SparseState"]
@@ -183,7 +183,9 @@ class SparseState:
                 header = blank_header(channel.rank, channel.size, index, step, numel)
                 return report_failure(channel, header, cause, place.arena)
 
-            here.engine.submit(label, tell, lambda _: batch.finish(None), failed, group=ranks, key=(id(self), index))
+            here.engine.submit(
+                Task(label, tell, lambda _: batch.finish(None), failed, group=ranks, key=(id(self), index))
+            )
             return
 
         ready = place.side.mark()  # the gradient, and what the lines above have done to the bucket's memory
@@ -204,13 +206,15 @@ class SparseState:
                 batch.finish(average)
 
         here.engine.submit(
-            label,
-            run,
-            place.in_order(done),
-            place.in_order(failed),
-            group=model.ranks,
-            key=(id(self), index),
-            patient=batch.is_small and not batch.last,
+            Task(
+                label,
+                run,
+                place.in_order(done),
+                place.in_order(failed),
+                group=model.ranks,
+                key=(id(self), index),
+                patient=batch.is_small and not batch.last,
+            )
         )
 
     def _note(self, report: BucketReport, candidate: Candidate) -> None:

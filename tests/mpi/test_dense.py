@@ -13,6 +13,7 @@ from training import loss_of, mlp, wrap
 import sparsecomm as sc
 from sparsecomm.collectives import dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
 from sparsecomm.runtime.arena import Arena
+from sparsecomm.transport import Task
 from sparsecomm.types import ValueCodec
 
 
@@ -52,7 +53,9 @@ def test_many_dense_sums_in_flight_do_not_mix(world: sc.World) -> None:
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i, work in enumerate(works):
         arena = Arena()
-        world.engine.submit(f"sum {i}", lambda c, w=work, a=arena: dense_allreduce(c, w, a, 0), done.put, done.put)
+        world.engine.submit(
+            Task(f"sum {i}", lambda c, w=work, a=arena: dense_allreduce(c, w, a, 0), done.put, done.put)
+        )
     assert [done.get(timeout=60) for _ in works] == [None] * len(works)
     for i, work in enumerate(works):
         assert bool((work == sum(r + i for r in range(world.size))).all())

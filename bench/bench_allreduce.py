@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from sparsecomm.collectives import (
+    DenseSum,
     choose_dense,
     dense_allreduce,
     doubling_allreduce,
@@ -53,10 +54,10 @@ def contenders(engine: Engine, comm: Any, MPI: Any, every: bool) -> dict[str, Ca
     """What is compared, by name: each sums a float32 vector over all ranks, in place."""
     arena = Arena()
 
-    def ours(algorithm: Any, **options: Any) -> Callable[[torch.Tensor], None]:
+    def ours(algorithm: Any, wire: ValueCodec = ValueCodec.FP32, **options: Any) -> Callable[[torch.Tensor], None]:
         def run(work: torch.Tensor) -> None:
             def make(channel: Channel) -> CollectiveSteps[None]:
-                return algorithm(channel, work, arena, "bench", **options)
+                return algorithm(channel, DenseSum(work, wire), arena, "bench", **options)
 
             engine.call("allreduce", make)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_allreduce_bytes
 from sparsecomm.compress import ChunkTopK, Compressor, Places, largest_chunks
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import agreement_bytes
@@ -57,6 +57,6 @@ class Chunked(Packed):
     def find(self) -> CollectiveSteps[Places]:
         """See `Packed.find`."""
         job, norms = self.job, self._norms
-        yield from dense_allreduce(job.channel, norms, job.arena, job.bucket.index)
+        yield from dense_allreduce(job.channel, DenseSum(norms), job.arena, job.bucket.index)
         chunks = largest_chunks(norms, -(-job.plan.k // self._chunk))
         return Places(chunks, self._chunk, job.grad.numel())

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes, dense_seconds
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, dense_seconds
 from sparsecomm.compress import Compressor
 from sparsecomm.compress import Dense as DenseCompressor
 from sparsecomm.exchange.agree import Agreement
@@ -81,7 +81,7 @@ class Dense(Strategy):
             self._taken.left = job.arena.get((key, "left"), grad.numel(), torch.float32)
         self._work = work
         scale = (job.plan.grad_scale if residual is not None else 1.0) / job.channel.size
-        yield from dense_allreduce(job.channel, work, job.arena, key, wire=wire, scale=scale, error=self._taken.left)
+        yield from dense_allreduce(job.channel, DenseSum(work, wire, scale, self._taken.left), job.arena, key)
         # With a residual NaN and infinity were found when the gradient was added. Without, they matter only where other
         # buckets would have to be taken back with this one.
         return job.settle or residual is not None or _is_finite(work)

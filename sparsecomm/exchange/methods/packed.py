@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from sparsecomm.collectives import dense_allreduce, dense_seconds
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_seconds
 from sparsecomm.compress import Places
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
@@ -77,7 +77,7 @@ class Packed(Strategy, abc.ABC):
         if wire != ValueCodec.FP32:
             left = job.arena.get((key, "left"), places.count, torch.float32, reserve=job.plan.k)
         scale = job.plan.grad_scale / job.channel.size
-        yield from dense_allreduce(job.channel, packed, job.arena, key, wire=wire, scale=scale, error=left)
+        yield from dense_allreduce(job.channel, DenseSum(packed, wire, scale, left), job.arena, key)
         job.report.nnz = places.count
         self._taken.places, self._taken.left = places, left
         return bool(torch.isfinite(packed).all())

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import sparsecomm as sc
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes
 from sparsecomm.exchange import Plan, blank_header, exchange
 from sparsecomm.exchange.method import strategies, strategy_of
 from sparsecomm.feedback import BucketLayout, BucketMemory, ErrorFeedback, take_some
@@ -147,7 +147,7 @@ def _dense_sum(case: Case) -> Ready:
     arena, sent = Arena(), 0
 
     def steps(channel: Channel) -> CollectiveSteps[int]:
-        yield from dense_allreduce(channel, case.work, arena, "bench", scale=1.0 / case.world.size)
+        yield from dense_allreduce(channel, DenseSum(case.work, scale=1.0 / case.world.size), arena, "bench")
         return channel.traffic.bytes_sent
 
     def call() -> None:

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_allreduce_bytes
 from sparsecomm.compress import Compressor, PowerSGD
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
@@ -128,7 +128,7 @@ class LowRank(Strategy):
             orthonormal(q, start)
             torch.mm(q, m.of(residual).t(), out=p)
         if matrices:
-            yield from dense_allreduce(job.channel, first, job.arena, (key, "left"), wire=wire)
+            yield from dense_allreduce(job.channel, DenseSum(first, wire), job.arena, (key, "left"))
             if not bool(torch.isfinite(first).all()):
                 return False
         for m, p, q in self._factors(first, right):
@@ -141,7 +141,7 @@ class LowRank(Strategy):
             offset += end - begin
         error = self._buffer("rounded", second.numel()) if wire != ValueCodec.FP32 else None
         scale = job.plan.grad_scale / job.channel.size
-        yield from dense_allreduce(job.channel, second, job.arena, (key, "right"), wire=wire, scale=scale, error=error)
+        yield from dense_allreduce(job.channel, DenseSum(second, wire, scale, error), job.arena, (key, "right"))
         self._left_factor = first
         if not bool(torch.isfinite(second).all()):
             return False

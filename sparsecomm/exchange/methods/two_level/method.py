@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes, node_sum
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, node_sum
 from sparsecomm.compress import Compressor, Selection, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
@@ -143,7 +143,7 @@ class TwoLevel(Strategy):
         total = job.arena.get((key, "node sum"), residual.numel(), torch.float32)
         total.copy_(residual)
         if len(self._nodes) == 1:
-            yield from dense_allreduce(channel, total, job.arena, key)
+            yield from dense_allreduce(channel, DenseSum(total), job.arena, key)
             self._dense = total
             return bool(torch.isfinite(total).all())
         if self._turn is None:

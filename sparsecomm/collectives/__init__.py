@@ -1,4 +1,4 @@
-"""Collectives as MPI means the word, one a file, each a generator over a channel. Knows no header and no compressor."""
+"""Collectives as MPI defines them, one per file: generators over a channel that know no header and no compressor."""
 
 from sparsecomm.collectives.allreduce import dense_allreduce
 from sparsecomm.collectives.allreduce_costs import (
@@ -12,11 +12,13 @@ from sparsecomm.collectives.broadcast import broadcast, broadcast_bytes
 from sparsecomm.collectives.doubling import doubling_allreduce
 from sparsecomm.collectives.gather import allgather_blocks, allgather_bodies, allgather_fixed
 from sparsecomm.collectives.halving import halving_allreduce
+from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.collectives.reduce import node_sum
 from sparsecomm.collectives.ring import ring_allreduce
 
 __all__ = [
     "DenseAlgorithm",
+    "DenseSum",
     "allgather_blocks",
     "allgather_bodies",
     "allgather_fixed",

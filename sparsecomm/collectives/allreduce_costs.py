@@ -1,6 +1,6 @@
-"""Which collective to use for a bucket, and which algorithm for a dense allreduce.
+"""Modelled times and bytes of the dense allreduce algorithms, and the choice among them.
 
-Every rank computes the same answer from the same numbers, so nothing is exchanged to agree on it.
+Every rank computes the same answer from the same numbers, so the ranks need no message to agree on an algorithm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class DenseAlgorithm(Enum):
-    """How a dense vector is summed over ranks."""
+    """Algorithms for the sum of a dense vector over ranks."""
 
     DOUBLING = "recursive doubling"
     HALVING = "recursive halving and doubling"
@@ -31,16 +31,16 @@ class DenseAlgorithm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """What moving and adding costs a rank.
+    """Costs of messages and additions for a rank.
 
     Attributes:
-        alpha: seconds a round takes beyond its bytes: the messages' way through Python, MPI and the link.
-        beta: seconds a byte, sent and received at the same time.
-        gamma: seconds a byte that is added while nothing moves.
-        segment: elements of a ring's segments.
-        hides: whether adding can hide behind moving; not where moving is the processor's work, too.
-        turning: times longer that bytes take where the same two ranks send to each other, as in halving.
-        crossing: times alpha that a round of a ring takes, in which a rank sends to one and waits for another.
+        alpha: Seconds that a round takes beyond its bytes, for the messages' way through Python, MPI and the link.
+        beta: Seconds per byte, sent and received at the same time.
+        gamma: Seconds per byte that is added while no message moves.
+        segment: Most elements of a ring's segment.
+        hides: Whether additions overlap with messages. They do not where the processor itself moves the bytes.
+        turning: Factor on the time per byte where the same two ranks send to each other, as in halving.
+        crossing: Factor on alpha in a round of a ring, in which a rank sends to one rank and waits for another.
     """
 
     alpha: float
@@ -53,9 +53,9 @@ class _Link:
 
 
 # One host: measured between two ranks that share memory (`bench collectives --algorithms ring,halving,doubling`).
-# Network: 1 Gbit/s Ethernet, where choosing matters most; on a faster one the same rule loses at most the difference of
-# a few rounds. Its gamma stands for more than the adder: at the end of every long message the link runs dry until both
-# sides have turned round.
+# Network: 1 Gbit/s Ethernet, where the choice matters most. On a faster network the same rule loses at most the
+# difference of a few rounds. The network's gamma covers more than the addition: after every long message the link is
+# idle until both sides have turned round.
 _SHARED_MEMORY = _Link(alpha=20e-6, beta=0.06e-9, gamma=0.05e-9, segment=SEGMENT, hides=False)
 _NETWORK = _Link(alpha=100e-6, beta=8e-9, gamma=1e-9, segment=SEGMENT // 4, turning=1.15, crossing=2.5)
 
@@ -65,7 +65,7 @@ def _link(one_host: bool) -> _Link:
 
 
 def ring_segment(*, one_host: bool) -> int:
-    """Returns how many elements a segment of a ring should have at most."""
+    """Returns the most elements that a segment of a ring should have."""
     return _link(one_host).segment
 
 
@@ -73,25 +73,25 @@ def choose_dense(numel: int, size: int, wire: ValueCodec, *, one_host: bool) -> 
     """Returns the algorithm with the lowest modelled time; in a tie the one with the fewest rounds.
 
     Args:
-        numel: elements of the vector.
-        size: number of ranks.
-        wire: FP32, FP16 or BF16: how values travel.
-        one_host: whether all ranks share memory.
+        numel: Elements of the vector.
+        size: Number of ranks.
+        wire: Codec of the values on the wire: FP32, FP16 or BF16.
+        one_host: Whether all ranks share memory.
     """
     seconds = _dense_times(numel, size, wire, _link(one_host))
     return min(seconds, key=seconds.__getitem__)
 
 
 def dense_seconds(numel: int, size: int, wire: ValueCodec, *, alpha: float, beta: float, add: float) -> float:
-    """Returns the modelled time of a dense allreduce by the best algorithm.
+    """Returns the modelled seconds of a dense allreduce by the best algorithm.
 
     Args:
-        numel: elements of the vector.
-        size: number of ranks.
-        wire: FP32, FP16 or BF16: how values travel.
-        alpha: seconds a round of messages takes beyond its bytes.
-        beta: seconds a byte, sent and received at the same time.
-        add: seconds an element that is added.
+        numel: Elements of the vector.
+        size: Number of ranks.
+        wire: Codec of the values on the wire: FP32, FP16 or BF16.
+        alpha: Seconds that a round of messages takes beyond its bytes.
+        beta: Seconds per byte, sent and received at the same time.
+        add: Seconds per element that is added.
     """
     if size == 1:
         return 0.0
@@ -101,7 +101,7 @@ def dense_seconds(numel: int, size: int, wire: ValueCodec, *, alpha: float, beta
 def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[DenseAlgorithm, float]:
     full = 4 * numel
     moved = full if wire == ValueCodec.FP32 else full // 2
-    rounds = size.bit_length() - 1  # among the ranks that remain when the surplus is folded away
+    rounds = size.bit_length() - 1  # among the ranks that remain when the surplus ranks are folded
     folding = 0 if size == 1 << rounds else 2
     share = (size - 1) / size
     blocks = ring_blocks(numel, size, link.segment)
@@ -111,7 +111,7 @@ def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[D
     return {
         DenseAlgorithm.DOUBLING: (rounds + folding) * (link.alpha + full * link.beta) + rounds * full * link.gamma,
         DenseAlgorithm.HALVING: fold + 2 * rounds * link.alpha + moving * link.turning + adding,
-        # With several blocks adding hides behind moving, and each block costs its messages again.
+        # With several blocks additions overlap with messages, and each block costs a full set of messages.
         DenseAlgorithm.RING: 2 * (size - 1) * link.alpha * link.crossing * blocks
         + moving
         + adding / (blocks if link.hides else 1),
@@ -119,7 +119,7 @@ def _dense_times(numel: int, size: int, wire: ValueCodec, link: _Link) -> dict[D
 
 
 def dense_ring_bytes(numel: int, size: int, codec: ValueCodec = ValueCodec.FP32) -> int:
-    """Returns the bytes one rank sends in a ring allreduce of `numel` values over `size` ranks, 32 or 16 bits each."""
+    """Returns the bytes that a rank sends in a ring allreduce of `numel` values of 32 or 16 bits over `size` ranks."""
     return 2 * (4 if codec == ValueCodec.FP32 else 2) * numel * (size - 1) // size
 
 
@@ -127,16 +127,16 @@ def dense_allreduce_bytes(numel: int, size: int, wire: ValueCodec) -> int:
     """Returns the bytes that the busiest rank sends in a dense allreduce between hosts.
 
     Args:
-        numel: elements of the vector.
-        size: number of ranks.
-        wire: FP32, FP16 or BF16.
+        numel: Elements of the vector.
+        size: Number of ranks.
+        wire: Codec of the values on the wire: FP32, FP16 or BF16.
     """
     algorithm = choose_dense(numel, size, wire, one_host=False)
     if algorithm == DenseAlgorithm.RING or size == 1:
         return dense_ring_bytes(numel, size, wire)
     rounds = size.bit_length() - 1
     core = 1 << rounds
-    folded = 1 if size > core else 0  # a rank that has taken another's vector sends it the result
+    folded = 1 if size > core else 0  # a rank that took the vector of a surplus rank sends it the result
     if algorithm == DenseAlgorithm.DOUBLING:
         return 4 * numel * (rounds + folded)
     moved = (4 if wire == ValueCodec.FP32 else 2) * numel

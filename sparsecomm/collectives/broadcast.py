@@ -1,6 +1,6 @@
 """Broadcast along a binomial tree, for any number of ranks and any root.
 
-Cost: ceil(log2 P) alpha; the root sends the data ceil(log2 P) times, others less, P - 1 times in all.
+Cost: ceil(log2 P) alpha. The root sends the data ceil(log2 P) times and others less often, P - 1 times in total.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ __all__ = ["broadcast", "broadcast_bytes"]
 def broadcast(channel: Channel, data: torch.Tensor, root: int) -> CollectiveSteps[None]:
     """Sends the root's data to all ranks. Collective.
 
-    Ranks are counted from the root. Each receives from the one whose number lacks its own lowest bit, and then sends to
-    those that it differs from in one lower bit, the ones with the most to hand on first.
+    Ranks are numbered from the root. Each receives from the rank whose number is its own number without the lowest set
+    bit. Then it sends to the ranks whose numbers differ from its own in one lower bit, first to those that pass the
+    data on to the most ranks.
 
     Args:
-        channel: the ranks.
-        data: uint8, shape (n,), n the same on all ranks and not 0. Mutated on all but the root.
-        root: its rank.
+        channel: Ranks that take part.
+        data: uint8, shape (n,), n the same on all ranks and not 0. Mutated on all ranks but the root.
+        root: Rank of the root.
     """
     size = channel.size
     number = (channel.rank - root) % size

@@ -1,6 +1,6 @@
-"""Dense allreduce by recursive doubling: the fewest rounds, for vectors so short that bytes do not count.
+"""Dense allreduce by recursive doubling. It takes the fewest rounds and suits short vectors, whose bytes cost little.
 
-Cost: ceil(log2 P) alpha and n log2 P words sent by every rank; two rounds more where P is not a power of two.
+Cost: ceil(log2 P) alpha and n log2 P words sent by every rank. Two more rounds where P is not a power of two.
 """
 
 from __future__ import annotations
@@ -13,36 +13,26 @@ from sparsecomm.collectives.fold import Core
 from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import ValueCodec
 
 __all__ = ["doubling_allreduce"]
 
 
-def doubling_allreduce(
-    channel: Channel,
-    work: torch.Tensor,
-    arena: Arena,
-    key: Hashable,
-    *,
-    wire: ValueCodec = ValueCodec.FP32,
-    scale: float = 1.0,
-    error: torch.Tensor | None = None,
-) -> CollectiveSteps[None]:
+def doubling_allreduce(channel: Channel, dense: DenseSum, arena: Arena, key: Hashable) -> CollectiveSteps[None]:
     """Sums a vector over all ranks, in place, with results that are bitwise equal on all ranks. Collective.
 
-    In round j ranks that differ in bit j exchange their sums and add them. Both add the same two numbers, and
-    a + b = b + a in floating point too (but for which NaN two NaNs give).
+    In round j, ranks whose numbers differ in bit j exchange their sums and add them. Both add the same two numbers, and
+    a + b = b + a in floating point too (except for the choice of the NaN that the sum of two NaNs gives).
+
+    Values travel as float32 whatever the wire codec, because the algorithm is for vectors whose bytes cost little. So
+    nothing is rounded.
 
     Args:
-        channel: the ranks.
-        work: float32, shape (n,), contiguous. Mutated: becomes the sum over ranks, times scale.
-        arena: gives a receive buffer of n elements.
-        key: names it.
-        wire: FP32, FP16 or BF16. Where this algorithm is chosen bytes do not count, so float32 travels anyway.
-        scale: factor on the sum.
-        error: float32, shape (n,), or None. Becomes zero: nothing is rounded.
+        channel: Ranks that take part.
+        dense: Vector to sum. Mutated: `work` becomes the sum over ranks, times `scale`; `error` becomes zero.
+        arena: Arena that provides a receive buffer of n elements.
+        key: Key of the buffer.
     """
-    dense = DenseSum(work, wire, scale, error)
+    work, error = dense.work, dense.error
     core = Core.of(channel.rank, channel.size)
     n = work.numel()
     if n and channel.size > 1:

@@ -1,6 +1,6 @@
-"""Allgather of small blocks of one size, and of bodies whose sizes are known.
+"""Allgather of blocks of equal length, and of blocks whose lengths all ranks know.
 
-Cost: ceil(log2 P) alpha for blocks, sizes known or equal; (P - 1) alpha for bodies sent by their owner to each rank.
+Cost: ceil(log2 P) alpha where ranks pass blocks on; (P - 1) alpha where each owner sends its block to every rank.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def allgather_fixed(
     """Gathers one block from every rank, in ceil(log2 P) rounds for any P (Bruck et al. 1997). Collective.
 
     1. Slot 0 of a work buffer holds this rank's block.
-    2. In round j, with 2^j slots filled, send the filled slots to rank r - 2^j and receive the same number
+    2. In round j, with 2^j slots filled, send the filled slots to rank r - 2^j and receive the same number of slots
        (fewer in the last round) from rank r + 2^j.
     3. Slot i then holds the block of rank r + i.
 
     Args:
-        channel: the ranks.
+        channel: Ranks that take part.
         mine: uint8, the same length on all ranks.
-        arena: gives the work buffer.
-        key: names the work buffer.
+        arena: Arena that provides the work buffer.
+        key: Key of the work buffer.
 
     Returns:
-        The blocks by rank, views into the arena that hold until its next use of the key.
+        The blocks by rank, as views into the arena that are valid until the next use of the key.
     """
     return (yield from allgather_blocks(channel, mine, [mine.numel()] * channel.size, arena, key))
 
@@ -43,19 +43,19 @@ def allgather_blocks(
 ) -> CollectiveSteps[list[torch.Tensor]]:
     """Gathers a block of known length from every rank in ceil(log2 P) rounds. Collective.
 
-    As `allgather_fixed`, of which it is the general form. Others' blocks are passed on, so that a rank sends about as
-    much as it receives, but of a block much longer than the others its owner sends log2 P copies.
+    The general form of `allgather_fixed`. Ranks pass on the blocks of others, so that a rank sends about as many bytes
+    as it receives. The owner of a block that is much longer than the others sends log2 P copies of it.
 
     Args:
-        channel: the ranks.
+        channel: Ranks that take part.
         mine: uint8, shape (lengths[rank],).
-        lengths: bytes of each rank's block, the same list on all ranks.
-        arena: gives the work buffer.
-        key: names the work buffer.
-        reserve: bytes that all blocks together may grow to in later steps.
+        lengths: Bytes of each rank's block, the same list on all ranks.
+        arena: Arena that provides the work buffer.
+        key: Key of the work buffer.
+        reserve: Bytes to which all blocks together may grow in later steps.
 
     Returns:
-        The blocks by rank, views into the arena that hold until its next use of the key.
+        The blocks by rank, as views into the arena that are valid until the next use of the key.
     """
     size, rank = channel.size, channel.rank
     starts = [0, *accumulate(lengths[(rank + i) % size] for i in range(size))]
@@ -79,21 +79,22 @@ def allgather_blocks(
 def allgather_bodies(
     channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable, *, reserve: int = 0
 ) -> CollectiveSteps[list[torch.Tensor]]:
-    """Gathers byte strings of known lengths from every rank. Collective.
+    """Gathers a block of known length from every rank, sent by its owner to each rank. Collective.
 
-    Every rank sends to rank r + 1 first, then r + 2, ..., so that no receiver is hit by all at once. Empty bodies
-    are not sent.
+    Rank r sends to rank r + 1 first, then to r + 2, and so on, so that not all ranks send to the same one at once.
+    Empty blocks are not sent.
 
     Args:
-        channel: the ranks.
+        channel: Ranks that take part.
         mine: uint8, shape (lengths[rank],).
-        lengths: bytes of each rank's body, the same list on all ranks.
-        arena: gives the receive buffer.
-        key: names the receive buffer.
-        reserve: bytes that a body may grow to in later steps.
+        lengths: Bytes of each rank's block, the same list on all ranks.
+        arena: Arena that provides the receive buffer.
+        key: Key of the receive buffer.
+        reserve: Bytes to which a block may grow in later steps.
 
     Returns:
-        The bodies by rank (this rank's is `mine`), views into the arena.
+        The blocks by rank: `mine` for this rank, views into the arena for the others, valid until the next use of the
+        key.
     """
     size, rank = channel.size, channel.rank
     buffer = arena.get((key, "bodies"), sum(lengths) - lengths[rank], torch.uint8, reserve=reserve * (size - 1))

@@ -1,7 +1,7 @@
-"""Dense allreduce by recursive halving and doubling: a ring's bytes in a logarithmic number of rounds (Rabenseifner).
+"""Dense allreduce by recursive halving and doubling (Rabenseifner): the bytes of a ring in logarithmically many rounds.
 
-Cost: 2 log2 P alpha and 2 n (P - 1) / P words sent by every rank; where P is not a power of two, two rounds and up to
-2 n words more.
+Cost: 2 log2 P alpha and 2 n (P - 1) / P words sent by every rank. Where P is not a power of two, two more rounds and up
+to 2 n more words.
 """
 
 from __future__ import annotations
@@ -14,47 +14,34 @@ from sparsecomm.collectives.fold import Core
 from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
-from sparsecomm.types import ValueCodec
 
 __all__ = ["halving_allreduce"]
 
 
-def halving_allreduce(
-    channel: Channel,
-    work: torch.Tensor,
-    arena: Arena,
-    key: Hashable,
-    *,
-    wire: ValueCodec = ValueCodec.FP32,
-    scale: float = 1.0,
-    error: torch.Tensor | None = None,
-) -> CollectiveSteps[None]:
+def halving_allreduce(channel: Channel, dense: DenseSum, arena: Arena, key: Hashable) -> CollectiveSteps[None]:
     """Sums a vector over all ranks, in place, with results that are bitwise equal on all ranks. Collective.
 
-    1. Surplus ranks give their vectors away (see `fold`).
-    2. log2 P times: exchange halves of what is left with the rank at half the last distance, and add.
-    3. The one owner of each part scales it; the same exchanges backwards hand all parts on unchanged.
+    1. Surplus ranks give their vectors to their partners (see `fold`).
+    2. log2 P times, a rank exchanges halves of its remaining part with the rank at half the previous distance and adds.
+    3. The owner of each part scales it. The same exchanges in reverse order pass all parts on unchanged.
     4. Surplus ranks get the result.
 
-    In 16 bits a partial sum is rounded once a round and the finished one once by its owner; each rank keeps what it
-    rounded off (see `DenseSum`).
+    In 16 bits a partial sum is rounded once per round, and the finished sum once by its owner. Each rank keeps its
+    rounding errors (see `DenseSum`).
 
     Args:
-        channel: the ranks.
-        work: float32, shape (n,), contiguous. Mutated: becomes the sum over ranks, times scale.
-        arena: gives a receive buffer of n elements; of up to 1.5 n in 16 bits.
-        key: names it.
-        wire: FP32, FP16 or BF16; sums are float32.
-        scale: factor on the sum.
-        error: float32, shape (n,), or None. Overwritten with what this rank rounded off, before scaling.
+        channel: Ranks that take part.
+        dense: Vector to sum. Mutated: `work` becomes the sum over ranks, times `scale`; `error` is overwritten with the
+            rounding errors of this rank.
+        arena: Arena that provides a receive buffer of n elements; in 16 bits, buffers of up to 1.5 n elements.
+        key: Key of the buffers.
     """
-    dense = DenseSum(work, wire, scale, error)
-    if channel.size == 1 or not work.numel():
+    if channel.size == 1 or not dense.work.numel():
         dense.finish_exactly()
         return
     core = Core.of(channel.rank, channel.size)
     parts = _Parts(dense, core.size, arena, key)
-    n = work.numel()
+    n = dense.work.numel()
     if core.giver:
         assert core.partner is not None
         yield [channel.isend(parts.outgoing(0, n), core.partner)]
@@ -71,7 +58,7 @@ def halving_allreduce(
 
 
 def _exchange_halves(channel: Channel, core: Core, parts: _Parts) -> CollectiveSteps[None]:
-    """Steps 2 and 3, among the ranks of the core. Parts are numbered like the ranks that own them."""
+    """Runs steps 2 and 3 among the ranks of the core. A part has the number of the rank that owns it."""
     dense = parts.dense
     first, past = 0, core.size
     distance = core.size // 2
@@ -93,7 +80,7 @@ def _exchange_halves(channel: Channel, core: Core, parts: _Parts) -> CollectiveS
     distance = 1
     while distance < core.size:
         peer = core.rank_of(core.index ^ distance)
-        theirs = first ^ distance  # both spans are aligned to their length, a power of two
+        theirs = first ^ distance  # both spans are aligned to their length, which is a power of two
         incoming, outgoing, requests = parts.finished(theirs, theirs + distance), parts.finished(first, past), []
         if incoming.numel():
             requests.append(channel.irecv(incoming, peer))
@@ -106,10 +93,10 @@ def _exchange_halves(channel: Channel, core: Core, parts: _Parts) -> CollectiveS
 
 
 class _Parts:
-    """The vector in one part for each rank of the core, and the bytes that they travel as.
+    """The vector, cut into one part for each rank of the core, and the bytes of the parts on the wire.
 
-    In float32 finished parts travel from and to the vector itself. In 16 bits they are kept as they came, to be handed
-    on unchanged, and read at the end.
+    In float32 finished parts are sent from the vector and received into it. In 16 bits they are kept as received,
+    passed on unchanged, and read at the end.
     """
 
     def __init__(self, dense: DenseSum, count: int, arena: Arena, key: Hashable) -> None:
@@ -129,15 +116,15 @@ class _Parts:
         self._finished = arena.get((key, "halving", "finished"), self._offsets[-1], torch.uint8)
 
     def span(self, first: int, past: int) -> tuple[int, int]:
-        """The elements of some parts."""
+        """Returns the bounds of the elements of some parts."""
         return self._bounds[first], self._bounds[past]
 
     def incoming(self, begin: int, end: int) -> torch.Tensor:
-        """Where a partial sum of these elements is received."""
+        """Returns the receive buffer for a partial sum of these elements."""
         return self._spare[: self.dense.nbytes(begin, end)]
 
     def outgoing(self, begin: int, end: int) -> torch.Tensor:
-        """The bytes of a partial sum of these elements."""
+        """Returns the bytes of a partial sum of these elements."""
         if self.dense.exact:
             return self.dense.view(begin, end)
         out = self._packed[: self.dense.nbytes(begin, end)]
@@ -145,11 +132,11 @@ class _Parts:
         return out
 
     def finished(self, first: int, past: int) -> torch.Tensor:
-        """The bytes of some finished parts, or where they are received."""
+        """Returns the bytes of some finished parts, which are also the buffer for receiving them."""
         return self._finished[self._offsets[first] : self._offsets[past]]
 
     def read_all(self, but: int | None) -> None:
-        """Reads all finished parts that are still packed, except this rank's own."""
+        """Reads all finished parts that are packed, except part `but`, which this rank owns."""
         if self.dense.exact:
             return
         for i in range(len(self._bounds) - 1):

@@ -1,6 +1,6 @@
-"""The sum of dense vectors inside a node, in rank order, at its lowest rank.
+"""Reduce to the first of some ranks, which adds the dense vectors in rank order.
 
-Cost: n words sent by every other rank of the node, all received and added by the lowest; 8 segments in flight.
+Cost: n words sent by every other rank, all received and added by the first rank, with 8 segments in flight.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from sparsecomm.transport import Channel, CollectiveSteps, Request
 
 __all__ = ["node_sum"]
 
-_SEGMENT = 1 << 18  # elements: what was received is still in the cache when it is added
-_WINDOW = 8
+_SEGMENT = 1 << 18  # elements; a received segment is still in the cache when it is added
+_WINDOW = 8  # segments in flight
 
 
 def node_sum(
     channel: Channel, mine: torch.Tensor, ranks: Sequence[int], arena: Arena, key: Hashable
 ) -> CollectiveSteps[None]:
-    """Adds the vectors of some ranks to that of the first. Collective among these ranks.
+    """Adds the vectors of some ranks to the vector of the first of them. Collective among these ranks.
 
     1. Every rank but the first sends its vector in segments.
-    2. The first receives, segment by segment, from the others in their order, 8 segments ahead, and adds.
+    2. The first rank receives segment by segment, from the others in rank order, and adds. It posts receives up to 8
+       segments ahead.
 
     Args:
-        channel: the ranks.
-        mine: float32, shape (n,), n the same on all. Mutated on the first of the ranks: becomes the sum.
-        ranks: ascending; this rank is one of them.
-        arena: gives the receive buffers.
-        key: names them.
+        channel: Channel that includes these ranks.
+        mine: float32, shape (n,), n the same on all ranks. Mutated on the first rank, where it becomes the sum.
+        ranks: Ranks that take part, ascending. This rank must be one of them.
+        arena: Arena that provides the receive buffers.
+        key: Key of the buffers.
     """
     octets = mine.view(torch.uint8)
     bounds = [(b, min(b + _SEGMENT, mine.numel())) for b in range(0, mine.numel(), _SEGMENT)]

@@ -1,11 +1,12 @@
 """Dense allreduce around a ring, pipelined: reduce-scatter, then allgather (Patarasuk and Yuan 2009).
 
-The vector is cut into blocks, each block into P segments, and every block goes through the 2 (P - 1) steps of a ring
-allreduce by itself. Step s of block b happens in slot b + 2 s: all steps that share a slot move at the same time, each
-for another block, while what arrived in the slot before is added. So links and adders work at once, and what is added
-or sent on is still in the cache, however long the vector.
+The vector is cut into blocks, and each block into P segments. Every block goes separately through the 2 (P - 1) steps
+of a ring allreduce. Step s of block b takes place in time slot b + 2 s. The messages of all steps that share a slot,
+each of a different block, move at the same time, while the segments received in the previous slot are added. So the
+links and the processor work at the same time, and a segment that is added or sent on is still in the cache, however
+long the vector.
 
-Cost: 2 (P - 1) alpha and 2 n (P - 1) / P words sent by every rank, with one block; more blocks only add messages.
+Cost: 2 (P - 1) alpha and 2 n (P - 1) / P words sent by every rank, with one block. More blocks only add messages.
 """
 
 from __future__ import annotations
@@ -17,74 +18,62 @@ import torch
 from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Request
-from sparsecomm.types import ValueCodec
 
 __all__ = ["SEGMENT", "ring_allreduce", "ring_blocks"]
 
 SEGMENT = 1 << 19
-"""Most elements of a segment: 2 MiB of float32, between ranks that share memory long enough that its messages do not
-count, and so short that what arrived is still in the last-level cache when it is added."""
+"""Most elements of a segment, 2 MiB of float32. Between ranks that share memory this is long enough to make the cost
+per message negligible, and short enough that a received segment is still in the last-level cache when it is added."""
 
 
 def ring_blocks(numel: int, size: int, segment: int = SEGMENT) -> int:
-    """Returns how many blocks a vector is cut into."""
+    """Returns the number of blocks that a vector is cut into."""
     return max(1, -(-numel // (size * segment)))
 
 
 def ring_allreduce(
-    channel: Channel,
-    work: torch.Tensor,
-    arena: Arena,
-    key: Hashable,
-    *,
-    wire: ValueCodec = ValueCodec.FP32,
-    scale: float = 1.0,
-    error: torch.Tensor | None = None,
-    segment: int = SEGMENT,
+    channel: Channel, dense: DenseSum, arena: Arena, key: Hashable, *, segment: int = SEGMENT
 ) -> CollectiveSteps[None]:
     """Sums a vector over all ranks, in place, with results that are bitwise equal on all ranks. Collective.
 
-    Segment c of a block is summed in the order of ranks c, c + 1, ..., ends at one owner, which scales it, and is
-    handed on unchanged. In 16 bits it is rounded once a hop and once by its owner: at most P roundings, each of at most
-    half a unit in the last place of a partial sum, each kept by the rank that made it (see `DenseSum`).
+    Segment c of a block is summed in the order of ranks c, c + 1, ... The last of them owns the sum, scales it, and
+    passes it on; the other ranks pass it on unchanged. In 16 bits a segment is rounded once per hop and once by its
+    owner. These are at most P roundings, each of at most half a unit in the last place of a partial sum. The rank that
+    rounds keeps the error (see `DenseSum`).
 
     Args:
-        channel: the ranks.
-        work: float32, shape (n,), contiguous. Mutated: becomes the sum over ranks, times scale.
-        arena: gives buffers, at most 2 (P - 1) segments, 8 (P - 1) in 16 bits, whatever n.
-        key: names them.
-        wire: FP32, FP16 or BF16; sums are float32.
-        scale: factor on the sum.
-        error: float32, shape (n,), or None. Overwritten with what this rank rounded off, before scaling.
-        segment: most elements of a segment, the same on all ranks.
+        channel: Ranks that take part.
+        dense: Vector to sum. Mutated: `work` becomes the sum over ranks, times `scale`; `error` is overwritten with the
+            rounding errors of this rank.
+        arena: Arena that provides the buffers: at most 2 (P - 1) segments, in 16 bits 8 (P - 1), whatever n.
+        key: Key of the buffers.
+        segment: Most elements of a segment, the same on all ranks.
     """
-    dense = DenseSum(work, wire, scale, error)
     if channel.size == 1:
         dense.finish_exactly()
         return
-    lanes = _Lanes(channel, dense, arena, key, segment)
+    segments = _Segments(channel, dense, arena, key, segment)
     last = 2 * channel.size - 3
-    slots = lanes.blocks + 2 * last
+    slots = segments.blocks + 2 * last
 
     def moving(slot: int) -> list[tuple[int, int]]:
-        return [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < lanes.blocks]
+        return [(slot - 2 * s, s) for s in range(last + 1) if 0 <= slot - 2 * s < segments.blocks]
 
-    def mailbox(slot: int) -> list[Request]:
-        return [r for b, s in moving(slot) for r in lanes.receive(b, s)] + [
-            r for b, s in moving(slot) for r in lanes.send(b, s)
-        ]
+    def post(slot: int) -> list[Request]:
+        receives = [r for b, s in moving(slot) for r in segments.receive(b, s)]
+        return receives + [r for b, s in moving(slot) for r in segments.send(b, s)]
 
-    posted = mailbox(0)
+    posted = post(0)
     for slot in range(slots + 1):
         for block, step in moving(slot - 1):
-            lanes.take(block, step)
-        # The next slot is posted on both sides before this one is complete: the link never runs dry.
-        waiting, posted = posted, mailbox(slot + 1)
+            segments.take(block, step)
+        # Both sides post the next slot before this one is complete, so that the link is never idle.
+        waiting, posted = posted, post(slot + 1)
         if waiting:
             yield waiting
 
 
-class _Lanes:
+class _Segments:
     """The segments of one ring allreduce and the buffers that they pass through."""
 
     def __init__(self, channel: Channel, dense: DenseSum, arena: Arena, key: Hashable, segment: int) -> None:
@@ -93,15 +82,15 @@ class _Lanes:
         self.blocks = ring_blocks(n, size, segment)
         longest = -(-n // self.blocks)
         self._width = dense.nbytes(0, -(-longest // size))
-        # A buffer is needed until what it received was added, a slot later; or, packed, was sent on, two slots later,
-        # and had left in the third.
+        # In float32 a buffer is free again when its segment has been added, one slot after it arrived. In 16 bits the
+        # segment is also sent on from the buffer, two slots after it arrived, and has left in the third slot.
         self._turns = 2 if dense.exact else 4
-        # Steps that move in one slot are neighbours, so numbering them modulo their most keeps them apart.
+        # Steps that share a slot have consecutive numbers, so their numbers differ modulo the most steps of a slot.
         self._most = min((size - 1) * (1 if dense.exact else 2), -(-self.blocks // 2))
         self._slab = arena.get((key, "ring"), self._turns * self._most * self._width, torch.uint8)
 
     def receive(self, block: int, step: int) -> list[Request]:
-        """Posts the receive of one step of one block; none for an empty segment."""
+        """Posts the receive of one step of one block, or nothing for an empty segment."""
         channel, dense = self.channel, self.dense
         begin, end = self._bounds(block, step)
         if begin == end:
@@ -111,7 +100,7 @@ class _Lanes:
         return [channel.irecv(into, (channel.rank - 1) % channel.size)]
 
     def send(self, block: int, step: int) -> list[Request]:
-        """Posts the send of one step of one block; none for an empty segment."""
+        """Posts the send of one step of one block, or nothing for an empty segment."""
         channel, dense = self.channel, self.dense
         begin, end = self._bounds(block, step - 1)
         if begin == end:
@@ -122,7 +111,7 @@ class _Lanes:
         return [channel.isend(out, (channel.rank + 1) % channel.size)]
 
     def take(self, block: int, step: int) -> None:
-        """Uses what a step has brought, and prepares the next step's message in the same buffer."""
+        """Uses the segment received in a step, and prepares the message of the next step in the same buffer."""
         dense, owner_step = self.dense, self.channel.size - 2
         begin, end = self._bounds(block, step)
         data = self._buffer(block, step, begin, end)
@@ -138,7 +127,7 @@ class _Lanes:
             dense.pack(begin, end, packed)
 
     def _bounds(self, block: int, step: int) -> tuple[int, int]:
-        """The elements that arrive in a step; those that leave are what arrived in the step before."""
+        """Returns the bounds of the elements received in a step. The next step sends the same elements."""
         n, blocks, size = self.dense.work.numel(), self.blocks, self.channel.size
         first, past = n * block // blocks, n * (block + 1) // blocks
         segment = (self.channel.rank - step - 1) % size

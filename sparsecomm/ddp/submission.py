@@ -22,7 +22,7 @@ from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
-from sparsecomm.transport import Channel, CollectiveSteps
+from sparsecomm.transport import Channel, CollectiveSteps, Task
 
 __all__ = ["Owner", "StateParts", "Submission"]
 
@@ -161,13 +161,15 @@ class Submission:
             self._finish(report, plan)
 
         self._here.engine.submit(
-            self._label,
-            run,
-            self._lane.in_order(done),
-            self._lane.in_order(self._fail),
-            group=ranks,
-            key=self._key,
-            patient=self._batch.is_small and not self._batch.last,
+            Task(
+                self._label,
+                run,
+                self._lane.in_order(done),
+                self._lane.in_order(self._fail),
+                group=ranks,
+                key=self._key,
+                patient=self._batch.is_small and not self._batch.last,
+            )
         )
 
     def _submit_error(self, cause: Exception, ranks: tuple[int, ...] | None) -> None:
@@ -180,7 +182,7 @@ class Submission:
             return report_failure(channel, header, cause, arena)
 
         self._here.engine.submit(
-            self._label, tell, lambda _: batch.finish(None), self._fail, group=ranks, key=self._key
+            Task(self._label, tell, lambda _: batch.finish(None), self._fail, group=ranks, key=self._key)
         )
 
     # --- on the engine's thread ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 from sparsecomm.errors import ConfigError, LaunchError, TransportError
 from sparsecomm.transport.mailbox import Mailbox
-from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, OpenMailbox, TCPMailbox
+from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, ListeningMailbox, TCPMailbox
 
 __all__ = ["JoinListener", "Rendezvous", "RunningJob", "connect"]
 
@@ -75,7 +75,7 @@ class JoinListener:
         token = secrets.token_bytes(TOKEN_BYTES)
         host = _own_host() if rendezvous.host is None else rendezvous.host
         try:
-            self.mailbox = OpenMailbox(mailbox, host, token)
+            self.mailbox = ListeningMailbox(mailbox, host, token)
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / f"server-{index}.json"
             written = folder / f".server-{index}.{os.getpid()}"

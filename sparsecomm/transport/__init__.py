@@ -1,4 +1,4 @@
-"""Moving bytes between ranks. Importing this package does not import MPI."""
+"""Moves bytes between ranks. Importing this package does not import MPI."""
 
 from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import (
@@ -10,10 +10,11 @@ from sparsecomm.transport.base import (
     Traffic,
     Transport,
 )
-from sparsecomm.transport.engine import IN_FLIGHT, Engine
+from sparsecomm.transport.engine import Engine
 from sparsecomm.transport.group import GroupSum
 from sparsecomm.transport.mailbox.base import Mailbox
 from sparsecomm.transport.simulated import SimulatedWorld
+from sparsecomm.transport.task import IN_FLIGHT, Task
 
 __all__ = [
     "IN_FLIGHT",
@@ -27,6 +28,7 @@ __all__ = [
     "Request",
     "SimulatedWorld",
     "SoloTransport",
+    "Task",
     "Traffic",
     "Transport",
 ]

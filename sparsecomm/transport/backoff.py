@@ -1,4 +1,4 @@
-"""How long to wait between two looks at what may have come: MPI tells nobody when a message is there."""
+"""Pauses of a polling loop. MPI does not notify a thread that a message has arrived, so the thread has to poll."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import time
 
 __all__ = ["Backoff"]
 
-_SPIN = 20e-6  # seconds without news before there is a pause between looks: another rank may need this very core
-_PAUSE = 1 / 4  # of the time without news: what looking may add to a wait, against what it takes from computing
-_LONGEST = 500e-6  # seconds: the pieces of a long message move only when somebody looks
+# Seconds without news after which the loop pauses between two polls: another rank may need this core.
+_SPIN = 20e-6
+# Length of a pause as a fraction of the time without news. A larger one delays messages, a smaller one takes more time
+# from computation.
+_PAUSE = 1 / 4
+_LONGEST = 500e-6  # seconds; the pieces of a long message move only while somebody polls
 
 
 class Backoff:
-    """Pauses that grow with the time since the last news, so that a long wait costs others little."""
+    """Pauses that grow with the time since the last news, so that a long wait leaves the core to others."""
 
     __slots__ = ("_since",)
 
@@ -20,7 +23,7 @@ class Backoff:
         self.news()
 
     def news(self) -> None:
-        """Notes that something has come or been done."""
+        """Notes that a message has arrived or that work was done."""
         self._since = time.monotonic()
 
     @property
@@ -29,11 +32,11 @@ class Backoff:
         return time.monotonic() - self._since
 
     def pause(self) -> float:
-        """Returns how long to pause before the next look, in seconds; 0 for not at all."""
+        """Returns the seconds to pause before the next poll; 0 for no pause."""
         quiet = self.quiet
         return 0.0 if quiet < _SPIN else min(_LONGEST, quiet * _PAUSE)
 
     def sleep(self) -> None:
-        """Pauses. A sleep of 0 would be none: the system makes it 60 us."""
+        """Pauses before the next poll. Does not call `time.sleep(0)`, because that takes about 60 us."""
         if pause := self.pause():
             time.sleep(pause)

@@ -1,8 +1,8 @@
-"""The transport protocol: non-blocking sends and receives of bytes, and the channel a collective sees.
+"""The transport protocol: non-blocking sends and receives of bytes, and the channel of a collective.
 
-A collective is a generator over a `Channel`: it posts requests, yields those it must wait for, and is resumed when
-all of them are complete. The engine drives it over MPI; `SimulatedWorld` drives the same generator for many ranks in
-one process.
+A collective is a generator over a `Channel`. It posts requests, yields those it must wait for, and is resumed when all
+of them are complete. The engine drives it over a real transport; `SimulatedWorld` drives the same generator for many
+ranks in one process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import TransportError
 
@@ -32,24 +33,36 @@ T_co = TypeVar("T_co", covariant=True)
 class Request(Protocol):
     """A send or receive in progress. Its buffer must not be touched until `test` has returned True."""
 
-    def test(self) -> bool:
-        """Returns whether it is complete, letting it progress.
+    __slots__ = ()
 
-        A transport whose `blocking` is True may wait here for up to its own timeout.
+    def test(self) -> bool:
+        """Makes progress and returns whether the request is complete.
+
+        If the transport is `blocking`, this call may wait for up to the transport's timeout.
 
         Raises:
-            TransportError: if it failed, or a message of another length arrived.
+            TransportError: if the request failed, or a message of another length arrived.
         """
 
     def describe(self) -> str:
-        """Returns e.g. "receive of 80 bytes from rank 2", for error messages."""
+        """Returns a description for error messages, e.g. "receive of 80 bytes from rank 2"."""
 
     def cancel(self) -> None:
-        """Gives the request up after a failure; its buffer may still be written to."""
+        """Abandons the request after a failure. Its buffer may still be written to."""
 
 
 class Transport(Protocol):
-    """Point-to-point messages between the ranks of one world. Messages of one (source, tag) keep their order."""
+    """Point-to-point messages between the ranks of one world. Messages of one (source, tag) keep their order.
+
+    Attributes:
+        rank: This rank.
+        size: World size.
+        name: Name of the transport, e.g. "mpi".
+        blocking: Whether `Request.test` waits, because the library underneath cannot be polled.
+        max_tag: Largest tag of a message.
+        one_host: Whether all ranks are known to share memory. The same on all ranks.
+        nodes: Node of every rank: any number that the ranks of one node share. The same on all ranks.
+    """
 
     rank: int
     size: int
@@ -57,31 +70,29 @@ class Transport(Protocol):
     blocking: bool
     max_tag: int
     one_host: bool
-    """Whether all ranks are known to share memory; the same on all ranks."""
     nodes: tuple[int, ...]
-    """The node of every rank, as any number that ranks of one node share; the same on all ranks."""
 
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """Starts to send a contiguous uint8 tensor."""
+        """Starts to send a contiguous uint8 tensor to a rank."""
 
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """Starts to receive exactly `buffer.numel()` bytes into a contiguous uint8 tensor."""
+        """Starts to receive exactly `buffer.numel()` bytes from a rank into a contiguous uint8 tensor."""
 
     def world_rank(self, rank: int) -> int:
-        """Returns the number that a rank has in the whole world."""
+        """Returns the world rank of a rank of this transport."""
 
     def close(self) -> None:
-        """Releases what the transport holds. Called by the communication thread, last."""
+        """Releases the resources of the transport. The engine's thread calls this last."""
 
     def abort(self, code: int) -> None:
-        """Ends the whole job at once, on all ranks, with this exit code."""
+        """Ends the whole job at once, on all ranks, with exit code `code`."""
 
 
 class AgreedError(Exception):
-    """Raised by a collective that failed on every rank, after it has left no message in flight.
+    """A collective failed on every rank and left no message in flight. Raised by the collective itself.
 
     Attributes:
-        cause: what the user is to see on this rank.
+        cause: Error to report to the user on this rank.
     """
 
     def __init__(self, cause: BaseException) -> None:
@@ -90,7 +101,7 @@ class AgreedError(Exception):
 
 
 CollectiveSteps = Generator[Sequence[Request], None, T_co]
-"""A collective in progress: yields requests to wait for (all of them), returns its result."""
+"""A collective in progress. It yields sequences of requests, all of which it waits for, and returns its result."""
 
 
 @dataclass(slots=True)
@@ -104,15 +115,16 @@ class Traffic:
 
 
 class Channel:
-    """One collective's view of a transport: its own tag, its own counters.
+    """A collective's view of a transport, with a tag and counters that no other collective uses.
 
     Attributes:
-        rank: this rank.
-        size: number of ranks.
-        one_host: whether all ranks are known to share memory; the same on all ranks.
-        nodes: the node of every rank; the same on all ranks.
-        blocking: whether requests wait when they are tested.
-        traffic: what this collective sent and received so far.
+        rank: This rank.
+        size: Number of ranks.
+        one_host: Whether all ranks are known to share memory. The same on all ranks.
+        nodes: Node of every rank. The same on all ranks.
+        blocking: Whether `Request.test` waits.
+        traffic: Messages and bytes that this collective has sent and received so far.
+        pending: All requests that this collective has posted.
     """
 
     __slots__ = ("_tag", "_transport", "blocking", "nodes", "one_host", "pending", "rank", "size", "traffic")
@@ -145,22 +157,21 @@ class Channel:
         return request
 
     def world_rank(self, rank: int) -> int:
-        """Returns the number that a rank of this channel has in the whole world."""
+        """Returns the world rank of a rank of this channel."""
         return self._transport.world_rank(rank)
 
     def among(self, ranks: Sequence[int]) -> Channel:
-        """Returns a channel of some of the ranks, numbered from 0 in this order; this rank is one of them.
+        """Returns a channel of some of the ranks, numbered from 0 in the given order. This rank must be one of them.
 
-        It counts into the same traffic and has the same tag: between two ranks, messages of both channels keep their
-        order.
+        Both channels share their counters and their tag, so messages of both keep their order between two ranks.
         """
         part = Channel(GroupTransport(self._transport, ranks), self._tag)
         part.traffic, part.pending = self.traffic, self.pending
         return part
 
 
-class SoloTransport:
-    """A world of one: there is nobody to send to."""
+class SoloTransport(Transport):
+    """The transport of a world of one, in which every message is an error."""
 
     rank = 0
     size = 1
@@ -170,39 +181,43 @@ class SoloTransport:
     one_host = True
     nodes: tuple[int, ...] = (0,)
 
+    @override
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """Always raises: no collective sends to itself."""
+        """Always raises, because no collective sends to its own rank."""
         raise TransportError(f"a world of one has no rank {dest} to send to")
 
+    @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """Always raises: no collective receives from itself."""
+        """Always raises, because no collective receives from its own rank."""
         raise TransportError(f"a world of one has no rank {source} to receive from")
 
+    @override
     def world_rank(self, rank: int) -> int:
-        """See `Transport.world_rank`."""
         return rank
 
+    @override
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing, because a world of one holds no resources."""
 
+    @override
     def abort(self, code: int) -> None:
-        """Nothing to abort: the process ends by itself."""
+        """Does nothing, because the process ends by itself."""
 
 
-class GroupTransport:
-    """Some ranks of a world, numbered from 0: translates ranks, shares everything else.
+class GroupTransport(Transport):
+    """Some ranks of a world, numbered from 0. Translates ranks and shares everything else with the world's transport.
 
     Args:
-        base: the world's transport.
-        ranks: the members' ranks in the world, in the group's order; this rank is one of them.
+        base: The world's transport.
+        ranks: World ranks of the members, in the group's order. This rank must be one of them.
 
     Raises:
-        TransportError: if this rank is not a member or a rank is not in the world.
+        TransportError: if this rank is not a member, a rank occurs twice, or a rank is not in the world.
     """
 
     def __init__(self, base: Transport, ranks: Sequence[int]) -> None:
         if base.rank not in ranks or len(set(ranks)) != len(ranks) or not all(0 <= r < base.size for r in ranks):
-            raise TransportError(f"rank {base.rank} of {base.size} is to talk in a group of ranks {list(ranks)}")
+            raise TransportError(f"rank {base.rank} of {base.size} cannot join a group of ranks {list(ranks)}")
         self._base = base
         self._ranks = tuple(ranks)
         self.rank = self._ranks.index(base.rank)
@@ -213,21 +228,23 @@ class GroupTransport:
         self.nodes = tuple(base.nodes[r] for r in ranks)
         self.one_host = base.one_host
 
+    @override
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """See `Transport.isend`."""
         return self._base.isend(data, self._ranks[dest], tag)
 
+    @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """See `Transport.irecv`."""
         return self._base.irecv(buffer, self._ranks[source], tag)
 
+    @override
     def world_rank(self, rank: int) -> int:
-        """See `Transport.world_rank`."""
         return self._base.world_rank(self._ranks[rank])
 
+    @override
     def close(self) -> None:
-        """Left to the world's transport."""
+        """Does nothing, because the world's transport owns the resources."""
 
+    @override
     def abort(self, code: int) -> None:
         """Ends the whole job, not only the group."""
         self._base.abort(code)

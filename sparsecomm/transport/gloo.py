@@ -1,4 +1,4 @@
-"""A transport over torch.distributed's Gloo, for jobs that torchrun launched and MPI knows nothing of."""
+"""A transport over torch.distributed's Gloo, for jobs that torchrun launched without MPI."""
 
 from __future__ import annotations
 
@@ -12,52 +12,59 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from sparsecomm.errors import TransportError
-from sparsecomm.transport.base import Request
+from sparsecomm.transport.base import Request, Transport
 
 __all__ = ["GlooTransport"]
 
 
-class _GlooRequest:
-    """Gloo's works cannot be polled, so `test` waits. Tasks wait oldest first on all ranks, so none starves."""
+class _GlooRequest(Request):
+    """A message over Gloo. `test` waits, because a work of Gloo cannot be polled.
 
-    __slots__ = ("_keep", "_timeout", "_what", "_work")
+    All ranks test the oldest task first, so no task starves.
+    """
 
-    def __init__(self, work: Any, keep: torch.Tensor, what: str, timeout: float) -> None:
+    __slots__ = ("_description", "_keep", "_timeout", "_work")
+
+    def __init__(self, work: Any, keep: torch.Tensor, description: str, timeout: float) -> None:
         self._work = work
         self._keep = keep
-        self._what = what
+        self._description = description
         self._timeout = timeout
 
+    @override
     def test(self) -> bool:
         if self._work is not None:
             try:
                 self._work.wait(timedelta(seconds=self._timeout))
             except RuntimeError as error:
-                raise TransportError(f"{self._what} failed: {error}") from error
+                raise TransportError(f"{self._description} failed: {error}") from error
             self._work = None
         return True
 
+    @override
     def describe(self) -> str:
-        return self._what
+        return self._description
 
+    @override
     def cancel(self) -> None:
         pass
 
 
 def _machine() -> str:
-    """Returns what tells machines apart; hosts may bear the same name."""
+    """Returns a string that identifies this machine. The host name alone does not, since two hosts may share one."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname() + (boot.read_text() if boot.exists() else "")
 
 
-class GlooTransport:
-    """Bytes over the send and receive of a Gloo process group of our own. Creating it is collective.
+class GlooTransport(Transport):
+    """Sends and receives bytes over a Gloo process group that nothing else uses. Construction is collective.
 
     Args:
-        timeout: seconds a message may take.
-        nodes: the node of every rank; found by the machines' boot ids if None.
+        timeout: Seconds that a message may take.
+        nodes: Node of every rank. None derives the nodes from the machines' boot ids.
     """
 
     blocking = True
@@ -73,37 +80,39 @@ class GlooTransport:
         self.nodes = self._find_nodes() if nodes is None else tuple(nodes)
 
     def _find_nodes(self) -> tuple[int, ...]:
-        """Returns a number of every rank's machine. Collective."""
+        """Returns a number for the machine of every rank. Collective."""
         mine = torch.tensor([zlib.crc32(_machine().encode())])
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self._group)
         return tuple(int(node) for node in everyone)
 
+    @override
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """See `Transport.isend`."""
-        what = f"send of {data.numel()} bytes to rank {dest}"
+        description = f"send of {data.numel()} bytes to rank {dest}"
         try:
             work = dist.isend(data, dest, group=self._group, tag=tag)
         except RuntimeError as error:
-            raise TransportError(f"{what} failed: {error}") from error
-        return _GlooRequest(work, data, what, self._timeout)
+            raise TransportError(f"{description} failed: {error}") from error
+        return _GlooRequest(work, data, description, self._timeout)
 
+    @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """See `Transport.irecv`."""
-        what = f"receive of {buffer.numel()} bytes from rank {source}"
+        description = f"receive of {buffer.numel()} bytes from rank {source}"
         try:
             work = dist.irecv(buffer, source, group=self._group, tag=tag)
         except RuntimeError as error:
-            raise TransportError(f"{what} failed: {error}") from error
-        return _GlooRequest(work, buffer, what, self._timeout)
+            raise TransportError(f"{description} failed: {error}") from error
+        return _GlooRequest(work, buffer, description, self._timeout)
 
+    @override
     def world_rank(self, rank: int) -> int:
-        """See `Transport.world_rank`."""
         return rank
 
+    @override
     def close(self) -> None:
-        """Left to destroy_process_group."""
+        """Does nothing, because `destroy_process_group` releases the process group."""
 
+    @override
     def abort(self, code: int) -> None:
-        """Ends this process; torchrun then ends the others."""
+        """Ends this process. torchrun then ends the others."""
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Sums over a torch process group, driven like messages: for the ranks of a node, by NCCL on GPUs or by Gloo."""
+"""Sums over a torch process group of the ranks of a node, by NCCL on GPUs or by Gloo, polled as requests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from sparsecomm.errors import ConfigError, TransportError
 from sparsecomm.transport.base import Request
@@ -16,23 +17,23 @@ from sparsecomm.transport.base import Request
 __all__ = ["GroupSum"]
 
 _queues: WeakKeyDictionary[Any, deque[GroupSum]] = WeakKeyDictionary()
-"""By process group, the sums that are to be started over it, in order."""
+"""For each process group, the sums that have not started yet, in order."""
 
 
-class GroupSum:
-    """One sum over a process group, at one of its ranks.
+class GroupSum(Request):
+    """One sum over a process group, at one of its ranks. As a `Request` it is complete when its turn comes.
 
     The ranks of a process group must start the same collectives in the same order. Exchanges begin in the same order on
-    all ranks but get here in any, so each queues up when it begins. As a `Request` it is complete when its turn comes.
+    all ranks but reach their sum in any order. So each exchange enters a queue when it begins.
 
     Args:
-        group: the process group.
-        root: world rank that receives the sum.
-        members: world ranks that are to take part.
-        blocking: whether other requests of the same ranks wait when they are tested: then this must, too.
+        group: The process group.
+        root: World rank that receives the sum.
+        members: World ranks that take part.
+        blocking: Whether `Request.test` waits on the transport of the same ranks; if so, the sum must wait as well.
 
     Raises:
-        ConfigError: if these are not the ranks of the group.
+        ConfigError: if `members` are not the ranks of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, root: int, members: Collection[int], *, blocking: bool) -> None:
@@ -46,25 +47,27 @@ class GroupSum:
         if "nccl" in str(dist.get_backend(group)):
             self._device = torch.device("cuda", torch.cuda.current_device())
 
+    @override
     def test(self) -> bool:
-        """Returns whether it is this sum's turn."""
+        """Returns whether this sum is the next to start."""
         return self._queue[0] is self
 
+    @override
     def describe(self) -> str:
-        """See `Request.describe`."""
         return "its turn in the inner process group"
 
+    @override
     def cancel(self) -> None:
-        """See `Request.cancel`."""
+        pass
 
     def start(self, data: torch.Tensor) -> Request:
-        """Starts to sum, and gives the turn to the next.
+        """Starts the sum and leaves the queue.
 
         Args:
-            data: float32 in host memory. Mutated: the sum at the root, anything elsewhere.
+            data: float32 in host memory. Mutated: holds the sum at the root and undefined values at other ranks.
 
         Raises:
-            TransportError: if the group refuses.
+            TransportError: if the process group cannot start the sum.
         """
         staged = data.to(self._device)
         try:
@@ -76,17 +79,18 @@ class GroupSum:
         return _Summing(work, staged, data, self._blocking)
 
     def leave(self) -> None:
-        """Gives the turn up, if it is still queued."""
+        """Leaves the queue, if the sum is still in it."""
         if self in self._queue:
             self._queue.remove(self)
 
 
-class _Summing:
+class _Summing(Request):
     """A sum in progress."""
 
     def __init__(self, work: Any, staged: torch.Tensor, data: torch.Tensor, blocking: bool) -> None:
         self._work, self._staged, self._data, self._blocking = work, staged, data, blocking
 
+    @override
     def test(self) -> bool:
         if self._work is None:
             return True
@@ -101,8 +105,10 @@ class _Summing:
             self._data.copy_(self._staged)
         return True
 
+    @override
     def describe(self) -> str:
         return f"sum of {self._data.numel()} elements over the inner process group"
 
+    @override
     def cancel(self) -> None:
         pass

@@ -1,8 +1,8 @@
-"""What other threads hand to the engine's, in order, without waking it for every small thing.
+"""The queue that hands items from other threads to the engine's thread, in order, without waking it for each item.
 
-Two Python threads that both take the interpreter's lock for microseconds at a time wake each other again and again: on
-1,000 buckets of 1 K elements, handed over one after the other, that cost more than exchanging them. So what is patient
-rings no bell while its sender is at it, and waits until the sender pauses.
+Two Python threads that both take the interpreter's lock for microseconds at a time wake each other again and again.
+With 1,000 buckets of 1 K elements, handed over one after the other, that cost more than the exchanges themselves. So a
+patient item does not wake the reader while its sender is busy. It waits until the sender pauses.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ __all__ = ["HOLD", "Inbox"]
 T = TypeVar("T")
 
 HOLD = 1e-3
-"""Seconds to sleep while a sender is at it."""
+"""Seconds that the reader sleeps while a sender is busy."""
 
-_PAUSE = 500e-6  # seconds without another item after which a sender is not at it any more
-_LONGEST = 50e-3  # seconds that a sender may be at it before what it has sent waits no longer
+_PAUSE = 500e-6  # seconds without another item after which a sender is no longer busy
+_LONGEST = 50e-3  # seconds that a sender may be busy before its items no longer wait
 
 
 class Inbox(Generic[T]):
-    """A queue with one reader."""
+    """A queue with one reader and any number of senders."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
-        # Held unless it was rung. (SimpleQueue.get, given a short timeout, may wait for ever: CPython 3.11 works out a
-        # negative rest when it was woken for an item that get_nowait had taken, and takes that for no limit.)
+        # A lock that is held unless the bell was rung. SimpleQueue.get is no substitute, because it may wait for ever
+        # when given a short timeout: if CPython 3.11 is woken for an item that get_nowait has already taken, it
+        # computes a negative remaining time and treats it as no limit.
         self._bell = threading.Lock()
         self._bell.acquire()
         self._asleep = False
@@ -41,24 +42,25 @@ class Inbox(Generic[T]):
         """Appends an item.
 
         Args:
-            item: anything.
-            patient: whether the reader need not be woken for it, unless it sleeps until there is something.
+            item: The item.
+            patient: Whether to leave a reader asleep that has set itself a limit.
         """
         now = time.monotonic()
         if now - self._last > _PAUSE:
             self._began = now
         self._last = now
         self._items.append(item)
-        # The reader looks for items after it has said that it sleeps, so one of both sees the other.
+        # The reader sets `_asleep` before it looks for items, so either it finds this item or this thread wakes it.
         if not patient or self._asleep:
-            with contextlib.suppress(RuntimeError):  # it is ringing already
+            with contextlib.suppress(RuntimeError):  # the bell was rung already
                 self._bell.release()
 
     def take(self, wait: float | None) -> list[T]:
-        """Returns all items in order.
+        """Removes all items and returns them in order.
 
         Args:
-            wait: seconds to sleep at most, 0 for none; None sleeps until there is an item. A bell ends it.
+            wait: Most seconds to sleep before that; 0 does not sleep, None sleeps until there is an item. An item that
+                is not patient ends the sleep.
         """
         if wait is None:
             self._asleep = True
@@ -70,6 +72,6 @@ class Inbox(Generic[T]):
         return [self._items.popleft() for _ in range(len(self._items))]
 
     def busy(self) -> bool:
-        """Returns whether a sender is at it."""
+        """Returns whether a sender is still adding items."""
         now = time.monotonic()
         return now - self._last < _PAUSE and now - self._began < _LONGEST

@@ -1,4 +1,4 @@
-"""The MPI transport: the only module that imports mpi4py."""
+"""The MPI transport. The package imports mpi4py only here and in the command-line tools."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import LaunchError, TransportError
-from sparsecomm.transport.base import Request
+from sparsecomm.transport.base import Request, Transport
 
 __all__ = ["MPITransport", "import_mpi", "mpi_initialized_here"]
 
-# MPI counts are C ints in most libraries; larger messages travel in pieces of this many bytes.
+# MPI counts are C ints in most libraries, so larger messages travel in pieces of this many bytes.
 _PIECE = 1 << 30
 
 
@@ -22,7 +23,7 @@ def import_mpi() -> Any:
     """Imports mpi4py's MPI without initializing MPI.
 
     Raises:
-        LaunchError: if mpi4py or an MPI library is missing; says what to install.
+        LaunchError: if mpi4py or an MPI library is missing. The message says which package to install.
     """
     try:
         import mpi4py
@@ -42,7 +43,7 @@ def mpi_initialized_here() -> bool:
     return bool(MPI.Is_initialized() and not MPI.Is_finalized())
 
 
-class _MPIRequest:
+class _MPIRequest(Request):
     """One message, in one or more pieces."""
 
     __slots__ = ("_keep", "_peer", "_pieces", "_receive", "_transport")
@@ -56,6 +57,7 @@ class _MPIRequest:
         self._peer = peer
         self._receive = receive
 
+    @override
     def test(self) -> bool:
         MPI, status = self._transport.MPI, self._transport.status
         while self._pieces:
@@ -72,27 +74,29 @@ class _MPIRequest:
             self._pieces.pop(0)
         return True
 
+    @override
     def describe(self) -> str:
-        what = (
-            f"receive of {self._keep.numel()} bytes from" if self._receive else f"send of {self._keep.numel()} bytes to"
-        )
-        return f"{what} rank {self._peer}"
+        nbytes = self._keep.numel()
+        action = f"receive of {nbytes} bytes from" if self._receive else f"send of {nbytes} bytes to"
+        return f"{action} rank {self._peer}"
 
+    @override
     def cancel(self) -> None:
-        # Sends cannot be cancelled portably; a receive that is matched later must not write into reused memory.
+        # Sends cannot be cancelled portably. Receives must be, since one matched later would write into reused memory.
         if self._receive:
             for request, _ in self._pieces:
                 request.Cancel()
 
 
-class MPITransport:
-    """Bytes over MPI point-to-point calls on a communicator of our own.
+class MPITransport(Transport):
+    """Sends and receives bytes by MPI's point-to-point calls, on a duplicate of a communicator.
 
-    Must be created on all ranks together (it duplicates the communicator), and then used by one thread at a time.
+    Construction is collective, because it duplicates the communicator. One thread at a time may use the transport.
 
     Args:
-        comm: an mpi4py intracommunicator; COMM_WORLD if None.
-        nodes: the node of every rank, where ranks of one machine are to pass for ranks of several; found if None.
+        comm: An mpi4py intracommunicator; COMM_WORLD if None.
+        nodes: Node of every rank, for ranks of one machine that stand for ranks of several. None derives the nodes from
+            the ranks that share memory.
     """
 
     blocking = False
@@ -101,7 +105,7 @@ class MPITransport:
     def __init__(self, comm: Any = None, nodes: Sequence[int] | None = None) -> None:
         MPI = import_mpi()
         self.MPI = MPI
-        self.status = MPI.Status()  # one for all requests: they are tested by one thread, one after the other
+        self.status = MPI.Status()  # shared by all requests, since one thread tests them one after the other
         self._pid = os.getpid()
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -112,36 +116,39 @@ class MPITransport:
         self.one_host: bool = len(set(self.nodes)) == 1
 
     def _find_nodes(self) -> tuple[int, ...]:
-        """Returns for every rank the lowest rank that it shares memory with. Collective."""
+        """Returns, for every rank, the lowest rank with which it shares memory. Collective."""
         MPI = self.MPI
-        beside = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         lowest, nodes = array("i", [self.rank]), array("i", [0] * self.size)
-        beside.Allreduce(MPI.IN_PLACE, [lowest, MPI.INT], op=MPI.MIN)
-        beside.Free()
+        node.Allreduce(MPI.IN_PLACE, [lowest, MPI.INT], op=MPI.MIN)
+        node.Free()
         self._comm.Allgather([lowest, MPI.INT], [nodes, MPI.INT])
         return tuple(nodes)
 
+    @override
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """See `Transport.isend`. Messages over 1 GiB go in pieces."""
+        """Starts to send a contiguous uint8 tensor, in pieces if it is longer than 1 GiB."""
         self._check_process()
         pieces = [(self._comm.Isend((view, self.MPI.BYTE), dest, tag), length) for view, length in self._views(data)]
         return _MPIRequest(self, pieces, data, dest, False)
 
+    @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """See `Transport.irecv`."""
         self._check_process()
         pieces = [
             (self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)
         ]
         return _MPIRequest(self, pieces, buffer, source, True)
 
+    @override
     def world_rank(self, rank: int) -> int:
-        """See `Transport.world_rank`."""
         return rank
 
+    @override
     def close(self) -> None:
-        """Leaves the communicator to MPI_Finalize: freeing it is collective and would wait for failed ranks."""
+        """Leaves the communicator to MPI_Finalize, because freeing it is collective and would wait for failed ranks."""
 
+    @override
     def abort(self, code: int) -> None:
         """Ends the job on all ranks by MPI_Abort."""
         self.MPI.COMM_WORLD.Abort(code)
@@ -154,7 +161,10 @@ class MPITransport:
             )
 
     def _views(self, data: torch.Tensor) -> list[tuple[Any, int]]:
-        """The memory of a tensor in pieces, each with its length. By address: a numpy view costs more than sending."""
+        """Returns the memory of a tensor in pieces, each with its length in bytes.
+
+        The pieces are made from the address, because a numpy view costs more time than the send.
+        """
         assert data.is_contiguous(), "messages are contiguous"
         assert data.is_cpu, "messages are in host memory"
         view, address, length = self.MPI.buffer.fromaddress, data.data_ptr(), data.numel()

@@ -1,4 +1,4 @@
-"""P ranks in one process, without threads: the same collectives, deterministic, with messages and bytes counted."""
+"""P simulated ranks in one process, without threads. Runs the real collectives, deterministically, and counts bytes."""
 
 from __future__ import annotations
 
@@ -7,37 +7,44 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
-from sparsecomm.transport.base import Channel, CollectiveSteps, Request, Traffic
+from sparsecomm.transport.base import Channel, CollectiveSteps, Request, Traffic, Transport
 
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
 _Mail = dict[tuple[int, int, int], deque[torch.Tensor]]
 
 
-class _Sent:
-    """A send: complete at once, since the bytes were copied."""
+class _Sent(Request):
+    """A send. It is complete at once, since the bytes were copied."""
 
     def __init__(self, text: str) -> None:
         self._text = text
 
+    @override
     def test(self) -> bool:
         return True
 
+    @override
     def describe(self) -> str:
         return self._text
 
+    @override
     def cancel(self) -> None:
         pass
 
 
-class _Receiving:
+class _Receiving(Request):
+    """A receive. It is complete when its message has been taken from the mail."""
+
     def __init__(self, mail: _Mail, key: tuple[int, int, int], buffer: torch.Tensor) -> None:
         self._mail = mail
         self._key = key
         self._buffer: torch.Tensor | None = buffer
 
+    @override
     def test(self) -> bool:
         if self._buffer is None:
             return True
@@ -46,7 +53,7 @@ class _Receiving:
             return False
         message = queue.popleft()
         if not queue:
-            del self._mail[self._key]  # every collective has keys of its own, P * P of them
+            del self._mail[self._key]  # no other collective uses the key, and each has P * P of them
         if message.numel() != self._buffer.numel():
             raise TransportError(
                 f"rank {self._key[1]} expected {self._buffer.numel()} bytes from rank {self._key[0]}, "
@@ -56,15 +63,17 @@ class _Receiving:
         self._buffer = None
         return True
 
+    @override
     def describe(self) -> str:
         size = 0 if self._buffer is None else self._buffer.numel()
         return f"receive of {size} bytes from rank {self._key[0]}"
 
+    @override
     def cancel(self) -> None:
         self._buffer = None
 
 
-class SimulatedTransport:
+class SimulatedTransport(Transport):
     """One rank of a `SimulatedWorld`."""
 
     blocking = False
@@ -78,24 +87,28 @@ class SimulatedTransport:
         self.nodes = world.nodes
         self.one_host = len(set(world.nodes)) == 1
 
+    @override
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
-        """Copies the bytes into the receiver's mailbox."""
+        """Delivers a copy of the bytes to the receiver."""
         self._world.deliver(self.rank, dest, tag, data)
         return _Sent(f"send of {data.numel()} bytes to rank {dest}")
 
+    @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
-        """Takes the next message of this source and tag when there is one."""
+        """Starts to receive the next message of this source and tag."""
         return _Receiving(self._world.mail, (source, self.rank, tag), buffer)
 
+    @override
     def world_rank(self, rank: int) -> int:
-        """See `Transport.world_rank`."""
         return rank
 
+    @override
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing, because a simulated rank holds no resources."""
 
+    @override
     def abort(self, code: int) -> None:
-        """A simulated rank cannot end the process."""
+        """Always raises, because a simulated rank cannot end the process."""
         raise TransportError(f"simulated rank {self.rank} aborted with code {code}")
 
 
@@ -103,13 +116,17 @@ class SimulatedWorld:
     """A world of `size` ranks in this process.
 
     Args:
-        size: number of ranks.
-        nodes: the node of every rank; all on one if None.
+        size: Number of ranks.
+        nodes: Node of every rank. None puts all ranks on one node.
 
     Attributes:
-        traffic: what each rank sent and received, by rank.
-        tamper: if set, called with (source, dest, message) and may return another message or None to lose it:
-            for tests of corruption and loss.
+        size: Number of ranks.
+        nodes: Node of every rank.
+        ranks: Transport of each rank.
+        mail: Messages that were sent and not yet received, by source, destination and tag.
+        traffic: Messages and bytes of each rank.
+        tamper: If set, called with (source, dest, message) for every message. Returns the message to deliver, or None
+            to lose it. For tests of corruption and loss.
     """
 
     def __init__(self, size: int, nodes: Sequence[int] | None = None) -> None:
@@ -126,7 +143,7 @@ class SimulatedWorld:
         self._tag = 0
 
     def deliver(self, source: int, dest: int, tag: int, data: torch.Tensor) -> None:
-        """Puts a copy of a message into the mailbox of `dest` and counts it."""
+        """Counts a message and queues a copy of it for `dest`."""
         if not 0 <= dest < self.size or dest == source:
             raise TransportError(f"rank {source} sent to rank {dest} in a world of {self.size}")
         message: torch.Tensor | None = data.clone()
@@ -148,14 +165,14 @@ class SimulatedWorld:
         """Runs one collective on all ranks, in lock-step turns, to its end.
 
         Args:
-            make: called with each rank's channel, returns its generator.
-            return_exceptions: put a rank's exception in its place in the result instead of raising the first.
+            make: Called with the channel of each rank; returns the rank's generator.
+            return_exceptions: Whether to return the exception of a rank as its result. If not, the first one is raised.
 
         Returns:
-            The results by rank.
+            The result of each rank.
 
         Raises:
-            CommTimeout: for ranks that wait for messages that will never come (a deadlock).
+            CommTimeout: if ranks wait for messages that will never come (a deadlock).
         """
         self._tag += 1
         channels = [Channel(t, self._tag) for t in self.ranks]
@@ -187,7 +204,7 @@ class SimulatedWorld:
         waiting: dict[int, Sequence[Request]],
         results: list[Any],
     ) -> bool:
-        """Gives rank r one turn; returns whether anything moved."""
+        """Gives rank r one turn. Returns whether the rank made progress."""
         try:
             left = [q for q in waiting[r] if not q.test()]
             if left:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from training import loss_of, mlp, wrap
 
 import sparsecomm as sc
-from sparsecomm.collectives import dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
+from sparsecomm.collectives import DenseSum, dense_allreduce, doubling_allreduce, halving_allreduce, ring_allreduce
 from sparsecomm.runtime.arena import Arena
+from sparsecomm.transport import Task
 from sparsecomm.types import ValueCodec
 
 
@@ -37,10 +38,9 @@ def check_sum(world: sc.World, algorithm: Any, wire: ValueCodec, numel: int) -> 
     dist.all_reduce(exact)
     work, error = mine.clone(), torch.zeros(numel)
     options: dict[str, Any] = {"segment": 20_000} if algorithm is ring_allreduce else {}
-    if wire != ValueCodec.FP32:
-        options["error"] = error
+    dense = DenseSum(work, wire, error=error if wire != ValueCodec.FP32 else None)
     arena = Arena()
-    world.engine.call("dense", lambda channel: algorithm(channel, work, arena, "k", wire=wire, **options))
+    world.engine.call("dense", lambda channel: algorithm(channel, dense, arena, "k", **options))
     assert alike(work)
     kept = error.double()
     dist.all_reduce(kept)
@@ -52,7 +52,9 @@ def test_many_dense_sums_in_flight_do_not_mix(world: sc.World) -> None:
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i, work in enumerate(works):
         arena = Arena()
-        world.engine.submit(f"sum {i}", lambda c, w=work, a=arena: dense_allreduce(c, w, a, 0), done.put, done.put)
+        world.engine.submit(
+            Task(f"sum {i}", lambda c, w=work, a=arena: dense_allreduce(c, DenseSum(w), a, 0), done.put, done.put)
+        )
     assert [done.get(timeout=60) for _ in works] == [None] * len(works)
     for i, work in enumerate(works):
         assert bool((work == sum(r + i for r in range(world.size))).all())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparsecomm import kernels
 from sparsecomm.collectives import (
+    DenseSum,
     allgather_bodies,
     allgather_fixed,
     dense_allreduce,
@@ -72,7 +73,7 @@ def test_the_ring_sums_alike_on_all_ranks_at_the_least_cost(size: int, numel: in
     world = SimulatedWorld(size)
     data = [gradient("normal", numel, torch.float32, seed + r) for r in range(size)]
     work = [d.clone() for d in data]
-    world.run(lambda channel: ring_allreduce(channel, work[channel.rank], Arena(), "key"))
+    world.run(lambda channel: ring_allreduce(channel, DenseSum(work[channel.rank]), Arena(), "key"))
     for w in work:
         assert same_bits(w, work[0])
         torch.testing.assert_close(w.double(), total(data), rtol=1e-5, atol=1e-5)
@@ -106,7 +107,7 @@ def test_a_sparse_exchange_costs_log_rounds_of_headers_and_one_body_to_each(size
 def test_a_dense_exchange_costs_headers_and_the_allreduce(size: int, residual: bool, codec: ValueCodec) -> None:
     numel = 320
     bare = SimulatedWorld(size)
-    bare.run(lambda channel: dense_allreduce(channel, torch.ones(numel), Arena(), "key", wire=codec))
+    bare.run(lambda channel: dense_allreduce(channel, DenseSum(torch.ones(numel), codec), Arena(), "key"))
     cluster = Cluster(size, numel, residual=residual)
     reports = cluster.step([torch.ones(numel) for _ in range(size)], plan(numel, dense=True, value_codec=codec))
     for rank, (traffic, report) in enumerate(zip(cluster.world.traffic, reports, strict=True)):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparsecomm.collectives import (
     DenseAlgorithm,
+    DenseSum,
     choose_dense,
     dense_allreduce,
     doubling_allreduce,
@@ -34,7 +35,13 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.__
 
 
 def summed(
-    algorithm: Algorithm, data: list[torch.Tensor], *, keep: bool = True, **options: Any
+    algorithm: Algorithm,
+    data: list[torch.Tensor],
+    *,
+    wire: ValueCodec = ValueCodec.FP32,
+    scale: float = 1.0,
+    keep: bool = True,
+    **options: Any,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], SimulatedWorld]:
     """Every rank's result and what it rounded off."""
     world = SimulatedWorld(len(data))
@@ -43,7 +50,7 @@ def summed(
 
     def make(channel: Any) -> Any:
         error = errors[channel.rank] if keep else None
-        return algorithm(channel, work[channel.rank], Arena(), "key", error=error, **options)
+        return algorithm(channel, DenseSum(work[channel.rank], wire, scale, error), Arena(), "key", **options)
 
     world.run(make)
     assert not any(world.mail.values()), "a message was left over"
@@ -157,7 +164,8 @@ def test_nothing_is_allocated_after_the_first_time(algorithm: Algorithm, wire: V
     work, errors = [torch.ones(numel) for _ in range(ranks)], [torch.empty(numel) for _ in range(ranks)]
 
     def make(channel: Any) -> Any:
-        return algorithm(channel, work[channel.rank], arenas[channel.rank], "k", wire=wire, error=errors[channel.rank])
+        dense = DenseSum(work[channel.rank], wire, error=errors[channel.rank])
+        return algorithm(channel, dense, arenas[channel.rank], "k")
 
     world.run(make)
     first = [a.allocations for a in arenas]
@@ -171,8 +179,10 @@ def test_a_long_ring_needs_buffers_for_its_segments_only(wire: ValueCodec) -> No
     ranks, segment, arena = 4, 16, Arena()
     for numel in (2_000, 8_000):
         arenas = [arena, *(Arena() for _ in range(ranks - 1))]
-        ring = functools.partial(ring_allreduce, wire=wire, segment=segment)
-        SimulatedWorld(ranks).run(lambda c, n=numel, a=arenas, ring=ring: ring(c, torch.ones(n), a[c.rank], 0))
+        ring = functools.partial(ring_allreduce, segment=segment)
+        SimulatedWorld(ranks).run(
+            lambda c, n=numel, a=arenas, ring=ring: ring(c, DenseSum(torch.ones(n), wire), a[c.rank], 0)
+        )
         assert arena.allocated_bytes <= 1.25 * 8 * (ranks - 1) * (4 * segment + 4)
 
 
@@ -192,7 +202,9 @@ def test_a_lost_message_is_noticed_and_a_shortened_one_named(algorithm: Algorith
             return None if lost else message[:-1]
 
         world.tamper = tamper
-        outcomes = world.run(lambda c: algorithm(c, torch.ones(100), Arena(), 0, wire=wire), return_exceptions=True)
+        outcomes = world.run(
+            lambda c: algorithm(c, DenseSum(torch.ones(100), wire), Arena(), 0), return_exceptions=True
+        )
         assert any(isinstance(o, CommTimeout if lost else TransportError) for o in outcomes), outcomes
 
 
@@ -205,7 +217,7 @@ def test_bad_arguments_are_refused_with_their_value(algorithm: Algorithm) -> Non
         ({"error": torch.empty(3)}, ConfigError, r"\(3,\)"),
     ):
         with pytest.raises(kind, match=words):
-            world.run(lambda c, o=options: algorithm(c, torch.ones(10), Arena(), 0, **o))
+            world.run(lambda c, o=options: algorithm(c, DenseSum(torch.ones(10), **o), Arena(), 0))
 
 
 @given(st.integers(0, 1 << 28), st.integers(1, 1024), st.sampled_from(WIRES), st.booleans())

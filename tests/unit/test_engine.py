@@ -16,7 +16,16 @@ from sparsecomm.collectives import allgather_fixed
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.exchange import exchange
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, Engine, Request, SimulatedWorld, SoloTransport
+from sparsecomm.transport import (
+    AgreedError,
+    Channel,
+    CollectiveSteps,
+    Engine,
+    Request,
+    SimulatedWorld,
+    SoloTransport,
+    Task,
+)
 
 BROKEN = "communication failed before"
 
@@ -64,7 +73,7 @@ class Outcomes:
         return note, note
 
     def submit(self, engine: Engine, label: str, make: Callable[[Channel], CollectiveSteps[Any]], **kw: Any) -> None:
-        engine.submit(label, make, *self.callbacks(label), **kw)
+        engine.submit(Task(label, make, *self.callbacks(label), **kw))
 
     def wait(self, count: int, seconds: float = 20.0) -> None:
         with self._changed:
@@ -298,7 +307,7 @@ def test_a_callback_that_raises_does_not_silence_the_engine(which: str) -> None:
 
     engine = Engine(SoloTransport(), timeout=5.0)
     steps = at_once(1) if which == "on_done" else failing(AgreedError(KeyError("k")))
-    engine.submit("x", steps, explode, explode)
+    engine.submit(Task("x", steps, explode, explode))
     outcomes = Outcomes()
     outcomes.submit(engine, "later", at_once(2))
     outcomes.wait(1, 5.0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomm.transport import Engine, SoloTransport
+from sparsecomm.transport import Engine, SoloTransport, Task
 from sparsecomm.transport.base import Channel, CollectiveSteps
 from sparsecomm.transport.inbox import Inbox
 
@@ -96,7 +96,7 @@ def finished(engine: Engine, patient: list[bool]) -> tuple[list[int], list[int]]
             done.set()
 
     for number, waits in enumerate(patient):
-        engine.submit(f"c{number}", make(number), report, lambda e: None, key=number % 7, patient=waits)
+        engine.submit(Task(f"c{number}", make(number), report, lambda e: None, key=number % 7, patient=waits))
     assert done.wait(LONG), f"started {started}, reported {reported}"
     return started, reported
 
@@ -146,10 +146,10 @@ def test_an_urgent_result_is_not_kept_for_a_patient_one_behind_it() -> None:
         told.set()
 
     try:
-        engine.submit("spin", spin, lambda _: None, lambda e: None)
-        engine.submit("patient", patient, lambda _: None, lambda e: None, patient=True)
-        engine.submit("urgent", urgent, report, lambda e: None)
-        engine.submit("patient behind", patient, lambda _: None, lambda e: None, patient=True)
+        engine.submit(Task("spin", spin, lambda _: None, lambda e: None))
+        engine.submit(Task("patient", patient, lambda _: None, lambda e: None, patient=True))
+        engine.submit(Task("urgent", urgent, report, lambda e: None))
+        engine.submit(Task("patient behind", patient, lambda _: None, lambda e: None, patient=True))
         assert told.wait(LONG)
         assert reported - ended <= 1
     finally:

@@ -15,7 +15,7 @@ from sparsecomm.errors import TransportError
 from sparsecomm.feedback import BucketLayout, BucketMemory, Incoming, MomentumCorrection
 from sparsecomm.feedback.accumulate import take_some
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import Channel, CollectiveSteps, Engine, SimulatedWorld, SoloTransport
+from sparsecomm.transport import Channel, CollectiveSteps, Engine, SimulatedWorld, SoloTransport, Task
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_collectives_of_one_key_follow_each_other() -> None:
         return make
 
     for name in ("first", "second"):
-        engines[0].submit(name, steps(name), ended.put, ended.put, key="bucket 0")
+        engines[0].submit(Task(name, steps(name), ended.put, ended.put, key="bucket 0"))
     quiet = [lambda _: None] * 2
     for name in ("first", "second"):
-        engines[1].submit(name, lambda c: steps("other")(c), *quiet, key="bucket 0")
+        engines[1].submit(Task(name, lambda c: steps("other")(c), *quiet, key="bucket 0"))
     for _ in range(2):
         assert ended.get(timeout=20) is None
     mine = [line for line in log if not line.startswith("other")]
@@ -66,7 +66,7 @@ def test_an_exit_in_a_callback_does_not_silence_the_engine(engine: Engine) -> No
     def nothing(channel: Channel) -> CollectiveSteps[None]:
         yield []
 
-    engine.submit("leaves", nothing, leave, leave)
+    engine.submit(Task("leaves", nothing, leave, leave))
     assert left.wait(20)
     with pytest.raises(TransportError, match="callback"):
         engine.call("later", nothing)
@@ -84,14 +84,14 @@ def test_a_callback_cannot_wait_for_its_own_thread(engine: Engine) -> None:
         except TransportError as error:
             told.put(error)
 
-    engine.submit("outer", nothing, wait, wait)
+    engine.submit(Task("outer", nothing, wait, wait))
     assert "own thread" in str(told.get(timeout=20))
 
 
 def test_submitting_after_the_end_is_refused(engine: Engine) -> None:
     assert engine.close()
     with pytest.raises(TransportError, match="closed"):
-        engine.submit("late", lambda c: iter(()), print, print)  # type: ignore[arg-type, return-value]
+        engine.submit(Task("late", lambda c: iter(()), print, print))  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_allreduce_bytes
 from sparsecomm.compress import ChunkTopK, Places, largest_chunks
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import agreement_bytes
@@ -62,6 +62,6 @@ class Chunked(Packed):
     @override
     def find(self) -> CollectiveSteps[Places]:
         exchange, norms = self.exchange, self._norms
-        yield from dense_allreduce(exchange.channel, norms, exchange.arena, exchange.memory.index)
+        yield from dense_allreduce(exchange.channel, DenseSum(norms), exchange.arena, exchange.memory.index)
         chunks = largest_chunks(norms, -(-exchange.plan.k // self._chunk))
         return Places(chunks, self._chunk, exchange.grad.numel())

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes, dense_seconds
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, dense_seconds
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, register
@@ -87,7 +87,7 @@ class Dense(Method):
             error = taken.rest = exchange.arena.get((key, "rest"), grad.numel(), torch.float32)
         self._work = work
         scale = (exchange.plan.grad_scale if residual is not None else 1.0) / exchange.channel.size
-        yield from dense_allreduce(exchange.channel, work, exchange.arena, key, wire=wire, scale=scale, error=error)
+        yield from dense_allreduce(exchange.channel, DenseSum(work, wire, scale, error), exchange.arena, key)
         # With a residual, NaN and infinity were found when the gradient was added. Without one, they matter only if the
         # step is not final, since other buckets are then undone together with this one.
         return exchange.plan.final or residual is not None or _is_finite(work)

@@ -11,7 +11,7 @@ import abc
 import torch
 from typing_extensions import override
 
-from sparsecomm.collectives import dense_allreduce, dense_seconds
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_seconds
 from sparsecomm.compress import Places
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
@@ -81,7 +81,7 @@ class Packed(Method, abc.ABC):
         if wire != ValueCodec.FP32:
             rounding = arena.get((key, "rest"), places.count, torch.float32, reserve=k)
         scale = exchange.plan.grad_scale / exchange.channel.size
-        yield from dense_allreduce(exchange.channel, packed, arena, key, wire=wire, scale=scale, error=rounding)
+        yield from dense_allreduce(exchange.channel, DenseSum(packed, wire, scale, rounding), arena, key)
         exchange.report.nnz = places.count
         self._taken.places, self._taken.rounding = places, rounding
         return bool(torch.isfinite(packed).all())

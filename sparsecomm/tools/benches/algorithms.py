@@ -18,6 +18,7 @@ import torch.distributed as dist
 import sparsecomm as sc
 from sparsecomm import kernels
 from sparsecomm.collectives import (
+    DenseSum,
     dense_allreduce,
     dense_ring_bytes,
     doubling_allreduce,
@@ -154,7 +155,7 @@ def _summing(case: Case, allreduce: Callable[..., CollectiveSteps[None]], **opti
     arena, sent = Arena(), 0
 
     def steps(channel: Channel) -> CollectiveSteps[int]:
-        yield from allreduce(channel, case.work, arena, "bench", scale=1.0 / case.world.size, **options)
+        yield from allreduce(channel, DenseSum(case.work, scale=1.0 / case.world.size), arena, "bench", **options)
         return channel.traffic.bytes_sent
 
     def call() -> None:

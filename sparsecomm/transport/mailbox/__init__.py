@@ -1,4 +1,4 @@
-"""Messages of unknown length from anyone, and memory that others read: for the parameter server."""
+"""Messages of unknown length from any rank, and memory that other ranks read, for the parameter server."""
 
 from sparsecomm.transport.mailbox.base import Mailbox
 

@@ -1,6 +1,6 @@
-"""Messages of unknown length from anyone: what a parameter server needs and collectives do not.
+"""The mailbox protocol: messages of unknown length from any rank.
 
-A `Mailbox` belongs to one rank. It never blocks.
+A parameter server needs them; collectives do not. A `Mailbox` belongs to one rank and never blocks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["Mailbox"]
 
 
 class Mailbox(Protocol):
-    """One rank's mailbox. Messages from one rank to another keep their order; used by one thread.
+    """The mailbox of one rank, used by one thread. Messages from one rank to another keep their order.
 
     Attributes:
-        rank: this rank.
-        size: number of ranks at the start.
-        fault_tolerant: whether the others go on when one dies; else the launcher ends the job.
-        traffic: what this rank sent and received.
+        rank: This rank.
+        size: Number of ranks at the start of the job.
+        fault_tolerant: Whether the other ranks continue when one dies. If not, the launcher ends the job.
+        traffic: Messages and bytes that this rank has sent and received.
     """
 
     rank: int
@@ -30,17 +30,20 @@ class Mailbox(Protocol):
     traffic: Traffic
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """Starts to send a contiguous uint8 tensor, which must not change any more. To a dead rank it does nothing."""
+        """Starts to send a contiguous uint8 tensor. Does nothing if `dest` is dead.
+
+        The tensor must not change afterwards.
+        """
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """Returns the next message that has arrived and its sender, or None.
+        """Returns the sender and the content of the next message that has arrived, or None.
 
         Raises:
-            TransportError: if the transport failed other than by the death of a rank.
+            TransportError: if the transport failed for another reason than the death of a rank.
         """
 
     def lost(self) -> frozenset[int]:
-        """Returns the ranks that are known to be dead. It only grows."""
+        """Returns all ranks that are known to be dead. The set only grows."""
 
     def flushed(self) -> bool:
-        """Returns whether all that was sent to the living has left, letting it progress."""
+        """Makes progress and returns whether all messages to living ranks have left."""

@@ -1,4 +1,4 @@
-"""A mailbox over MPI: any-source matched probes, and ULFM where the launcher offers it."""
+"""A mailbox over MPI, by matched probes of any source. It tolerates faults where the launcher offers ULFM."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from time import monotonic
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
+from sparsecomm.transport.mailbox.base import Mailbox
 from sparsecomm.transport.mpi import import_mpi
 
 __all__ = ["MPIMailbox", "ulfm_problem"]
 
 _TAKE = 1 << 30  # MPI counts are C ints in most libraries
-_LOOK_SECONDS = 0.005  # between two questions who has died: asking costs about as much as a probe
+_LOOK_SECONDS = 0.005  # between two queries for dead ranks, each of which costs about as much as a probe
 
 
 def ulfm_problem() -> str | None:
-    """Returns why ranks of this job cannot outlive each other, with the fix, or None if they can."""
+    """Returns why the ranks of this job cannot survive the death of another, with the fix. None if they can."""
     fix = "start the job with Open MPI's mpirun --with-ft ulfm --mca pml ob1"
     chosen = {name: os.environ.get(f"OMPI_MCA_{name}") for name in ("mpi_ft_enable", "pml")}
     if chosen["mpi_ft_enable"] != "1":
@@ -31,10 +33,11 @@ def ulfm_problem() -> str | None:
     return None
 
 
-class MPIMailbox:
-    """See `Mailbox`. Every rank must create as many: the n-th ones talk to each other, by their tag.
+class MPIMailbox(Mailbox):
+    """A `Mailbox` over COMM_WORLD. Every rank must create the same number of mailboxes.
 
-    On COMM_WORLD itself: making a communicator is collective, and a rank that dies in it would take the others along.
+    The n-th mailboxes of all ranks exchange messages, told apart from the others by their tag. They share COMM_WORLD
+    because making a communicator is collective: a rank that dies during the call would end the other ranks as well.
     """
 
     _made = 0
@@ -57,8 +60,8 @@ class MPIMailbox:
         self._looked = monotonic()
         self._deaths = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING) if self.fault_tolerant else ()
 
+    @override
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Mailbox.send`."""
         if message.numel() > _TAKE:
             raise TransportError(
                 f"a message of {message.numel()} bytes to rank {dest}: at most {_TAKE}; use more servers"
@@ -74,8 +77,8 @@ class MPIMailbox:
         self.traffic.messages_sent += 1
         self.traffic.bytes_sent += message.numel()
 
+    @override
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Mailbox.receive`."""
         self.flushed()
         if self._receiving is None and not self._probe():
             return None
@@ -94,12 +97,12 @@ class MPIMailbox:
         return source, message
 
     def _probe(self) -> bool:
-        """Starts to receive the next message, if there is one."""
+        """Starts to receive the next message, if there is one. Returns whether it did."""
         try:
             found = self._comm.Improbe(self.MPI.ANY_SOURCE, self._tag, self._status)
         except self.MPI.Exception as error:
             self._failed(error, "probe")
-            return self._probe()  # that death is acknowledged now; messages may have come before it
+            return self._probe()  # the death is acknowledged now, and messages may have arrived before it
         if found is None:
             return False
         message = torch.empty(self._status.Get_count(self.MPI.BYTE), dtype=torch.uint8)
@@ -111,14 +114,14 @@ class MPIMailbox:
             return False
         return True
 
+    @override
     def lost(self) -> frozenset[int]:
-        """See `Mailbox.lost`."""
         if self.fault_tolerant and monotonic() - self._looked > _LOOK_SECONDS:
             self._look()
         return self._lost
 
+    @override
     def flushed(self) -> bool:
-        """See `Mailbox.flushed`."""
         left = []
         for entry in self._sending:
             request, message, dest = entry
@@ -131,7 +134,7 @@ class MPIMailbox:
         return not left
 
     def _look(self) -> None:
-        """Asks who has died. Acknowledging lets probes from anyone go on."""
+        """Updates the set of dead ranks. Acknowledges the deaths, so that probes of any source work again."""
         self._looked = monotonic()
         group = self._comm.Get_failed()
         if group.Get_size() > len(self._lost):
@@ -141,10 +144,10 @@ class MPIMailbox:
             ours.Free()
         group.Free()
 
-    def _failed(self, error: Any, what: str) -> None:
-        """Takes note of a death; any other failure is an error."""
+    def _failed(self, error: Any, action: str) -> None:
+        """Records the death of a rank. Raises TransportError for any other failure."""
         if error.Get_error_class() not in self._deaths:
-            raise TransportError(f"rank {self.rank}: {what} failed: {error}") from error
+            raise TransportError(f"rank {self.rank}: {action} failed: {error}") from error
         self._comm.Ack_failed()
         self._look()
 

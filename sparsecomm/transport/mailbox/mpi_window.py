@@ -1,25 +1,27 @@
-"""Memory that other ranks read by MPI's one-sided Get, without this rank's doing."""
+"""Windows over MPI. Other ranks read them by one-sided Get, without this rank's help."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import TransportError
+from sparsecomm.transport.mailbox.window import Get, Window
 from sparsecomm.transport.mpi import import_mpi
 
 __all__ = ["MPIWindow"]
 
 
-class MPIWindow:
-    """See `Window`. Collective over COMM_WORLD: every rank makes one, and closes it.
+class MPIWindow(Window):
+    """A `Window` over COMM_WORLD. Construction and `close` are collective.
 
     Args:
-        nbytes: of this rank's own memory; 0 if others have nothing to read here.
+        nbytes: Bytes of this rank's memory; 0 if other ranks read nothing here.
 
     Raises:
-        TransportError: if MPI cannot; or its windows have a private copy that remote reads see.
+        TransportError: if MPI cannot make the window, or if remote reads would see a private copy of the memory.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -36,8 +38,8 @@ class MPIWindow:
         memory: Any = self._win.tomemory()
         self.memory = torch.frombuffer(memory, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
 
+    @override
     def get(self, rank: int, offset: int, out: torch.Tensor) -> MPIGet:
-        """See `Window.get`."""
         view = self.MPI.buffer.fromaddress(out.data_ptr(), out.nbytes)
         try:
             request = self._win.Rget([view, self.MPI.BYTE], rank, offset)
@@ -45,27 +47,27 @@ class MPIWindow:
             raise TransportError(f"a get of {out.nbytes} bytes from rank {rank} failed: {error}") from error
         return MPIGet(request, out, rank)
 
+    @override
     def sync(self) -> None:
-        """See `Window.sync`."""
         self._win.Sync()
 
     def close(self) -> None:
-        """Gives the memory back. Collective."""
+        """Releases the memory. Collective."""
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._win.Unlock_all()
         self._win.Free()
 
 
-class MPIGet:
-    """A Get in progress; keeps its destination alive."""
+class MPIGet(Get):
+    """A Get in progress. It keeps its destination alive."""
 
     def __init__(self, request: Any, out: torch.Tensor, rank: int) -> None:
         self._request = request
         self._out = out
         self._rank = rank
 
+    @override
     def test(self) -> bool:
-        """Returns whether it is complete, letting it progress."""
         try:
             return bool(self._request.Test())
         except import_mpi().Exception as error:

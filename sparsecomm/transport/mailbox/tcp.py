@@ -1,6 +1,7 @@
-"""A mailbox over TCP, for ranks that come after the launch: MPI knows only those that it has started.
+"""Mailboxes over TCP, for ranks that join after the launch. MPI reaches only the ranks that it has started.
 
-A joiner connects to each server; whoever hangs up is dead. Frames are a length (8 bytes, little-endian) and a message.
+A joiner connects to each server. A rank that closes its connection counts as dead. A frame is a length (8 bytes,
+little-endian) and a message.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
 from sparsecomm.transport.mailbox.base import Mailbox
 
-__all__ = ["TOKEN_BYTES", "OpenMailbox", "TCPMailbox"]
+__all__ = ["TOKEN_BYTES", "ListeningMailbox", "TCPMailbox"]
 
 TOKEN_BYTES = 16
-_GREETING = struct.Struct(f"<{TOKEN_BYTES}sII")  # token, rank of the joiner, ranks at the start
+_GREETING = struct.Struct(f"<{TOKEN_BYTES}sII")  # token, rank of the joiner, number of ranks at the start
 _LENGTH = struct.Struct("<Q")
-_MOST = 1 << 30  # as over MPI
+_MAX_BYTES = 1 << 30  # of a message, as over MPI
 
 
 class _Connection:
     """Frames on one socket, which never blocks.
 
     Attributes:
-        closed: whether the other side is gone, or sent what is no frame.
+        closed: Whether the connection is closed, by either side or because a frame was too long.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -41,30 +43,26 @@ class _Connection:
         self.closed = False
         self._sock = sock
         self._out: deque[memoryview] = deque()
-        self._frame = self._memory(_LENGTH.size)
+        self._frame = _buffer(_LENGTH.size)
         self._filled = 0
         self._in_body = False
 
-    @staticmethod
-    def _memory(size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
     def send(self, message: torch.Tensor) -> None:
-        """Queues a message and sends what the socket takes."""
+        """Queues a message and sends as much as the socket takes."""
         self._out += [memoryview(_LENGTH.pack(message.numel())), memoryview(_bytes(message))]
         self.flush()
 
     def flush(self) -> bool:
-        """Sends what the socket takes; returns whether all has left."""
+        """Sends as much as the socket takes. Returns whether nothing is left to send."""
         try:
             while self._out and not self.closed:
-                left = self._out.popleft()
+                rest = self._out.popleft()
                 sent = 0
                 try:
-                    sent = self._sock.send(left) if left else 0
+                    sent = self._sock.send(rest) if rest else 0
                 finally:
-                    if sent < len(left):
-                        self._out.appendleft(left[sent:])
+                    if sent < len(rest):
+                        self._out.appendleft(rest[sent:])
         except BlockingIOError:
             return False
         except OSError:
@@ -72,23 +70,27 @@ class _Connection:
         return True
 
     def receive(self, expected: int | None = None) -> torch.Tensor | None:
-        """Returns the next message if all of it is here; with `expected`, so many bytes without a length."""
+        """Returns the next message if all of it has arrived, else None.
+
+        Args:
+            expected: Length of the message in bytes, if no length precedes it.
+        """
         if expected is not None and not self._in_body:
-            self._frame, self._in_body = self._memory(expected), True
+            self._frame, self._in_body = _buffer(expected), True
         while not self.closed and self._fill():
             whole, self._filled = self._frame, 0
             if self._in_body:
-                self._frame, self._in_body = self._memory(_LENGTH.size), False
+                self._frame, self._in_body = _buffer(_LENGTH.size), False
                 return whole
             (length,) = _LENGTH.unpack(_bytes(whole))
-            if length > _MOST:
+            if length > _MAX_BYTES:
                 self.close()
             else:
-                self._frame, self._in_body = self._memory(length), True
+                self._frame, self._in_body = _buffer(length), True
         return None
 
     def _fill(self) -> bool:
-        """Reads on; returns whether the frame is full."""
+        """Reads into the frame. Returns whether the frame is full."""
         while self._filled < self._frame.numel():
             try:
                 got = self._sock.recv_into(memoryview(_bytes(self._frame))[self._filled :])
@@ -103,7 +105,7 @@ class _Connection:
         return True
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the socket and drops the messages that have not left."""
         self.closed = True
         self._out.clear()
         self._sock.close()
@@ -113,8 +115,17 @@ def _bytes(message: torch.Tensor) -> Any:
     return message.numpy()
 
 
+def _buffer(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class _Connections:
-    """Open connections by rank, and who has hung up."""
+    """Open connections, and the ranks that have closed theirs.
+
+    Attributes:
+        by_rank: Open connections, by rank.
+        lost: Ranks whose connections are closed.
+    """
 
     def __init__(self, traffic: Traffic) -> None:
         self.by_rank: dict[int, _Connection] = {}
@@ -123,16 +134,16 @@ class _Connections:
         self._turn: Iterator[int] = iter(())
 
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """Sends to a living rank; does nothing else."""
-        if message.numel() > _MOST:
-            raise TransportError(f"a message of {message.numel()} bytes to rank {dest}: at most {_MOST}")
+        """Sends to a connected rank. Does nothing for any other rank."""
+        if message.numel() > _MAX_BYTES:
+            raise TransportError(f"a message of {message.numel()} bytes to rank {dest}: at most {_MAX_BYTES}")
         if dest in self.by_rank:
             self.by_rank[dest].send(message)
             self._traffic.messages_sent += 1
             self._traffic.bytes_sent += message.numel()
 
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """Returns the next message of anyone, each in turn."""
+        """Returns the next message and its sender, or None. The ranks take turns."""
         for rank in (*self._turn, *self.by_rank):
             connection = self.by_rank.get(rank)
             message = None if connection is None else connection.receive()
@@ -144,8 +155,8 @@ class _Connections:
                 return rank, message
         return None
 
-    def bury(self) -> frozenset[int]:
-        """Returns who has hung up, ever."""
+    def drop_closed(self) -> frozenset[int]:
+        """Drops connections that are closed. Returns all ranks whose connections were ever dropped."""
         gone = [rank for rank, connection in self.by_rank.items() if connection.closed]
         for rank in gone:
             del self.by_rank[rank]
@@ -153,27 +164,27 @@ class _Connections:
         return self.lost
 
     def flushed(self) -> bool:
-        """Returns whether everything has left."""
-        left = [connection.flush() for connection in self.by_rank.values()]
-        return all(left)
+        """Sends on every connection. Returns whether nothing is left to send."""
+        done = [connection.flush() for connection in self.by_rank.values()]
+        return all(done)
 
     def close(self) -> None:
-        """Hangs up on all."""
+        """Closes all connections."""
         for connection in self.by_rank.values():
             connection.close()
 
 
-class TCPMailbox:
-    """A joiner's mailbox, which reaches servers only. See `Mailbox`.
+class TCPMailbox(Mailbox):
+    """The mailbox of a joiner, connected to the `ListeningMailbox` of each server. It reaches servers only.
 
     Args:
-        rank: the joiner's.
-        size: ranks at the start.
-        servers: host, port and token of each server's rank; one that does not answer is dead.
-        timeout: seconds to wait for a connection.
+        rank: The joiner's rank.
+        size: Number of ranks at the start of the job.
+        servers: Host, port and token of each server, by rank. A server that does not answer counts as dead.
+        timeout: Seconds to wait for a connection.
 
     Raises:
-        TransportError: if no server answers; says why.
+        TransportError: if no server answers. The message says why.
     """
 
     fault_tolerant = True
@@ -195,38 +206,38 @@ class TCPMailbox:
         if not self._servers.by_rank:
             raise TransportError(f"no server answers; has the job ended? {'; '.join(failures)}")
 
+    @override
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Mailbox.send`."""
         self._servers.send(dest, message)
 
+    @override
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Mailbox.receive`."""
         self._servers.flushed()
         return self._servers.receive()
 
+    @override
     def lost(self) -> frozenset[int]:
-        """See `Mailbox.lost`."""
-        return self._servers.bury()
+        return self._servers.drop_closed()
 
+    @override
     def flushed(self) -> bool:
-        """See `Mailbox.flushed`."""
         return self._servers.flushed()
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connections to all servers."""
         self._servers.close()
 
 
-class OpenMailbox:
-    """A server's mailbox: another one's, and joiners who know the token. See `Mailbox`.
+class ListeningMailbox(Mailbox):
+    """The mailbox of a server that listens for joiners. It reaches the launched ranks and the joiners.
 
     Args:
-        inner: mailbox of the ranks that were there at the start.
-        host: address to listen at.
-        token: that joiners must know.
+        inner: Mailbox that reaches the launched ranks.
+        host: Address to listen at.
+        token: Secret that a joiner must present.
 
     Attributes:
-        address: host and port.
+        address: Host and port at which the mailbox listens.
     """
 
     def __init__(self, inner: Mailbox, host: str, token: bytes) -> None:
@@ -237,58 +248,59 @@ class OpenMailbox:
         self._inner = inner
         self._token = token
         self._joiners = _Connections(inner.traffic)
-        self._strangers: list[_Connection] = []
-        self._door = socket.create_server((host, 0))
-        self._door.setblocking(False)
-        self.address: tuple[str, int] = self._door.getsockname()[:2]
+        self._greeting: list[_Connection] = []
+        self._listener = socket.create_server((host, 0))
+        self._listener.setblocking(False)
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
 
+    @override
     def send(self, dest: int, message: torch.Tensor) -> None:
-        """See `Mailbox.send`."""
         if dest < self.size:
             self._inner.send(dest, message)
         else:
             self._joiners.send(dest, message)
 
+    @override
     def receive(self) -> tuple[int, torch.Tensor] | None:
-        """See `Mailbox.receive`."""
         arrived = self._inner.receive()
         if arrived is None:
-            self._admit()
+            self._accept()
             self._joiners.flushed()
             arrived = self._joiners.receive()
         return arrived
 
+    @override
     def lost(self) -> frozenset[int]:
-        """See `Mailbox.lost`."""
-        return self._inner.lost() | self._joiners.bury()
+        return self._inner.lost() | self._joiners.drop_closed()
 
+    @override
     def flushed(self) -> bool:
-        """See `Mailbox.flushed`."""
         joiners = self._joiners.flushed()
         return self._inner.flushed() and joiners
 
     def close(self) -> None:
-        """Lets nobody in any more and hangs up on those who are."""
-        self._door.close()
-        for stranger in self._strangers:
-            stranger.close()
+        """Stops listening and closes the connections to all joiners."""
+        self._listener.close()
+        for connection in self._greeting:
+            connection.close()
         self._joiners.close()
 
-    def _admit(self) -> None:
+    def _accept(self) -> None:
+        """Accepts a new connection, and admits the joiners whose greeting has arrived."""
         with contextlib.suppress(OSError):
-            self._strangers.append(_Connection(self._door.accept()[0]))
-        waiting, self._strangers = self._strangers, []
-        for stranger in waiting:
-            said = stranger.receive(_GREETING.size)
-            if said is not None:
-                self._greet(stranger, *_GREETING.unpack(_bytes(said)))
-            elif not stranger.closed:
-                self._strangers.append(stranger)
+            self._greeting.append(_Connection(self._listener.accept()[0]))
+        waiting, self._greeting = self._greeting, []
+        for connection in waiting:
+            greeting = connection.receive(_GREETING.size)
+            if greeting is not None:
+                self._admit(connection, *_GREETING.unpack(_bytes(greeting)))
+            elif not connection.closed:
+                self._greeting.append(connection)
 
-    def _greet(self, stranger: _Connection, token: bytes, rank: int, size: int) -> None:
-        """Takes a joiner in, or hangs up on one that is of another job, or has a rank that was there before."""
+    def _admit(self, connection: _Connection, token: bytes, rank: int, size: int) -> None:
+        """Admits a joiner. Closes the connection if it belongs to another job or its rank was in use before."""
         known = rank < self.size or rank in self._joiners.by_rank or rank in self._joiners.lost
         if known or size != self.size or not hmac.compare_digest(token, self._token):
-            stranger.close()
+            connection.close()
         else:
-            self._joiners.by_rank[rank] = stranger
+            self._joiners.by_rank[rank] = connection

@@ -1,4 +1,4 @@
-"""Memory that others read without asking: the protocol, and one in this process."""
+"""The window protocol: memory that other ranks read without this rank's help."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ class Get(Protocol):
     """A read in progress. Its destination must not be touched until `test` has returned True."""
 
     def test(self) -> bool:
-        """Returns whether it is complete, letting it progress."""
+        """Makes progress and returns whether the read is complete."""
 
 
 class Window(Protocol):
-    """This rank's memory that others may read at any time, while it is written to, too: readers check.
+    """Memory of this rank that other ranks may read at any time.
+
+    A read may overlap with a write, so readers must check the bytes that they get.
 
     Attributes:
-        memory: uint8, this rank's own.
+        memory: This rank's memory, uint8.
     """
 
     memory: torch.Tensor
 
     def get(self, rank: int, offset: int, out: torch.Tensor) -> Get:
-        """Starts to read from a rank's memory.
+        """Starts to read from the memory of a rank.
 
         Args:
-            rank: whose.
-            offset: first byte.
-            out: contiguous; its bytes are filled. Mutated until the Get is complete.
+            rank: Rank whose memory is read.
+            offset: First byte to read.
+            out: Contiguous destination, which is filled. Mutated until the Get is complete.
         """
 
     def sync(self) -> None:
-        """Orders this rank's writes: what was written before is seen before what is written after."""
+        """Orders this rank's writes: readers see earlier writes before later ones."""

@@ -20,7 +20,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_allreduce_bytes
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_allreduce_bytes
 from sparsecomm.compress import PowerSGD
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
@@ -126,7 +126,7 @@ class LowRank(Method):
             orthonormal(q, start)
             torch.mm(q, m.of(residual).t(), out=p)
         if matrices:
-            yield from dense_allreduce(exchange.channel, first, exchange.arena, (key, "left"), wire=wire)
+            yield from dense_allreduce(exchange.channel, DenseSum(first, wire), exchange.arena, (key, "left"))
             if not bool(torch.isfinite(first).all()):
                 return False
         for m, p, q in self._factors(first, right):
@@ -140,7 +140,7 @@ class LowRank(Method):
         error = self._buffer("rounded", second.numel()) if wire != ValueCodec.FP32 else None
         scale = exchange.plan.grad_scale / exchange.channel.size
         yield from dense_allreduce(
-            exchange.channel, second, exchange.arena, (key, "right"), wire=wire, scale=scale, error=error
+            exchange.channel, DenseSum(second, wire, scale, error), exchange.arena, (key, "right")
         )
         self._left_factor = first
         if not bool(torch.isfinite(second).all()):

@@ -20,7 +20,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm import kernels
-from sparsecomm.collectives import dense_allreduce, dense_ring_bytes, node_sum
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, node_sum
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, Scope, register
@@ -117,7 +117,7 @@ class TwoLevel(Method):
         total = exchange.arena.get((key, "node sum"), residual.numel(), torch.float32)
         total.copy_(residual)
         if len(self._nodes) == 1:
-            yield from dense_allreduce(channel, total, exchange.arena, key)
+            yield from dense_allreduce(channel, DenseSum(total), exchange.arena, key)
             self._dense = total
             return bool(torch.isfinite(total).all())
         if self._turn is None:

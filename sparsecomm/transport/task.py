@@ -1,0 +1,123 @@
+"""Collectives as the engine sees them: submitted, in flight, and grouped by the ranks that take part."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsecomm.transport.base import Channel, CollectiveSteps, GroupTransport, Request, Transport
+
+__all__ = ["IN_FLIGHT", "Running", "Task", "TaskGroup"]
+
+IN_FLIGHT = 32
+"""Most collectives of a group in flight at once. Those submitted later wait in the group's backlog."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A collective to run. The engine calls exactly one of the two callbacks, on its thread.
+
+    Attributes:
+        label: Name of the collective in errors, e.g. "bucket 3 of step 10".
+        make: Called with the channel of the collective; returns its generator.
+        on_done: Called with the result of the generator.
+        on_error: Called with the error that made the collective fail.
+        group: World ranks that take part, in order; None for all ranks.
+        key: Identifies the buffers of the collective. A later task of the same key starts when this one has ended.
+        patient: Whether the task may wait for some milliseconds while more tasks are being submitted.
+    """
+
+    label: str
+    make: Callable[[Channel], CollectiveSteps[Any]]
+    on_done: Callable[[Any], None]
+    on_error: Callable[[BaseException], None]
+    group: tuple[int, ...] | None = None
+    key: Hashable = None
+    patient: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A task in flight.
+
+    Attributes:
+        task: The task.
+        group: The ranks that take part.
+        deadline: Time at which the task fails, on the clock of `time.monotonic`.
+        channel: Channel of the collective; None until it was opened.
+        steps: Generator of the collective; None until it was made.
+        waiting: Requests that must be complete before the generator is resumed.
+    """
+
+    task: Task
+    group: TaskGroup
+    deadline: float = math.inf
+    channel: Channel | None = None
+    steps: CollectiveSteps[Any] | None = None
+    waiting: deque[Request] = field(default_factory=deque)
+
+    def ready(self, tries: int) -> bool:
+        """Tests up to `tries` times and returns whether all requests are complete.
+
+        Tests only the oldest request that is incomplete, because any test lets all requests make progress.
+        """
+        while self.waiting:
+            request = self.waiting[0]
+            if not request.test():
+                tries -= 1
+                if tries <= 0:
+                    return False
+                continue
+            self.waiting.popleft()
+        return True
+
+
+class TaskGroup:
+    """Ranks that communicate. The tags of their collectives derive from the ranks and from a count of collectives.
+
+    Every group has a range of tags to itself. If two ranges clash, the headers of messages do not match. Each group
+    also has a window and a backlog, because only within a group do all ranks submit in the same order.
+
+    Args:
+        world: The world's transport.
+        ranks: World ranks of the group, in order; None for all ranks.
+
+    Attributes:
+        in_flight: Number of tasks in flight.
+        keys: Keys of these tasks.
+        backlog: Tasks that have not started.
+    """
+
+    def __init__(self, world: Transport, ranks: tuple[int, ...] | None) -> None:
+        self._world = world
+        self._ranks = ranks
+        self._transport: Transport | None = None
+        self._started = 0
+        self.in_flight = 0
+        self.keys: set[Hashable] = set()
+        self.backlog: deque[Task] = deque()
+
+    def may_start(self) -> bool:
+        """Returns whether the first task of the backlog may start now."""
+        return bool(self.backlog) and self.in_flight < IN_FLIGHT and self.backlog[0].key not in self.keys
+
+    def open_channel(self) -> Channel:
+        """Returns the channel of the next collective.
+
+        Raises:
+            TransportError: if these ranks cannot be a group.
+        """
+        tag_bits = min(self._world.max_tag.bit_length() - 1, 30)
+        group_bits = tag_bits * 2 // 5
+        tags = 1 << (tag_bits - group_bits)
+        slot = 0
+        if self._transport is None:
+            self._transport = self._world if self._ranks is None else GroupTransport(self._world, self._ranks)
+        if self._ranks is not None:
+            slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
+        self._started += 1
+        return Channel(self._transport, slot * tags + self._started % tags)

@@ -163,4 +163,5 @@ class SparsifyingCompressor(Compressor):
 
     @override
     def density_at(self, step: int) -> float:
-        return density_at(self.density, step)
+        density = self.density
+        return density_at(density, step) if callable(density) else density

@@ -22,10 +22,18 @@ __all__ = ["Memories"]
 
 @dataclass(slots=True)
 class _Known:
-    """A bucket as it was last handed over: the ids of its parameters, and its memory."""
+    """A bucket as it was last handed over.
+
+    Attributes:
+        parameters: ids of its parameters.
+        bucket: its memory.
+        equipped: what that memory was equipped for: options, collective, device, and version of the stores; None for
+            nothing.
+    """
 
     parameters: tuple[int, ...]
     bucket: BucketMemory
+    equipped: tuple[SparseConfig, str, torch.device, int] | None = None
 
 
 class Memories:
@@ -83,18 +91,26 @@ class Memories:
             step: training step.
             home: device of the memory.
         """
+        bucket.age = step - self._moments_since + 1
+        known, version = self.known[bucket.index], sum(store.version for store in self._stores.values())
+        if known.equipped is not None:
+            options, *basis = known.equipped
+            if options is config and basis == [collective, home, version]:
+                return
         moments, residuals = _moments(config.feedback), self._stores["residual"]
         rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
         if method_named(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
             bucket.residual = residuals.bucket(bucket.layout, home)
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
-        bucket.age = step - self._moments_since + 1
+        version = sum(store.version for store in self._stores.values())
+        known.equipped = (config, collective, home, version)
 
     def finish_step(self, *, skipped: bool) -> None:
         """Makes the last exchanged step of all buckets final, or undoes it if the optimizer skips it."""
         for known in self.known.values():
-            known.bucket.finish_step(skipped=skipped)
+            if known.bucket.pending is not None:
+                known.bucket.finish_step(skipped=skipped)
 
     def change(self, feedback: Feedback | None, step: int) -> None:
         """Forgets everything that depends on the options before a change.
@@ -109,6 +125,7 @@ class Memories:
         for known in self.known.values():
             known.bucket.memory = SelectorMemory()
             known.bucket.shared = None
+            known.equipped = None
         self._selectors.clear()
         for kind in set(self._stores) - {"residual", *_moments(feedback)}:
             self._stores[kind] = ResidualStore(kind)

@@ -149,8 +149,9 @@ class SparseState:
         step = self.step
         if last:
             self.step += 1
-        self._exchanged = True
-        note_use()
+        if not self._exchanged:
+            note_use()
+            self._exchanged = True
         for batch in self._fusion.add(handed, self.config.fuse_bytes, last=last):
             Submission(self, self._parts, batch, step, world()).start()
         return handed.result

@@ -129,6 +129,7 @@ class Submission:
         k = config.compressor.k_for(batch.numel, self._step)
         how = parts.choice.choose(config, batch.index, k, batch.numel, self._step, model.size)
         parts.memories.equip(bucket, config, how.method, self._step, self._lane.home(how.method))
+        scaled = parts.scaling.scaler is not None
         clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
         if clip_norm is not None:
             clip_norm *= math.sqrt(batch.numel / max(model.numel, 1) / model.size)
@@ -140,11 +141,11 @@ class Submission:
             value_codec=how.values,
             index_codec=config.indices,
             feedback=config.feedback,
-            grad_scale=parts.scaling.grad_scale(),
+            grad_scale=parts.scaling.grad_scale() if scaled else 1.0,
             unused=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
             clip_norm=clip_norm,
             inner_group=config.inner_group,
-            final=not parts.scaling.may_skip(),
+            final=not (scaled and parts.scaling.may_skip()),
         )
 
     # --- to the engine ------------------------------------------------------------------------------------------

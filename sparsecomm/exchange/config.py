@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -121,7 +122,9 @@ class SparseConfig:
         if not only and method_named(self.collective).scope == Scope.OWN:
             raise ConfigError(f"collective={self.collective!r} needs a compressor made for it, not {maker}")
 
-    @property
+    # Read for every bucket of every step, hence worked out once.
+
+    @cached_property
     def method(self) -> str | None:
         """The name of the exchange method; None if "auto" chooses one."""
         only = self.compressor.collectives
@@ -129,17 +132,17 @@ class SparseConfig:
             return self.collective
         return only[0] if only else None
 
-    @property
+    @cached_property
     def values(self) -> ValueCodec:
         """Codec of the values in a sparse exchange."""
         return _VALUE_CODECS[self.value_codec]
 
-    @property
+    @cached_property
     def dense_values(self) -> ValueCodec:
         """Codec of the values in a dense exchange; by default fp32, which rounds nothing."""
         return ValueCodec.FP32 if self.value_codec == "auto" else self.values
 
-    @property
+    @cached_property
     def indices(self) -> IndexCodec | None:
         """Codec of the positions; None for the smallest."""
         return _INDEX_CODECS[self.index_codec]

@@ -64,7 +64,8 @@ def exchange(
     report = BucketReport(bucket=memory.index, step=plan.step, numel=grad.numel())
     report.dense_bytes = dense_ring_bytes(grad.numel(), channel.size)
     running = Exchange(channel, memory, grad, plan, arena, arena if workspace is None else workspace, report)
-    memory.finish_step()
+    if memory.pending is not None:
+        memory.finish_step()
     yield from _run(running, method_named(plan.collective)(running))
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received

@@ -20,10 +20,14 @@ class ResidualStore:
 
     Args:
         noun: name of such a tensor in errors.
+
+    Attributes:
+        version: changes whenever a flat tensor is made, since parameters may then have left another.
     """
 
     def __init__(self, noun: str = "residual") -> None:
         self._noun = noun
+        self.version = 0
         self._flat: dict[BucketLayout, torch.Tensor] = {}
         self._places: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
         self._pending: dict[str, torch.Tensor] = {}
@@ -49,6 +53,7 @@ class ResidualStore:
         if cached is not None and cached.device == torch.device(device):
             return cached
         self._check_pending(layout)
+        self.version += 1
         flat = torch.zeros(layout.numel, dtype=torch.float32, device=device)
         offset = 0
         for i, name in enumerate(layout.names):

@@ -159,6 +159,7 @@ def run_server(
         out = torch.zeros(numel)
         origin = Origin(PUSH, spec, rank=0, world=2, step=0)
         ready, _ = decode(origin, payload)
+        wide = ready[0].to(torch.int64)
 
         def push(message: torch.Tensor = message, origin: Origin = origin, out: torch.Tensor = out) -> None:
             _, body = ms.unpack(message, 0)
@@ -168,9 +169,7 @@ def run_server(
         def floor(ready: Any = ready, out: torch.Tensor = out) -> None:
             kernels.scatter_add(out, *ready)
 
-        wide = ready[0].to(torch.int64)
-
-        def by_torch(wide: torch.Tensor = wide, ready: Any = ready, out: torch.Tensor = out) -> None:
+        def by_torch(wide: torch.Tensor = wide, ready: Any = ready, out: Any = out) -> None:
             out.index_add_(0, wide, ready[1])
 
         times = alternate({"push": push, "floor": floor, "torch": by_torch}, repeats=repeats, warmup=3)

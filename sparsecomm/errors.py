@@ -1,4 +1,4 @@
-"""Every error sparsecomm raises on purpose, one hierarchy, each carrying the offending value."""
+"""All errors that sparsecomm raises on purpose. They form one hierarchy, and each names the offending value."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class SparseCommError(RuntimeError):
 
 
 class ConfigError(SparseCommError, ValueError):
-    """An option, argument or gradient is not acceptable; the message names it and its value."""
+    """An option, argument or gradient is not acceptable. The message names it and its value."""
 
 
 class KernelError(SparseCommError):
-    """A compute kernel was given tensors it cannot work on (our own bug unless you call kernels yourself)."""
+    """A compute kernel got tensors that it cannot process. A bug in sparsecomm, unless you call kernels yourself."""
 
 
 class WireError(SparseCommError):
     """A payload is malformed: truncated, corrupted, hostile, or of another version.
 
     Args:
-        field: name of the field that failed its check.
-        value: what the field held.
-        reason: why that is not acceptable.
-        rank: the sender, where known.
-        bucket: the bucket, where known.
+        field: Name of the field that failed its check.
+        value: Value of the field.
+        reason: Why the value is not acceptable.
+        rank: Sender of the payload, if known.
+        bucket: Bucket of the payload, if known.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class WireError(SparseCommError):
         self.reason = reason
         self.rank = rank
         self.bucket = bucket
-        where = "" if rank is None else f" from rank {rank}"
-        where += "" if bucket is None else f" for bucket {bucket}"
-        super().__init__(f"bad payload{where}: {field} = {value!r}: {reason}")
+        origin = "" if rank is None else f" from rank {rank}"
+        origin += "" if bucket is None else f" for bucket {bucket}"
+        super().__init__(f"bad payload{origin}: {field} = {value!r}: {reason}")
 
     def at(self, *, rank: int | None = None, bucket: int | None = None) -> WireError:
-        """Returns the same error with the sender and bucket filled in where they were unknown."""
+        """Returns a copy of the error with another sender or bucket. None keeps the one that this error has."""
         return WireError(
             self.field,
             self.value,
@@ -70,28 +70,28 @@ class WireError(SparseCommError):
 
 
 class CollectiveMismatch(SparseCommError):
-    """Ranks entered different collectives: another bucket, step, layout or world size."""
+    """Ranks entered different collectives: their buckets, steps, layouts or world sizes differ."""
 
 
 class RemoteError(SparseCommError):
-    """Another rank failed in this collective; the message names that rank and carries its cause."""
+    """Another rank failed in this collective. The message names that rank and the cause."""
 
 
 class CommTimeout(SparseCommError, TimeoutError):
-    """A collective did not finish within the timeout (seconds); the message says whom it waited for."""
+    """A collective did not finish within the timeout. The message names the ranks that it waited for."""
 
 
 class TransportError(SparseCommError):
-    """The transport failed, was shut down, or is used from a forked child."""
+    """The transport failed, was shut down, or was used in a forked child."""
 
 
 class LaunchError(SparseCommError):
-    """The processes were not launched in a way that lets them find each other; the message has the fix."""
+    """The launcher did not start the processes so that they can find each other. The message says how to fix that."""
 
 
 class StateError(SparseCommError, ValueError):
-    """A checkpoint does not belong to this model or is damaged; nothing was applied."""
+    """A checkpoint belongs to another model or is damaged. Nothing of it was applied."""
 
 
 class LabError(SparseCommError):
-    """A lab of network namespaces cannot be made, found, used or removed; the message says why and what helps."""
+    """A lab of network namespaces cannot be made, found, used or removed. The message says why and how to fix it."""

@@ -15,9 +15,9 @@ __all__ = ["broadcast", "broadcast_bytes"]
 def broadcast(channel: Channel, data: torch.Tensor, root: int) -> CollectiveSteps[None]:
     """Sends the root's data to all ranks. Collective.
 
-    Ranks are numbered from the root. Each receives from the rank whose number is its own number without the lowest set
-    bit. Then it sends to the ranks whose numbers differ from its own in one lower bit, first to those that pass the
-    data on to the most ranks.
+    A rank's number is its distance from the root. It receives from the number that results when its lowest set bit is
+    cleared. Then it sends to the numbers that result when one lower bit is set, the highest bit first, because those
+    ranks pass the data on to the most others.
 
     Args:
         channel: Ranks that take part.

@@ -1,4 +1,4 @@
-"""From a launcher's environment to a world of ranks that can talk."""
+"""Turns a launcher's environment into a world of ranks that can communicate."""
 
 from sparsecomm.launch.detect import Launch, detect, without_launcher
 from sparsecomm.launch.world import World, default_timeout, init, is_initialized, shutdown, world

@@ -1,4 +1,8 @@
-"""Which launcher started this process, by its environment alone."""
+"""Detects the launcher of this process from its environment alone.
+
+`LAUNCHERS` is the table from a launcher to the variables that it sets and to the transport of its processes. A new
+launcher is one row here. A new transport is one file and one row in `sparsecomm.launch.join.JOINS`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,46 @@ from dataclasses import dataclass
 
 from sparsecomm.errors import LaunchError
 
-__all__ = ["Launch", "detect", "without_launcher"]
+__all__ = ["LAUNCHERS", "Launch", "Launcher", "detect", "without_launcher"]
 
-# (launcher, rank, world size, local rank), innermost launcher first
-_MPI_VARIABLES = (
-    ("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("mpirun or srun (MPICH or Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """A launcher, the variables by which it tells a process its rank, and the transport of its processes.
+
+    Attributes:
+        name: Name for messages.
+        transport: Name of the transport, a key of `sparsecomm.launch.join.JOINS`.
+        rank: Variable with the rank.
+        size: Variable with the world size.
+        local_rank: Variable with the rank on this node.
+        marker: Variable that only this launcher sets. None recognizes it by `rank` and `size`.
+        address: Further variables that ranks need to find each other.
+    """
+
+    name: str
+    transport: str
+    rank: str
+    size: str
+    local_rank: str
+    marker: str | None = None
+    address: tuple[str, ...] = ()
+
+    def started(self, env: Mapping[str, str]) -> bool:
+        """Returns whether this launcher started the process with this environment."""
+        return self.marker in env if self.marker is not None else self.rank in env and self.size in env
+
+
+# The innermost launcher comes first. torchrun precedes the MPI launchers because it may run under mpirun or srun.
+LAUNCHERS = (
+    Launcher("torchrun", "gloo", "RANK", "WORLD_SIZE", "LOCAL_RANK", marker="TORCHELASTIC_RUN_ID"),
+    Launcher("mpirun (Open MPI)", "mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("mpirun or srun (MPICH or Intel MPI)", "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    Launcher("srun", "mpi", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    Launcher("environment", "gloo", "RANK", "WORLD_SIZE", "LOCAL_RANK", address=("MASTER_ADDR", "MASTER_PORT")),
 )
 
-# Variables by which a launcher tells a process which rank it is. A child that is no rank must not see them.
+# Prefixes of the variables by which a launcher tells a process its rank. A child that is no rank must not see them.
 _RANK_VARIABLES = (
     "OMPI_COMM_",
     "OMPI_UNIVERSE",
@@ -39,67 +73,63 @@ class Launch:
     Attributes:
         launcher: "torchrun", "mpirun (Open MPI)", "mpirun or srun (MPICH or Intel MPI)", "srun", "environment" (RANK
             and WORLD_SIZE set by hand) or "python".
-        rank: this process's rank.
-        size: number of processes.
-        local_rank: rank on this node; None where the launcher does not say.
-        mpi: whether the processes are to find each other through MPI.
+        rank: Rank of this process.
+        size: Number of processes.
+        local_rank: Rank on this node; None if the launcher does not say.
+        transport: Name of the transport by which the processes find each other: "mpi" or "gloo"; "solo" for a world of
+            one without a launcher.
     """
 
     launcher: str
     rank: int
     size: int
     local_rank: int | None
-    mpi: bool
+    transport: str
+
+    @property
+    def mpi(self) -> bool:
+        """Whether the processes find each other through MPI."""
+        return self.transport == "mpi"
 
 
 def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """Reads the launcher's environment variables.
 
-    torchrun comes first, since it may itself run under mpirun or srun, then MPI launchers, then torch's own
-    variables set by hand, then plain python: a world of one.
+    The first launcher of `LAUNCHERS` that started the process counts. Without one this is plain python, a world of one.
 
     Args:
-        environ: the environment; this process's if None.
+        environ: The environment; None for that of this process.
 
     Raises:
-        LaunchError: if a variable is not a number, or contradicts another.
+        LaunchError: if a variable is not a number or contradicts another, or if an address is missing.
     """
     env = os.environ if environ is None else environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return _from_torch(env, "torchrun")
-    for launcher, rank, size, local in _MPI_VARIABLES:
-        if rank in env and size in env:
-            return _checked(
-                Launch(launcher, _number(env, rank), _number(env, size), _number(env, local, None), mpi=True)
-            )
-    if "RANK" in env and "WORLD_SIZE" in env:
-        found = _from_torch(env, "environment")
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing and found.size > 1:
+    for launcher in LAUNCHERS:
+        if not launcher.started(env):
+            continue
+        launch = _read(launcher, env)
+        missing = [name for name in launcher.address if name not in env]
+        if missing and launch.size > 1:
             raise LaunchError(
-                f"RANK = {found.rank} and WORLD_SIZE = {found.size} are set, but not {' and '.join(missing)}: "
+                f"{launcher.rank} = {launch.rank} and {launcher.size} = {launch.size} are set, "
+                f"but not {' and '.join(missing)}: "
                 "set them to rank 0's address and a free port there, or launch with mpirun or torchrun"
             )
         if not missing:
-            return found
-    return Launch("python", 0, 1, 0, mpi=False)
+            return launch
+    return Launch("python", 0, 1, 0, "solo")
 
 
-def _from_torch(env: Mapping[str, str], launcher: str) -> Launch:
-    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    return _checked(Launch(launcher, rank, size, _number(env, "LOCAL_RANK", None), mpi=False))
+def _read(launcher: Launcher, env: Mapping[str, str]) -> Launch:
+    rank, size = _number(env, launcher.rank), _number(env, launcher.size)
+    local_rank = _number(env, launcher.local_rank) if launcher.local_rank in env else None
+    if not 0 <= rank < size:
+        raise LaunchError(f"{launcher.name} says rank {rank} of {size}: not a rank of that world")
+    return Launch(launcher.name, rank, size, local_rank, launcher.transport)
 
 
-def _checked(launch: Launch) -> Launch:
-    if not 0 <= launch.rank < launch.size:
-        raise LaunchError(f"{launch.launcher} says rank {launch.rank} of {launch.size}: not a rank of that world")
-    return launch
-
-
-def _number(env: Mapping[str, str], name: str, default: int | None = -1) -> int:
+def _number(env: Mapping[str, str], name: str) -> int:
     text = env.get(name)
-    if text is None and default is None:
-        return None  # type: ignore[return-value]
     try:
         return int(text or "")
     except ValueError:
@@ -107,5 +137,5 @@ def _number(env: Mapping[str, str], name: str, default: int | None = -1) -> int:
 
 
 def without_launcher() -> dict[str, str]:
-    """Returns the environment without what makes a process a rank of the job."""
+    """Returns the environment without the variables that make a process a rank of the job."""
     return {k: v for k, v in os.environ.items() if not k.startswith(_RANK_VARIABLES)}

@@ -1,4 +1,4 @@
-"""Brings up torch.distributed (Gloo, and NCCL where there are GPUs) without the user setting an address or port."""
+"""Brings up torch.distributed (Gloo, and NCCL on GPUs) without an address or port from the user."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ def init_solo() -> None:
 
 
 def init_from_environment(timeout: float) -> None:
-    """Brings up the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe. Collective."""
+    """Brings up the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT define. Collective."""
     dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
 
 
 def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:
-    """Brings up the world of an MPI communicator: rank 0 opens a store on a free port and tells the others. Collective.
+    """Brings up the world of an MPI communicator. Collective.
+
+    Rank 0 opens a store on a free port and broadcasts its addresses and the port over MPI.
 
     Args:
-        comm: an mpi4py communicator over all ranks.
-        node_size: ranks on this node; if that is all of them, loopback is used.
-        timeout: seconds.
+        comm: An mpi4py communicator over all ranks.
+        node_size: Number of ranks on this node. If that is all ranks, they use the loopback address.
+        timeout: Seconds that an operation of torch.distributed may take.
 
     Returns:
-        The store, to be kept alive.
+        The store, which the caller must keep alive.
 
     Raises:
-        LaunchError: if a rank cannot reach rank 0; names the addresses tried.
+        LaunchError: if a rank cannot reach rank 0. The message names the addresses that it tried.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
     note = np.zeros(_NOTE_BYTES, dtype=np.uint8)
@@ -69,7 +71,7 @@ def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:
 
 
 def _own_addresses() -> list[str]:
-    """Returns addresses under which other nodes may reach this one, the most likely first."""
+    """Returns addresses at which other nodes may reach this node, the most likely first."""
     found = [os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
     wanted = os.environ.get("GLOO_SOCKET_IFNAME")
     names = [wanted] if wanted else [name for _, name in socket.if_nameindex()]

@@ -1,14 +1,14 @@
-"""`init`: one call that makes a world from however the processes were launched."""
+"""`init`: one call that joins the world of a job, whatever launched its processes."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn
@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from sparsecomm.errors import ConfigError, LaunchError
-from sparsecomm.launch import torch_dist
-from sparsecomm.launch.detect import Launch, detect
+from sparsecomm.launch.detect import detect
+from sparsecomm.launch.join import JOINS, Joining
 from sparsecomm.runtime.trace import close_timeline, open_timeline
-from sparsecomm.transport import Engine, SoloTransport, Transport
+from sparsecomm.transport import Engine, Transport
 
 __all__ = ["World", "default_timeout", "init", "is_initialized", "shutdown", "world"]
 
@@ -31,13 +31,13 @@ class World:
     """All ranks of this job, as seen from this one.
 
     Attributes:
-        rank: this rank.
-        size: number of ranks.
-        local_rank: rank among those on this node.
-        local_size: number of ranks on this node.
-        launcher: what started the job.
-        nodes: the node of every rank: ranks of one node have the same number.
-        engine: the thread that communicates.
+        rank: This rank.
+        size: Number of ranks.
+        local_rank: Rank among the ranks of this node.
+        local_size: Number of ranks on this node.
+        launcher: Name of the launcher that started the job.
+        nodes: Node of every rank. Ranks of one node have the same number.
+        engine: The engine, whose thread communicates.
     """
 
     rank: int
@@ -54,17 +54,26 @@ class World:
         return self.engine.transport.name
 
     def barrier(self) -> None:
-        """Waits until all ranks are here. Collective."""
+        """Waits until all ranks have called this. Collective."""
         dist.barrier()
 
 
 @dataclass
 class _Owned:
-    """What `init` brought up and `shutdown` must take down."""
+    """State of this process that `init` changes and `shutdown` restores.
+
+    Attributes:
+        world: The world; None before `init` and after `shutdown`.
+        teardown: Callbacks that take down the libraries that `init` brought up, in reverse order.
+        store: Store of torch.distributed, kept alive until the process ends.
+        old_hook: `sys.excepthook` before `init`.
+        old_exit: `sys.exit` before `init`.
+        exit_code: Code with which the script called `sys.exit`, or 0.
+        pid: Process that called `init`.
+    """
 
     world: World | None = None
-    torch_distributed: bool = False
-    mpi: bool = False
+    teardown: ExitStack = field(default_factory=ExitStack)
     store: Any = None
     old_hook: Any = None
     old_exit: Any = None
@@ -73,11 +82,11 @@ class _Owned:
 
 
 _owned = _Owned()
-_FIRST_WORD = 1.0  # seconds that the others leave rank 0 to say what an option's error is
+_FIRST_WORD = 1.0  # seconds that other ranks leave rank 0 to report an error of an option
 
 
 def default_timeout() -> float:
-    """Returns the timeout of collectives in seconds: SPARSECOMM_TIMEOUT, or 300.
+    """Returns the timeout of collectives in seconds: SPARSECOMM_TIMEOUT, or 300 if that is not set.
 
     Raises:
         ConfigError: if the variable is not a positive number.
@@ -95,39 +104,39 @@ def default_timeout() -> float:
 
 
 def _given_nodes(nodes: Sequence[int] | None, size: int) -> tuple[int, ...] | None:
-    """Returns the node of every rank as the argument or else SPARSECOMM_NODES gives it; None to find it out.
+    """Returns the node of every rank, from the argument or else from SPARSECOMM_NODES. None if neither is given.
 
     Raises:
-        ConfigError: if it is not one whole number for every rank.
+        ConfigError: if the nodes are not one whole number for every rank.
     """
     text = os.environ.get("SPARSECOMM_NODES")
-    what = f"nodes = {nodes!r}"
+    given = f"nodes = {nodes!r}"
     if nodes is None and text is not None:
-        what = f"SPARSECOMM_NODES = {text!r}"
+        given = f"SPARSECOMM_NODES = {text!r}"
         nodes = [int(n) if n.strip().isdecimal() else -1 for n in text.split(",")]
     if nodes is None:
         return None
     whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in nodes)
     if len(nodes) != size or not whole:
-        raise ConfigError(f"{what} is not the node of each of {size} ranks, whole numbers >= 0 such as 0,0,1,1")
+        raise ConfigError(f"{given} is not the node of each of {size} ranks, whole numbers >= 0 such as 0,0,1,1")
     return tuple(nodes)
 
 
 def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) -> World:
     """Joins the world of this job and brings up torch.distributed if it is not up. Collective.
 
-    Works under mpirun, srun, torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, and in plain
-    python, where it makes a world of one. A second call returns the same world. From here on an exception that
-    reaches the top of any rank ends the job on all ranks.
+    Works under mpirun, srun and torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, and in plain
+    python, where it makes a world of one. A second call returns the same world. From now on an exception that no code
+    catches ends the job on all ranks.
 
     Args:
-        timeout: seconds a collective may take; SPARSECOMM_TIMEOUT, or 300, if None.
-        nodes: the node of every rank, the same on all ranks, for `collective="two_level"`; SPARSECOMM_NODES, as in
-            "0,0,1,1", if None, else found out: ranks of one node share memory.
+        timeout: Seconds that a collective may take. None takes SPARSECOMM_TIMEOUT, or 300 if that is not set.
+        nodes: Node of every rank, the same on all ranks, for `collective="two_level"`. None takes SPARSECOMM_NODES,
+            e.g. "0,0,1,1". If that is not set, ranks that share memory are on one node.
 
     Raises:
-        LaunchError: if the processes cannot find each other; the message has the fix.
-        ConfigError: if the timeout is not a positive number, or nodes are not those of all ranks.
+        LaunchError: if the processes cannot find each other. The message says how to fix that.
+        ConfigError: if the timeout is not a positive number, or if `nodes` does not give the node of every rank.
     """
     if _owned.world is not None:
         if _owned.pid != os.getpid():
@@ -140,21 +149,18 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
     launch = detect()
-    given = _given_nodes(nodes, launch.size)
-    transport: Transport
-    if launch.mpi:
-        transport, local_rank, local_size = _join_mpi(launch, limit, given)
-    elif launch.size > 1:
-        transport, local_rank, local_size = _join_torch(launch, limit, given)
-    else:
-        if not dist.is_initialized():
-            torch_dist.init_solo()
-            _owned.torch_distributed = True
-        transport, local_rank, local_size = SoloTransport(), 0, 1
+    joining = Joining(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
+    joined = JOINS[launch.transport](joining)
+    _owned.store, transport = joined.store, joined.transport
     _check_torch(transport)
-    engine = Engine(transport, timeout=limit)
     _owned.world = World(
-        transport.rank, transport.size, local_rank, local_size, launch.launcher, transport.nodes, engine
+        rank=transport.rank,
+        size=transport.size,
+        local_rank=joined.local_rank,
+        local_size=joined.local_size,
+        launcher=launch.launcher,
+        nodes=transport.nodes,
+        engine=Engine(transport, timeout=limit),
     )
     _owned.pid = os.getpid()
     _install_excepthook(transport)
@@ -180,7 +186,10 @@ def is_initialized() -> bool:
 
 
 def shutdown() -> None:
-    """Finishes what is in flight and takes down what `init` brought up. Runs at exit by itself; idempotent."""
+    """Finishes the collectives in flight and takes down the libraries that `init` brought up. Idempotent.
+
+    Runs by itself when the process exits.
+    """
     made = _owned.world
     if made is None or _owned.pid != os.getpid():
         return
@@ -195,65 +204,9 @@ def shutdown() -> None:
         print(f"sparsecomm: rank {made.rank} called sys.exit({_owned.exit_code}); ending the job", file=sys.stderr)
         made.engine.transport.abort(_owned.exit_code)
     if not finished:
-        # Something of ours is still waiting for a rank; MPI_Finalize would wait with it.
+        # A collective still waits for a rank, and MPI_Finalize would wait for it, too.
         made.engine.transport.abort(1)
-    if _owned.torch_distributed and dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
-    if _owned.mpi:
-        from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
-
-        if mpi_initialized_here():
-            import_mpi().Finalize()
-
-
-def _join_mpi(launch: Launch, timeout: float, nodes: Sequence[int] | None) -> tuple[Transport, int, int]:
-    """Initializes MPI, checks that it is the launcher's, and makes our communicator. Collective."""
-    from sparsecomm.transport.mpi import MPITransport, import_mpi
-
-    MPI = import_mpi()
-    if MPI.Is_finalized():
-        raise LaunchError(
-            "MPI was finalized (sparsecomm.shutdown() was called) and cannot be initialized again in this process; "
-            "call sparsecomm.init() once"
-        )
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
-        _owned.mpi = True
-    level = MPI.Query_thread()
-    if level < MPI.THREAD_SERIALIZED:
-        raise LaunchError(
-            f"MPI was initialized with thread level {level}, sparsecomm needs MPI_THREAD_SERIALIZED "
-            f"({MPI.THREAD_SERIALIZED}) or more; call sparsecomm.init() before anything else initializes MPI"
-        )
-    comm = MPI.COMM_WORLD
-    if comm.Get_size() != launch.size:
-        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
-        raise LaunchError(
-            f"{launch.launcher} started {launch.size} processes, but MPI ({library}) sees a world of "
-            f"{comm.Get_size()}: the launcher belongs to another MPI than mpi4py uses. Use the mpirun of that library "
-            "(for pip's wheels: the one in the environment's bin folder; under Slurm: srun --mpi=pmix for Open MPI, "
-            "srun --mpi=pmi2 for MPICH and Intel MPI)"
-        )
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, launch.rank)
-    local_rank, local_size = node.Get_rank(), node.Get_size()
-    node.Free()
-    transport = MPITransport(comm, nodes)
-    if not dist.is_initialized():
-        _owned.store = torch_dist.init_over_mpi(comm, local_size, timeout)
-        _owned.torch_distributed = True
-    return transport, local_rank, local_size
-
-
-def _join_torch(launch: Launch, timeout: float, nodes: Sequence[int] | None) -> tuple[Transport, int, int]:
-    """Uses torch.distributed's own rendezvous and Gloo for our messages. Collective."""
-    from sparsecomm.transport.gloo import GlooTransport
-
-    if not dist.is_initialized():
-        torch_dist.init_from_environment(timeout)
-        _owned.torch_distributed = True
-    local_rank = launch.rank if launch.local_rank is None else launch.local_rank
-    return GlooTransport(timeout, nodes), local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size))
+    _owned.teardown.close()
 
 
 def _check_torch(transport: Transport) -> None:
@@ -265,18 +218,20 @@ def _check_torch(transport: Transport) -> None:
 
 
 class _Exit(SystemExit):
-    """What sys.exit raises: if somebody catches it, the script goes on, and its code must not end the job later."""
+    """The exception of sys.exit. If the script catches it and continues, its code must not end the job later."""
 
     def __del__(self) -> None:
-        # Caught, it dies while a script's frame is running; at the end of the script there is none left.
+        # If the exception was caught, it is deleted while a frame of the script runs. At the end there is no such
+        # frame.
         if sys._getframe().f_back is not None:
             _owned.exit_code = 0
 
 
 def _install_excepthook(transport: Transport) -> None:
-    """Makes an exception that reaches the top, or sys.exit with an error, end the job.
+    """Makes an uncaught exception, or sys.exit with an error code, end the job.
 
-    MPI_Finalize would wait for the other ranks for ever. SystemExit does not pass the excepthook, hence sys.exit.
+    Otherwise MPI_Finalize would wait for the other ranks for ever. sys.exit is replaced because SystemExit does not
+    pass the excepthook.
     """
     if transport.size == 1:
         return
@@ -285,7 +240,7 @@ def _install_excepthook(transport: Transport) -> None:
 
     def end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ConfigError) and transport.rank and os.getpid() == owner:
-            # Most likely rank 0 has it, too; it then ends the job before the same words are printed P times.
+            # Rank 0 probably has the same error and ends the job before P ranks have printed the same message.
             time.sleep(_FIRST_WORD)
         old(kind, error, trace)
         if os.getpid() != owner:  # a forked child may fail without ending the job

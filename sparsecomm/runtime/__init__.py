@@ -1,1 +1,1 @@
-"""Buffers, order of work on a device, counters, timelines."""
+"""Reused buffers, the order of work on a device, metrics and timelines."""

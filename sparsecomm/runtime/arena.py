@@ -1,4 +1,4 @@
-"""Buffers that are reused from step to step, so that a warmed-up step allocates nothing that grows with n."""
+"""Buffers that are reused from step to step. After warm-up a step allocates nothing that grows with n."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ _NOTHING = (-1, torch.empty(0))
 
 
 class Arena:
-    """Named buffers that only grow. Used by one thread.
+    """Buffers by key, which only grow. Used by one thread.
 
     Args:
-        device: where they are.
-        pinned: whether a GPU copies to and from them by itself.
+        device: Device of the buffers.
+        pinned: Whether to pin the memory, so that a GPU copies to and from it asynchronously.
 
     Attributes:
-        allocations: how many times memory was taken from the system.
-        allocated_bytes: bytes held now.
+        allocations: Number of allocations so far.
+        allocated_bytes: Bytes of all buffers now.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, pinned: bool = False) -> None:
         self._device = torch.device(device)
         self._pinned = pinned
         self._buffers: dict[tuple[Hashable, torch.dtype], torch.Tensor] = {}
-        # What was last returned, by key: most keys are asked for the same size in every step.
+        # The last view of each key and its size. Most keys are used with the same size in every step.
         self._views: dict[tuple[Hashable, torch.dtype], tuple[int, torch.Tensor]] = {}
         self.allocations = 0
         self.allocated_bytes = 0
 
     def get(self, key: Hashable, numel: int, dtype: torch.dtype, *, reserve: int = 0) -> torch.Tensor:
-        """Returns a 1-D tensor of exactly `numel` elements; its content is whatever the last user left.
+        """Returns a 1-D tensor of exactly `numel` elements. It still has the content of its last use.
 
-        The memory of a key is the same on every call until a larger size is asked for. Then a quarter of headroom is
-        added, or memory for `reserve` elements is taken if that is more.
+        A key and a dtype have the same memory on every call until a larger size is requested. Then the arena allocates
+        a quarter more than requested, or `reserve` elements if that is more.
         """
         name = (key, dtype)
-        held, view = self._views.get(name, _NOTHING)
-        if held == numel:
+        size, view = self._views.get(name, _NOTHING)
+        if size == numel:
             return view
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < numel:
@@ -59,7 +59,7 @@ class Arena:
         return buffer
 
     def clear(self) -> None:
-        """Gives all memory back."""
+        """Releases all memory."""
         self._buffers.clear()
         self._views.clear()
         self.allocated_bytes = 0

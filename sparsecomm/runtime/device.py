@@ -1,6 +1,6 @@
-"""Order of work on a device: a stream beside the training's, events in place of waiting for the whole device.
+"""Order of work on a device. On a GPU, exchanges run on a separate stream and wait for events, not for the device.
 
-On the CPU everything happens at once, and nothing here does anything.
+On the CPU every call is complete when it returns, so no ordering is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
+from typing_extensions import override
 
 __all__ = ["CudaSide", "Inline", "Side", "device_problem", "side_of"]
 
@@ -18,88 +19,95 @@ T = TypeVar("T")
 
 
 class Side(Protocol):
-    """Where the exchanges of one device work, beside the computation of the model."""
+    """Place for the work of exchanges on one device, apart from the computation of the model."""
 
     def mark(self) -> Any:
-        """Returns what stands for all that the calling thread's current stream was given until now."""
+        """Returns a mark of all work queued so far on the current stream of the calling thread."""
 
     def active(self, after: Any = None) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which work is queued here, behind what `after` (a mark) stands for."""
+        """Returns a context in which work is queued on this side, behind the work of the mark `after`."""
 
     def drive(self, steps: Generator[Any, Any, T], after: Any) -> Generator[Any, Any, T]:
-        """Returns a generator that goes through `steps` in that context; what is between steps is not in it."""
+        """Returns a generator that runs each step of `steps` inside that context, and nothing else."""
 
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Copies to the host and waits until it is there. Returns the target."""
+        """Copies a tensor to the host and waits until it has arrived. Returns the target."""
 
     def read(self, numbers: torch.Tensor) -> Any:
-        """Returns a few numbers as `tolist` does. An exchange waits for the device only here and in `fetch`."""
+        """Returns a few numbers as `tolist` does. Exchanges wait for the device only here and in `fetch`."""
 
 
-class Inline:
-    """The CPU's: everything is done where and when it is called."""
+class Inline(Side):
+    """The side of the CPU. Work is done where and when it is called."""
 
+    @override
     def mark(self) -> None:
-        """See `Side.mark`."""
+        return None
 
+    @override
     def active(self, after: Any = None) -> contextlib.AbstractContextManager[None]:
-        """See `Side.active`."""
         return contextlib.nullcontext()
 
+    @override
     def drive(self, steps: Generator[Any, Any, T], after: Any) -> Generator[Any, Any, T]:
-        """See `Side.drive`."""
         return steps
 
+    @override
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """See `Side.fetch`."""
         return target.copy_(source)
 
+    @override
     def read(self, numbers: torch.Tensor) -> Any:
-        """See `Side.read`."""
         return numbers.tolist()
 
 
-class CudaSide:
-    """A GPU's: one stream for all exchanges of this process on that GPU, so that they follow each other there."""
+class CudaSide(Side):
+    """The side of a GPU: one stream for all exchanges of this process on that GPU, on which they run in order.
+
+    Args:
+        device: The GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    @override
     def mark(self) -> torch.cuda.Event:
-        """See `Side.mark`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    @override
     @contextlib.contextmanager
     def active(self, after: Any = None) -> Generator[None, None, None]:
-        """See `Side.active`."""
         if after is not None:
             self.stream.wait_event(after)
         with torch.cuda.stream(self.stream):
             yield
 
+    @override
     def drive(self, steps: Generator[Any, Any, T], after: Any) -> Generator[Any, Any, T]:
-        """See `Side.drive`."""
         return interleaved(self, steps, after)
 
+    @override
     def fetch(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """See `Side.fetch`. Waits for this copy alone."""
+        """Copies a tensor to the host and waits for this copy alone. Returns the target."""
         target.copy_(source, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         event.synchronize()
         return target
 
+    @override
     def read(self, numbers: torch.Tensor) -> Any:
-        """See `Side.read`. Through pinned memory: a copy to any other waits for all that the stream was given."""
-        room = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        return self.fetch(numbers, room).tolist()
+        # A copy to memory that is not pinned would wait for all work of the stream.
+        pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        return self.fetch(numbers, pinned).tolist()
 
 
 def interleaved(side: Side, steps: Generator[Any, Any, T], after: Any) -> Generator[Any, Any, T]:
-    """Goes through steps, each inside the side's context; generators of others run between them, outside of it."""
+    """Runs each step of a generator inside the context of a side. Other generators run between steps, outside of it."""
     error: BaseException | None = None
     while True:
         try:
@@ -127,16 +135,16 @@ def _cuda_side(device: torch.device) -> CudaSide:
 
 
 def side_of(device: torch.device) -> Side:
-    """Returns the side of a device; one a GPU and process."""
+    """Returns the side of a device. A process has one side per GPU."""
     return _cuda_side(device) if device.type == "cuda" else _INLINE
 
 
 def device_problem(device: torch.device, kernels_problem: str | None) -> str | None:
-    """Returns why gradients on a device cannot be exchanged now, or None.
+    """Returns why gradients on a device cannot be exchanged now, or None if they can.
 
     Args:
-        device: of the gradients.
-        kernels_problem: why the kernels for a GPU cannot run, or None.
+        device: Device of the gradients.
+        kernels_problem: Why the GPU kernels cannot run, or None if they can.
     """
     if device.type == "cpu":
         return None

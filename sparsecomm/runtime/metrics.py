@@ -1,4 +1,4 @@
-"""Counters of what was exchanged. No printing."""
+"""Counters and times of exchanges, by bucket, by step and in total. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["BucketReport", "Metrics", "Recorder", "StepCallback"]
 
 @dataclass(slots=True)
 class BucketReport:
-    """What the exchange of one bucket cost this rank.
+    """Costs of the exchange of one bucket on this rank.
 
     Attributes:
-        bucket: bucket number.
-        step: training step.
-        numel: elements of the bucket.
-        nnz: nonzeros this rank sent (numel if it was exchanged densely).
-        bytes_sent: bytes this rank sent, headers and sizes included.
-        bytes_received: bytes this rank received.
-        dense_bytes: bytes a ring allreduce of float32 would have sent from this rank.
-        nonfinite: elements that were NaN or infinite on this rank.
-        skipped: 1 if the bucket became NaN on all ranks because of such elements on some rank.
-        select_seconds: accumulate and select.
-        encode_seconds: encode, rounding errors kept.
-        wait_seconds: from the first message to the last.
-        apply_seconds: decode, check, reduce into the bucket.
+        bucket: Number of the bucket.
+        step: Training step.
+        numel: Elements of the bucket.
+        nnz: Nonzeros that this rank sent; `numel` if the exchange was dense.
+        bytes_sent: Bytes that this rank sent, headers and sizes included.
+        bytes_received: Bytes that this rank received.
+        dense_bytes: Bytes that this rank would have sent in a ring allreduce of float32.
+        nonfinite: Elements that were NaN or infinite on this rank.
+        skipped: 1 if the bucket became NaN on all ranks because of such elements on some rank, else 0.
+        select_seconds: Seconds to accumulate and select.
+        encode_seconds: Seconds to encode and to store rounding errors.
+        wait_seconds: Seconds from the first message to the last.
+        apply_seconds: Seconds to decode, check and reduce into the bucket.
     """
 
     bucket: int
@@ -51,14 +51,14 @@ _SUMMED = tuple(f.name for f in fields(BucketReport) if f.name not in ("bucket",
 
 @dataclass(slots=True)
 class Metrics:
-    """Sums over all exchanges of a state on this rank; the attributes are those of `BucketReport`, summed.
+    """Sums over all exchanges of a state on this rank. Further attributes are the sums of those of `BucketReport`.
 
     Attributes:
-        steps: optimizer-visible steps exchanged (backward passes that communicated).
-        buckets: exchanges.
-        communication_seconds: time between the hand-over of a step's first bucket and the end of its last exchange.
-        exposed_seconds: time between the hand-over of a step's last bucket and the end of its last exchange: what
-            communication adds to a step, everything else being hidden under backward.
+        steps: Steps that communicated, i.e. backward passes that the optimizer sees.
+        buckets: Number of exchanges.
+        communication_seconds: Seconds from the hand-over of a step's first bucket to the end of its last exchange.
+        exposed_seconds: Seconds from the hand-over of a step's last bucket to the end of its last exchange. This is the
+            time that communication adds to a step; all other communication overlaps with the backward pass.
     """
 
     steps: int = 0
@@ -79,35 +79,35 @@ class Metrics:
 
     @property
     def ratio(self) -> float:
-        """Compression ratio: dense bytes over bytes on the wire, headers included; 1.0 if nothing was sent."""
+        """Compression ratio: dense bytes over bytes on the wire, headers included. 1.0 if nothing was sent."""
         return self.dense_bytes / self.bytes_sent if self.bytes_sent else 1.0
 
     @property
     def density(self) -> float:
-        """Fraction of elements sent; 1.0 if nothing was exchanged."""
+        """Fraction of the elements that were sent. 1.0 if nothing was exchanged."""
         return self.nnz / self.numel if self.numel else 1.0
 
     def add(self, report: BucketReport) -> None:
-        """Adds one bucket's exchange. Mutates self."""
+        """Adds the exchange of one bucket. Mutates self."""
         self.buckets += 1
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(report, name))
 
     def merge(self, other: Metrics) -> None:
-        """Adds another's sums. Mutates self."""
+        """Adds the sums of other metrics. Mutates self."""
         for f in fields(other):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 StepCallback = Callable[[int, Metrics], None]
-"""Called with the step and its metrics."""
+"""Callback that gets the number of a step and its metrics."""
 
 
 class Recorder:
-    """Adds up reports; fed by the thread that hands buckets over and by the engine's.
+    """Adds up the reports of exchanges. The thread that hands buckets over and the engine's thread both call it.
 
     Attributes:
-        callbacks: called after every step with its number and its metrics, on the engine's thread.
+        callbacks: Called after every step with its number and its metrics, on the engine's thread.
     """
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Recorder:
         self._handed_over: dict[int, float] = {}
 
     def submitted(self, step: int, *, last: bool) -> None:
-        """Notes that a bucket of this step was handed over; `last` if it was the step's last."""
+        """Records that a bucket of this step was handed over. `last` says whether it was the last of the step."""
         with self._lock:
             now = perf_counter()
             self._submitted[step] = self._submitted.get(step, 0) + 1
@@ -131,11 +131,11 @@ class Recorder:
                 self._handed_over[step] = now
 
     def finished(self, report: BucketReport, *, close: Callable[[Metrics], None] | None = None) -> None:
-        """Adds one bucket's report, and closes its step when that was the last to finish.
+        """Adds the report of one bucket, and closes the step if this was its last bucket to finish.
 
         Args:
-            report: of the bucket.
-            close: called with the step's sums if this closed it, before the callbacks.
+            report: Report of the bucket.
+            close: Called before the callbacks with the sums of the step, if this closed the step.
         """
         step = report.step
         with self._lock:
@@ -176,6 +176,6 @@ class Recorder:
             return replace(self._last_step)
 
     def buckets(self) -> dict[int, BucketReport]:
-        """Returns the last report of each bucket."""
+        """Returns the last report of each bucket, by bucket number."""
         with self._lock:
             return {i: replace(r) for i, r in sorted(self._buckets.items())}

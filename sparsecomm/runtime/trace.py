@@ -1,4 +1,4 @@
-"""Where the time of an exchange goes: stages for reports, for torch.profiler, and for a timeline file per rank."""
+"""Measures the stages of exchanges, for reports, for torch.profiler and for a timeline file per rank."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ _MOST_EVENTS = 2_000_000  # about 200 bytes each in the file
 class Timeline:
     """Collects spans and writes them in Chrome's trace event format, which Perfetto and chrome://tracing open.
 
-    One process a rank, one track a bucket. Clocks are each machine's own: across machines they are as far apart as
-    the machines' clocks are.
+    A rank appears as a process, and a bucket as a track. Times come from the clock of the rank's machine, so files of
+    different machines are shifted by the difference of the clocks.
 
     Args:
-        path: file to write; the rank goes before its suffix (trace.json becomes trace.rank0.json).
-        rank: this rank.
+        path: File to write. The rank is put before the suffix, e.g. trace.json becomes trace.rank0.json.
+        rank: This rank.
+
+    Attributes:
+        path: The file, with the rank in its name.
+        dropped: Number of spans that were dropped because the timeline was full.
     """
 
     def __init__(self, path: str, rank: int) -> None:
@@ -45,12 +49,12 @@ class Timeline:
         """Adds a span.
 
         Args:
-            name: stage.
-            start: `perf_counter` at its start, seconds.
-            end: at its end.
-            bucket: its track.
-            step: training step, shown with the span.
-            arguments: more to show.
+            name: Name of the stage.
+            start: Value of `perf_counter` at the start, in seconds.
+            end: Value of `perf_counter` at the end, in seconds.
+            bucket: Bucket, whose track shows the span.
+            step: Training step, shown with the span.
+            arguments: Further values to show with the span.
         """
         event = {
             "name": name,
@@ -69,7 +73,7 @@ class Timeline:
                 self.dropped += 1
 
     def write(self) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         with self._lock:
             tracks = sorted({e["tid"] for e in self._events})
             names: list[dict[str, Any]] = [
@@ -92,7 +96,7 @@ def open_timeline(rank: int) -> None:
     """Starts a timeline if the environment variable SPARSECOMM_TIMELINE names a file.
 
     Raises:
-        LaunchError: if it cannot be written there; at the end of the run that would be too late.
+        LaunchError: if the file cannot be written. The check is made now, because at the end the run would be lost.
     """
     global _timeline
     _timeline = None
@@ -118,8 +122,9 @@ class Stage:
 
     Args:
         name: "select", "encode", "wait" or "apply".
-        report: Mutated at the end.
-        profiled: whether torch.profiler is to see it. Not for stages that wait: others run in between.
+        report: Report of the bucket. Mutated when the stage ends.
+        profiled: Whether to show the stage to torch.profiler. False for stages that wait, during which other exchanges
+            run.
     """
 
     __slots__ = ("_name", "_range", "_report", "_start")

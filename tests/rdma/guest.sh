@@ -1,9 +1,9 @@
 #!/bin/bash
-# Runs inside the emulated guest, as root: makes the soft-RoCE device rxe0 and runs job.py on it under mpirun.
+# Runs as root inside the emulated guest. Makes the soft-RoCE device rxe0 and runs job.py on it under mpirun.
 #
 #   guest.sh ROOT PYTHON MPIRUN SECONDS
 #
-# Prints "guest: ..." lines that test_rdma.py reads; everything else is UCX's log and the job's own output.
+# Prints "guest: ..." lines that test_rdma.py reads. All other lines are UCX's log and the output of the job.
 set -eu
 exec 2>&1
 root=$1 python=$2 mpirun=$3 seconds=$4
@@ -21,7 +21,7 @@ rdma link show rxe0/1
 packets() { cat /sys/class/infiniband/rxe0/ports/1/hw_counters/sent_pkts; }
 
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1 PYTHONPATH=$root
-# ud_v is listed because UCX wires rc_v up through it.
+# ud_v is listed because UCX sets up the connections of rc_v through it.
 export UCX_TLS=rc_v,ud_v,self UCX_NET_DEVICES=rxe0:1 UCX_LOG_LEVEL=info
 cd "$root"
 before=$(packets)

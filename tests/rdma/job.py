@@ -1,4 +1,4 @@
-"""Trains with the hook, then does one-sided Get and Accumulate; every rank checks what it got and says what it sent.
+"""Trains with the hook, then does one-sided Get and Accumulate. Every rank checks its results and prints its bytes.
 
 Prints "hook: B bytes sent by rank R" and "windows: B bytes moved by rank R".
 """
@@ -19,20 +19,20 @@ WINDOW = 1 << 15  # float64 a rank: over UCX's eager sizes, so that both of its 
 
 
 def say(text: str) -> None:
-    """Prints a line in one piece, since all ranks share one console."""
+    """Prints a line in one write, since all ranks share one console."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def train(world: sc.World) -> None:
-    """A dense step, then steps at 10%: replicas must agree bit for bit and nothing may be lost."""
+    """Runs a dense step and then steps at density 10%. Replicas must agree bit for bit, and nothing may be lost."""
     torch.manual_seed(0)
     model = torch.nn.Linear(256, 64)
     ddp = DistributedDataParallel(model)
     state = sc.SparseState(sc.TopK(0.1), collective="allgather", value_codec="fp32", dense_steps=1)
     ddp.register_comm_hook(state, sc.sparse_hook)
     torch.manual_seed(world.rank)
-    total = torch.zeros_like(model.weight)  # of this rank's own gradients, which depend on the data alone
+    total = torch.zeros_like(model.weight)  # of this rank's gradients, which depend on the data alone
     applied = torch.zeros_like(model.weight)
     for _ in range(STEPS):
         batch = torch.randn(8, 256)
@@ -45,7 +45,7 @@ def train(world: sc.World) -> None:
             model.weight -= 0.1 * model.weight.grad
     kept = state.state_dict()["residual.weight"]
     books = torch.stack([total, kept.view_as(total)]).double()
-    dist.all_reduce(books)  # over Gloo: not the transport under test
+    dist.all_reduce(books)  # over Gloo, which is not the transport under test
     torch.testing.assert_close(books[0], world.size * applied.double() + books[1], rtol=1e-4, atol=1e-4)
     weights = [torch.empty_like(model.weight) for _ in range(world.size)]
     dist.all_gather(weights, model.weight.detach().clone())
@@ -55,10 +55,10 @@ def train(world: sc.World) -> None:
 
 
 def one_sided(world: sc.World) -> None:
-    """Every rank reads its neighbour's window and adds to it; both are checked element by element."""
+    """Every rank reads the window of its neighbour and adds to it. Both results are checked element by element."""
     from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD.Dup()  # ours is the engine's; it is idle meanwhile
+    comm = MPI.COMM_WORLD.Dup()  # the engine uses another communicator, and is idle meanwhile
     window = MPI.Win.Allocate(8 * WINDOW, 8, comm=comm)
     mine = np.frombuffer(window.tomemory(), dtype=np.float64)
     start = np.arange(WINDOW, dtype=np.float64)

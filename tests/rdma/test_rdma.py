@@ -1,7 +1,7 @@
-"""The hook and MPI windows over real RDMA verbs: soft-RoCE in an emulated guest, for machines without RDMA hardware.
+"""The hook and MPI windows over real RDMA verbs, on soft-RoCE in an emulated guest, for machines without RDMA hardware.
 
-`make test-rdma` runs it; in the ordinary suite it skips at once, since the guest takes minutes. What carried the
-messages is read from UCX's own log and from the device's packet counter.
+`make test-rdma` runs this test. The ordinary suite skips it, since the guest takes minutes. UCX's log and the packet
+counter of the device show which transport carried the messages.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PATH = os.pathsep.join([str(ROOT / ".venvs" / "vng" / "bin"), os.environ.get("PA
 
 
 def kernel() -> Path | None:
-    """The newest kernel image whose modules include soft-RoCE."""
+    """Returns the newest kernel image whose modules include soft-RoCE."""
     modules = Path("/lib/modules").glob(f"*/{RXE}/rdma_rxe.ko*")
     images = [Path("/boot") / f"vmlinuz-{module.parents[5].name}" for module in modules]
     return max((i for i in images if i.exists()), key=lambda i: i.stat().st_mtime, default=None)
 
 
-def what_is_missing() -> str | None:
-    """What keeps this machine from running the guest, with the line that installs it; None if nothing does."""
+def guest_problem() -> str | None:
+    """Returns why this machine cannot run the guest, with the line that installs the missing parts. None if it can."""
     if os.geteuid() != 0:
         return "needs root: the guest sees the machine's files as their owner"
     if kernel() is None:
@@ -50,7 +50,7 @@ def what_is_missing() -> str | None:
 
 
 def run_in_guest(script: Path, *args: str) -> Job:
-    """Boots the guest, runs a script in it, and takes the guest down again, at the latest after LIMIT seconds."""
+    """Boots the guest, runs a script in it, and shuts the guest down, after LIMIT seconds at the latest."""
     line = " ".join(["bash", str(script), *args])
     machine = ["--cpus", "2", "--memory", "4G", "--rw", "--user", "root", "--disable-kvm", "--qemu-opts=-cpu max"]
     vng = ["vng", "--run", str(kernel()), *machine, "--exec", line]
@@ -58,7 +58,7 @@ def run_in_guest(script: Path, *args: str) -> Job:
 
 
 def lanes(log: str) -> dict[str, set[str]]:
-    """UCX's own account: for each kind of lane ("tag", "rma", "amo", ...) the transports that ever carried it."""
+    """Returns the transports that carried each kind of lane ("tag", "rma", "amo", ...), as read from UCX's log."""
     found: dict[str, set[str]] = {}
     for line in re.findall(r"UCX +INFO +ucp_context_\d+ .*cfg#\d+ (.*)", log):
         for kind, ways in re.findall(r"(\w+)\(([^)]*)\)", line):
@@ -67,12 +67,12 @@ def lanes(log: str) -> dict[str, set[str]]:
 
 
 def numbers(pattern: str, log: str) -> list[int]:
-    """Every number that the pattern's group matches."""
+    """Returns every number that the group of the pattern matches."""
     return [int(n) for n in re.findall(pattern, log)]
 
 
 def test_ucx_lanes_are_read_as_ucx_writes_them() -> None:
-    """Lines of UCX 1.20.1 over TCP, where there must be no mistaking."""
+    """The lines are those of UCX 1.20.1."""
     log = (
         "[1.5] [vm:1:0] ucp_worker.c:1912 UCX  INFO    ucp_context_0 self cfg#0 tag(self/memory tcp/eth0)\n"
         "[1.5] [vm:1:0] ucp_worker.c:1912 UCX  INFO    ucp_context_0 intra-node cfg#1 tag(rc_verbs/rxe0:1)\n"
@@ -87,9 +87,9 @@ def test_ucx_lanes_are_read_as_ucx_writes_them() -> None:
     "SPARSECOMM_TEST_RDMA" not in os.environ, reason="takes minutes in an emulated guest: make test-rdma"
 )
 def test_the_hook_and_windows_run_over_rdma_verbs() -> None:
-    missing = what_is_missing()
-    if missing:
-        pytest.skip(missing)
+    problem = guest_problem()
+    if problem:
+        pytest.skip(problem)
     mpirun = mpirun_command(2)[0]
     job = run_in_guest(HERE / "guest.sh", str(ROOT), sys.executable, mpirun, str(int(LIMIT * 0.9)))
     assert "guest: job ended with exit code 0" in job.out, job

@@ -17,7 +17,7 @@ from sparsecomm.transport.mpi import import_mpi
 __all__ = ["MPIMailbox", "ulfm_problem"]
 
 _TAKE = 1 << 30  # MPI counts are C ints in most libraries
-_LOOK_SECONDS = 0.005  # between two queries for dead ranks, each of which costs about as much as a probe
+_LOOK_SECONDS = 0.005  # between two queries for dead ranks; a query costs about as much as a probe
 
 
 def ulfm_problem() -> str | None:

@@ -1,0 +1,135 @@
+"""Joins the world of a job over the transport of its launcher. `JOINS` is the table of transports.
+
+A join function also brings up torch.distributed, unless it is up already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from sparsecomm.errors import LaunchError
+from sparsecomm.launch import torch_dist
+from sparsecomm.launch.detect import Launch
+from sparsecomm.transport import SoloTransport, Transport
+
+__all__ = ["JOINS", "Joined", "Joining"]
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Everything that a join function needs to know.
+
+    Attributes:
+        launch: How this process was started.
+        timeout: Seconds that a collective may take.
+        nodes: Node of every rank; None to find it out.
+        teardown: Receives the callbacks that take down again the libraries that the function brings up.
+    """
+
+    launch: Launch
+    timeout: float
+    nodes: Sequence[int] | None
+    teardown: ExitStack
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A world that this process has joined.
+
+    Attributes:
+        transport: The transport.
+        local_rank: Rank on this node.
+        local_size: Number of ranks on this node.
+        store: Store of torch.distributed that must stay alive, if there is one.
+    """
+
+    transport: Transport
+    local_rank: int
+    local_size: int
+    store: Any = None
+
+
+def _leave_torch() -> None:
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _leave_mpi() -> None:
+    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
+
+    if mpi_initialized_here():
+        import_mpi().Finalize()
+
+
+def _join_solo(joining: Joining) -> Joined:
+    """Makes a world of one."""
+    if not dist.is_initialized():
+        torch_dist.init_solo()
+        joining.teardown.callback(_leave_torch)
+    return Joined(SoloTransport(), 0, 1)
+
+
+def _join_mpi(joining: Joining) -> Joined:
+    """Initializes MPI, checks that it belongs to the launcher, and duplicates the communicator. Collective."""
+    from sparsecomm.transport.mpi import MPITransport, import_mpi
+
+    launch, MPI = joining.launch, import_mpi()
+    if MPI.Is_finalized():
+        raise LaunchError(
+            "MPI was finalized (sparsecomm.shutdown() was called) and cannot be initialized again in this process; "
+            "call sparsecomm.init() once"
+        )
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        joining.teardown.callback(_leave_mpi)
+    level = MPI.Query_thread()
+    if level < MPI.THREAD_SERIALIZED:
+        raise LaunchError(
+            f"MPI was initialized with thread level {level}, sparsecomm needs MPI_THREAD_SERIALIZED "
+            f"({MPI.THREAD_SERIALIZED}) or more; call sparsecomm.init() before anything else initializes MPI"
+        )
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != launch.size:
+        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+        raise LaunchError(
+            f"{launch.launcher} started {launch.size} processes, but MPI ({library}) sees a world of "
+            f"{comm.Get_size()}: the launcher belongs to another MPI than mpi4py uses. Use the mpirun of that library "
+            "(for pip's wheels: the one in the environment's bin folder; under Slurm: srun --mpi=pmix for Open MPI, "
+            "srun --mpi=pmi2 for MPICH and Intel MPI)"
+        )
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, launch.rank)
+    local_rank, local_size = node.Get_rank(), node.Get_size()
+    node.Free()
+    transport = MPITransport(comm, joining.nodes)
+    if dist.is_initialized():
+        return Joined(transport, local_rank, local_size)
+    store = torch_dist.init_over_mpi(comm, local_size, joining.timeout)
+    joining.teardown.callback(_leave_torch)
+    return Joined(transport, local_rank, local_size, store)
+
+
+def _join_gloo(joining: Joining) -> Joined:
+    """Uses torch.distributed's rendezvous, and Gloo for messages. Collective."""
+    from sparsecomm.transport.gloo import GlooTransport
+
+    launch = joining.launch
+    if launch.size == 1:
+        return _join_solo(joining)
+    if not dist.is_initialized():
+        torch_dist.init_from_environment(joining.timeout)
+        joining.teardown.callback(_leave_torch)
+    transport = GlooTransport(joining.timeout, joining.nodes)
+    local_rank = launch.rank if launch.local_rank is None else launch.local_rank
+    return Joined(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size)))
+
+
+JOINS: Mapping[str, Callable[[Joining], Joined]] = {"mpi": _join_mpi, "gloo": _join_gloo, "solo": _join_solo}
+"""For each transport, the function that joins the world over it."""

@@ -10,18 +10,18 @@ from sparsecomm.collectives.allreduce_costs import (
 )
 from sparsecomm.collectives.broadcast import broadcast, broadcast_bytes
 from sparsecomm.collectives.doubling import doubling_allreduce
-from sparsecomm.collectives.gather import allgather_blocks, allgather_bodies, allgather_fixed
+from sparsecomm.collectives.gather import allgather, allgatherv, allgatherv_direct
 from sparsecomm.collectives.halving import halving_allreduce
 from sparsecomm.collectives.partial_sums import DenseSum
-from sparsecomm.collectives.reduce import node_sum
+from sparsecomm.collectives.reduce import reduce
 from sparsecomm.collectives.ring import ring_allreduce
 
 __all__ = [
     "DenseAlgorithm",
     "DenseSum",
-    "allgather_blocks",
-    "allgather_bodies",
-    "allgather_fixed",
+    "allgather",
+    "allgatherv",
+    "allgatherv_direct",
     "broadcast",
     "broadcast_bytes",
     "choose_dense",
@@ -31,6 +31,6 @@ __all__ = [
     "dense_seconds",
     "doubling_allreduce",
     "halving_allreduce",
-    "node_sum",
+    "reduce",
     "ring_allreduce",
 ]

@@ -13,12 +13,10 @@ import torch
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
 
-__all__ = ["allgather_blocks", "allgather_bodies", "allgather_fixed"]
+__all__ = ["allgather", "allgatherv", "allgatherv_direct"]
 
 
-def allgather_fixed(
-    channel: Channel, mine: torch.Tensor, arena: Arena, key: Hashable
-) -> CollectiveSteps[list[torch.Tensor]]:
+def allgather(channel: Channel, mine: torch.Tensor, arena: Arena, key: Hashable) -> CollectiveSteps[list[torch.Tensor]]:
     """Gathers one block from every rank, in ceil(log2 P) rounds for any P (Bruck et al. 1997). Collective.
 
     1. Slot 0 of a work buffer holds this rank's block.
@@ -35,15 +33,15 @@ def allgather_fixed(
     Returns:
         The blocks by rank, as views into the arena that are valid until the next use of the key.
     """
-    return (yield from allgather_blocks(channel, mine, [mine.numel()] * channel.size, arena, key))
+    return (yield from allgatherv(channel, mine, [mine.numel()] * channel.size, arena, key))
 
 
-def allgather_blocks(
+def allgatherv(
     channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable, *, reserve: int = 0
 ) -> CollectiveSteps[list[torch.Tensor]]:
     """Gathers a block of known length from every rank in ceil(log2 P) rounds. Collective.
 
-    The general form of `allgather_fixed`. Ranks pass on the blocks of others, so that a rank sends about as many bytes
+    The general form of `allgather`. Ranks pass on the blocks of others, so that a rank sends about as many bytes
     as it receives. The owner of a block that is much longer than the others sends log2 P copies of it.
 
     Args:
@@ -76,7 +74,7 @@ def allgather_blocks(
     return [slots[(r - rank) % size] for r in range(size)]
 
 
-def allgather_bodies(
+def allgatherv_direct(
     channel: Channel, mine: torch.Tensor, lengths: Sequence[int], arena: Arena, key: Hashable, *, reserve: int = 0
 ) -> CollectiveSteps[list[torch.Tensor]]:
     """Gathers a block of known length from every rank, sent by its owner to each rank. Collective.

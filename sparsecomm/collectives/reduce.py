@@ -14,13 +14,13 @@ from sparsecomm import kernels
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps, Request
 
-__all__ = ["node_sum"]
+__all__ = ["reduce"]
 
 _SEGMENT = 1 << 18  # elements; a received segment is still in the cache when it is added
 _WINDOW = 8  # segments in flight
 
 
-def node_sum(
+def reduce(
     channel: Channel, mine: torch.Tensor, ranks: Sequence[int], arena: Arena, key: Hashable
 ) -> CollectiveSteps[None]:
     """Adds the vectors of some ranks to the vector of the first of them. Collective among these ranks.

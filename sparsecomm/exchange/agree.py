@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsecomm.collectives.gather import allgather_bodies, allgather_fixed
+from sparsecomm.collectives.gather import allgather, allgatherv_direct
 from sparsecomm.errors import CollectiveMismatch, RemoteError, WireError
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import AgreedError, Channel, CollectiveSteps
@@ -156,7 +156,7 @@ def _gather(
     block = payload[:HEADER_BYTES]
     blocks = [block]
     if channel.size > 1:
-        blocks = yield from allgather_fixed(channel, block, arena, (key, "headers"))
+        blocks = yield from allgather(channel, block, arena, (key, "headers"))
     headers = []
     for rank, block in enumerate(blocks):
         if rank == channel.rank:
@@ -214,7 +214,7 @@ def _raise_remote(
     """Gathers the error messages of the failed ranks and raises them as one error."""
     lengths = [h.body_bytes if h.flags & FLAG_ERROR else 0 for h in headers]
     mine = payload[HEADER_BYTES : HEADER_BYTES + lengths[channel.rank]]
-    bodies = yield from allgather_bodies(channel, mine, lengths, arena, (key, "errors"))
+    bodies = yield from allgatherv_direct(channel, mine, lengths, arena, (key, "errors"))
     parts = []
     for header, body in zip(headers, bodies, strict=True):
         if header.flags & FLAG_ERROR:

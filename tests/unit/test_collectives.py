@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sparsecomm import kernels
 from sparsecomm.collectives import (
     DenseSum,
-    allgather_bodies,
-    allgather_fixed,
+    allgather,
+    allgatherv_direct,
     dense_allreduce,
     dense_ring_bytes,
     ring_allreduce,
@@ -43,7 +43,7 @@ def test_fixed_blocks_reach_every_rank_in_log_rounds(size: int) -> None:
 
     def make(channel: Channel) -> CollectiveSteps[list[torch.Tensor]]:
         mine = torch.full((5,), channel.rank + 1, dtype=torch.uint8)
-        return allgather_fixed(channel, mine, Arena(), "key")
+        return allgather(channel, mine, Arena(), "key")
 
     for blocks in world.run(make):
         assert [b.tolist() for b in blocks] == [[r + 1] * 5 for r in range(size)]
@@ -59,7 +59,7 @@ def test_bodies_of_any_length_reach_every_rank_and_empty_ones_are_not_sent(lengt
 
     def make(channel: Channel) -> CollectiveSteps[list[torch.Tensor]]:
         mine = torch.full((lengths[channel.rank],), channel.rank, dtype=torch.uint8)
-        return allgather_bodies(channel, mine, lengths, Arena(), "key")
+        return allgatherv_direct(channel, mine, lengths, Arena(), "key")
 
     for bodies in world.run(make):
         assert [b.tolist() for b in bodies] == [[r] * n for r, n in enumerate(lengths)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import Cluster, gradient, plan, same_bits
 
-from sparsecomm.collectives import allgather_fixed
+from sparsecomm.collectives import allgather
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.exchange import exchange
 from sparsecomm.runtime.arena import Arena
@@ -50,7 +50,7 @@ def failing(error: BaseException) -> Callable[[Channel], CollectiveSteps[Any]]:
 
 def gather_ranks(channel: Channel) -> CollectiveSteps[list[int]]:
     mine = torch.tensor([channel.rank], dtype=torch.uint8)
-    blocks = yield from allgather_fixed(channel, mine, Arena(), 0)
+    blocks = yield from allgather(channel, mine, Arena(), 0)
     return [int(b) for b in blocks]
 
 

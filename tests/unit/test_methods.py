@@ -15,7 +15,7 @@ from typing_extensions import override
 
 import sparsecomm as sc
 from sparsecomm import kernels
-from sparsecomm.collectives import allgather_fixed
+from sparsecomm.collectives import allgather
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import method as registry
 from sparsecomm.exchange.agree import Agreement
@@ -69,7 +69,7 @@ class Toy(Method):
         mine[1 + k : 1 + k + taken.nnz] = taken.values
         blocks = [mine.view(torch.uint8)]
         if exchange.channel.size > 1:
-            blocks = yield from allgather_fixed(exchange.channel, blocks[0], exchange.arena, "toy")
+            blocks = yield from allgather(exchange.channel, blocks[0], exchange.arena, "toy")
         self._parts = []
         for block in blocks:
             numbers = block.clone().view(torch.float32)

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.collectives import allgather_fixed
+from sparsecomm.collectives import allgather
 from sparsecomm.compress import Compressor, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange.agree import agree
@@ -92,7 +92,7 @@ def agreed_maximum(channel: Channel, mine: torch.Tensor, arena: Arena) -> Collec
     """Returns the elementwise maximum of the float64 vectors of all ranks, the same on all ranks. Collective."""
     blocks = [mine.view(torch.uint8)]
     if channel.size > 1:
-        blocks = yield from allgather_fixed(channel, blocks[0], arena, (_KEY, "figures"))
+        blocks = yield from allgather(channel, blocks[0], arena, (_KEY, "figures"))
     figures: list[float] = torch.stack([b.clone().view(torch.float64) for b in blocks]).amax(0).tolist()
     return figures
 

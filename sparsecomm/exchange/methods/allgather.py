@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm import kernels
-from sparsecomm.collectives import allgather_bodies
+from sparsecomm.collectives import allgatherv_direct
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.method import Method, register
 from sparsecomm.feedback import SelectedTaken
@@ -87,7 +87,7 @@ class Allgather(Method):
         self._headers = agreement.headers
         lengths = [h.body_bytes for h in self._headers]
         reserve = self._most - HEADER_BYTES
-        self._bodies = yield from allgather_bodies(
+        self._bodies = yield from allgatherv_direct(
             exchange.channel, mine, lengths, exchange.arena, exchange.memory.index, reserve=reserve
         )
         return True

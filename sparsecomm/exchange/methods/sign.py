@@ -11,7 +11,7 @@ import math
 import torch
 from typing_extensions import override
 
-from sparsecomm.collectives import allgather_bodies
+from sparsecomm.collectives import allgatherv_direct
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, Scope, register
@@ -102,7 +102,7 @@ class Signs(Method):
         if math.fsum(h.value_scale for h in self._headers if h.nnz) > _LARGEST:
             return False
         lengths = [h.body_bytes for h in self._headers]
-        self._bodies = yield from allgather_bodies(
+        self._bodies = yield from allgatherv_direct(
             exchange.channel, self._mine, lengths, exchange.arena, exchange.memory.index
         )
         return True

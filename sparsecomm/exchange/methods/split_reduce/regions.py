@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparsecomm.collectives.gather import allgather_fixed
+from sparsecomm.collectives.gather import allgather
 from sparsecomm.errors import WireError
 from sparsecomm.exchange.methods.split_reduce.context import Context
 from sparsecomm.transport import CollectiveSteps
@@ -227,7 +227,7 @@ def _union(
         mine[:] = ascending[_places(channel.rank, size, samples, len(ascending))]
     block = context.arena.get((key, "block"), record.nbytes, torch.uint8)
     record.write(block, (len(ascending), mine.tobytes()))
-    blocks = yield from allgather_fixed(channel, block, context.arena, key)
+    blocks = yield from allgather(channel, block, context.arena, key)
     counts = np.zeros(size)
     found, places = np.zeros((size, samples + 2)), np.zeros((size, samples + 2))
     for rank, theirs in enumerate(blocks):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsecomm.collectives.gather import allgather_blocks, allgather_fixed
+from sparsecomm.collectives.gather import allgather, allgatherv
 from sparsecomm.errors import WireError
 from sparsecomm.exchange.methods.split_reduce.owner import Owner
 from sparsecomm.exchange.methods.split_reduce.regions import KEEP_ALL, Regions, new_bounds, new_threshold
@@ -100,7 +100,7 @@ def split_reduce(split: Split) -> CollectiveSteps[Reduced | None]:
         _, lengths, _ = yield from _announce(split, regions, 0, block, True)
     total = sum(lengths)
     key = (split.bucket, "gathered")
-    blocks = yield from allgather_blocks(split.channel, block, lengths, split.arena, key, reserve=2 * total)
+    blocks = yield from allgatherv(split.channel, block, lengths, split.arena, key, reserve=2 * total)
     pairs = decode_blocks(blocks, segments, counts, regions, split.arena, split.bucket)
     return Reduced(
         pairs=pairs,
@@ -171,7 +171,7 @@ def _announce(
     mine = split.buffer("announcement", ANNOUNCEMENT_BYTES, torch.uint8)
     _ANNOUNCEMENT.write(mine, (kept, block.numel(), 0 if finite else _NONFINITE))
     key = (split.bucket, "announcements")
-    blocks = yield from allgather_fixed(split.channel, mine, split.arena, key)
+    blocks = yield from allgather(split.channel, mine, split.arena, key)
     region_of = {owner: g for g, owner in enumerate(regions.owners)}
     counts, lengths, all_finite = [0] * len(blocks), [], True
     for rank, theirs in enumerate(blocks):

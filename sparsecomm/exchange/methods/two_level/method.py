@@ -20,7 +20,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm import kernels
-from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, node_sum
+from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, reduce
 from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, Scope, register
@@ -121,7 +121,7 @@ class TwoLevel(Method):
             self._dense = total
             return bool(torch.isfinite(total).all())
         if self._turn is None:
-            yield from node_sum(channel, total, self._node, exchange.arena, key)
+            yield from reduce(channel, total, self._node, exchange.arena, key)
         else:
             yield [self._turn]
             yield [self._turn.start(total)]

@@ -1,4 +1,24 @@
-"""The dense allreduce, by the algorithm with the lowest modelled time for this size, number of ranks and link."""
+"""The dense allreduce, by the algorithm with the lowest modelled time for this size, number of ranks and link.
+
+    doubling   recursive doubling, for short vectors: fewest rounds
+    halving    recursive halving and doubling: a ring's bytes in log2 P rounds. The surplus over a power of two is
+               folded away first. In shared memory it serves all longer vectors if P is a power of two
+    ring       for long vectors: blocks follow each other, so that step s of block b happens in slot b + 2 s. The data
+               of a slot is added in the next slot and sent on in the one after, and the next slot is posted on both
+               sides before this one is complete
+
+allreduce_costs.py holds the rule and its measured constants, one set for ranks that share memory and one for a
+network.
+
+Values travel in 32 or 16 bits; sums are always float32. Segments in fp16 carry a power-of-two scale, so that neither
+end of the range is lost. A partial sum is rounded when it is sent on, and the finished sum once, by its owner, who
+hands the same bytes to all ranks. The rank that rounds knows both numbers, hence the error, and `DenseSum.error` keeps
+it: nothing is lost. Vectors that are short enough for recursive doubling travel as float32 in any case, since their
+bytes do not count.
+
+A dense sum has no checksum of its own. A message of another length is an error; a flipped bit inside one is left to
+the transport (TCP and InfiniBand check theirs).
+"""
 
 from __future__ import annotations
 

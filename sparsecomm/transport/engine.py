@@ -4,6 +4,16 @@ Collectives start in the order in which they were submitted. Many may be in flig
 requests that it waits for are complete. So send/receive pairs, several buckets and several states cannot deadlock each
 other, and timeouts and failures surface in one place.
 
+At most 32 collectives of a group are in flight. Two with the same key follow each other, because they share buffers.
+Each group has a window of its own, because only the ranks of one group submit in the same order.
+
+Threads that wake each other all the time cost more than small exchanges do. A patient task (a small bucket that is not
+the last of its backward pass) does not wake the engine while its sender is busy, and its callback may wait up to 20 ms
+for others. The last bucket ends all waiting. The order never changes.
+
+Requests of Gloo cannot be polled, so there the engine waits for the oldest task first. All ranks do so in the same
+order, hence no rank waits for one that waits for it.
+
 Collectives run in torch's inference mode, which halves the cost of slicing a tensor: a bucket takes dozens of slices.
 Callbacks run outside of it.
 """

@@ -77,7 +77,7 @@ class Memories:
         layout = BucketLayout.of([(model.name_of(p, prefix), p) for p in parameters])
         if layout.numel != numel:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
-        bucket = BucketMemory(index, layout, memory=self._selectors.pop(layout.hash, SelectorMemory()))
+        bucket = BucketMemory(index, layout, selector=self._selectors.pop(layout.hash, SelectorMemory()))
         self.known[index] = _Known(ids, bucket)
         return bucket
 
@@ -115,7 +115,7 @@ class Memories:
     def change(self, feedback: Feedback | None, step: int) -> None:
         """Forgets everything that depends on the options before a change.
 
-        That is thresholds, the methods' memories of buckets, and moments that the new feedback does not keep.
+        These are thresholds, the methods' memories of buckets, and moments that the new feedback does not keep.
         Residuals stay.
 
         Args:
@@ -123,7 +123,7 @@ class Memories:
             step: training step.
         """
         for known in self.known.values():
-            known.bucket.memory = SelectorMemory()
+            known.bucket.selector = SelectorMemory()
             known.bucket.shared = None
             known.equipped = None
         self._selectors.clear()
@@ -151,8 +151,8 @@ class Memories:
             made.moment_steps = step - self._moments_since
         made.selectors = dict(self._selectors)
         for known in self.known.values():
-            if known.bucket.memory.k:
-                made.selectors[known.bucket.layout.hash] = known.bucket.memory
+            if known.bucket.selector.k:
+                made.selectors[known.bucket.layout.hash] = known.bucket.selector
         return made
 
     def load(self, loaded: Checkpoint, model: WrappedModel) -> None:

@@ -42,7 +42,7 @@ class SparseState:
         process_group: group of the ranks that average; None takes DDP's group, or all ranks without DDP.
         scaler: the GradScaler in use, so that residuals are kept in unscaled units.
         options: the fields of `SparseConfig`: feedback, collective, value_codec, index_codec, dense_below, dense_steps,
-            fuse_bytes.
+            fuse_bytes, inner_group.
 
     Attributes:
         config: the options.

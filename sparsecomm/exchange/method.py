@@ -1,8 +1,24 @@
-"""The base class of all exchange methods, the state of an exchange in progress, and the registry of methods.
+"""Exchange methods: the base class, its input, and the registry.
 
-A method is one way of exchanging a bucket. Its file or folder in exchange/methods/ holds its steps, its predicted bytes
-and seconds, the header fields that ranks must share, and its registration. docs/architecture.md explains how to add a
-method.
+A method is one way of exchanging a bucket. It is a file in exchange/methods/, or a module of yours: a subclass of
+`Method` under `@register`. pipeline.py calls its steps in this order:
+
+    take            adds the gradient to the memory and returns a `Taken` (below); before it raises, it undoes that
+    encode          sets `header` (from `Exchange.header`) and `payload` (`make_bare_payload` if there is no body). It
+                    may change the residual where the `Taken` overwrites it when it is undone, and nowhere else
+    [agree]         the pipeline lets all ranks compare headers
+    communicate     sends and receives through `exchange.channel`; the residual stays as it is
+    decode          checks everything that was received; nothing has been applied so far
+    write_average   must not raise. Buffers that all buckets share are good until here
+    finish          adds rounding and dropped sums to the residual
+    give_up         in place of the last two, if the step is skipped or an error has ended the exchange
+
+`Exchange.take_some` selects on each rank by itself (SelectedTaken). `take_all` and `take_whole` send the whole
+residual; the method sets `rest` to the part that stays (WholeTaken). `accumulate` adds the gradient and leaves it to
+the method to find common places; the method sets `places` and `rounding` (PlacesTaken).
+
+Numbers from 1 to 99 belong to this package, those from 100 to 255 to methods from outside. `Scope.GENERAL` makes the
+method a candidate of `auto`, which then relies on `seconds`. docs/wire-format.md lists the numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +39,8 @@ from sparsecomm.exchange.plan import Plan
 from sparsecomm.feedback import (
     BucketMemory,
     ChunkNorms,
+    GradientTaken,
     Incoming,
-    NothingTaken,
     PlacesTaken,
     SelectedTaken,
     Taken,
@@ -107,7 +123,7 @@ class Exchange:
         """Adds the gradient to the residual and takes about k elements that this rank selects."""
         return take_some(self.memory, self._incoming(), self.plan.compressor, self.plan.k, self.workspace)
 
-    def take_all(self, *, exact: bool = False) -> WholeTaken | NothingTaken:
+    def take_all(self, *, exact: bool = False) -> WholeTaken | GradientTaken:
         """Adds the gradient to the residual and takes the whole residual, or the gradient alone.
 
         Args:
@@ -141,16 +157,16 @@ class Scope(Enum):
 
 
 class Method(abc.ABC):
-    """One way of exchanging a bucket. pipeline.py calls its steps in the order in which they stand below.
+    """One way of exchanging a bucket.
 
     Attributes:
         name: name for users, as in collective="allgather".
         number: number in headers, 1 to 255; never reused.
         has_body: whether a body follows the header. Every rank then needs all headers, since they hold the lengths of
-            the bodies. Without a body the header holds k and a tag, and values follow in later messages.
+            the bodies. Otherwise the header may hold k (in `nnz`) and a tag, and values follow in later messages.
         must_match: further header fields that must be the same on all ranks, with the users' word for each.
         scope: compressors that it works with, and whether `auto` considers it.
-        needs_residual: whether an exchange may leave something in the residual.
+        needs_residual: whether `take` works on a residual whatever the options are.
         on_device: whether it accepts a gradient on a GPU. Otherwise the whole gradient is copied to the host first.
         header: this rank's header; set by `encode`.
         payload: uint8, the header and the body, if any; set by `encode`.
@@ -230,17 +246,20 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        """Writes the sum, times `scale`, into a dense vector of the gradient's shape. Must not fail."""
+        """Writes the sum, times `scale`, into a dense vector of the gradient's shape.
+
+        Must not raise, because other ranks may have applied the average by now.
+        """
 
     def finish(self) -> None:  # noqa: B027  # optional
-        """Adds this rank's rounding and dropped sums to the residual, after the average was written."""
+        """Adds to the residual what this rank rounded off or dropped, unless an earlier step did so."""
 
-    def give_up(self, *, agreed: bool) -> None:  # noqa: B027  # optional
+    def give_up(self, *, together: bool) -> None:  # noqa: B027  # optional
         """Cleans up after an exchange without a result. The step has been undone already.
 
         Args:
-            agreed: whether all ranks skip the step together, because of NaN, infinity or an average out of range.
-                Otherwise the exchange failed half-way.
+            together: whether all ranks skip the step, because of NaN, infinity or an average out of range. Otherwise an
+                error has ended the exchange.
         """
 
     def make_bare_payload(self) -> None:
@@ -258,7 +277,8 @@ def register(method: _M) -> _M:
     """Registers a method and the rules of its headers. Used as a decorator.
 
     Raises:
-        ConfigError: the method lacks a name, a number or `has_body`, or another method has the same name or number.
+        ConfigError: the method lacks a name, a number or `has_body`, its number is not in 1 to 255, or another method
+            has the same name or number.
     """
     for attribute in ("name", "number", "has_body"):
         if not hasattr(method, attribute):

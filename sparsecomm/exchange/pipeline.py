@@ -1,16 +1,19 @@
 """The pipeline of one bucket: accumulate, select, encode, exchange, decode, apply. Read this first.
 
-    1 accumulate   acc = residual + grad                       (one fused pass over memory with 2)
-    2 select       take the indices and values of about k of the largest; the residual keeps the others
-    3 encode       write header, packed indices and packed values; the rounding goes to the residual
+    1 accumulate   acc = residual + grad                       (fused with step 2 into one pass over memory)
+    2 select       take the indices and values of about k elements, the largest; the residual keeps the others
+    3 encode       write header, packed indices and packed values; rounding goes to the residual, here or after step 6
     4 exchange     check that all ranks agree, then send the messages of the method
     5 decode       decode and check every payload before anything is applied
     6 apply        write the sum, times 1/P, into the bucket
 
 The steps that differ between methods are in sparsecomm/exchange/methods/.
 
-After a failure at any point the residual is the same as before the step (to rounding). The bucket is untouched, or NaN
-on every rank if some rank saw NaN or infinity.
+After a failure at any point this bucket's residual is the same as before the step (to rounding). The bucket holds this
+rank's gradient, or NaN if half a sum was in it already. If some rank saw NaN or infinity, or an average does not fit a
+float16 bucket, the bucket becomes NaN on every rank, so that all ranks treat the step alike. The one exception is an
+exact dense sum without a residual (or with one that is zero): it protects nothing, and NaN travels through it as in
+plain DDP.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def exchange(
         workspace: allocates buffers on the gradient's device; None to use `arena` for a gradient on the host.
 
     Returns:
-        The costs of the exchange.
+        A report: bytes, nonzeros and seconds.
 
     Raises:
         AgreedError: the exchange failed, and every rank raises this error.
@@ -122,14 +125,14 @@ def _run(running: Exchange, method: Method) -> CollectiveSteps[None]:
                 method.decode()
     except BaseException:
         taken.undo()
-        method.give_up(agreed=False)
+        method.give_up(together=False)
         raise
     with running.stage("apply"):
         if finite and _apply(running, method):
             running.keep(taken)
         else:
             running.skip(taken)
-            method.give_up(agreed=True)
+            method.give_up(together=True)
 
 
 def _apply(running: Exchange, method: Method) -> bool:

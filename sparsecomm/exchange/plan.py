@@ -10,7 +10,7 @@ from sparsecomm.compress import Compressor
 from sparsecomm.feedback import ErrorFeedback, Feedback
 from sparsecomm.types import Codecs, IndexCodec, Span, ValueCodec
 
-__all__ = ["Plan", "summable"]
+__all__ = ["Plan", "codec_for_sums"]
 
 _ERROR_FEEDBACK = ErrorFeedback()
 
@@ -59,6 +59,6 @@ class Plan:
         return Codecs(self.value_codec, self.index_codec)
 
 
-def summable(codec: ValueCodec) -> ValueCodec:
+def codec_for_sums(codec: ValueCodec) -> ValueCodec:
     """Returns the codec for values that ranks add on the way: fp16 in place of int8, whose blocks differ in scale."""
     return ValueCodec.FP16 if codec == ValueCodec.INT8 else codec

@@ -6,7 +6,7 @@ from sparsecomm.feedback.layout import BucketLayout
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.feedback.residuals import ResidualStore, check_residuals
-from sparsecomm.feedback.taken import NothingTaken, PlacesTaken, SelectedTaken, Taken, WholeTaken
+from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, Taken, WholeTaken
 
 __all__ = [
     "AdamCorrection",
@@ -15,9 +15,9 @@ __all__ = [
     "ChunkNorms",
     "ErrorFeedback",
     "Feedback",
+    "GradientTaken",
     "Incoming",
     "MomentumCorrection",
-    "NothingTaken",
     "PlacesTaken",
     "ResidualStore",
     "SelectedTaken",

@@ -9,7 +9,7 @@ from sparsecomm.compress.base import Compressor, SelectionBuffers
 from sparsecomm.feedback.added import Added, Incoming, begin
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import ErrorFeedback
-from sparsecomm.feedback.taken import NothingTaken, PlacesTaken, SelectedTaken, WholeTaken
+from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, WholeTaken
 from sparsecomm.runtime.arena import Arena
 
 __all__ = ["ChunkNorms", "accumulate", "take_all", "take_some"]
@@ -42,7 +42,7 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
             indices=arena.get((memory.index, "indices"), capacity, torch.uint32),
             values=arena.get((memory.index, "values"), capacity, torch.float32),
         )
-        selection = compressor.select(added.source, residual, k, memory.memory, out, scale=added.unit)
+        selection = compressor.select(added.source, residual, k, memory.selector, out, scale=added.unit)
     except BaseException:
         added.undo(None)
         raise
@@ -53,7 +53,7 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
 
 def take_all(
     memory: BucketMemory, incoming: Incoming, arena: Arena, *, exact: bool = False
-) -> WholeTaken | NothingTaken:
+) -> WholeTaken | GradientTaken:
     """Adds a gradient to the memory of a bucket and takes the whole residual.
 
     In a bucket without a residual, the gradient itself is sent.
@@ -65,13 +65,13 @@ def take_all(
         exact: whether values are sent without rounding. Then a residual that is zero is bypassed.
 
     Returns:
-        WholeTaken, or NothingTaken for a residual that was bypassed. The caller must call `commit` or `undo` on the
+        WholeTaken, or GradientTaken for a residual that was bypassed. The caller must call `commit` or `undo` on the
         result, exactly once.
     """
     feedback = incoming.feedback
-    if exact and memory.empty and (feedback is None or isinstance(feedback, ErrorFeedback)):
-        return NothingTaken(Added(memory, incoming, incoming.grad))
-    return WholeTaken(_sum(memory, incoming, arena, None))
+    if exact and memory.residual_is_zero and (feedback is None or isinstance(feedback, ErrorFeedback)):
+        return GradientTaken(Added(memory, incoming, incoming.grad))
+    return WholeTaken(_add_to_residual(memory, incoming, arena, None))
 
 
 def accumulate(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: ChunkNorms | None = None) -> PlacesTaken:
@@ -87,10 +87,10 @@ def accumulate(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: Ch
         The elements at places that are not yet known. The caller must call `commit` or `undo` on the result, exactly
         once.
     """
-    return PlacesTaken(_sum(memory, incoming, arena, norms))
+    return PlacesTaken(_add_to_residual(memory, incoming, arena, norms))
 
 
-def _sum(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: ChunkNorms | None) -> Added:
+def _add_to_residual(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: ChunkNorms | None) -> Added:
     added = begin(memory, incoming, arena)
     if memory.residual is not None and added.source is not None:
         if norms is None:

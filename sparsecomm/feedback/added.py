@@ -136,7 +136,7 @@ def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
     """
     if incoming.feedback is None and memory.residual is not None:
         memory.residual.zero_()
-    memory.empty = False
+    memory.residual_is_zero = False
     added = Added(memory, incoming, incoming.grad)
     for name in ("residual", "velocity", "second_moment"):
         kept: torch.Tensor | None = getattr(memory, name)

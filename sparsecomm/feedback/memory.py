@@ -31,26 +31,26 @@ class BucketMemory:
         index: bucket number, the same on all ranks.
         layout: the parameters of the bucket.
         residual: float32, shape (layout.numel,); None if all exchanges are dense and exact.
-        memory: memory of the compressor.
+        selector: memory of the compressor.
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
         second_moment: float32, shape (layout.numel,), the second moment of Adam correction; None without it.
-        age: number of the next step, where 1 is the first step that updates the moments.
-        shared: object that the exchange method keeps for this bucket, the same on all ranks. It is
-            lost when this object is replaced.
+        age: number of the next step among those that update the moments, from 1.
+        shared: object that the exchange method keeps for this bucket, the same on all ranks. It is lost when this
+            memory is replaced or the options change.
         pending: the last exchanged step, while the optimizer may still skip it.
-        empty: whether the residual is known to be zero everywhere.
+        residual_is_zero: whether the residual is known to be zero everywhere.
     """
 
     index: int
     layout: BucketLayout
     residual: torch.Tensor | None = None
-    memory: SelectorMemory = field(default_factory=SelectorMemory)
+    selector: SelectorMemory = field(default_factory=SelectorMemory)
     velocity: torch.Tensor | None = None
     second_moment: torch.Tensor | None = None
     age: int = 1
     shared: object = None
     pending: PendingStep | None = None
-    empty: bool = False
+    residual_is_zero: bool = False
 
     def finish_step(self, *, skipped: bool = False) -> None:
         """Commits the last exchanged step, or undoes it if the optimizer skips it."""

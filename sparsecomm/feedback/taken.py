@@ -3,7 +3,7 @@
     SelectedTaken   some elements, at positions that this rank selected
     PlacesTaken     the elements at places that all ranks find together
     WholeTaken      the whole residual
-    NothingTaken    no elements: the gradient itself is summed, and the residual is zero
+    GradientTaken   no elements of the memory: the gradient itself is summed, and the residual is zero
 
 The caller must call exactly one of `commit` and `undo`, once.
 """
@@ -20,7 +20,7 @@ from sparsecomm.compress.places import Places
 from sparsecomm.feedback.added import Added
 from sparsecomm.types import Pairs
 
-__all__ = ["NothingTaken", "PlacesTaken", "SelectedTaken", "Taken", "WholeTaken"]
+__all__ = ["GradientTaken", "PlacesTaken", "SelectedTaken", "Taken", "WholeTaken"]
 
 
 class Taken(abc.ABC):
@@ -86,7 +86,7 @@ class SelectedTaken(Taken):
         """Returns the selected elements to the residual and undoes the addition of the gradient."""
         self.added.undo((self.indices, self.values))
 
-    def put_back(self) -> tuple[PlacesTaken, torch.Tensor]:
+    def as_places(self) -> tuple[PlacesTaken, torch.Tensor]:
         """Returns the selected elements to the residual, as if only the gradient had been added.
 
         Returns:
@@ -157,7 +157,7 @@ class WholeTaken(Taken):
         memory = self.added.memory
         if memory.residual is not None:
             memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
-            memory.empty = self.rest is None and not self.added.holds_values()
+            memory.residual_is_zero = self.rest is None and not self.added.holds_values()
         if self.masked is not None:
             self._mask(self.masked)
         self.added.finish()
@@ -167,8 +167,8 @@ class WholeTaken(Taken):
         self.added.undo(None)
 
 
-class NothingTaken(Taken):
-    """No elements: the gradient itself is summed, and the residual stays zero."""
+class GradientTaken(Taken):
+    """No elements of the memory: the gradient itself is summed, and the residual stays zero."""
 
     @property
     def nnz(self) -> int:

@@ -95,13 +95,15 @@ class Launch:
 def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """Reads the launcher's environment variables.
 
-    The first launcher of `LAUNCHERS` that started the process counts. Without one this is plain python, a world of one.
+    The first match in `LAUNCHERS` wins; a match without its address is passed over if the world size is 1. Without one
+    this is plain python, a world of one.
 
     Args:
         environ: The environment; None for that of this process.
 
     Raises:
-        LaunchError: if a variable is not a number or contradicts another, or if an address is missing.
+        LaunchError: if a variable is not a number or contradicts another, or if an address is missing and the world
+            size is not 1.
     """
     env = os.environ if environ is None else environ
     for launcher in LAUNCHERS:

@@ -75,7 +75,7 @@ HEADER_BYTES = _RECORD.nbytes
 
 @dataclass(frozen=True, slots=True)
 class HeaderRules:
-    """Rules for the headers of one exchange method, or of one direction of the parameter server.
+    """Rules for the headers of one exchange method, of ranks that choose one, or of pushes or pulls.
 
     Attributes:
         number: number in the headers, 1 to 255; never reused.
@@ -134,9 +134,10 @@ class Header:
         world: number of ranks, as the sender knows it.
         bucket: bucket number.
         step: training step.
-        layout_hash: 64-bit hash of the names and shapes of the bucket's parameters.
+        layout_hash: 64-bit hash of the names, shapes and memory orders of the bucket's parameters.
         numel: number of elements of the dense bucket.
-        nnz: number of nonzeros in the body, or k in a header without a body. For signs, numel, or 0 if all are zero.
+        nnz: number of nonzeros in the body. Without a body, k (PowerSGD: the rank; dense: 0). For signs, numel, or 0 if
+            all are zero.
         index_bytes: bytes of the indices in the body.
         value_bytes: bytes of the values in the body.
         value_scale: factor on decoded FP16 values and on signs; 1 otherwise.

@@ -80,7 +80,7 @@ def exchanged(size: int, device: str, fetched: list[int]) -> list[torch.Tensor]:
 
         def make(channel: Any, grads: Any = grads, how: Any = how) -> Any:
             r = channel.rank
-            return exchange(channel, cluster.buckets[r], grads[r], how, arenas[r], memory=memories[r])
+            return exchange(channel, cluster.buckets[r], grads[r], how, arenas[r], memories[r])
 
         fetched.clear()
         watched = device == "cuda" and step == 2

@@ -17,7 +17,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import agreement_bytes
 from sparsecomm.exchange.method import register
 from sparsecomm.exchange.methods.packed import Packed
-from sparsecomm.exchange.plan import summable
+from sparsecomm.exchange.plan import codec_for_sums
 from sparsecomm.feedback import PlacesTaken
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes, ValueCodec
@@ -41,7 +41,7 @@ class Chunked(Packed):
     def bytes_sent(cls, sizes: Sizes) -> int:
         """Assumes chunks of the default length; shorter chunks have more norms."""
         norms = dense_allreduce_bytes(ChunkTopK().chunks_of(sizes.numel), sizes.ranks, ValueCodec.FP32)
-        values = dense_allreduce_bytes(sizes.k, sizes.ranks, summable(sizes.values))
+        values = dense_allreduce_bytes(sizes.k, sizes.ranks, codec_for_sums(sizes.values))
         return agreement_bytes(sizes.ranks) + norms + values
 
     @override

@@ -15,8 +15,8 @@ from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, 
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, register
-from sparsecomm.exchange.plan import summable
-from sparsecomm.feedback import NothingTaken, WholeTaken
+from sparsecomm.exchange.plan import codec_for_sums
+from sparsecomm.feedback import GradientTaken, WholeTaken
 from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes, ValueCodec
@@ -37,18 +37,20 @@ class Dense(Method):
     on_device = True
 
     _work: torch.Tensor | None = None
-    _taken: WholeTaken | NothingTaken
+    _taken: WholeTaken | GradientTaken
 
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        return dense_ring_bytes(sizes.numel, sizes.ranks, summable(sizes.values)) + HEADER_BYTES * (sizes.ranks - 1)
+        return dense_ring_bytes(sizes.numel, sizes.ranks, codec_for_sums(sizes.values)) + HEADER_BYTES * (
+            sizes.ranks - 1
+        )
 
     @classmethod
     @override
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
         """In float32 the gradient is summed in place; in 16 bits the residual is updated as well."""
-        wire, n = summable(sizes.values), sizes.numel
+        wire, n = codec_for_sums(sizes.values), sizes.numel
         link = dense_seconds(n, sizes.ranks, wire, alpha=costs.alpha, beta=costs.beta, add=costs.add)
         agreement = costs.alpha * (sizes.ranks - 1).bit_length()
         around = 0.0 if wire == ValueCodec.FP32 else costs.add + 2 * costs.fill
@@ -61,15 +63,15 @@ class Dense(Method):
         return HeaderRules(cls.number, cls.name.upper(), check_empty, must_match=cls.must_match, show=cls.show)
 
     @override
-    def take(self) -> WholeTaken | NothingTaken:
-        exact = summable(self.exchange.plan.value_codec) == ValueCodec.FP32
+    def take(self) -> WholeTaken | GradientTaken:
+        exact = codec_for_sums(self.exchange.plan.value_codec) == ValueCodec.FP32
         self._taken = self.exchange.take_all(exact=exact)
         return self._taken
 
     @override
     def encode(self) -> None:
         self.header = self.exchange.header()
-        self.header.value_codec = summable(self.exchange.plan.value_codec)
+        self.header.value_codec = codec_for_sums(self.exchange.plan.value_codec)
         self.make_bare_payload()
 
     @override
@@ -100,9 +102,9 @@ class Dense(Method):
             out.copy_(self._work, non_blocking=True)
 
     @override
-    def give_up(self, *, agreed: bool) -> None:
+    def give_up(self, *, together: bool) -> None:
         """Fills a gradient that holds a partial sum with NaN, so that nobody mistakes it for a gradient."""
-        if not agreed and self._work is self.exchange.grad:
+        if not together and self._work is self.exchange.grad:
             self.exchange.grad.fill_(math.nan)
 
 

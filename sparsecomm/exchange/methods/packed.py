@@ -16,7 +16,7 @@ from sparsecomm.compress import Places
 from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, Scope
-from sparsecomm.exchange.plan import summable
+from sparsecomm.exchange.plan import codec_for_sums
 from sparsecomm.feedback import PlacesTaken
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes, ValueCodec
@@ -47,7 +47,7 @@ class Packed(Method, abc.ABC):
     def seconds(cls, sizes: Sizes, costs: Costs) -> Estimate:
         """One pass accumulates, one writes, and k elements are summed densely. Finding places takes further rounds."""
         link = dense_seconds(
-            sizes.k, sizes.ranks, summable(sizes.values), alpha=costs.alpha, beta=costs.beta, add=costs.add
+            sizes.k, sizes.ranks, codec_for_sums(sizes.values), alpha=costs.alpha, beta=costs.beta, add=costs.add
         )
         finding = costs.alpha * 3 * (sizes.ranks - 1).bit_length()
         compute = costs.exchange + (costs.add + 2 * costs.fill) * sizes.numel + 4 * costs.fill * sizes.k
@@ -64,7 +64,7 @@ class Packed(Method, abc.ABC):
     @override
     def encode(self) -> None:
         self.header = self.exchange.header()
-        self.header.value_codec = summable(self.exchange.plan.value_codec)
+        self.header.value_codec = codec_for_sums(self.exchange.plan.value_codec)
         self.header.nnz = self.exchange.plan.k
         self.header.tag = self.tag()
         self.make_bare_payload()

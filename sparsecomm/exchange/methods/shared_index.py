@@ -17,7 +17,7 @@ from sparsecomm.errors import ConfigError, WireError
 from sparsecomm.exchange.agree import agreement_bytes
 from sparsecomm.exchange.method import register
 from sparsecomm.exchange.methods.packed import Packed
-from sparsecomm.exchange.plan import summable
+from sparsecomm.exchange.plan import codec_for_sums
 from sparsecomm.feedback import PlacesTaken
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes
@@ -52,7 +52,7 @@ class SharedIndex(Packed):
     def bytes_sent(cls, sizes: Sizes) -> int:
         """Assumes a leader, which sends most. Without a leader no positions travel."""
         positions = broadcast_bytes(positions_bytes(sizes.k, sizes.numel, sizes.indices), sizes.ranks)
-        values = dense_allreduce_bytes(sizes.k, sizes.ranks, summable(sizes.values))
+        values = dense_allreduce_bytes(sizes.k, sizes.ranks, codec_for_sums(sizes.values))
         return agreement_bytes(sizes.ranks) + positions + values
 
     @classmethod
@@ -72,7 +72,7 @@ class SharedIndex(Packed):
         self._compressor = plan.compressor
         self._leader = plan.compressor.leader(plan.step, exchange.channel.size)
         if self._leader == exchange.channel.rank:
-            self._taken, self._indices = exchange.take_some().put_back()
+            self._taken, self._indices = exchange.take_some().as_places()
             return self._taken
         self._taken = exchange.accumulate()
         if self._leader is None:

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | 1 HELLO | worker -> server | JSON: names and shapes, hash of the initial values, number of shards, mode | WELCOME |
 | 2 WELCOME | server -> worker | | INIT, if flag 1 is set: the worker must send the shard's first values |
-| 3 INIT | worker -> server | payload: the shard's first values; another worker is asked if this one dies | ACK |
+| 3 INIT | worker -> server | payload: the shard's first values | ACK |
 | 4 PUSH | worker -> server | payload (docs/wire-format.md, collective 12) | ACK; with the flag PENDING, at COMMIT |
 | 5 ACK | server -> worker | | |
 | 6 PULL | worker -> server | | VALUES, as soon as the mode allows |
@@ -15,10 +15,10 @@
 | 11 EVENT | server -> its backup | a PUSH or JOIN as it came, or a BYE in a worker's name | STORED |
 | 12 SNAPSHOT | server -> its backup | a whole shard with its optimizer and open rounds | STORED |
 | 13 STORED | backup -> server | | |
-| 14 DONE | server -> other servers | none: all workers have left the sender's shards | |
-| 15 JOIN | later worker -> server | none: the clock is its first one | ACK; flag 1 for too late, with a clock offered |
-| 16 COMMIT | worker -> server | none: the PUSH of this clock counts | the ACK of the PUSH that it completes |
-| 17 PING | worker -> server | | PING with as many zero bytes as the question's clock says |
+| 14 DONE | server -> other servers | none; it says that all workers have left the sender's shards | |
+| 15 JOIN | later worker -> server | none; the clock is its first one | ACK; flag 1 for too late, with a clock offered |
+| 16 COMMIT | worker -> server | none; the PUSH of this clock counts now | the ACK of the PUSH that it completes |
+| 17 PING | worker -> server | none; the clock says how many zero bytes to send back | PING with them |
 
 Rules:
 
@@ -26,6 +26,7 @@ Rules:
 - A worker has at most one request of a kind open per shard. When the shard's server dies, the worker sends its open
   requests to the next server, so a request that arrives twice must have the same effect as one.
 - Answers to PUSH and PULL repeat the request's clock. A worker ignores an answer to any but its open request.
+- If a worker dies before its INIT has come, the server asks another worker for one.
 - An answer that shows a change of a shard leaves only after the shard's backup has stored that change.
 - A server believes nothing in a message before both checksums fit and every position and value has been decoded.
 
@@ -42,7 +43,7 @@ The envelope, little-endian:
 | 6 | 2 | flags | see below |
 | 8 | 4 | shard | |
 | 12 | 4 | sender | rank; must be the rank that the message came from |
-| 16 | 8 | clock | pushes that the worker did before this message; in a WELCOME to a joiner the clock offered |
+| 16 | 8 | clock | pushes that the worker did before; ACK of a JOIN: the clock offered; PING: bytes |
 | 24 | 8 | version | see below |
 | 32 | 8 | seq | number of an event between servers; of an ACK the kind that it acknowledges |
 | 40 | 8 | body bytes | |
@@ -52,8 +53,8 @@ The envelope, little-endian:
 Flags: PENDING of a PUSH, WHOLE of a PULL, READY of a PING. WELCOME: 1 asks for INIT. VALUES: 1 says that the body is a
 whole shard. ACK: the staleness of a PUSH in updates, at most 65535; of a JOIN 1 for too late. Otherwise 0.
 
-Versions of the shard: PUSH the one that the gradient was computed on; PULL the one that the worker has plus 1, or 0 for
-none; ACK and VALUES the current one. Otherwise 0.
+Versions of the shard: PUSH the one that the gradient was computed on; PULL 1 + the one that the worker has, or 0 if it
+has none; ACK and VALUES the current one. Otherwise 0.
 """
 
 from __future__ import annotations
@@ -161,10 +162,11 @@ class Envelope:
         kind: Kind of the message.
         shard: Index of the shard that it concerns.
         sender: Rank of its sender.
-        clock: Pushes that the worker had done before.
-        version: Version of the shard; of a PUSH the one that the gradient was computed on.
+        clock: Pushes that the worker had done before; other meanings are in the table above.
+        version: Version of the shard; of a PUSH the one that the gradient was computed on, of a PULL 1 + the worker's.
         seq: Number of a replicated event; of an ACK the kind that it acknowledges; else 0.
-        flags: `PENDING` of a PUSH, `WHOLE` of a PULL, `READY` of a PING, the staleness in an ACK of a PUSH; else 0.
+        flags: `PENDING` of a PUSH, `WHOLE` of a PULL, `READY` of a PING, the staleness in an ACK of a PUSH; 1 in some
+            answers, see above.
     """
 
     kind: Kind
@@ -212,7 +214,7 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
     if source is not None and sender != source:
         raise bad("sender", sender, f"it came from rank {source}")
     if shard >= MAX_SHARDS:
-        raise bad("shard", shard, f"at most {MAX_SHARDS}")
+        raise bad("shard", shard, f"must be below {MAX_SHARDS}")
     if min(clock, at, seq) < 0:
         raise bad("clock, version, seq", (clock, at, seq), "negative")
     body = message[ENVELOPE_BYTES:]

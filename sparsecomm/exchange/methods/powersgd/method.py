@@ -26,7 +26,7 @@ from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, Scope, register
 from sparsecomm.exchange.methods.powersgd.factors import Matrix, matrices_of, orthonormal, random_factor
-from sparsecomm.exchange.plan import summable
+from sparsecomm.exchange.plan import codec_for_sums
 from sparsecomm.feedback import WholeTaken
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes, Span, ValueCodec
@@ -70,7 +70,7 @@ class LowRank(Method):
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
         """Assumes k values, half in each sum; the true number depends on the shapes of parameters."""
-        wire, k = summable(sizes.values), sizes.k
+        wire, k = codec_for_sums(sizes.values), sizes.k
         sums = (dense_allreduce_bytes(n, sizes.ranks, wire) for n in (k // 2, k - k // 2))
         return agreement_bytes(sizes.ranks) + sum(sums)
 
@@ -100,7 +100,7 @@ class LowRank(Method):
         self._matrices, self._others = matrices_of(exchange.memory.layout, self._rank)
         self.header = exchange.header()
         self.header.nnz = min(self._rank, exchange.grad.numel())
-        self.header.value_codec = summable(exchange.plan.value_codec)
+        self.header.value_codec = codec_for_sums(exchange.plan.value_codec)
         known = self._known()
         self.header.tag = 0 if known is None else known.tag
         self.make_bare_payload()

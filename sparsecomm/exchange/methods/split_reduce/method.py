@@ -132,9 +132,9 @@ class SplitReduce(Method):
         self.exchange.memory.shared = reduced.regions
 
     @override
-    def give_up(self, *, agreed: bool) -> None:
+    def give_up(self, *, together: bool) -> None:
         """If all ranks skip the step, keeps its regions for the next step, with the threshold from before."""
-        if agreed:
+        if together:
             known = self._regions
             self.exchange.memory.shared = None if known is None else replace(known, used=self.exchange.plan.step)
 

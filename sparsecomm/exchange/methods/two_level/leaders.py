@@ -80,7 +80,7 @@ def lead(
     rest = exchange.arena.get((key, "rest"), numel, torch.float32).zero_()
     noting = _Noting(plan.compressor)
     memory = exchange.memory
-    inner = BucketMemory(key, memory.layout, rest, memory.memory, shared=memory.shared)
+    inner = BucketMemory(key, memory.layout, rest, memory.selector, shared=memory.shared)
     chosen_method = leaders_method(Sizes(plan.k, numel, len(leaders), plan.value_codec, plan.index_codec))
     inner_plan = replace(
         plan,

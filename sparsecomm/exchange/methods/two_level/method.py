@@ -150,7 +150,7 @@ class TwoLevel(Method):
         self._taken.masked = None if self._outcome is None else self._outcome.chosen
 
     @override
-    def give_up(self, *, agreed: bool) -> None:
+    def give_up(self, *, together: bool) -> None:
         """Leaves the queue for the inner process group."""
         if self._turn is not None:
             self._turn.leave()

@@ -100,7 +100,9 @@ class Memories:
         moments, residuals = _moments(config.feedback), self._stores["residual"]
         rounds = config.dense_values != ValueCodec.FP32 and config.feedback is not None
         if method_named(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
-            bucket.residual = residuals.bucket(bucket.layout, home)
+            residual = residuals.bucket(bucket.layout, home)
+            if residual is not bucket.residual:
+                bucket.residual, bucket.residual_is_zero = residual, False
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
         version = sum(store.version for store in self._stores.values())

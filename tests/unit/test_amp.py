@@ -180,3 +180,40 @@ def test_a_scaler_may_come_after_the_state_and_before_the_first_step() -> None:
     assert state._scaling.grad_scale() == 8.0
     state.attach_scaler(torch.amp.GradScaler("cpu", enabled=False))
     assert state._scaling.grad_scale() == 1.0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 1000.0])
+@pytest.mark.parametrize("codec", [ValueCodec.FP32, ValueCodec.FP16])
+@pytest.mark.parametrize("before", ["two_level", "unused"])
+def test_a_dense_step_is_right_where_only_some_ranks_have_something_left_over(
+    before: str, codec: ValueCodec, scale: float
+) -> None:
+    """A rank with an empty residual sums its gradient, another its residual: both must be in the same units."""
+    cluster = Cluster(4, N, nodes=[0, 0, 1, 1])
+    if before == "unused":
+        cluster.residuals[1][:2] = 1.0
+    common: dict[str, Any] = {"grad_scale": scale, "final": False}
+    name, unused = ("two_level", ()) if before == "two_level" else ("dense", ((0, 2),))
+    first = [gradient("normal", N, torch.float32, r) * scale for r in range(4)]
+    if before == "unused":
+        for grad in first:
+            grad[:2] = 0.0
+    plans = [plan(N, density=0.5, collective=name, step=0, **common)] * 4
+    plans[1] = replace(plans[1], unused=unused)
+    cluster.world.run(
+        lambda c: exchange(c, cluster.buckets[c.rank], first[c.rank], plans[c.rank], cluster.arenas[c.rank])
+    )
+    for bucket in cluster.buckets:
+        bucket.finish_step()
+    residuals = [r.clone() for r in cluster.residuals]
+    assert len({bool(r.any()) for r in residuals}) == 2, "else this proves nothing"
+    grads = [gradient("normal", N, torch.float32, 10 + r) * scale for r in range(4)]
+    given = [g / scale for g in grads]
+    how = plan(N, dense=True, step=1, value_codec=codec, **common)
+    cluster.world.run(lambda c: exchange(c, cluster.buckets[c.rank], grads[c.rank], how, cluster.arenas[c.rank]))
+    for bucket in cluster.buckets:
+        bucket.finish_step()
+    assert all(torch.equal(g, grads[0]) for g in grads)
+    came = sum(t.double() for t in (*given, *residuals))
+    went = 4 * grads[0].double() / scale + sum(r.double() for r in cluster.residuals)
+    assert torch.allclose(came, went, rtol=1e-5, atol=1e-5)

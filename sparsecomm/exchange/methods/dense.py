@@ -88,11 +88,17 @@ class Dense(Method):
         if isinstance(taken, WholeTaken) and residual is not None and wire != ValueCodec.FP32:
             error = taken.rest = exchange.arena.get((key, "rest"), grad.numel(), torch.float32)
         self._work = work
-        scale = (exchange.plan.grad_scale if residual is not None else 1.0) / exchange.channel.size
-        yield from dense_allreduce(exchange.channel, DenseSum(work, wire, scale, error), exchange.arena, key)
-        # With a residual, NaN and infinity were found when the gradient was added. Without one, they matter only if the
-        # step is not final, since other buckets are then undone together with this one.
-        return exchange.plan.final or residual is not None or _is_finite(work)
+        # Some ranks may sum a residual and others a gradient, since each knows only its own residual. So all sum in the
+        # units of gradients, and all judge the sum in the same way.
+        units = exchange.plan.grad_scale if residual is not None else 1.0
+        if units != 1.0:
+            work.mul_(units)
+        dense = DenseSum(work, wire, 1.0 / exchange.channel.size, error)
+        yield from dense_allreduce(exchange.channel, dense, exchange.arena, key)
+        if error is not None and units != 1.0:
+            error.div_(units)
+        # NaN and infinity matter only if the step is not final, since other buckets are then undone with this one.
+        return exchange.plan.final or _is_finite(work)
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:

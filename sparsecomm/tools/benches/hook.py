@@ -168,7 +168,7 @@ class _ByHand:
         others = ((i[:n], v[:n]) for i, v in self._decoded[1:])
         kernels.scatter_reduce(grad, [own, *others], scale=1.0 / self._world.size)
 
-    def _mailbox(self, channel: Channel, which: int) -> list[Request]:
+    def _post(self, channel: Channel, which: int) -> list[Request]:
         data = self._body if which else self._header
         requests = [channel.irecv(i[which], (channel.rank - d) % channel.size) for d, i in self._into.items()]
         return requests + [channel.isend(data, (channel.rank + d) % channel.size) for d in self._into]
@@ -186,8 +186,8 @@ class _ByHand:
 
         def steps(channel: Channel) -> CollectiveSteps[None]:
             for _ in (bucket for group in self._groups for bucket in group):
-                yield self._mailbox(channel, 0)
-                yield self._mailbox(channel, 1)
+                yield self._post(channel, 0)
+                yield self._post(channel, 1)
                 channel.pending.clear()
 
         self._world.engine.call("bench messages", steps)
@@ -203,10 +203,10 @@ class _ByHand:
                 headers, bodies = [], []
                 for bucket in group:
                     self._send(*bucket)
-                    headers.append(self._mailbox(channel, 0))
+                    headers.append(self._post(channel, 0))
                 for requests in headers:
                     yield requests
-                    bodies.append(self._mailbox(channel, 1))
+                    bodies.append(self._post(channel, 1))
                 for requests, bucket in zip(bodies, group, strict=True):
                     yield requests
                     self._receive(*bucket)

@@ -133,7 +133,9 @@ class SparseState:
         last: bool,
         error: Exception | None = None,
     ) -> torch.futures.Future[torch.Tensor]:
-        """Starts the exchange of one bucket; returns at once. Collective, in the same order on all ranks.
+        """Hands over one bucket and returns at once. Collective, in the same order on all ranks.
+
+        Its exchange starts now, or with later buckets if small ones are fused.
 
         Args:
             index: bucket number.
@@ -183,7 +185,7 @@ class SparseState:
         return self._choice.explain(self.config)
 
     def is_settled(self) -> bool:
-        """Returns whether `collective="auto"` is not trying anything now. True if there is nothing to choose."""
+        """Returns whether `collective="auto"` has stopped trying methods. True if there is nothing to choose."""
         return self._choice.is_settled()
 
     def residual_norm(self) -> float:

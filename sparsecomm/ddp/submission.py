@@ -24,10 +24,10 @@ from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
 from sparsecomm.transport import Channel, CollectiveSteps, Task
 
-__all__ = ["Owner", "StateParts", "Submission"]
+__all__ = ["StateParts", "Submission", "SubmittingState"]
 
 
-class Owner(Protocol):
+class SubmittingState(Protocol):
     """The `SparseState` that submits, as far as a submission uses it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Submission:
         here: this process.
     """
 
-    def __init__(self, owner: Owner, parts: StateParts, batch: Batch, step: int, here: World) -> None:
+    def __init__(self, owner: SubmittingState, parts: StateParts, batch: Batch, step: int, here: World) -> None:
         self._owner = owner
         self._parts = parts
         self._batch = batch
@@ -80,7 +80,7 @@ class Submission:
         self._lane = parts.lanes.of(batch.device)
         self._key = (id(owner), batch.index)
         self._label = f"bucket {batch.index} of step {step}"
-        self._average: torch.Tensor | None = None
+        self._vector: torch.Tensor | None = None
 
     def start(self) -> None:
         """Prepares the batch and submits it; returns at once. Collective, in the same order on all ranks.
@@ -94,10 +94,10 @@ class Submission:
         parts.recorder.submitted(self._step, last=batch.last)
         try:
             wrappers, ranks = self._look_up()
-            if batch.device.type != "cuda":  # "auto" measures work of the host only
+            if batch.device.type != "cuda":  # on a GPU "auto" goes by bytes, without measuring
                 parts.choice.begin(self._owner.config, self._here, ranks, self._step, last=batch.last)
         except Exception as error:
-            # Either this rank does not know whom to tell, or all ranks have this error already.
+            # A failed look-up leaves nobody to tell; a failed measurement has failed on all ranks.
             self._fail(error)
             return
         try:
@@ -178,7 +178,7 @@ class Submission:
         batch, step, arena = self._batch, self._step, self._lane.arena
 
         def tell(channel: Channel) -> CollectiveSteps[None]:
-            number = method_named("dense").number  # any would do for an error message
+            number = method_named("dense").number  # the others read only the error flag
             header = blank_header(channel.rank, channel.size, batch.index, step, batch.numel, number)
             return report_failure(channel, header, cause, arena)
 
@@ -190,8 +190,8 @@ class Submission:
 
     def _flat(self, arena: Arena) -> torch.Tensor:
         """Returns the vector to exchange, and keeps it until the batch is finished."""
-        self._average = self._batch.flat(arena)
-        return self._average
+        self._vector = self._batch.flat(arena)
+        return self._vector
 
     def _finish(self, report: BucketReport, plan: Plan) -> None:
         """Notes the report and completes the futures, even if noting it fails."""
@@ -199,7 +199,7 @@ class Submission:
             self._parts.choice.finished(report, Candidate(plan.collective, plan.value_codec))
             self._parts.recorder.finished(report, close=self._close_step)
         finally:
-            self._batch.finish(self._average)
+            self._batch.finish(self._vector)
 
     def _close_step(self, step: Metrics) -> None:
         """Makes the finished step final, or undoes all of it if the GradScaler is going to skip it."""

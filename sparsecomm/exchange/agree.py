@@ -34,7 +34,7 @@ from sparsecomm.wire import (
 __all__ = ["DIGEST_ABOVE", "DIGEST_BYTES", "Agreement", "agree", "agreement_bytes"]
 
 DIGEST_ABOVE = 16
-"""Largest world in which headers go to all ranks at once: 88 (P - 1) bytes cost less there than another round."""
+"""Largest world in which headers are gathered without a digest first: 88 (P - 1) bytes cost less than more rounds."""
 
 _MUST_MATCH = ("world", "step", "bucket", "numel", "layout_hash", "collective")
 _matched = attrgetter(*_MUST_MATCH)
@@ -87,7 +87,7 @@ def agree(
             RemoteError that lists the failed ranks and their errors.
     """
     if channel.size > DIGEST_ABOVE:
-        flags = yield from _spread(channel, mine, arena, key)
+        flags = yield from _spread_digests(channel, mine, arena, key)
         if not gather and not flags & (FLAG_ERROR | _MISMATCH):
             same_tag = mine.tag != 0 and not flags & _OTHER_TAG
             return Agreement(bool(flags & FLAG_NONFINITE), same_tag, [])
@@ -99,7 +99,7 @@ def agree(
     return Agreement(any(h.flags & FLAG_NONFINITE for h in headers), same_tag, headers)
 
 
-def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> CollectiveSteps[int]:
+def _spread_digests(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> CollectiveSteps[int]:
     """Combines the flags of all ranks and compares their digests, for any P.
 
     Before round j, rank r knows the combined flags of ranks r - 2^j + 1 .. r. In round j it sends them to rank r + 2^j
@@ -131,14 +131,14 @@ def _spread(channel: Channel, mine: Header, arena: Arena, key: Hashable) -> Coll
     return flags
 
 
-def _all_of(header: Header) -> tuple[int, ...]:
+def _fields_to_match(header: Header) -> tuple[int, ...]:
     """Returns all header fields that must be the same on every rank."""
     more = rules_of(header.collective).must_match
     return (*(int(x) for x in _matched(header)), *(int(getattr(header, field)) for field in more))
 
 
 def _digest(header: Header) -> int:
-    text = repr(_all_of(header)).encode()
+    text = repr(_fields_to_match(header)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
@@ -175,8 +175,8 @@ def _gather(
 def _check_match(headers: list[Header]) -> None:
     """Raises an AgreedError if headers differ. All ranks hold the same headers, so all raise the same error."""
     first = headers[0]
-    same = _all_of(first)
-    if all(_all_of(h) == same for h in headers[1:]):
+    same = _fields_to_match(first)
+    if all(_fields_to_match(h) == same for h in headers[1:]):
         return
     rules = rules_of(first.collective)
     names = {field: field for field in _MUST_MATCH}

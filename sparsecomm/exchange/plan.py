@@ -27,11 +27,11 @@ class Plan:
         value_codec: codec of the values.
         index_codec: codec of the positions; None for the smallest.
         feedback: treatment of elements that are not sent; None drops them.
-        grad_scale: factor by which gradients arrive scaled (by a GradScaler); residuals are unscaled.
+        grad_scale: factor that gradients arrive multiplied by (a GradScaler's); residuals are unscaled.
         unused: spans of parameters that this rank did not use in this step. Their memory does not change.
         clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
         final: whether the step is final once this bucket is exchanged. Otherwise the caller calls
-            `BucketMemory.finish_step` when it knows whether the optimizer takes the step.
+            `BucketMemory.finish_step` when it knows whether the optimizer takes the step, or the next exchange does.
         inner_group: torch process group of this rank's node for sums inside the node; None to send messages.
     """
 

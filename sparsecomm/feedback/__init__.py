@@ -1,4 +1,4 @@
-"""The memory of a bucket, and the elements that leave it in a step. Above compress, below exchange."""
+"""The memory of a bucket, and the elements that leave it in a step. Uses compress; used by exchange."""
 
 from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, take_some
 from sparsecomm.feedback.added import Incoming

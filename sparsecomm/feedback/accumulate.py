@@ -6,7 +6,7 @@ import torch
 
 from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, SelectionBuffers
-from sparsecomm.feedback.added import Added, Incoming, begin
+from sparsecomm.feedback.added import Added, Incoming, set_aside_and_correct
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import ErrorFeedback
 from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, WholeTaken
@@ -33,7 +33,7 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
     """
     residual, grad = memory.residual, incoming.grad
     assert residual is not None, "a sparse exchange needs a residual"
-    added = begin(memory, incoming, arena)
+    added = set_aside_and_correct(memory, incoming, arena)
     capacity = compressor.capacity(k, grad.numel())
     if added.source is None:
         return SelectedTaken(added, capacity=capacity)
@@ -42,7 +42,7 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
             indices=arena.get((memory.index, "indices"), capacity, torch.uint32),
             values=arena.get((memory.index, "values"), capacity, torch.float32),
         )
-        selection = compressor.select(added.source, residual, k, memory.selector, out, scale=added.unit)
+        selection = compressor.select(added.source, residual, k, memory.selector, out, scale=added.factor)
     except BaseException:
         added.undo(None)
         raise
@@ -83,19 +83,18 @@ def accumulate(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: Ch
         arena: allocates the buffers.
         norms: filled with the chunk norms of the residual after the addition; None to compute none.
 
-    Returns:
-        The elements at places that are not yet known. The caller must call `commit` or `undo` on the result, exactly
-        once.
+    Returns: A `PlacesTaken`, of which the method sets `places`. The caller must call `commit` or `undo` on the result,
+        exactly once.
     """
     return PlacesTaken(_add_to_residual(memory, incoming, arena, norms))
 
 
 def _add_to_residual(memory: BucketMemory, incoming: Incoming, arena: Arena, norms: ChunkNorms | None) -> Added:
-    added = begin(memory, incoming, arena)
+    added = set_aside_and_correct(memory, incoming, arena)
     if memory.residual is not None and added.source is not None:
         if norms is None:
-            added.nonfinite += kernels.accumulate_dense(added.source, memory.residual, scale=added.unit)
+            added.nonfinite += kernels.accumulate_dense(added.source, memory.residual, scale=added.factor)
         else:
-            added.nonfinite += kernels.accumulate_norms(added.source, memory.residual, *norms, scale=added.unit)
+            added.nonfinite += kernels.accumulate_norms(added.source, memory.residual, *norms, scale=added.factor)
         added.in_residual = True
     return added

@@ -13,7 +13,7 @@ from sparsecomm.feedback.options import ErrorFeedback, Feedback
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Pairs, Span
 
-__all__ = ["Added", "Incoming", "begin"]
+__all__ = ["Added", "Incoming", "set_aside_and_correct"]
 
 _ERROR_FEEDBACK = ErrorFeedback()
 
@@ -29,7 +29,8 @@ class Incoming:
         unused: spans of parameters that this rank did not use in this step. Their gradient is zero. Their memory does
             not change, since DDP would discard the average of a parameter that no rank used.
         clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
-        lasting: whether the gradient stays unchanged until commit or undo. Otherwise undo needs a copy of the memory.
+        grad_survives: whether the gradient stays unchanged until commit or undo. Otherwise undo needs a copy of the
+            memory.
     """
 
     grad: torch.Tensor
@@ -37,7 +38,7 @@ class Incoming:
     scale: float = 1.0
     unused: tuple[Span, ...] = ()
     clip_norm: float | None = None
-    lasting: bool = True
+    grad_survives: bool = True
 
 
 @dataclass(slots=True)
@@ -52,8 +53,8 @@ class Added:
         nonfinite: number of elements that were NaN or infinite.
         in_residual: whether `source` has been added to the residual.
         clip: factor by which a correction clipped the gradient.
-        aside: slices of unused parameters in residual and moments, each with its previous content.
-        copies: residual and moments, each with its previous content; empty if the gradient is lasting.
+        set_aside: slices of unused parameters in residual and moments, each with its previous content.
+        copies: residual and moments, each with its previous content; empty if the gradient survives.
     """
 
     memory: BucketMemory
@@ -62,7 +63,7 @@ class Added:
     nonfinite: int = 0
     in_residual: bool = False
     clip: float = 1.0
-    aside: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    set_aside: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -77,19 +78,19 @@ class Added:
         return self.correction is not None and self.correction.masking
 
     @property
-    def unit(self) -> float:
+    def factor(self) -> float:
         """Factor by which `source` is multiplied when it is added to the residual."""
         return self.incoming.scale if self.correction is None else 1.0
 
-    def holds_values(self) -> bool:
+    def set_aside_is_nonzero(self) -> bool:
         """Returns whether the previous content of unused parameters is nonzero anywhere."""
-        return any(bool(content.any()) for _, content in self.aside)
+        return any(bool(content.any()) for _, content in self.set_aside)
 
     def finish(self) -> None:
         """Adds the previous content of unused parameters to anything that the exchange left there."""
-        for place, content in self.aside:
+        for place, content in self.set_aside:
             place.add_(content)
-        self.aside = []
+        self.set_aside = []
 
     def undo(self, selected: Pairs | None) -> None:
         """Restores residual and moments, exactly from copies, otherwise to rounding.
@@ -100,16 +101,16 @@ class Added:
         if self.copies:
             for memory, content in self.copies:
                 memory.copy_(content)
-            self.aside = []
+            self.set_aside = []
             return
         if self.source is not None:
             if self.in_residual and self.memory.residual is not None:
                 self._subtract(self.memory.residual, self.source, selected)
             if self.correction is not None:
                 rewind(self.correction, self.memory, self.incoming.grad, self.incoming.scale * self.clip)
-        for place, content in self.aside:
+        for place, content in self.set_aside:
             place.copy_(content)
-        self.aside = []
+        self.set_aside = []
 
     def _subtract(self, residual: torch.Tensor, source: torch.Tensor, selected: Pairs | None) -> None:
         step = source if self.correction is not None else source.to(torch.float32) * self.incoming.scale
@@ -123,7 +124,7 @@ class Added:
             residual[chosen] = selected[1] - torch.nan_to_num(step[chosen], nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
+def set_aside_and_correct(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
     """Sets the memory of unused parameters aside and, with a correction, updates the moments.
 
     Args:
@@ -141,12 +142,12 @@ def begin(memory: BucketMemory, incoming: Incoming, arena: Arena) -> Added:
     for name in ("residual", "velocity", "second_moment"):
         kept: torch.Tensor | None = getattr(memory, name)
         if kept is not None:
-            if not incoming.lasting:
+            if not incoming.grad_survives:
                 copy = arena.get((memory.index, name, "before"), kept.numel(), torch.float32)
                 added.copies.append((kept, copy.copy_(kept)))
             for start, end in incoming.unused:
                 place = kept[start:end]
-                added.aside.append((place, place.clone()))
+                added.set_aside.append((place, place.clone()))
                 place.zero_()
     if added.correction is not None:
         _correct(added, added.correction, arena)

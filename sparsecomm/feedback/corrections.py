@@ -1,4 +1,4 @@
-"""Momentum before compression: computes the vector to add to the residual from a gradient, and undoes that."""
+"""Momentum before compression: from a gradient, computes the vector that is added to the residual, and undoes that."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def advance(
 def work_space(options: Correction, arena: Arena, bucket: int, numel: int) -> torch.Tensor:
     """Returns the work space of `advance`: float32, shape (numel,), or empty if it needs none."""
     needed = isinstance(options, AdamCorrection) or options.nesterov
-    return arena.get((bucket, "look-ahead"), numel if needed else 0, torch.float32)
+    return arena.get((bucket, "update"), numel if needed else 0, torch.float32)
 
 
 def rewind(options: Correction, memory: BucketMemory, grad: torch.Tensor, factor: float) -> None:
-    """Undoes one call of `advance` with the same arguments, to rounding."""
+    """Undoes one `advance` of the same gradient and factor, to rounding."""
     velocity, second_moment = memory.velocity, memory.second_moment
     assert velocity is not None, "a correction needs a velocity"
     step = grad.to(torch.float32) * factor

@@ -22,7 +22,7 @@ class ResidualStore:
         noun: name of such a tensor in errors.
 
     Attributes:
-        version: changes whenever a flat tensor is made, since parameters may then have left another.
+        version: changes whenever a bucket's flat tensor is made, since parameters may then have left an older one.
     """
 
     def __init__(self, noun: str = "residual") -> None:

@@ -103,7 +103,7 @@ class PlacesTaken(Taken):
 
     Attributes:
         places: the places; None before they are found.
-        rounding: float32, shape (places.count,), rounding that this rank made in the sum; None if it made none.
+        rounding: float32, shape (places.count,), errors of the values that this rank rounded; None if it rounded none.
     """
 
     def __init__(self, added: Added) -> None:
@@ -157,7 +157,7 @@ class WholeTaken(Taken):
         memory = self.added.memory
         if memory.residual is not None:
             memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
-            memory.residual_is_zero = self.rest is None and not self.added.holds_values()
+            memory.residual_is_zero = self.rest is None and not self.added.set_aside_is_nonzero()
         if self.masked is not None:
             self._mask(self.masked)
         self.added.finish()

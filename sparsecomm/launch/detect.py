@@ -25,7 +25,8 @@ class Launcher:
         rank: Variable with the rank.
         size: Variable with the world size.
         local_rank: Variable with the rank on this node.
-        marker: Variable that only this launcher sets. None recognizes it by `rank` and `size`.
+        marker: Variable that only this launcher sets. If None, the launcher is recognized when both `rank` and `size`
+            are set.
         address: Further variables that ranks need to find each other.
     """
 
@@ -37,7 +38,7 @@ class Launcher:
     marker: str | None = None
     address: tuple[str, ...] = ()
 
-    def started(self, env: Mapping[str, str]) -> bool:
+    def matches(self, env: Mapping[str, str]) -> bool:
         """Returns whether this launcher started the process with this environment."""
         return self.marker in env if self.marker is not None else self.rank in env and self.size in env
 
@@ -107,7 +108,7 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """
     env = os.environ if environ is None else environ
     for launcher in LAUNCHERS:
-        if not launcher.started(env):
+        if not launcher.matches(env):
             continue
         launch = _read(launcher, env)
         missing = [name for name in launcher.address if name not in env]

@@ -19,11 +19,11 @@ from sparsecomm.launch import torch_dist
 from sparsecomm.launch.detect import Launch
 from sparsecomm.transport import SoloTransport, Transport
 
-__all__ = ["JOINS", "Joined", "Joining"]
+__all__ = ["JOINS", "JoinRequest", "JoinResult"]
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
+class JoinRequest:
     """Everything that a join function needs to know.
 
     Attributes:
@@ -40,7 +40,7 @@ class Joining:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class JoinResult:
     """A world that this process has joined.
 
     Attributes:
@@ -69,15 +69,15 @@ def _leave_mpi() -> None:
         import_mpi().Finalize()
 
 
-def _join_solo(joining: Joining) -> Joined:
+def _join_solo(joining: JoinRequest) -> JoinResult:
     """Makes a world of one."""
     if not dist.is_initialized():
         torch_dist.init_solo()
         joining.teardown.callback(_leave_torch)
-    return Joined(SoloTransport(), 0, 1)
+    return JoinResult(SoloTransport(), 0, 1)
 
 
-def _join_mpi(joining: Joining) -> Joined:
+def _join_mpi(joining: JoinRequest) -> JoinResult:
     """Initializes MPI, checks that it belongs to the launcher, and duplicates the communicator. Collective."""
     from sparsecomm.transport.mpi import MPITransport, import_mpi
 
@@ -110,13 +110,13 @@ def _join_mpi(joining: Joining) -> Joined:
     node.Free()
     transport = MPITransport(comm, joining.nodes)
     if dist.is_initialized():
-        return Joined(transport, local_rank, local_size)
+        return JoinResult(transport, local_rank, local_size)
     store = torch_dist.init_over_mpi(comm, local_size, joining.timeout)
     joining.teardown.callback(_leave_torch)
-    return Joined(transport, local_rank, local_size, store)
+    return JoinResult(transport, local_rank, local_size, store)
 
 
-def _join_gloo(joining: Joining) -> Joined:
+def _join_gloo(joining: JoinRequest) -> JoinResult:
     """Uses torch.distributed's rendezvous, and Gloo for messages. Collective."""
     from sparsecomm.transport.gloo import GlooTransport
 
@@ -128,8 +128,8 @@ def _join_gloo(joining: Joining) -> Joined:
         joining.teardown.callback(_leave_torch)
     transport = GlooTransport(joining.timeout, joining.nodes)
     local_rank = launch.rank if launch.local_rank is None else launch.local_rank
-    return Joined(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size)))
+    return JoinResult(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size)))
 
 
-JOINS: Mapping[str, Callable[[Joining], Joined]] = {"mpi": _join_mpi, "gloo": _join_gloo, "solo": _join_solo}
+JOINS: Mapping[str, Callable[[JoinRequest], JoinResult]] = {"mpi": _join_mpi, "gloo": _join_gloo, "solo": _join_solo}
 """For each transport, the function that joins the world over it."""

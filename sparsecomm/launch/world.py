@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sparsecomm.errors import ConfigError, LaunchError
 from sparsecomm.launch.detect import detect
-from sparsecomm.launch.join import JOINS, Joining
+from sparsecomm.launch.join import JOINS, JoinRequest
 from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, Transport
 
@@ -149,7 +149,7 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
     launch = detect()
-    joining = Joining(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
+    joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
     joined = JOINS[launch.transport](joining)
     _owned.store, transport = joined.store, joined.transport
     _check_torch(transport)

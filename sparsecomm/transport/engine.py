@@ -8,8 +8,8 @@ At most 32 collectives of a group are in flight. Two with the same key follow ea
 Each group has a window of its own, because only the ranks of one group submit in the same order.
 
 Threads that wake each other all the time cost more than small exchanges do. A patient task (a small bucket that is not
-the last of its backward pass) does not wake the engine while its sender is busy, and its callback may wait up to 20 ms
-for others. The last bucket ends all waiting. The order never changes.
+the last of its backward pass) does not wake the engine while the thread that submits is busy, and its callback may
+wait up to 20 ms for others. A task that is not patient ends all waiting. The order never changes.
 
 Requests of Gloo cannot be polled, so there the engine waits for the oldest task first. All ranks do so in the same
 order, hence no rank waits for one that waits for it.
@@ -40,10 +40,10 @@ from sparsecomm.transport.task import Running, Task, TaskGroup
 __all__ = ["Engine"]
 
 _TRIES = 20  # tests of one request in a row, because a turn of the loop costs ten times as much as a test
-_STARTING = 300e-6  # seconds of starting tasks before those in flight get a turn again
+_START_BUDGET = 300e-6  # seconds of starting tasks before those in flight get a turn again
 # Seconds that the callback of a patient task may be delayed while other tasks are in progress. A callback wakes a
 # thread, which then asks for the interpreter's lock again and again.
-_TOGETHER = 20e-3
+_CALLBACK_BATCH = 20e-3
 
 
 class Engine:
@@ -68,7 +68,7 @@ class Engine:
         self._waiting = 0  # tasks in backlogs
         self._urgent = 0  # tasks in backlogs that are not patient
         self._ended: list[tuple[Running, Callable[[Any], None], Any]] = []  # with a callback that is still due
-        self._due = math.inf  # time at which the first of these callbacks must be called
+        self._callbacks_due = math.inf  # time at which the first of these callbacks must be called
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, TaskGroup] = {}
         self._closing = False
@@ -150,12 +150,12 @@ class Engine:
         stop = False
         while not (stop and not self._active and not self._waiting):
             idle = not self._active and not self._waiting and not stop
-            holds = self._holds() and not self._active
+            holds = self._waiting_for_more() and not self._active
             stop |= self._take_new(None if idle else HOLD if holds else backoff.pause())
             moved = self._start_backlog()
             moved |= self._poll()
             alone = not self._active and not self._waiting
-            if self._ended and (alone or not moved or time.monotonic() >= self._due):
+            if self._ended and (alone or not moved or time.monotonic() >= self._callbacks_due):
                 self._call_back()
                 moved = True
             if moved or idle:
@@ -189,20 +189,20 @@ class Engine:
             self._urgent += not task.patient
         return stop
 
-    def _holds(self) -> bool:
+    def _waiting_for_more(self) -> bool:
         """Returns whether all waiting tasks are patient and more are being submitted."""
         return bool(self._waiting) and not self._urgent and self._inbox.busy()
 
     def _start_backlog(self) -> bool:
         """Starts tasks as far as the windows of their groups allow. Returns whether any was started.
 
-        Stops after `_STARTING` seconds. So tasks in flight get a turn before the selection of another large bucket
+        Stops after `_START_BUDGET` seconds. So tasks in flight get a turn before the selection of another large bucket
         keeps this thread busy for milliseconds, and one turn still starts many small tasks.
         """
-        if not self._waiting or self._holds():
+        if not self._waiting or self._waiting_for_more():
             return False
         started = False
-        until = time.monotonic() + _STARTING
+        until = time.monotonic() + _START_BUDGET
         while ready := [g for g in self._groups.values() if g.may_start()]:
             for group in ready:
                 task = group.backlog.popleft()
@@ -235,12 +235,14 @@ class Engine:
         """Takes a task out of flight. Its callback is called later, together with those of other tasks."""
         del self._active[running]
         running.group.in_flight -= 1
-        self._due = min(self._due, time.monotonic() + _TOGETHER if running.task.patient else 0.0)
+        self._callbacks_due = min(
+            self._callbacks_due, time.monotonic() + _CALLBACK_BATCH if running.task.patient else 0.0
+        )
         self._ended.append((running, callback, argument))
 
     def _call_back(self) -> None:
         """Calls the callbacks that are due. Only then may tasks of the same keys start."""
-        ended, self._ended, self._due = self._ended, [], math.inf
+        ended, self._ended, self._callbacks_due = self._ended, [], math.inf
         for running, callback, argument in ended:
             running.group.keys.discard(running.task.key)
             self._call(callback, argument, running.task.label)

@@ -48,8 +48,8 @@ class Running:
         task: The task.
         group: The ranks that take part.
         deadline: Time at which the task fails, on the clock of `time.monotonic`.
-        channel: Channel of the collective; None until it was opened.
-        steps: Generator of the collective; None until it was made.
+        channel: Channel of the collective; None until it is opened.
+        steps: Generator of the collective; None until it is made.
         waiting: Requests that must be complete before the generator is resumed.
     """
 
@@ -79,8 +79,8 @@ class Running:
 class TaskGroup:
     """Ranks that communicate. The tags of their collectives derive from the ranks and from a count of collectives.
 
-    Every group has a range of tags to itself. If two ranges clash, the headers of messages do not match. Each group
-    also has a window and a backlog, because only within a group do all ranks submit in the same order.
+    Tags are hashed from the ranks into ranges. Two groups may rarely share one; the headers of messages then differ.
+    Each group also has a window and a backlog, because only within a group do all ranks submit in the same order.
 
     Args:
         world: The world's transport.

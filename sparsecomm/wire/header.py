@@ -1,6 +1,6 @@
 """The fixed header of every payload: 88 bytes, little-endian, with its own checksum.
 
-The header travels ahead of the body, so that ranks notice a disagreement before they use any length in it.
+The header travels ahead of the body, so that ranks notice a disagreement before they use a length from it.
 """
 
 from __future__ import annotations

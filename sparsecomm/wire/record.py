@@ -1,4 +1,4 @@
-"""Fixed records: little-endian structs that end with the CRC32C of all bytes before it.
+"""Fixed records: little-endian structs, each of which ends with the CRC32C of its other bytes.
 
 Every fixed part of a message is a record, e.g. the header of a payload or a part, a digest or an envelope.
 """
@@ -43,7 +43,7 @@ class Record:
         self._noun, self._crc, self._magic, self._version = noun, crc, magic, version
         self._head: tuple[Any, ...] = (magic, version) if magic else ()
         reserved = [i for i, (name, _) in enumerate(fields) if name == "reserved"]
-        # The number of values before the reserved fields; further below, places in the unpacked tuple.
+        # Values before the reserved fields. `_gap` to `_after` are the places of these in the unpacked tuple.
         self._before = reserved[0] if reserved else len(fields)
         self._zeros = tuple(
             bytes(int(code[:-1])) if code[-1] == "s" else 0 for name, code in fields if name == "reserved"

@@ -115,8 +115,8 @@ class Broken(sc.TopK):
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-@pytest.mark.parametrize("lasting", [True, False])
-def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, lasting: bool) -> None:
+@pytest.mark.parametrize("grad_survives", [True, False])
+def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, grad_survives: bool) -> None:
     n = 6
     bucket = BucketMemory(0, BucketLayout(("w",), ((n,),), ((1,),)), residual=torch.arange(6.0))
     bucket.velocity = torch.arange(6.0) / 7 if beta1 else torch.zeros(n)
@@ -125,7 +125,9 @@ def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, la
     grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])
     feedback = sc.AdamCorrection(beta1=beta1)
     with pytest.raises(ValueError, match="broken"):
-        take_some(bucket, Incoming(grad, feedback, unused=((3, 5),), lasting=lasting), Broken(0.2), 1, Arena())
+        take_some(
+            bucket, Incoming(grad, feedback, unused=((3, 5),), grad_survives=grad_survives), Broken(0.2), 1, Arena()
+        )
     for was, now in zip(before, (bucket.residual, bucket.velocity, bucket.second_moment), strict=True):
         torch.testing.assert_close(now, was, rtol=1e-5, atol=1e-6)
 

@@ -63,14 +63,14 @@ class Allgather(Method):
 
     @override
     def encode(self) -> None:
-        """Writes the payload and adds the rounding to the residual; undoing the step overwrites it."""
+        """Writes the payload and adds the rounding to the residual; undoing the step overwrites both."""
         exchange, taken = self.exchange, self._taken
         plan, memory, numel = exchange.plan, exchange.memory, exchange.grad.numel()
         nnz = taken.nnz
         header = self.header = exchange.header()
         header.value_codec = plan.value_codec
         header.index_codec = choose_index_codec(nnz, numel) if plan.index_codec is None else plan.index_codec
-        # Index bytes may shrink as nnz grows (a full selection has no gaps), so the bound covers both ends.
+        # Index bytes may shrink as nnz grows (a full selection has no gaps), so take the larger bound.
         counts = (nnz, max(nnz, taken.capacity))
         self._most = max(max_payload_bytes(header.index_codec, plan.value_codec, count, numel) for count in counts)
         self.payload = exchange.arena.get((memory.index, "payload"), self._most, torch.uint8)
@@ -101,7 +101,7 @@ class Allgather(Method):
         """
         workspace, taken, headers = self.exchange.workspace, self._taken, self._headers
         total, most = sum(h.nnz for h in headers), taken.capacity * len(headers)
-        # Applied before another bucket runs on this thread. So all buckets share them, which also keeps them in cache.
+        # All buckets share these: write_average reads them before this thread runs another bucket. They stay in cache.
         indices = workspace.get("decoded indices", total, torch.uint32, reserve=most)
         values = workspace.get("decoded values", total, torch.float32, reserve=most)
         own = (self.exchange.channel.rank, taken.indices)

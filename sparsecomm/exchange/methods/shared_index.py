@@ -102,10 +102,10 @@ class SharedIndex(Packed):
         if self._leader is None:
             return Places(self._drawn, 1, numel)
         if exchange.channel.size > 1:
-            yield from self._spread(self._leader)
+            yield from self._broadcast_positions(self._leader)
         return Places(self._indices.to(torch.int64), 1, numel)
 
-    def _spread(self, leader: int) -> CollectiveSteps[None]:
+    def _broadcast_positions(self, leader: int) -> CollectiveSteps[None]:
         """Broadcasts the leader's positions. Sets `_indices` on the other ranks. Collective."""
         exchange, key, numel = self.exchange, self.exchange.memory.index, self.exchange.grad.numel()
         channel, arena, k = exchange.channel, exchange.arena, exchange.plan.k

@@ -2,6 +2,7 @@
 
     1 up     in round j, a rank whose lowest set bit is bit j sends its vector to the rank without that bit; that rank
              adds both vectors and keeps the k largest sums; rank 0 has the result after ceil(log2 P) rounds, for any P
+             (for P = 4, round 0: 1 to 0 and 3 to 2; round 1: 2 to 0)
     2 down   rank 0 sends the result down the same tree; all ranks decode the same bytes, rank 0 included
 
 Cost: 2 ceil(log2 P) rounds of two messages. Rank 0 sends k nonzeros ceil(log2 P) times and receives as many. P need not
@@ -50,8 +51,8 @@ class GlobalTopK(Method):
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
         """Counts the bytes of rank 0, which sends most."""
-        payload = HEADER_BYTES + body_bytes(sizes.k, sizes.numel, Codecs(sizes.values, sizes.indices))
-        return agreement_bytes(sizes.ranks) + (sizes.ranks - 1).bit_length() * payload
+        payload_bytes = HEADER_BYTES + body_bytes(sizes.k, sizes.numel, Codecs(sizes.values, sizes.indices))
+        return agreement_bytes(sizes.ranks) + (sizes.ranks - 1).bit_length() * payload_bytes
 
     @classmethod
     @override
@@ -126,6 +127,7 @@ class GlobalTopK(Method):
         values = np.concatenate([ours[1].numpy(), theirs[1].numpy()])
         order = np.argsort(indices, kind="stable")  # a merge: fast, since both halves are ascending
         indices, values = indices[order], values[order]
+        # The start of each run of equal indices; the prepended number differs from the first.
         first = np.flatnonzero(np.diff(indices, prepend=indices[:1] + np.uint32(1)))
         with np.errstate(over="ignore"):  # exact_topk counts infinite sums
             sums = torch.from_numpy(np.add.reduceat(values, first) if len(first) else values)
@@ -136,7 +138,7 @@ class GlobalTopK(Method):
         result = kernels.exact_topk(None, sums, room, chosen, kept)
         if result.nonfinite:
             return None
-        self._dropped.append((places, sums))  # exact_topk has zeroed the kept sums
+        self._dropped.append((places, sums))  # exact_topk has zeroed the kept sums, so the others are left
         at = torch.from_numpy(chosen[: result.stored].numpy().astype(np.int64))
         return places[at], kept[: result.stored]
 

@@ -71,8 +71,8 @@ from sparsecomm.errors import WireError
 from sparsecomm.wire import Record
 
 __all__ = [
+    "BETWEEN_SERVERS",
     "ENVELOPE_BYTES",
-    "FROM_SERVERS",
     "MAX_PING",
     "NOTHING",
     "PENDING",
@@ -83,10 +83,10 @@ __all__ = [
     "Kind",
     "json_body",
     "pack",
+    "read_json",
     "read_text",
     "text",
     "unpack",
-    "unpack_json",
 ]
 
 MAGIC = b"SPPS"
@@ -150,7 +150,7 @@ MAX_PING = 1 << 20
 SEALED = frozenset({Kind.INIT, Kind.PUSH, Kind.VALUES, Kind.EVENT})
 """Kinds whose whole body is covered by checksums inside it, so that the envelope does not need one."""
 
-FROM_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
+BETWEEN_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
 """Kinds that only a server may send, and only to a server."""
 
 
@@ -245,7 +245,7 @@ def read_text(body: torch.Tensor) -> str:
     return bytes(body.numpy()).decode(errors="replace")
 
 
-def unpack_json(body: torch.Tensor, fields: dict[str, type], source: int) -> dict[str, Any]:
+def read_json(body: torch.Tensor, fields: dict[str, type], source: int) -> dict[str, Any]:
     """Reads a JSON object with exactly these fields.
 
     Args:

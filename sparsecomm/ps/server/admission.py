@@ -58,7 +58,7 @@ class Admission:
         Raises:
             WireError: If something differs. It names the difference and the worker.
         """
-        said = ms.unpack_json(body, HELLO_FIELDS, worker)
+        said = ms.read_json(body, HELLO_FIELDS, worker)
         hello = Hello(worker, ModelLayout.from_json(said["model"], worker), said["values"])
         text = f"{said['mode']}, {said['shards']} servers"
         expected = f"{self._rules.mode}, {self._shards} servers"

@@ -129,13 +129,13 @@ class Server:
         source, kind, shard = envelope.sender, envelope.kind, envelope.shard
         if kind not in self._handlers:
             raise WireError("kind", kind.name, "not for a server", rank=source)
-        if (kind in ms.FROM_SERVERS) != (source in self.options.servers):
+        if (kind in ms.BETWEEN_SERVERS) != (source in self.options.servers):
             raise WireError("kind", kind.name, "not for this sender to send", rank=source)
         if shard >= len(self.options.servers):
             raise WireError("shard", shard, f"there are {len(self.options.servers)}", rank=source)
         if kind in (Kind.HELLO, Kind.JOIN) and source in self.roster.lost:
             return  # its death has been handled: nothing would remove it again
-        if kind not in ms.FROM_SERVERS:
+        if kind not in ms.BETWEEN_SERVERS:
             if self.roster.owner(shard) != self.mailbox.rank:
                 self._defer(source, message)
                 return

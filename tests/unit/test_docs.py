@@ -18,6 +18,7 @@ from sparsecomm.presets import PRESETS
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md"]
 PAGES += sorted(DOCS.glob("*.md"))
+PAGES += [ROOT / "mpi_examples" / "README.md", ROOT / "bench" / "convergence" / "README.md"]
 MOST_LINES_OF_README = 120
 
 FENCE = re.compile(r"^ *```.*?^ *```", flags=re.MULTILINE | re.DOTALL)

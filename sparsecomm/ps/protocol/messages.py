@@ -214,7 +214,7 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
     if source is not None and sender != source:
         raise bad("sender", sender, f"it came from rank {source}")
     if shard >= MAX_SHARDS:
-        raise bad("shard", shard, f"must be below {MAX_SHARDS}")
+        raise bad("shard", shard, f"at most {MAX_SHARDS - 1}")
     if min(clock, at, seq) < 0:
         raise bad("clock, version, seq", (clock, at, seq), "negative")
     body = message[ENVELOPE_BYTES:]

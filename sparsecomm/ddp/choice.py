@@ -76,9 +76,10 @@ class MethodChoice:
 
     def finished(self, report: BucketReport, candidate: Candidate) -> None:
         """Notes the duration of an exchange. Called on the engine's thread."""
-        if self._chooser is not None:
+        chooser = self._chooser  # read once: a change of options on another thread may forget it meanwhile
+        if chooser is not None:
             seconds = report.select_seconds + report.encode_seconds + report.wait_seconds + report.apply_seconds
-            self._chooser.finished(report.bucket, candidate, seconds)
+            chooser.finished(report.bucket, candidate, seconds)
 
     def explain(self, config: SparseConfig) -> str:
         """Returns a table of predictions, measurements and choices, or the reason why there is none."""

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm.collectives import DenseSum, dense_allreduce, dense_ring_bytes, dense_seconds
-from sparsecomm.exchange.agree import Agreement
+from sparsecomm.exchange.agree import Agreement, agreement_bytes
 from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Method, register
 from sparsecomm.exchange.plan import codec_for_sums
@@ -20,7 +20,7 @@ from sparsecomm.feedback import GradientTaken, WholeTaken
 from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Sizes, ValueCodec
-from sparsecomm.wire import HEADER_BYTES, HeaderRules, check_empty
+from sparsecomm.wire import HeaderRules, check_empty
 
 __all__ = ["Dense"]
 
@@ -42,9 +42,8 @@ class Dense(Method):
     @classmethod
     @override
     def bytes_sent(cls, sizes: Sizes) -> int:
-        return dense_ring_bytes(sizes.numel, sizes.ranks, codec_for_sums(sizes.values)) + HEADER_BYTES * (
-            sizes.ranks - 1
-        )
+        values = dense_ring_bytes(sizes.numel, sizes.ranks, codec_for_sums(sizes.values))
+        return values + agreement_bytes(sizes.ranks)
 
     @classmethod
     @override

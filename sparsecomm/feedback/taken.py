@@ -47,9 +47,9 @@ class Taken(abc.ABC):
     def commit(self) -> None:
         """Makes the step final, after the exchange has succeeded."""
 
-    @abc.abstractmethod
     def undo(self) -> None:
         """Restores residual and moments from before the step, exactly if there are copies, otherwise to rounding."""
+        self.added.undo(None)
 
     def _mask(self, indices: torch.Tensor) -> None:
         """Zeroes the momentum at these positions (uint32), if the correction uses DGC's factor masking."""
@@ -129,10 +129,6 @@ class PlacesTaken(Taken):
             places.fill(memory.velocity, 0.0)
         self.added.finish()
 
-    def undo(self) -> None:
-        """Undoes the addition of the gradient."""
-        self.added.undo(None)
-
 
 class WholeTaken(Taken):
     """The whole residual, which keeps its content until the step is final.
@@ -161,10 +157,6 @@ class WholeTaken(Taken):
         if self.masked is not None:
             self._mask(self.masked)
         self.added.finish()
-
-    def undo(self) -> None:
-        """Undoes the addition of the gradient."""
-        self.added.undo(None)
 
 
 class GradientTaken(Taken):

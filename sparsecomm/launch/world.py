@@ -151,7 +151,9 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     launch = detect()
     joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
     joined = JOINS[launch.transport](joining)
-    _owned.store, transport = joined.store, joined.transport
+    transport = joined.transport
+    if joined.store is not None:
+        _owned.store = joined.store
     _check_torch(transport)
     _owned.world = World(
         rank=transport.rank,

@@ -45,11 +45,6 @@ EXCHANGE_ORDER = [
     {"auto"},
 ]
 """From the bottom up inside exchange/. A module or folder may import its own group and the groups before it."""
-KNOWN_CIRCLES = {
-    # Annotations in rules.py name Shard, which holds its Rules.
-    frozenset({"sparsecomm.ps.server.rules", "sparsecomm.ps.server.shard"}),
-}
-"""Groups of modules that import each other today, to be taken apart."""
 FACADES = {"__init__", "__main__"}
 MOST_LINES = 400
 
@@ -126,7 +121,7 @@ def test_no_modules_of_a_room_import_each_other(room: str) -> None:
     prefix = f"sparsecomm.{room}"
     graph = {name: targets for name, targets in module_graph().items() if f"{name}.".startswith(f"{prefix}.")}
     inside = {name: {t for t in targets if t in graph} for name, targets in graph.items()}
-    found = circles(inside) - KNOWN_CIRCLES
+    found = circles(inside)
     assert not found, f"{sorted(map(sorted, found))} import each other"
 
 

@@ -76,7 +76,6 @@ def test_a_type_has_one_boolean_field_at_most(path: Path) -> None:
 FACTS = {
     "exchange/agree.py": "what all ranks have found out",
     "feedback/options.py": "options of momentum correction that users set one by one",
-    "launch/world.py": "which of two things init has started and shutdown must end",
     "transport/base.py": "two properties of a transport",
 }
 """Files whose types have several boolean fields that are facts or options, with what these are."""

@@ -12,7 +12,7 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsecomm import ps
+from sparsecomm import optim, ps
 from sparsecomm.compress import (
     ChunkTopK,
     Compressor,
@@ -89,6 +89,7 @@ __all__ = [
     "allreduce_gradients",
     "init",
     "is_initialized",
+    "optim",
     "preset",
     "ps",
     "reshard",

@@ -10,12 +10,13 @@ import torch
 
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import StateError
-from sparsecomm.feedback import check_residuals
+from sparsecomm.feedback import Alignment, Squares, check_residuals
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
 
 _MEMORIES = ("residual", "velocity", "second_moment")
 _SELECTOR = "selector."
+_ALIGNMENT = "alignment."
 _MOMENT_STEPS = "moment_steps"
 _NUMBERS = ("step", "rank", "world_size")
 
@@ -32,6 +33,7 @@ class Checkpoint:
             parameter's shape.
         moment_steps: steps that the moments of Adam correction have seen.
         selectors: the compressor's memory of each bucket, by layout hash.
+        alignments: how far the ranks agreed in the bucket of each parameter, by parameter name.
     """
 
     step: int
@@ -40,6 +42,7 @@ class Checkpoint:
     memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in _MEMORIES})
     moment_steps: int = 0
     selectors: dict[int, SelectorMemory] = field(default_factory=dict)
+    alignments: dict[str, Alignment] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, torch.Tensor]:
         """Returns the flat dict of tensors."""
@@ -51,6 +54,9 @@ class Checkpoint:
         for layout, m in sorted(self.selectors.items()):
             numbers = torch.tensor([m.threshold, m.age, m.k], dtype=torch.float64)
             out[f"{_SELECTOR}{layout:016x}"] = numbers
+        for name, a in sorted(self.alignments.items()):
+            squares = [a.gradient.mean, a.gradient.each, a.residual.mean, a.residual.each]
+            out[f"{_ALIGNMENT}{name}"] = torch.tensor([a.size, a.count, *squares], dtype=torch.float64)
         return out
 
     @classmethod
@@ -72,6 +78,8 @@ class Checkpoint:
                 made.memories[kind][name] = value
             elif key.startswith(_SELECTOR):
                 made.selectors[_layout_hash(key)] = _selector(key, value)
+            elif key.startswith(_ALIGNMENT):
+                made.alignments[name] = _alignment(key, value)
             elif key == _MOMENT_STEPS:
                 made.moment_steps = _count(key, value)
             elif key not in _NUMBERS:
@@ -156,6 +164,14 @@ def _selector(key: str, value: object) -> SelectorMemory:
     raise StateError(f"the checkpoint's {key!r} must hold a threshold, its age and its k, got {value!r}")
 
 
+def _alignment(key: str, value: object) -> Alignment:
+    if isinstance(value, torch.Tensor) and value.shape == (6,) and value.dtype == torch.float64:
+        size, count, *squares = (float(x) for x in value)
+        if all(math.isfinite(x) and x >= 0 for x in (size, count, *squares)) and size >= 1:
+            return Alignment(int(size), int(count), Squares(*squares[:2]), Squares(*squares[2:]))
+    raise StateError(f"the checkpoint's {key!r} must hold ranks, measurements and four squared norms, got {value!r}")
+
+
 def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
     """Turns the checkpoints of all ranks into checkpoints for another world size. Loses nothing.
 
@@ -220,4 +236,5 @@ def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
                     into[name] = t * weight + into[name] if name in into and into[name].numel() else t * weight
     if size == len(old):
         made.selectors = dict(old[rank].selectors)
+        made.alignments = dict(old[rank].alignments)
     return made

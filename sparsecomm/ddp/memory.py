@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,10 +14,25 @@ from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import AdamCorrection, BucketLayout, BucketMemory, Feedback, ResidualStore
+from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore
 from sparsecomm.types import ValueCodec
 
-__all__ = ["Memories"]
+__all__ = ["Memories", "Waiting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What this rank holds back of one parameter.
+
+    Attributes:
+        parameter: the parameter.
+        residual: float32, in the parameter's shape; a view of the bucket's residual.
+        alignment: how far the ranks' residuals agree in the bucket, in [1/P, 1].
+    """
+
+    parameter: torch.Tensor
+    residual: torch.Tensor
+    alignment: float
 
 
 @dataclass(slots=True)
@@ -48,6 +63,7 @@ class Memories:
         self._stores = {kind: ResidualStore(kind) for kind in ("residual", "velocity", "second_moment")}
         self._moments_since = 0  # step at which the moments of Adam correction were zero
         self._selectors: dict[int, SelectorMemory] = {}
+        self._alignments: dict[str, Alignment] = {}  # of each parameter's bucket
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
 
     def has_changed(self, index: int, ids: tuple[int, ...]) -> bool:
@@ -78,6 +94,8 @@ class Memories:
         if layout.numel != numel:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
         bucket = BucketMemory(index, layout, selector=self._selectors.pop(layout.hash, SelectorMemory()))
+        bucket.alignment = replace(self._alignments.get(layout.names[0], bucket.alignment)) if ids else Alignment()
+        self._alignments |= dict.fromkeys(layout.names, bucket.alignment)
         self.known[index] = _Known(ids, bucket)
         return bucket
 
@@ -134,6 +152,21 @@ class Memories:
         if not self._stores["second_moment"].names():
             self._moments_since = step
 
+    def waiting(self, parameters: Sequence[torch.Tensor], names: Mapping[int, str]) -> list[Waiting]:
+        """Returns what is held back of these parameters; none of a parameter without a residual.
+
+        Args:
+            parameters: parameters of the model.
+            names: their names, by `id(parameter)`.
+        """
+        residuals, found = self._stores["residual"].views(), []
+        for p in parameters:
+            name = names.get(id(p), "")
+            if name in residuals:
+                alignment = self._alignments.get(name)
+                found.append(Waiting(p, residuals[name], 1.0 if alignment is None else alignment.of_residuals()))
+        return found
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of all residuals together. Reads every element."""
         return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))
@@ -149,6 +182,8 @@ class Memories:
             if kind == "residual" or kind in _moments(feedback):
                 named.update(self._stores[kind].state() if feedback is not None else {})
                 fill_names(named, model.shapes, kept)
+        if getattr(feedback, "aligned", False):
+            made.alignments = {name: self._alignments.get(name, Alignment()) for name in kept}
         if isinstance(feedback, AdamCorrection):
             made.moment_steps = step - self._moments_since
         made.selectors = dict(self._selectors)
@@ -173,7 +208,7 @@ class Memories:
         for kind, store in self._stores.items():
             store.load(loaded.memories[kind])
         self.known.clear()
-        self._selectors = loaded.selectors
+        self._selectors, self._alignments = loaded.selectors, loaded.alignments
         self._moments_since = loaded.step - loaded.moment_steps
 
     def check_loaded(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -173,6 +173,14 @@ class ModelLookup:
         """Returns the state's DDP models and the ranks that average; raises as `find_wrappers` does."""
         return find_wrappers(state, self._given_model, self._given_group, here)
 
+    def module(self, state: object, here: World) -> torch.nn.Module | None:
+        """Returns the plain model, without a DDP wrapper; None if there is none so far."""
+        model = self._given_model
+        if model is None:
+            ddps = self.find(state, here).ddps
+            model = ddps[0] if ddps else None
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
     def attach(self, state: object, here: World, wrappers: Wrappers | None = None) -> WrappedModel:
         """Returns the state's model, and remembers it once its parameter names are known.
 

@@ -13,13 +13,14 @@ from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.choice import MethodChoice
 from sparsecomm.ddp.fusion import Fusion, HandedBucket
 from sparsecomm.ddp.lanes import Lanes
-from sparsecomm.ddp.memory import Memories
+from sparsecomm.ddp.memory import Memories, Waiting
 from sparsecomm.ddp.model import ModelLookup
 from sparsecomm.ddp.scaling import LossScaling
 from sparsecomm.ddp.submission import StateParts, Submission
 from sparsecomm.ddp.unused import note_use, watch_use
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.feedback import Feedback
 from sparsecomm.launch import world
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder, StepCallback
@@ -106,6 +107,16 @@ class SparseState:
         self._memories.change(self.config.feedback, self.step)
         self._choice.reset()
 
+    def follow(self, feedback: Feedback) -> None:
+        """Takes over options of the same kind of feedback, from the next step on; nothing is forgotten.
+
+        An optimizer calls it when a scheduler has changed its momentum or betas. All ranks must call it alike.
+
+        Args:
+            feedback: the same kind of feedback with other options.
+        """
+        self.config = self.config.change(feedback=feedback)
+
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
 
@@ -188,6 +199,20 @@ class SparseState:
         """Returns whether `collective="auto"` has stopped trying methods. True if there is nothing to choose."""
         return self._choice.is_settled()
 
+    def module(self) -> torch.nn.Module | None:
+        """Returns the model whose gradients are averaged, without its DDP wrapper; None if it is unknown so far."""
+        return self._lookup.module(self, world())
+
+    def waiting(self, parameters: Sequence[torch.Tensor]) -> list[Waiting]:
+        """Returns what this rank holds back of these parameters; none of a parameter without a residual.
+
+        Call it between steps. Not collective.
+
+        Args:
+            parameters: parameters of the model.
+        """
+        return self._memories.waiting(parameters, self._lookup.attach(self, world()).names)
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads every element. Not collective."""
         return self._memories.residual_norm()
@@ -202,6 +227,8 @@ class SparseState:
             ``second_moment.<parameter name>``: the same; with Adam correction.
             ``moment_steps``: int64; with Adam correction.
             ``selector.<layout hash>``: float64, shape (3,): a reused threshold, its age and its k.
+            ``alignment.<parameter name>``: float64, shape (6,): ranks, measurements, and squared norms of the mean and
+            of each rank, of gradients and of residuals; with the optimizers of `sparsecomm.optim`.
         """
         return self._memories.save(self.step, self._lookup.attach(self, world()), self.config).to_dict()
 

@@ -18,7 +18,7 @@ from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.auto import Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory
+from sparsecomm.feedback import BucketMemory, Feedback
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
@@ -130,9 +130,6 @@ class Submission:
         how = parts.choice.choose(config, batch.index, k, batch.numel, self._step, model.size)
         parts.memories.equip(bucket, config, how.method, self._step, self._lane.home(how.method))
         scaled = parts.scaling.scaler is not None
-        clip_norm: float | None = getattr(config.feedback, "clip_norm", None)
-        if clip_norm is not None:
-            clip_norm *= math.sqrt(batch.numel / max(model.numel, 1) / model.size)
         return bucket, Plan(
             step=self._step,
             collective=how.method,
@@ -143,7 +140,7 @@ class Submission:
             feedback=config.feedback,
             grad_scale=parts.scaling.grad_scale() if scaled else 1.0,
             unused=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
-            clip_norm=clip_norm,
+            clip_norm=_clip_norm(config.feedback, bucket, model),
             inner_group=config.inner_group,
             final=not (scaled and parts.scaling.may_skip()),
         )
@@ -210,3 +207,14 @@ class Submission:
         self._owner.last_error = error
         self._parts.recorder.abandon(self._step)
         self._batch.fail(error)
+
+
+def _clip_norm(feedback: Feedback | None, bucket: BucketMemory, model: WrappedModel) -> float | None:
+    """Returns the norm to which this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
+    norm: float | None = getattr(feedback, "clip_norm", None)
+    if norm is None:
+        return None
+    share = bucket.layout.numel / max(model.numel, 1)
+    if getattr(feedback, "aligned", False):
+        return norm * math.sqrt(share / bucket.alignment.of_gradients())
+    return norm * math.sqrt(share / model.size)

@@ -24,9 +24,10 @@ import torch
 
 from sparsecomm.collectives import dense_ring_bytes
 from sparsecomm.exchange.agree import agree
+from sparsecomm.exchange.alignment import measure_alignment, sampled
 from sparsecomm.exchange.method import Exchange, Method, method_named
 from sparsecomm.exchange.plan import Plan
-from sparsecomm.feedback import BucketMemory, Taken
+from sparsecomm.feedback import BucketMemory, Taken, is_due
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import side_of
 from sparsecomm.runtime.metrics import BucketReport
@@ -69,7 +70,11 @@ def exchange(
     running = Exchange(channel, memory, grad, plan, arena, arena if workspace is None else workspace, report)
     if memory.pending is not None:
         memory.finish_step()
+    measured = channel.size > 1 and is_due(plan.feedback, plan.step)
+    compared = sampled(grad, memory) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
+    if compared is not None and not report.skipped:
+        yield from measure_alignment(channel, memory, compared, arena)
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report

@@ -2,6 +2,7 @@
 
 from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, take_some
 from sparsecomm.feedback.added import Incoming
+from sparsecomm.feedback.alignment import Alignment, Squares, is_due, sample_positions
 from sparsecomm.feedback.layout import BucketLayout
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
@@ -10,6 +11,7 @@ from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken,
 
 __all__ = [
     "AdamCorrection",
+    "Alignment",
     "BucketLayout",
     "BucketMemory",
     "ChunkNorms",
@@ -21,10 +23,13 @@ __all__ = [
     "PlacesTaken",
     "ResidualStore",
     "SelectedTaken",
+    "Squares",
     "Taken",
     "WholeTaken",
     "accumulate",
     "check_residuals",
+    "is_due",
+    "sample_positions",
     "take_all",
     "take_some",
 ]

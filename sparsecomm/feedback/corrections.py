@@ -39,7 +39,8 @@ def advance(
         velocity.lerp_(out, 1.0 - options.beta1)
         second_moment.mul_(options.beta2).addcmul_(out, out, value=1.0 - options.beta2)
         torch.sqrt(second_moment, out=out)
-        out.div_(math.sqrt(1.0 - options.beta2**age)).add_(options.eps)
+        shrink = memory.alignment.of_gradients() if options.aligned else 1.0
+        out.mul_(math.sqrt(shrink / (1.0 - options.beta2**age))).add_(options.eps)
         return torch.div(velocity, out, out=out).div_(1.0 - options.beta1**age)
     if options.nesterov:
         velocity.add_(grad, alpha=factor).mul_(options.momentum)

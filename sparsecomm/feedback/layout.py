@@ -53,6 +53,13 @@ class BucketLayout:
             strides=tuple(tuple(p.stride()) if _is_dense(p) else None for _, p in named),
         )
 
+    def view(self, flat: torch.Tensor, start: int, i: int) -> torch.Tensor:
+        """Returns the slice of parameter i, which begins at `start`, as a view in its shape and memory order."""
+        shape, stride = self.shapes[i], self.strides[i]
+        if stride is None:
+            return flat[start : start + torch.Size(shape).numel()].view(shape)
+        return flat.as_strided(shape, stride, flat.storage_offset() + start)
+
     def slowest(self, i: int) -> int:
         """Returns the length of the dimension of parameter i that is slowest in memory.
 

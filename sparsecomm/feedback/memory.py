@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.feedback.alignment import Alignment
 from sparsecomm.feedback.layout import BucketLayout
 
 __all__ = ["BucketMemory", "PendingStep"]
@@ -34,6 +35,7 @@ class BucketMemory:
         selector: memory of the compressor.
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
         second_moment: float32, shape (layout.numel,), the second moment of Adam correction; None without it.
+        alignment: how far the ranks agree in this bucket; measured only if the feedback asks for it.
         age: number of the next step among those that update the moments, from 1.
         shared: object that the exchange method keeps for this bucket, the same on all ranks. It is lost when this
             memory is replaced or the options change.
@@ -47,6 +49,7 @@ class BucketMemory:
     selector: SelectorMemory = field(default_factory=SelectorMemory)
     velocity: torch.Tensor | None = None
     second_moment: torch.Tensor | None = None
+    alignment: Alignment = field(default_factory=Alignment)
     age: int = 1
     shared: object = None
     pending: PendingStep | None = None

@@ -28,21 +28,24 @@ class MomentumCorrection:
 
     u = m u + g, v = v + u, and the largest elements of v are sent (Nesterov: u = m (u + g), v = v + u + g).
 
-    Before that, each rank clips its gradient g to clip_norm / sqrt(P). When the first bucket is sent, the norm over all
-    buckets is not known yet. So each bucket is clipped by itself, to clip_norm / sqrt(P) * sqrt(n_b / n) for a bucket
-    with n_b of the model's n elements.
+    Before that, each rank clips its gradient g to clip_norm / sqrt(P), or, if `aligned`, to clip_norm / sqrt(a) with
+    the alignment a of the gradients: their average is shorter than they are by sqrt(a). When the first bucket is sent,
+    the norm over all buckets is not known yet. So each bucket is clipped by itself, to sqrt(n_b / n) of that for a
+    bucket with n_b of the model's n elements.
 
     Attributes:
         momentum: m, in [0, 1).
         nesterov: whether to use Nesterov momentum.
         masking: whether u is zeroed where v was sent (factor masking), so that stale momentum does not accumulate.
         clip_norm: norm to which the global gradient is clipped; None to not clip.
+        aligned: whether the ranks measure how far they agree (`Alignment`). `sparsecomm.optim.SGD` sets it.
     """
 
     momentum: float = 0.9
     nesterov: bool = False
     masking: bool = True
     clip_norm: float | None = None
+    aligned: bool = False
 
     memories: ClassVar[tuple[str, ...]] = ("velocity",)
 
@@ -51,6 +54,7 @@ class MomentumCorrection:
         _check_flag("MomentumCorrection.nesterov", self.nesterov)
         _check_flag("MomentumCorrection.masking", self.masking)
         _check_clip("MomentumCorrection.clip_norm", self.clip_norm)
+        _check_flag("MomentumCorrection.aligned", self.aligned)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class AdamCorrection:
         eps: added to the root of the second moment.
         masking: whether m is zeroed at the positions of sent elements (DGC's factor masking).
         clip_norm: norm to which the global gradient is clipped, as in `MomentumCorrection`; None to not clip.
+        aligned: whether the ranks measure how far they agree (`Alignment`), and v is scaled from the second moment of a
+            rank's gradient to that of the average. `sparsecomm.optim.AdamW` sets it.
     """
 
     beta1: float = 0.9
@@ -76,6 +82,7 @@ class AdamCorrection:
     eps: float = 1e-8
     masking: bool = False
     clip_norm: float | None = None
+    aligned: bool = False
 
     memories: ClassVar[tuple[str, ...]] = ("velocity", "second_moment")
 
@@ -84,6 +91,7 @@ class AdamCorrection:
         _check_decay("AdamCorrection.beta2", self.beta2)
         _check_flag("AdamCorrection.masking", self.masking)
         _check_clip("AdamCorrection.clip_norm", self.clip_norm)
+        _check_flag("AdamCorrection.aligned", self.aligned)
         if not _is_number(self.eps) or not 0.0 < self.eps < math.inf:
             raise ConfigError(f"AdamCorrection.eps must be a positive number, got {self.eps!r}")
 

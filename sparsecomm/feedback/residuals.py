@@ -31,6 +31,7 @@ class ResidualStore:
         self._flat: dict[BucketLayout, torch.Tensor] = {}
         self._places: dict[str, tuple[torch.Tensor, int, BucketLayout, int]] = {}
         self._pending: dict[str, torch.Tensor] = {}
+        self._views: tuple[int, dict[str, torch.Tensor]] | None = None  # and the version that they are of
 
     def names(self) -> set[str]:
         """Returns the names of all parameters with a residual, including those that were only loaded."""
@@ -57,11 +58,11 @@ class ResidualStore:
         flat = torch.zeros(layout.numel, dtype=torch.float32, device=device)
         offset = 0
         for i, name in enumerate(layout.names):
-            here = _shaped(flat, offset, layout, i)
+            here = layout.view(flat, offset, i)
             if name in self._pending:
                 here.copy_(self._pending.pop(name))
             elif name in self._places:
-                here.copy_(_shaped(*self._places[name]))
+                here.copy_(self._view(name))
             offset += torch.Size(layout.shapes[i]).numel()
         moved = {id(self._places[name][0]) for name in layout.names if name in self._places}
         self._flat = {k: v for k, v in self._flat.items() if id(v) not in moved}
@@ -86,13 +87,24 @@ class ResidualStore:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Returns a contiguous copy of every residual, in the shape of its parameter, by name."""
-        views = {name: _shaped(flat, off, lay, i) for name, (flat, off, lay, i) in self._places.items()}
+        views = {name: lay.view(flat, off, i) for name, (flat, off, lay, i) in self._places.items()}
         views.update(self._pending)
         return {name: t.clone(memory_format=torch.contiguous_format) for name, t in views.items()}
 
+    def views(self) -> dict[str, torch.Tensor]:
+        """Returns a view of every residual in the shape of its parameter, by name, loaded ones included."""
+        if self._views is None or self._views[0] != self.version:
+            views = {name: self._view(name) for name in self._places}
+            self._views = (self.version, views | {n: t for n, t in self._pending.items() if t.shape != (0,)})
+        return self._views[1]
+
+    def _view(self, name: str) -> torch.Tensor:
+        flat, offset, layout, i = self._places[name]
+        return layout.view(flat, offset, i)
+
     def slices(self) -> list[torch.Tensor]:
         """Returns a view of every residual."""
-        views = [_shaped(flat, offset, layout, i) for flat, offset, layout, i in self._places.values()]
+        views = [layout.view(flat, offset, i) for flat, offset, layout, i in self._places.values()]
         return views + list(self._pending.values())
 
     def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
@@ -112,12 +124,13 @@ class ResidualStore:
         for flat in {id(w[0]): w[0] for w in self._places.values()}.values():
             flat.zero_()
         self._pending = {}
+        self.version += 1
         for name, t in residuals.items():
             if not bool(t.any()):
                 continue  # a dense bucket must not get a residual from its checkpoint
             if name in self._places:
                 flat, offset, layout, i = self._places[name]
-                _shaped(flat, offset, layout, i).copy_(t)
+                layout.view(flat, offset, i).copy_(t)
             else:
                 self._pending[name] = t.detach().cpu().clone()
 
@@ -138,11 +151,3 @@ def check_residuals(noun: str, residuals: Mapping[str, torch.Tensor]) -> None:
             raise StateError(f"{noun} of {name!r} must be a float32 tensor, got {kind}")
         if not bool(torch.isfinite(t).all()):
             raise StateError(f"{noun} of {name!r} holds non-finite values")
-
-
-def _shaped(flat: torch.Tensor, offset: int, layout: BucketLayout, i: int) -> torch.Tensor:
-    """Returns the slice of parameter i in a flat bucket as a view in the shape of the parameter."""
-    shape, stride = layout.shapes[i], layout.strides[i]
-    if stride is None:
-        return flat[offset : offset + torch.Size(shape).numel()].view(shape)
-    return flat.as_strided(shape, stride, flat.storage_offset() + offset)

@@ -30,6 +30,7 @@ ORDER = [
     "presets",
     "launch",
     "ddp",
+    "optim",
     "ps",
     "testing",
     "tools",
@@ -37,7 +38,7 @@ ORDER = [
 NOT_YET = {"presets": {"launch"}, "ps": {"ddp"}}
 """Neighbours that have no business with each other."""
 EXCHANGE_ORDER = [
-    {"costs", "plan", "agree", "messages"},
+    {"costs", "plan", "agree", "messages", "alignment"},
     {"method"},
     {"pipeline"},
     {"methods"},

@@ -15,6 +15,8 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "_native" not in p.parts)
 MOST_LINES = 60
 MOST_PARAMETERS = 6
 MANY_PARAMETERS = {
+    "optim/adamw.py:__init__": "its parameters are those of torch's optimizer",
+    "optim/sgd.py:__init__": "its parameters are those of torch's optimizer",
     "ps/job.py:run": "its parameters are the user's options, all keyword-only",
 }
 """Functions with more parameters, each with the reason; at most four."""

@@ -1,0 +1,49 @@
+"""Measures how far the ranks agree in a bucket: one small sum over all ranks, after the bucket's own exchange."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sparsecomm.collectives import DenseSum, dense_allreduce
+from sparsecomm.feedback import BucketMemory, Squares, sample_positions
+from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.device import side_of
+from sparsecomm.transport import Channel, CollectiveSteps
+
+__all__ = ["measure_alignment", "sampled"]
+
+
+def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
+    """Returns the sampled elements of a bucket: float32 on the host; zeros for no vector."""
+    positions = sample_positions(memory.layout)
+    if vector is None:
+        return torch.zeros(positions.numel())
+    found = vector[positions.to(vector.device)].to(torch.float32)
+    return side_of(vector.device).fetch(found, torch.empty(found.shape, dtype=torch.float32))
+
+
+def measure_alignment(
+    channel: Channel, memory: BucketMemory, gradient: torch.Tensor, arena: Arena
+) -> CollectiveSteps[None]:
+    """Adds one measurement to the alignment of a bucket. Collective.
+
+    Args:
+        channel: connection to the other ranks.
+        memory: memory of the bucket, after the step. Its alignment is mutated, alike on all ranks; it stays as it is if
+            the sum is not finite.
+        gradient: `sampled` elements of this rank's gradient before the exchange.
+        arena: allocates the buffers.
+    """
+    residual = sampled(memory.residual, memory)
+    m = gradient.numel()
+    work = arena.get((memory.index, "alignment"), 2 * m + 2, torch.float32)
+    work[:m], work[m : 2 * m] = gradient, residual
+    work[2 * m], work[2 * m + 1] = gradient.square().sum(), residual.square().sum()
+    yield from dense_allreduce(channel, DenseSum(work, scale=1.0 / channel.size), arena, (memory.index, "alignment"))
+    means = [float(part.double().square().sum()) for part in (work[:m], work[m : 2 * m])]
+    each = [float(x) for x in work[2 * m :]]
+    if all(math.isfinite(x) for x in (*means, *each)):
+        memory.alignment.size = channel.size
+        memory.alignment.add(Squares(means[0], each[0]), Squares(means[1], each[1]))

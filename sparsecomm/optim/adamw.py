@@ -1,0 +1,65 @@
+"""AdamW for compressed gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsecomm.ddp import SparseState
+from sparsecomm.feedback import AdamCorrection, Feedback
+from sparsecomm.optim.base import AveragedOptimizer, Params
+
+__all__ = ["AdamW"]
+
+
+class AdamW(AveragedOptimizer):
+    """AdamW with torch's arguments, for gradients that a `SparseState` compresses.
+
+    Every rank computes Adam's update from its own gradient, and error feedback works on updates, so that the second
+    moment sees every gradient, not rare spikes. Three things keep dense's settings valid:
+
+    - Gradients are taken step-ahead: `StepAhead`.
+    - A rank's second moment is scaled to that of the average gradient (`Alignment`). Otherwise the updates of P noisy
+      ranks would average to less than the update of their average, as if the rate fell with P.
+    - Weight decay acts on the averaged parameters, as in AdamW.
+
+    Parameters are equal on all ranks after a step, bit for bit.
+
+    Args:
+        params: parameters or groups of one model. Groups may differ in lr and weight_decay.
+        state: state of the comm hook, registered with the model. Its feedback is replaced.
+        lr: learning rate.
+        betas: decays of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        max_norm: norm to which the gradient is clipped before compression, in place of `clip_grad_norm_`; None to not
+            clip.
+
+    Raises:
+        ConfigError: for an option that is not acceptable, or a state without a model.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        state: SparseState,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        max_norm: float | None = None,
+    ) -> None:
+        self._max_norm = max_norm
+        super().__init__(params, state, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _feedback(self) -> Feedback:
+        beta1, beta2 = self._common("betas")
+        return AdamCorrection(beta1, beta2, self._common("eps"), clip_norm=self._max_norm, aligned=True)
+
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if decay:
+            torch._foreach_mul_(params, 1.0 - lr * decay)
+        torch._foreach_add_(params, updates, alpha=-lr)

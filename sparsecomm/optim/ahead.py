@@ -1,0 +1,111 @@
+"""Step-ahead: moves the parameters to where the residuals are expected to take them, and back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo  # loads the compiler only when it is called
+
+from sparsecomm.ddp import SparseState, Waiting
+
+__all__ = ["StepAhead"]
+
+
+class StepAhead:
+    """Moves the parameters of one optimizer ahead of the averaged steps, and back, bit for bit.
+
+    A rank that computes gradients at the averaged parameters x knows nothing of what it still holds back, and adds the
+    same direction again and again. So gradients are taken at x - lr * a * r instead, with this rank's residual r and
+    the alignment a of the residuals: the least-squares estimate of where x will be once all ranks have sent their
+    residuals (step-ahead error feedback, Xu and Huang 2020, who have a = 1).
+
+    `parameters` are ahead only from a forward pass in training mode to the optimizer's step. In between, a pass in
+    evaluation mode, `state_dict` and `load_state_dict` of the model bring them back first.
+
+    Args:
+        state: the state whose residuals are applied.
+        groups: the optimizer's groups. Read at each move, so that rates may change.
+    """
+
+    def __init__(self, state: SparseState, groups: Sequence[dict[str, Any]]) -> None:
+        self._state = state
+        self._groups = groups
+        self._moved: list[torch.Tensor] = []
+        self._saved: list[torch.Tensor] = []
+        self._at_step = -1  # the state's step for which the parameters are ahead; -1: they are not
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Moves the parameters by themselves from now on, with the passes of a module."""
+        any_module: Any = module  # torch has no types for the last two
+        module.register_forward_pre_hook(_Hook(self, "before_forward"), prepend=True)
+        any_module.register_state_dict_pre_hook(_Hook(self, "before_access"))
+        any_module.register_load_state_dict_pre_hook(_Hook(self, "before_access"))
+
+    @_disable_dynamo  # a compiled model calls it, and would compile it anew for every step
+    def before_forward(self, module: torch.nn.Module, _: object) -> None:
+        """Moves the parameters as the coming pass of the module needs them."""
+        if not module.training:
+            self.back()
+        elif torch.is_grad_enabled():
+            self.ahead()
+
+    def before_access(self, *_: object) -> None:
+        """Moves the parameters back before they are saved or loaded."""
+        self.back()
+
+    @torch.no_grad()
+    def ahead(self) -> None:
+        """Moves the parameters ahead; does nothing if they are there already."""
+        if self._at_step == self._state.step:
+            return
+        self.back()
+        waiting = [(g, self._state.waiting(g["params"])) for g in self._groups]
+        moved = [w.parameter.data for _, found in waiting for w in found]
+        if [t.data_ptr() for t in moved] != [t.data_ptr() for t in self._moved]:
+            self._saved = [torch.empty_like(t) for t in moved]
+        self._moved = moved
+        if moved:
+            torch._foreach_copy_(self._saved, moved)
+        for group, found in waiting:
+            _subtract(found, float(group["lr"]))
+        self._at_step = self._state.step
+
+    @torch.no_grad()
+    def back(self) -> None:
+        """Moves the parameters back to the averaged ones; does nothing if they are there already."""
+        if self._at_step >= 0 and self._moved:
+            # Through .data: autograd must not take this for a change of what a pending backward pass needs.
+            torch._foreach_copy_(self._moved, self._saved)
+        self._at_step = -1
+
+
+class _Hook:
+    """A module's hook that calls a method of a `StepAhead` as long as that is alive.
+
+    A copy of it, in a copied or unpickled module, does nothing: the optimizer does not own that module's parameters.
+    """
+
+    def __init__(self, owner: StepAhead | None = None, method: str = "") -> None:
+        self._owner = (lambda: None) if owner is None else weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, *args: object) -> None:
+        owner = self._owner()
+        if owner is not None:
+            getattr(owner, self._method)(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+def _subtract(found: Sequence[Waiting], lr: float) -> None:
+    """Subtracts lr * alignment * residual from each parameter, in as few calls as alignments differ."""
+    by_alignment: dict[float, list[Waiting]] = {}
+    for w in found:
+        by_alignment.setdefault(w.alignment, []).append(w)
+    for alignment, some in by_alignment.items():
+        data = [w.parameter.data for w in some]
+        torch._foreach_add_(data, [w.residual.to(w.parameter.device) for w in some], alpha=-lr * alignment)

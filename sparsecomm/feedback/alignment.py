@@ -68,6 +68,15 @@ class Alignment:
         """Returns the alignment of the residuals, in [1/P, 1]; 1 before the first measurement."""
         return self._bounded(self.residual)
 
+    def common_share(self) -> float:
+        """Returns the share of the ranks' common part in their residuals' squared norm, in [0, 1].
+
+        It is 0 before the first measurement, and for one rank.
+        """
+        if self.count == 0 or self.size == 1:
+            return 0.0
+        return (self.of_residuals() - 1.0 / self.size) / (1.0 - 1.0 / self.size)
+
     def _bounded(self, squares: Squares) -> float:
         if squares.each <= 0.0:
             return 1.0

@@ -71,6 +71,19 @@ class SelectedTaken(Taken):
         super().__init__(added)
         self.indices, self.values = _nothing(added.incoming.grad.device) if pairs is None else pairs
         self.capacity = capacity
+        self._given: Pairs | None = None
+
+    def give(self, positions: torch.Tensor, values: torch.Tensor) -> None:
+        """Subtracts elements that the average holds, although this rank did not send them, from the residual.
+
+        Args:
+            positions: int64, shape (m,), distinct.
+            values: float32, shape (m,).
+        """
+        residual = self.added.memory.residual
+        if residual is not None:
+            residual[positions] -= values
+            self._given = (positions, values)
 
     @property
     def nnz(self) -> int:
@@ -83,7 +96,10 @@ class SelectedTaken(Taken):
         self.added.finish()
 
     def undo(self) -> None:
-        """Returns the selected elements to the residual and undoes the addition of the gradient."""
+        """Returns the selected and the given elements to the residual and undoes the addition of the gradient."""
+        residual = self.added.memory.residual
+        if self._given is not None and residual is not None:
+            residual[self._given[0]] += self._given[1]
         self.added.undo((self.indices, self.values))
 
     def as_places(self) -> tuple[PlacesTaken, torch.Tensor]:

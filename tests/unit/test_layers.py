@@ -38,7 +38,7 @@ ORDER = [
 NOT_YET = {"presets": {"launch"}, "ps": {"ddp"}}
 """Neighbours that have no business with each other."""
 EXCHANGE_ORDER = [
-    {"costs", "plan", "agree", "messages", "alignment"},
+    {"costs", "plan", "agree", "messages", "alignment", "inferred"},
     {"method"},
     {"pipeline"},
     {"methods"},

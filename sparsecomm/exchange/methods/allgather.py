@@ -12,6 +12,7 @@ from typing_extensions import override
 from sparsecomm import kernels
 from sparsecomm.collectives import allgatherv_direct
 from sparsecomm.exchange.agree import Agreement
+from sparsecomm.exchange.inferred import InferredSum, infer_sum
 from sparsecomm.exchange.method import Method, register
 from sparsecomm.feedback import SelectedTaken
 from sparsecomm.transport import CollectiveSteps
@@ -43,6 +44,7 @@ class Allgather(Method):
     _headers: list[Header]
     _bodies: list[torch.Tensor]
     _parts: list[Pairs]
+    _inferred: InferredSum | None = None
 
     @classmethod
     @override
@@ -109,4 +111,16 @@ class Allgather(Method):
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
-        kernels.scatter_reduce(out, self._parts, scale=scale)
+        exchange = self.exchange
+        if not (getattr(exchange.plan.feedback, "aligned", False) and exchange.memory.alignment.count):
+            kernels.scatter_reduce(out, self._parts, scale=scale)
+            return
+        inferred = self._inferred = infer_sum(self._parts, exchange.memory.alignment, exchange.channel.size)
+        out.zero_()
+        out[inferred.positions] = (inferred.sums * scale).to(out.dtype)
+
+    @override
+    def finish(self) -> None:
+        """Removes from the residual what the average already holds of it."""
+        if self._inferred is not None:
+            self._taken.give(*self._inferred.not_sent(self._taken.indices))

@@ -39,7 +39,7 @@ class Result:
         cell: Name of the cell.
         model: Model of the cell.
         optimizer: Optimizer of the cell.
-        method: Method of the cell, with its density.
+        method: Method of the cell, with its density, and its steps if they are not the model's.
         settings: Every option that shapes the runs, by name.
         steps: Number of updates of a run.
         seeds: Seeds of the finished runs.
@@ -93,7 +93,9 @@ def method_name(cell: Cell) -> str:
         "drop": "top-k, rest dropped",
     }
     longer = f", {cell.steps} steps" if cell.steps is not None else ""
-    return names[cell.method] + (f" {100 * cell.density:g}%" if cell.density is not None else "") + longer
+    return (
+        names.get(cell.method, cell.method) + (f" {100 * cell.density:g}%" if cell.density is not None else "") + longer
+    )
 
 
 def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
@@ -113,8 +115,8 @@ def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
         cell=cell.name,
         model=cell.model,
         optimizer=cell.optimizer,
-        method=method_name(cell),
-        settings={name: first[name] for name in TRAJECTORY if name not in ("seed", "steps", "optimizer")},
+        method=method_name(cell) + (f", {cell.steps} steps" if cell.steps is not None else ""),
+        settings={name: first.get(name) for name in TRAJECTORY if name not in ("seed", "steps", "optimizer")},
         steps=int(first["steps"]),
         seeds=sorted(logs),
         missing=[seed for seed in cell.seeds if seed not in logs],

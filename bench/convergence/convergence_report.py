@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_runs import having_sent, summarise
-from convergence_study import Cell
+from convergence_study import METHODS, Cell
 from options import TRAJECTORY
 from run_log import RunLog, replace_file
 
@@ -85,17 +85,8 @@ Logs = dict[int, RunLog]  # by seed
 
 def method_name(cell: Cell) -> str:
     """Returns the name of the method with its density."""
-    names = {
-        "dense": "dense",
-        "topk": "top-k",
-        "dgc": "DGC",
-        "adam-topk": "Adam, then top-k",
-        "drop": "top-k, rest dropped",
-    }
-    longer = f", {cell.steps} steps" if cell.steps is not None else ""
-    return (
-        names.get(cell.method, cell.method) + (f" {100 * cell.density:g}%" if cell.density is not None else "") + longer
-    )
+    density = f" {100 * cell.density:g}%" if cell.density is not None else ""
+    return METHODS[cell.method].title + density
 
 
 def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:

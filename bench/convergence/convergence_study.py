@@ -39,6 +39,19 @@ class Model:
     needs: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of training, dense or compressed.
+
+    Attributes:
+        title: Its name in tables.
+        flags: Options of the training script by name.
+    """
+
+    title: str
+    flags: Mapping[str, Any]
+
+
 def light(script: str, flags: Mapping[str, Any], needs: Path | None = None) -> Model:
     """Returns a task of transfer_cells.py: few evaluations on much data, since its ranks share two cores."""
     return Model(script=script, steps=3000, flags={**flags, "skip_early_evals": True}, evaluations=4, needs=needs)
@@ -55,12 +68,12 @@ MODELS = {
     "lstm": light("study_lstm.py", CODE),
     "tied": light("study_gpt.py", PROSE | {"size": "short"}, study_data.PROSE),
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"compressor": "none"},
-    "topk": {"compressor": "topk", "feedback": "ef"},
-    "dgc": {"compressor": "topk", "feedback": "dgc"},
-    "adam-topk": {"compressor": "topk", "feedback": "adam"},
-    "drop": {"compressor": "topk", "feedback": "none"},
+METHODS = {
+    "dense": Method(title="dense", flags={"compressor": "none"}),
+    "topk": Method(title="top-k", flags={"compressor": "topk", "feedback": "ef"}),
+    "dgc": Method(title="DGC", flags={"compressor": "topk", "feedback": "dgc"}),
+    "adam-topk": Method(title="Adam, then top-k", flags={"compressor": "topk", "feedback": "adam"}),
+    "drop": Method(title="top-k, rest dropped", flags={"compressor": "topk", "feedback": "none"}),
 }
 CHECKPOINTS = 4  # in a run; an interruption costs at most the steps between two of them
 SET_BY_THE_DRIVER = {
@@ -214,7 +227,7 @@ def make_run(
     if settings.get("warmup_steps"):
         stages = len(settings.get("warmup_densities", (0, 0, 0))) if settings.get("warmup_kind") != "exp" else 1
         settings["warmup_steps"] = settings["warmup_steps"] * total // cell.total_steps // stages * stages
-    flags = {**MODELS[cell.model].flags, **METHODS[cell.method], "optimizer": cell.optimizer, **settings}
+    flags = {**MODELS[cell.model].flags, **METHODS[cell.method].flags, "optimizer": cell.optimizer, **settings}
     if cell.density is not None:
         flags["density"] = cell.density
     flags |= {"steps": total, "judge": conditions.judge}

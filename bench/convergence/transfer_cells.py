@@ -24,7 +24,7 @@ RATES: dict[tuple[str, str], tuple[float, tuple[float, ...]]] = {
     ("code", "sgd"): (0.1, (0.03, 0.1, 0.3)),
     ("prose", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
     ("prose", "sgd"): (0.1, (0.03, 0.1, 0.3)),
-    ("cnn", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
+    ("cnn", "adamw"): (1e-2, (1e-3, 3e-3, 1e-2)),
     ("cnn", "sgd"): (0.1, (0.03, 0.1, 0.3)),
     ("lstm", "adamw"): (3e-3, (3e-3, 1e-2, 3e-2)),
     ("lstm", "sgd"): (0.1, (0.3, 1.0, 3.0)),

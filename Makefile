@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install demo test test-mpi test-rdma lint types unit test-lab chaos bench bench-peers readme fuzz clean
+.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab chaos bench bench-peers readme fuzz clean
 
 install: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 
 demo: install
 	$(BIN)/python bench/convergence/demo.py
+
+# prose and pictures for bench/convergence/transfer_cells.py, from Debian's packages, into runs/data
+data: install
+	$(BIN)/python bench/convergence/study_data.py
 
 test: lint types unit
 

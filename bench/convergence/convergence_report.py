@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_runs import having_sent, summarise
-from convergence_study import Cell
+from convergence_study import METHODS, Cell
 from options import TRAJECTORY
 from run_log import RunLog, replace_file
 
@@ -39,7 +39,7 @@ class Result:
         cell: Name of the cell.
         model: Model of the cell.
         optimizer: Optimizer of the cell.
-        method: Method of the cell, with its density.
+        method: Method of the cell, with its density, and its steps if they are not the model's.
         settings: Every option that shapes the runs, by name.
         steps: Number of updates of a run.
         seeds: Seeds of the finished runs.
@@ -85,15 +85,8 @@ Logs = dict[int, RunLog]  # by seed
 
 def method_name(cell: Cell) -> str:
     """Returns the name of the method with its density."""
-    names = {
-        "dense": "dense",
-        "topk": "top-k",
-        "dgc": "DGC",
-        "adam-topk": "Adam, then top-k",
-        "drop": "top-k, rest dropped",
-    }
-    longer = f", {cell.steps} steps" if cell.steps is not None else ""
-    return names[cell.method] + (f" {100 * cell.density:g}%" if cell.density is not None else "") + longer
+    density = f" {100 * cell.density:g}%" if cell.density is not None else ""
+    return METHODS[cell.method].title + density
 
 
 def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
@@ -113,8 +106,8 @@ def reduce(cell: Cell, logs: Logs, dense: Logs) -> Result:
         cell=cell.name,
         model=cell.model,
         optimizer=cell.optimizer,
-        method=method_name(cell),
-        settings={name: first[name] for name in TRAJECTORY if name not in ("seed", "steps", "optimizer")},
+        method=method_name(cell) + (f", {cell.steps} steps" if cell.steps is not None else ""),
+        settings={name: first.get(name) for name in TRAJECTORY if name not in ("seed", "steps", "optimizer")},
         steps=int(first["steps"]),
         seeds=sorted(logs),
         missing=[seed for seed in cell.seeds if seed not in logs],

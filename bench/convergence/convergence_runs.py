@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from typing import IO
 
 import checkpointing
 from convergence_study import Run, StudyError
-from launching import launch_environment
+from launching import launch_environment, launch_line
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from run_log import LogError, RunLog
@@ -63,14 +64,15 @@ class Runner:
     """Does runs, ``jobs`` at a time, and shows their progress.
 
     Args:
-        launcher: Command that starts the ranks, without the interpreter.
-        jobs: Number of runs at a time.
+        mpirun: Path of mpirun.
+        jobs: Number of runs at a time. Each gets its share of the cores to itself: its ranks wait for each other, so
+            those of another run between them would delay all of them.
         console: Console for progress and results.
         lock: File of ``locked``.
     """
 
-    def __init__(self, launcher: Sequence[str], jobs: int, console: Console, lock: IO[str]) -> None:
-        self._launcher, self._jobs, self._console = list(launcher), jobs, console
+    def __init__(self, mpirun: str, jobs: int, console: Console, lock: IO[str]) -> None:
+        self._mpirun, self._jobs, self._console = mpirun, jobs, console
         self._lock_descriptor = lock.fileno()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
@@ -91,7 +93,8 @@ class Runner:
             Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar,
         ):
             overall = bar.add_task("runs", total=len(todo))
-            with ThreadPoolExecutor(self._jobs) as pool:
+            slots = itertools.count()
+            with ThreadPoolExecutor(self._jobs, initializer=lambda: self._take_cores(next(slots))) as pool:
                 futures = {pool.submit(self._one, run, bar): run for run in todo}
                 try:
                     for count, future in enumerate(as_completed(futures), 1):
@@ -105,6 +108,12 @@ class Runner:
                     pool.shutdown(cancel_futures=True)
                     raise
         return failures
+
+    def _take_cores(self, slot: int) -> None:
+        """Binds this thread, and with it the runs that it starts, to its share of the cores."""
+        if self._jobs > 1 and hasattr(os, "sched_setaffinity"):  # Linux
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores[slot % len(cores) :: self._jobs])
 
     def stop(self) -> None:
         """Ends all runs and starts no more."""
@@ -132,7 +141,7 @@ class Runner:
         if not resume:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
-        command = [*self._launcher, sys.executable, *run.command(resume=resume)]
+        command = [*launch_line(self._mpirun, run.ranks), sys.executable, *run.command(resume=resume)]
         task = bar.add_task(run.title, total=int(run.flags["steps"]))
         with run.output.open("ab") as output:
             start = output.tell()

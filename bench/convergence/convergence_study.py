@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import options
+import study_data
 from launching import HERE
 
 
@@ -27,29 +28,69 @@ class Model:
         script: Name of a file in this folder.
         steps: Number of updates of a run.
         flags: Options by name, with underscores for hyphens.
+        evaluations: Number of evaluations of a run, evenly spaced, in addition to the early ones.
+        needs: File or folder that ``study_data.py`` makes and the script reads; None if it reads none.
     """
 
     script: str
     steps: int
     flags: Mapping[str, Any]
+    evaluations: int = 30
+    needs: Path | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way of training, dense or compressed.
+
+    Attributes:
+        title: Its name in tables.
+        flags: Options of the training script by name.
+    """
+
+    title: str
+    flags: Mapping[str, Any]
+
+
+def light(script: str, flags: Mapping[str, Any], needs: Path | None = None) -> Model:
+    """Returns a task of transfer_cells.py: few evaluations on much data, since its ranks share two cores."""
+    return Model(script=script, steps=3000, flags={**flags, "skip_early_evals": True}, evaluations=4, needs=needs)
+
+
+CODE: dict[str, Any] = {"global_batch": 16, "block": 64, "held_out": 64}
+PROSE = CODE | {"text": str(study_data.PROSE)}
 MODELS = {
     "gpt": Model(script="study_gpt.py", steps=3000, flags={"size": "tiny", "batch": 8, "block": 64}),
     "digits": Model(script="study_digits.py", steps=1000, flags={"batch": 16}),
+    "code": light("study_gpt.py", CODE | {"size": "tiny"}),
+    "prose": light("study_gpt.py", PROSE | {"size": "tiny"}, study_data.PROSE),
+    "cnn": light("study_fashion.py", {"global_batch": 64}, study_data.FASHION),
+    "lstm": light("study_lstm.py", CODE),
+    "tied": light("study_gpt.py", PROSE | {"size": "short"}, study_data.PROSE),
 }
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"compressor": "none"},
-    "topk": {"compressor": "topk", "feedback": "ef"},
-    "dgc": {"compressor": "topk", "feedback": "dgc"},
-    "adam-topk": {"compressor": "topk", "feedback": "adam"},
-    "drop": {"compressor": "topk", "feedback": "none"},
+METHODS = {
+    "dense": Method(title="dense", flags={"compressor": "none"}),
+    "topk": Method(title="top-k", flags={"compressor": "topk", "feedback": "ef"}),
+    "dgc": Method(title="DGC", flags={"compressor": "topk", "feedback": "dgc"}),
+    "adam-topk": Method(title="Adam, then top-k", flags={"compressor": "topk", "feedback": "adam"}),
+    "drop": Method(title="top-k, rest dropped", flags={"compressor": "topk", "feedback": "none"}),
 }
-EVALUATIONS = 30  # in a run, evenly spaced, in addition to the early ones
 CHECKPOINTS = 4  # in a run; an interruption costs at most the steps between two of them
-SET_BY_THE_DRIVER = {"seed", "steps", "judge", "eval_every", "out", "resume", "save_every", "stop_after", "log", "plot"}
+SET_BY_THE_DRIVER = {
+    "seed",
+    "steps",
+    "judge",
+    "eval_every",
+    "skip_early_evals",
+    "out",
+    "resume",
+    "save_every",
+    "stop_after",
+    "log",
+    "plot",
+}
 SETTABLE = {f.name for f in fields(options.Settings)} - SET_BY_THE_DRIVER - {"optimizer", "density", "progress"}
-SETTABLE |= {"size", "block", "text"}
+SETTABLE |= {"size", "block", "text", "held_out", "data"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +106,7 @@ class Cell:
         grid: Values that ``--tune`` tries, by name of a setting; every combination is run.
         seeds: Seeds of the reported runs.
         steps: Number of updates; None for the model's.
+        ranks: Number of processes; None for that of the command line.
     """
 
     model: str
@@ -75,12 +117,14 @@ class Cell:
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
     steps: int | None = None
+    ranks: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the cell on the command line and on disk."""
         parts = [self.model, self.optimizer, self.method]
         parts += [f"{self.density:g}"] if self.density is not None else []
+        parts += [f"p{self.ranks}"] if self.ranks is not None else []
         return "-".join([*parts, *([str(self.steps)] if self.steps is not None else [])])
 
     @property
@@ -101,7 +145,7 @@ class Conditions:
 
     Attributes:
         judge: "validation" to tune, "test" to report.
-        ranks: Number of processes.
+        ranks: Number of processes of the cells that do not say it.
         steps: Number of updates in place of the model's. Longer cells and the density warm-up are scaled alike.
     """
 
@@ -118,6 +162,7 @@ class Run:
         cell: Cell of the run.
         title: Name of the run within the study.
         flags: Every option of the script that shapes the run.
+        ranks: Number of processes.
         folder: Folder of all runs that differ only in their seed. Its name holds a digest of the other options, so
             that a run with other settings is never taken for this one.
     """
@@ -125,6 +170,7 @@ class Run:
     cell: Cell
     title: str
     flags: Mapping[str, Any]
+    ranks: int
     folder: Path
 
     @property
@@ -181,14 +227,16 @@ def make_run(
     if settings.get("warmup_steps"):
         stages = len(settings.get("warmup_densities", (0, 0, 0))) if settings.get("warmup_kind") != "exp" else 1
         settings["warmup_steps"] = settings["warmup_steps"] * total // cell.total_steps // stages * stages
-    flags = {**MODELS[cell.model].flags, **METHODS[cell.method], "optimizer": cell.optimizer, **settings}
+    flags = {**MODELS[cell.model].flags, **METHODS[cell.method].flags, "optimizer": cell.optimizer, **settings}
     if cell.density is not None:
         flags["density"] = cell.density
-    flags |= {"steps": total, "eval_every": max(1, total // EVALUATIONS), "judge": conditions.judge}
-    digest = hashlib.sha256(json.dumps([conditions.ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
+    flags |= {"steps": total, "judge": conditions.judge}
+    flags["eval_every"] = max(1, total // MODELS[cell.model].evaluations)
+    ranks = conditions.ranks if cell.ranks is None else cell.ranks
+    digest = hashlib.sha256(json.dumps([ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
     title = " ".join([f"{cell.name} seed {seed}", *(f"{name} {value}" for name, value in (point or {}).items())])
     folder = out / "runs" / f"{cell.name}.{digest}"
-    return Run(cell=cell, title=title, flags=flags | {"seed": seed}, folder=folder)
+    return Run(cell=cell, title=title, flags=flags | {"seed": seed}, ranks=ranks, folder=folder)
 
 
 def load_study(path: Path) -> list[Cell]:
@@ -230,6 +278,20 @@ def _check(cell: Cell) -> None:
         raise StudyError(f"{cell.name}: seeds must be different numbers, got {list(cell.seeds)}")
     if cell.total_steps < 1:
         raise StudyError(f"{cell.name}: steps must be positive, got {cell.steps}")
+    if cell.ranks is not None and cell.ranks < 1:
+        raise StudyError(f"{cell.name}: ranks must be positive, got {cell.ranks}")
+
+
+def check_data(cells: Sequence[Cell]) -> None:
+    """Checks that the data of the cells are there.
+
+    Raises:
+        StudyError: Data are missing; the message says what to run.
+    """
+    for cell in cells:
+        needs = MODELS[cell.model].needs
+        if needs is not None and not needs.exists():
+            raise StudyError(f"{cell.model} needs {needs}, which is missing{study_data.hint(needs)}")
 
 
 def _check_tries(cells: Sequence[Cell]) -> None:

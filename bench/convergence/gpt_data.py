@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import study_data
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def _text_file(path: Path) -> tuple[str, Parts]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read --text {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot read --text {path}: {error.strerror or error}{study_data.hint(path)}") from error
     held_out = len(content) * HELD_OUT_PERCENT // 100
     cut, end = len(content) - held_out, len(content) - held_out // 2
     return str(path), (content[:cut], content[cut:end], content[end:])
@@ -100,30 +101,22 @@ def _standard_library() -> tuple[str, Parts]:
     return f"Python standard library ({root})", (train, val, test)
 
 
-def training_batch(corpus: Corpus, *, seed: int, rank: int, step: int, batch: int, block: int) -> tuple[Tensor, Tensor]:
-    """Returns one rank's batch of one step, a pure function of the arguments: resuming needs no generator state.
-
-    Returns:
-        Inputs and targets, int64 ``(batch, block)`` each.
-    """
-    random = np.random.default_rng([seed, rank, step])
-    return _gather(corpus.train, random.integers(0, len(corpus.train) - block, size=batch), block)
-
-
-def held_out_batches(corpus: Corpus, judge: str, block: int) -> list[tuple[Tensor, Tensor]]:
+def held_out_batches(corpus: Corpus, judge: str, block: int, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
     """Returns the fixed, evenly spaced batches on which every run of this text and block is judged.
 
     Args:
         corpus: The text.
         judge: "validation" or "test".
         block: Sequence length in bytes.
+        count: Number of batches; None for that of ``HELD_OUT_BATCHES``.
     """
     data = corpus.val if judge == "validation" else corpus.test
-    count = HELD_OUT_BATCHES[judge]
+    count = HELD_OUT_BATCHES[judge] if count is None else count
     starts = np.linspace(0, len(data) - block - 1, count * HELD_OUT_BATCH).astype(np.int64)
-    return [_gather(data, part, block) for part in starts.reshape(count, HELD_OUT_BATCH)]
+    return [sequences(data, part, block) for part in starts.reshape(count, HELD_OUT_BATCH)]
 
 
-def _gather(data: Tensor, starts: npt.NDArray[np.int64], block: int) -> tuple[Tensor, Tensor]:
+def sequences(data: Tensor, starts: npt.NDArray[np.int64], block: int) -> tuple[Tensor, Tensor]:
+    """Returns the sequences that begin at ``starts``: inputs and targets, int64 ``(len(starts), block)`` each."""
     windows = data[torch.from_numpy(starts)[:, None] + torch.arange(block + 1)].long()
     return windows[:, :-1], windows[:, 1:]

@@ -21,21 +21,23 @@ class GPTConfig:
         heads: Attention heads in each block; divides ``width``.
         width: Features per token.
         block: Longest sequence, in bytes.
-        tied: Whether the embedding and the head share one matrix.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm.
     """
 
     layers: int
     heads: int
     width: int
     block: int
-    tied: bool = True
+    norm: str = "layer"
 
 
-SIZES: dict[str, tuple[int, int, int]] = {  # name: layers, heads, width
-    "tiny": (4, 4, 128),  # about 0.8 M parameters
-    "demo": (4, 4, 256),  # about 3.2 M
-    "25m": (8, 8, 512),  # about 25.4 M
+SIZES: dict[str, tuple[int, int, int, str]] = {  # name: layers, heads, width, norm
+    "short": (2, 4, 112, "rms"),  # about 0.3 M parameters
+    "tiny": (4, 4, 128, "layer"),  # about 0.8 M
+    "demo": (4, 4, 256, "layer"),  # about 3.2 M
+    "25m": (8, 8, 512, "layer"),  # about 25.4 M
 }
+NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class Block(nn.Module):
@@ -44,10 +46,11 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.norm1 = nn.LayerNorm(config.width)
+        norm = NORMS[config.norm]
+        self.norm1 = norm(config.width)
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.proj = nn.Linear(config.width, config.width, bias=False)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm2 = norm(config.width)
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
@@ -71,11 +74,10 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(VOCAB, config.width)
         self.positions = nn.Embedding(config.block, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = NORMS[config.norm](config.width)
         self.head = nn.Linear(config.width, VOCAB, bias=False)
         self._initialise()
-        if config.tied:
-            self.head.weight = self.tokens.weight
+        self.head.weight = self.tokens.weight
 
     def _initialise(self) -> None:
         """Draws matrices from GPT-2's normal(0, 0.02), scaled down by sqrt(2 * layers) before the residual stream."""
@@ -104,6 +106,6 @@ class GPT(nn.Module):
 
 def build(size: str, block: int, seed: int) -> GPT:
     """Builds one of ``SIZES``; the same seed gives every rank and every run the same start."""
-    layers, heads, width = SIZES[size]
+    layers, heads, width, norm = SIZES[size]
     torch.manual_seed(seed)
-    return GPT(GPTConfig(layers=layers, heads=heads, width=width, block=block))
+    return GPT(GPTConfig(layers=layers, heads=heads, width=width, block=block, norm=norm))

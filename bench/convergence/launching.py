@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,9 +20,13 @@ def find_mpirun() -> str | None:
 
 def launch_line(mpirun: str, ranks: int) -> list[str]:
     """Returns the command that starts ``ranks`` processes; Open MPI needs leave to start more ranks than cores."""
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
-    placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
+    placing = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _version(mpirun) else []
     return [mpirun, *placing, "-n", str(ranks)]
+
+
+@cache
+def _version(mpirun: str) -> str:
+    return subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def launch_environment() -> dict[str, str]:

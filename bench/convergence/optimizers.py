@@ -30,8 +30,7 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     """Returns AdamW or SGD with weight decay on the matrices only; without momentum if the exchange applies it."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    before = settings.feedback in ("dgc", "adam")  # the feedback applies momentum before compression
-    momentum = 0.0 if before else settings.averaging
+    momentum = 0.0 if settings.updates_before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
     name = "weight_decay" if adam else "decay"
     groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]

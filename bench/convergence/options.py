@@ -17,7 +17,19 @@ COMPRESSORS = ("none", "dense", *SPARSE)
 # Settings that shape the trajectory or its log. A resumed run must repeat them.
 TRAJECTORY = (
     *("compressor", "density", "feedback", "warmup_steps", "warmup_kind", "warmup_densities", "value_codec"),
-    *("index_codec", "collective", "seed", "steps", "batch", "optimizer", "lr", "beta1", "momentum", "nesterov"),
+    *(
+        "index_codec",
+        "collective",
+        "seed",
+        "steps",
+        "batch",
+        "global_batch",
+        "optimizer",
+        "lr",
+        "beta1",
+        "momentum",
+        "nesterov",
+    ),
     *("weight_decay", "clip", "judge"),
 )
 ADAM_BETA1, ADAM_BETA2, SGD_MOMENTUM = 0.8, 0.95, 0.9
@@ -29,6 +41,7 @@ class Settings:
     """The options of every training script; ``--help`` explains each.
 
     Attributes:
+        batch: Examples per rank; has no meaning with ``global_batch``.
         beta1: Momentum of AdamW; None with SGD.
         momentum: Momentum of SGD; None with AdamW.
     """
@@ -45,6 +58,7 @@ class Settings:
     seed: int
     steps: int
     batch: int
+    global_batch: int | None
     optimizer: str
     lr: float
     beta1: float | None
@@ -54,6 +68,7 @@ class Settings:
     clip: float
     judge: str
     eval_every: int
+    skip_early_evals: bool
     out: str | None
     resume: bool
     save_every: int
@@ -67,6 +82,11 @@ class Settings:
     def sparse(self) -> bool:
         """Whether the compressor selects elements."""
         return self.compressor in SPARSE
+
+    @property
+    def updates_before(self) -> bool:
+        """Whether the feedback, before compression, does the optimizer's part: it clips, and applies momentum."""
+        return self.feedback in ("dgc", "adam")
 
     @property
     def averaging(self) -> float:
@@ -186,6 +206,13 @@ def make_parser(description: str, *, steps: int, batch: int, lr: float) -> tuple
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive, default=steps, help="number of updates (default %(default)s)")
     training.add_argument("--batch", type=positive, default=batch, help="examples per rank (default %(default)s)")
+    training.add_argument(
+        "--global-batch",
+        type=positive,
+        metavar="N",
+        help="examples of all ranks together, in place of --batch: the ranks share out one draw of so many, and the "
+        "data do not depend on their number",
+    )
     training.add_argument("--seed", type=_count, default=0, help="of model and batches (default %(default)s)")
     _add_optimizer(parser, lr)
     _add_communication(parser)
@@ -249,6 +276,9 @@ def _add_communication(parser: Parser) -> None:
 def _add_output(parser: Parser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--eval-every", type=positive, default=50, help="steps between evaluations (default %(default)s)")
+    out.add_argument(
+        "--skip-early-evals", action="store_true", help="do not evaluate at steps 1, 2, 3, 4, 6, 8 ... too"
+    )
     out.add_argument(
         "--judge",
         choices=("validation", "test"),

@@ -20,7 +20,8 @@ class Row:
 
     Attributes:
         step: Number of updates done; row 0 is the model before training.
-        train_loss: Loss of rank 0's batch before this update, in the log's ``loss_unit``; None in row 0.
+        train_loss: Loss of the batch before this update, in the log's ``loss_unit``: rank 0's, or the mean of all ranks
+            with ``--global-batch``. None in row 0.
         val_loss: Loss of the fixed held-out batches after this update; None if it was not measured. The log's
             ``judge`` says whether they are validation or test data.
         seconds: Cumulative training time on rank 0, without evaluation, checkpoints and start-up.

@@ -10,37 +10,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import options
 import torch
 import torch.nn.functional as F
+from image_task import Classifier, Images, ImageTask
 from torch import Tensor, nn
-from trainer import Batch, run
+from trainer import run
 
 SPLIT = {"train": 997, "validation": 300, "test": 500}  # images, after one fixed shuffle
-HELD_OUT_BATCH = 50  # divides validation and test, so that every image counts once
 
 
-@dataclass(frozen=True, kw_only=True)
-class Digits:
-    """Images and their classes.
-
-    Attributes:
-        images: float32 ``(n, 1, 8, 8)`` by part of ``SPLIT``, pixels in [0, 1].
-        classes: int64 ``(n,)`` by part, 0 to 9.
-        digest: Hash of the data and their split.
-    """
-
-    images: dict[str, Tensor]
-    classes: dict[str, Tensor]
-    digest: str
-
-
-def load_digits() -> Digits:
-    """Reads the images from the installed scikit-learn.
+def load_digits() -> Images:
+    """Reads the images, float32 ``(n, 1, 8, 8)`` in [0, 1], from the installed scikit-learn.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -52,14 +35,16 @@ def load_digits() -> Digits:
     images = (data.images[order] / 16.0).astype(np.float32)[:, None]
     classes = data.target[order].astype(np.int64)
     sizes = list(SPLIT.values())
-    return Digits(
+    return Images(
+        name="scikit-learn's digits",
         images=dict(zip(SPLIT, torch.split(torch.from_numpy(images), sizes), strict=True)),
         classes=dict(zip(SPLIT, torch.split(torch.from_numpy(classes), sizes), strict=True)),
+        held_out_batch=50,
         digest=hashlib.sha256(repr(sizes).encode() + images.tobytes() + classes.tobytes()).hexdigest()[:16],
     )
 
 
-class CNN(nn.Module):
+class CNN(Classifier):
     """Two convolutions, a pooling and two dense layers, 85,066 parameters."""
 
     def __init__(self) -> None:
@@ -76,55 +61,14 @@ class CNN(nn.Module):
         out: Tensor = self.head(x)
         return out
 
-    def forward(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Returns the mean cross-entropy, in nats per image."""
-        return F.cross_entropy(self.logits(images), classes)
 
-
-class DigitsTask:
-    """Classification of digits; a ``Task``.
-
-    Args:
-        settings: The command line.
-        digits: The images.
-    """
-
-    items = "images"
-    items_per_example = 1
-    trajectory: tuple[str, ...] = ()
-
-    def __init__(self, settings: options.Settings, digits: Digits) -> None:
-        self.settings, self.digits = settings, digits
-        self.title = "CNN on scikit-learn's digits"
-        self.facts: dict[str, Any] = {
-            "data": "scikit-learn's digits",
-            "data_digest": digits.digest,
-            "loss_unit": "nats per image",
-        }
+class DigitsTask(ImageTask):
+    """Classification of digits; a ``Task``."""
 
     def build(self) -> nn.Module:
         """Returns the untrained CNN."""
         torch.manual_seed(self.settings.seed)
         return CNN()
-
-    def batch(self, rank: int, step: int) -> Batch:
-        """Returns images and classes, drawn with replacement."""
-        random = np.random.default_rng([self.settings.seed, rank, step])
-        chosen = torch.from_numpy(random.integers(0, SPLIT["train"], size=self.settings.batch))
-        return self.digits.images["train"][chosen], self.digits.classes["train"][chosen]
-
-    def held_out(self) -> list[Batch]:
-        """Returns the fixed validation or test batches."""
-        part = self.settings.judge
-        images, classes = self.digits.images[part], self.digits.classes[part]
-        starts = range(0, len(images), HELD_OUT_BATCH)
-        return [(images[i : i + HELD_OUT_BATCH], classes[i : i + HELD_OUT_BATCH]) for i in starts]
-
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss, in nats per image, and the share classified correctly."""
-        assert isinstance(model, CNN)
-        logits = model.logits(inputs)
-        return F.cross_entropy(logits, targets), (logits.argmax(1) == targets).float().mean()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,17 +21,26 @@ from typing import Any
 import options
 import study_digits
 import study_gpt
+import text_task
 import torch
 from compression import make_density, make_feedback
-from gpt_data import DataError, load_corpus
 from gpt_model import SIZES
 from optimizers import DecoupledSGD, rate
+from task import Task, draw
 from torch import nn
-from trainer import Task
 
 import sparsecomm as sc
 
-FOREIGN = ("out", "save_every", "resume", "stop_after", "plot", "tensorboard")  # options of DDP training
+FOREIGN = (
+    "out",
+    "save_every",
+    "resume",
+    "stop_after",
+    "plot",
+    "tensorboard",
+    "global_batch",
+    "skip_early_evals",
+)  # options of DDP training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +67,7 @@ def shard_optimizer(settings: Settings) -> Callable[[list[nn.Parameter]], torch.
 
     The shapes of the parameters from which the pieces come tell matrices from vectors.
     """
-    before = settings.feedback in ("dgc", "adam")
-    momentum = 0.0 if before else settings.averaging
+    momentum = 0.0 if settings.updates_before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
 
     def make(pieces: list[Any]) -> torch.optim.Optimizer:
@@ -84,15 +92,14 @@ def make_worker(settings: Settings, model: nn.Module) -> sc.ps.Worker:
     codec = settings.value_codec if settings.sparse else "auto"
     feedback = make_feedback(settings)
     # Clipping changes gradients after backward, so a part that was pushed during backward would be sent twice.
-    clips = settings.feedback not in ("dgc", "adam")
-    return sc.ps.Worker(model, compressor, overlap=not clips, feedback=feedback, value_codec=codec)
+    return sc.ps.Worker(model, compressor, overlap=settings.updates_before, feedback=feedback, value_codec=codec)
 
 
 def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str, Any]]:
     """Trains on one worker and returns the rows of its log."""
     model = task.build()
     worker = make_worker(settings, model)
-    limit = float("inf") if settings.feedback in ("dgc", "adam") else settings.clip  # their feedback clips
+    limit = float("inf") if settings.updates_before else settings.clip
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     for step in range(settings.steps):
@@ -100,7 +107,7 @@ def work(settings: Settings, task: Task, rank: int, size: int) -> list[dict[str,
             print(f"worker {rank} kills itself at step {step}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         model.zero_grad(set_to_none=True)
-        loss = model(*task.batch(rank, step))
+        loss = model(*draw(task, settings, rank=rank, size=size, step=step))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), limit)
         worker.step()
@@ -149,8 +156,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser, training = options.make_parser(__doc__ or "", steps=200, batch=16, lr=3e-3)
     training.add_argument("--task", choices=("digits", "gpt"), default="digits", help="(default %(default)s)")
     training.add_argument("--size", choices=tuple(SIZES), default="demo", help="GPT (default %(default)s)")
-    training.add_argument("--text", metavar="FILE", help="text the GPT learns (default: Python's standard library)")
-    training.add_argument("--block", type=options.positive, default=64, help="bytes per sequence (default %(default)s)")
+    text_task.add_options(training)
     serving = parser.add_argument_group("parameter server")
     serving.add_argument("--servers", type=options.positive, default=1, help="ranks that serve (default %(default)s)")
     serving.add_argument("--mode", choices=("sync", "ssp", "async"), default="sync", help="(default %(default)s)")
@@ -171,12 +177,10 @@ def parse(arguments: Sequence[str] | None) -> Settings:
 
 def load(settings: Settings) -> Task:
     """Returns the model with its data; exits with status 2 if the data cannot be read."""
+    if settings.task == "gpt":
+        return study_gpt.GPTTask(settings, text_task.load(settings))
     try:
-        if settings.task == "gpt":
-            return study_gpt.TextTask(settings, load_corpus(settings.text, settings.block))
         return study_digits.DigitsTask(settings, study_digits.load_digits())
-    except DataError as error:
-        options.fail(str(error))
     except ImportError as error:
         options.fail(f"the digits come with scikit-learn: pip install 'sparsecomm[demo]' ({error})")
 

@@ -1,6 +1,6 @@
 """Trains a model with PyTorch DDP over MPI, with gradients compressed by sparsecomm.
 
-study_gpt.py and study_digits.py share this code; each defines a ``Task``, the model and its data. ``make_state``
+The scripts study_*.py share this code; each defines a ``Task`` (task.py), the model and its data. ``make_state``
 (compression.py) makes the ``SparseState``, and ``wrap`` registers ``sparse_hook``.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import checkpointing
 import torch
@@ -24,6 +24,7 @@ from compression import make_state
 from optimizers import make_optimizer, rate
 from options import TRAJECTORY, Settings, script
 from run_log import Row, RunLog, plot
+from task import Batch, Task, draw, rank_batch
 from tensorboard_log import Scalars
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -33,41 +34,6 @@ import sparsecomm as sc
 
 # Within these steps a dense run sends as many bytes as a whole top-k run.
 EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
-Batch = tuple[Tensor, Tensor]
-
-
-class Task(Protocol):
-    """A model and its data.
-
-    Attributes:
-        title: Model and data in a few words.
-        facts: Entries for the log's ``meta``: the data, ``data_digest`` and ``loss_unit``.
-        items: Name of the units of data, in the plural.
-        items_per_example: Number of items in one example.
-        trajectory: Settings of this task that a resumed run must repeat.
-    """
-
-    title: str
-    facts: dict[str, Any]
-    items: str
-    items_per_example: int
-    trajectory: tuple[str, ...]
-
-    def build(self) -> nn.Module:
-        """Returns the untrained model, equal on every rank, which maps inputs and targets to the mean loss."""
-        ...
-
-    def batch(self, rank: int, step: int) -> Batch:
-        """Returns a rank's training batch of a step, a pure function of seed, rank and step."""
-        ...
-
-    def held_out(self) -> list[Batch]:
-        """Returns the fixed held-out batches of equal size that ``--judge`` names."""
-        ...
-
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the mean loss of a batch and the share classified correctly (None if that is not measured)."""
-        ...
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -113,7 +79,7 @@ def wrap(model: nn.Module, state: sc.SparseState | None) -> DDP:
 def backward(trainer: Trainer) -> Tensor:
     """Computes the gradients of the next step and averages them over the ranks; returns the loss. Collective."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    inputs, targets = trainer.task.batch(trainer.rank, trainer.step)
+    inputs, targets = draw(trainer.task, trainer.settings, rank=trainer.rank, size=trainer.size, step=trainer.step)
     loss: Tensor = trainer.ddp(inputs, targets)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss
@@ -126,13 +92,13 @@ def train_step(trainer: Trainer) -> None:
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate(settings, trainer.step)
     loss = backward(trainer)
-    limit = math.inf if settings.feedback in ("dgc", "adam") else settings.clip  # their feedback clips
+    limit = math.inf if settings.updates_before else settings.clip
     norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), limit)
     if not math.isfinite(norm):  # the norm is the same on every rank, so all ranks stop here
         event = f"the gradient's norm became {norm.item()} at step {trainer.step + 1}"
         fail_together(f"{event}; try a lower --lr than {settings.lr:g}")
     trainer.optimizer.step()
-    value = loss.item()
+    value = training_loss(trainer, loss)
     seconds = before.seconds + time.perf_counter() - began
     trainer.step += 1
     sent = bytes_sent(trainer)
@@ -147,6 +113,18 @@ def train_step(trainer: Trainer) -> None:
             ratio=ratio,
         )
     )
+
+
+def training_loss(trainer: Trainer, loss: Tensor) -> float:
+    """Returns the loss of a step's batch: this rank's, or with ``--global-batch`` the mean of all. Collective.
+
+    The mean is that of the same examples for any number of ranks, so that runs with 2 and with 16 compare.
+    """
+    value = loss.detach().clone()
+    if trainer.settings.global_batch is not None and trainer.size > 1:
+        dist.all_reduce(value)
+        value /= trainer.size
+    return value.item()
 
 
 def bytes_sent(trainer: Trainer) -> int:
@@ -290,6 +268,8 @@ def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
 def prepare(settings: Settings, world: sc.World, task: Task) -> Trainer:
     """Returns a trainer at step 0 or at the checkpoint's step; ends all ranks if one of them fails. Collective."""
     checkpoint, problem = None, None
+    if settings.global_batch is not None and settings.global_batch % world.size:
+        fail_together(f"--global-batch {settings.global_batch} cannot be shared out evenly to {world.size} ranks")
     try:
         checkpoint = read_checkpoint(settings, world.rank, task, describe(settings, world.size, task, 0))
         make_state(settings)  # refuses options that sparsecomm does not know
@@ -314,7 +294,8 @@ def train(trainer: Trainer, report: Report) -> None:
     while trainer.step < settings.last_step:
         train_step(trainer)
         last = trainer.step == settings.last_step
-        if last or trainer.step % settings.eval_every == 0 or trainer.step in EARLY_EVALS:
+        early = trainer.step in EARLY_EVALS and not settings.skip_early_evals
+        if last or early or trainer.step % settings.eval_every == 0:
             evaluate(trainer, batches)
         report.show(trainer.log.rows)
         scalars.add(trainer.log.rows[-1])
@@ -348,12 +329,16 @@ def run(settings: Settings, task: Task) -> int:
     """Initialises, trains, writes the output and returns the exit status. Collective."""
     world = sc.init()
     trainer = prepare(settings, world, task)
-    items = settings.batch * task.items_per_example * world.size
+    batch = rank_batch(settings, world.size)
     with Report(
-        rank=world.rank, steps=settings.steps, items_per_step=items, items=task.items, progress=settings.progress
+        rank=world.rank,
+        steps=settings.steps,
+        items_per_step=batch * task.items_per_example * world.size,
+        items=task.items,
+        progress=settings.progress,
     ) as report:
         report.say(
-            f"{task.title}, {trainer.log.meta['parameters']:,} parameters, {world.size} rank(s) x {settings.batch}; "
+            f"{task.title}, {trainer.log.meta['parameters']:,} parameters, {world.size} rank(s) x {batch}; "
             f"{trainer.log.label}" + (f"; resumed at step {trainer.step}" if trainer.step else "")
         )
         train(trainer, report)

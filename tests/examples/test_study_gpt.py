@@ -18,6 +18,7 @@ import pytest
 import study_gpt
 import torch
 import trainer
+from task import draw
 
 SCRIPT = launching.HERE / "study_gpt.py"
 TINY = ("--size", "tiny", "--batch", "2", "--block", "32", "--eval-every", "5", "--progress", "off")
@@ -230,10 +231,12 @@ def test_unusable_texts(tmp_path: Path) -> None:
 
 def test_batches_are_a_function_of_seed_rank_and_step() -> None:
     corpus = gpt_data.load_corpus(None, 64)
+    task = study_gpt.GPTTask(study_gpt.parse([]), corpus)
     assert len(corpus.train) > 10 * min(len(corpus.val), len(corpus.test)) > 1_000_000
 
     def batch(seed: int, rank: int, step: int) -> torch.Tensor:
-        return gpt_data.training_batch(corpus, seed=seed, rank=rank, step=step, batch=4, block=64)[0]
+        settings = study_gpt.parse(["--seed", str(seed), "--batch", "4"])
+        return draw(task, settings, rank=rank, size=4, step=step)[0]
 
     assert torch.equal(batch(1, 2, 3), batch(1, 2, 3))
     assert len({batch(*key).numpy().tobytes() for key in [(1, 2, 3), (0, 2, 3), (1, 1, 3), (1, 2, 4)]}) == 4
@@ -241,7 +244,9 @@ def test_batches_are_a_function_of_seed_rank_and_step() -> None:
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [("tiny", 0.7, 1.0), ("demo", 3.0, 3.5), ("25m", 25.0, 27.0)])
+@pytest.mark.parametrize(
+    ("size", "low", "high"), [("short", 0.3, 0.4), ("tiny", 0.7, 1.0), ("demo", 3.0, 3.5), ("25m", 25.0, 27.0)]
+)
 def test_sizes(size: str, low: float, high: float) -> None:
     assert low < trainer.count_parameters(gpt_model.build(size, 64, 0)) / 1e6 < high
 

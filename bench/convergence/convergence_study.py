@@ -72,6 +72,7 @@ METHODS = {
     "dense": Method(title="dense", flags={"compressor": "none"}),
     "topk": Method(title="top-k", flags={"compressor": "topk", "feedback": "ef"}),
     "dgc": Method(title="DGC", flags={"compressor": "topk", "feedback": "dgc"}),
+    "ahead": Method(title="step-ahead", flags={"compressor": "topk", "feedback": "ahead"}),
     "adam-topk": Method(title="Adam, then top-k", flags={"compressor": "topk", "feedback": "adam"}),
     "drop": Method(title="top-k, rest dropped", flags={"compressor": "topk", "feedback": "none"}),
 }

@@ -10,6 +10,8 @@ import torch
 from options import ADAM_BETA2, Settings
 from torch import nn
 
+import sparsecomm as sc
+
 
 class DecoupledSGD(torch.optim.SGD):
     """SGD whose weight decay does not pass through the momentum (SGDW, Loshchilov and Hutter 2019).
@@ -26,8 +28,10 @@ class DecoupledSGD(torch.optim.SGD):
         return super().step(closure)
 
 
-def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(settings: Settings, model: nn.Module, state: sc.SparseState | None) -> torch.optim.Optimizer:
     """Returns AdamW or SGD with weight decay on the matrices only; without momentum if the exchange applies it."""
+    if settings.feedback == "ahead" and state is not None:
+        return _make_ahead(settings, model, state)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     momentum = 0.0 if settings.updates_before else settings.averaging
@@ -37,6 +41,26 @@ def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimize
     if adam:
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, ADAM_BETA2), fused=True)
     return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)
+
+
+def _make_ahead(settings: Settings, model: nn.Module, state: sc.SparseState) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        decay *= 1.0 - settings.averaging  # it passes through the momentum, unlike that of DecoupledSGD
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        betas = (settings.averaging, ADAM_BETA2)
+        return sc.optim.AdamW(groups, state, lr=settings.lr, betas=betas, max_norm=settings.clip)
+    return sc.optim.SGD(
+        groups,
+        state,
+        lr=settings.lr,
+        momentum=settings.averaging,
+        nesterov=settings.nesterov,
+        max_norm=settings.clip,
+    )
 
 
 def rate(settings: Settings, step: int) -> float:

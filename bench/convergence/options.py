@@ -86,7 +86,7 @@ class Settings:
     @property
     def updates_before(self) -> bool:
         """Whether the feedback, before compression, does the optimizer's part: it clips, and applies momentum."""
-        return self.feedback in ("dgc", "adam")
+        return self.feedback in ("dgc", "adam", "ahead")
 
     @property
     def averaging(self) -> float:
@@ -243,11 +243,11 @@ def _add_communication(parser: Parser) -> None:
     how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
     how.add_argument(
         "--feedback",
-        choices=("ef", "dgc", "adam", "none"),
+        choices=("ef", "dgc", "adam", "ahead", "none"),
         default="ef",
         help="elements that are not sent: ef keeps them; dgc also applies momentum before compression, instead of the "
         "optimizer; adam also turns gradients into AdamW's updates before compression, instead of the optimizer; "
-        "none drops them (default %(default)s)",
+        "ahead: sparsecomm.optim's AdamW or SGD; none drops them (default %(default)s)",
     )
     how.add_argument("--warmup-steps", type=_count, default=0, help="steps of higher density (default none)")
     how.add_argument(

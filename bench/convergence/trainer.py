@@ -259,7 +259,7 @@ def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
         task=task,
         model=model,
         ddp=wrap(model, state),
-        optimizer=make_optimizer(settings, model),
+        optimizer=make_optimizer(settings, model, state),
         state=state,
         log=RunLog(meta, [first]),
     )

@@ -12,6 +12,7 @@ from sparsecomm.compress import Compressor
 from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.choice import MethodChoice
 from sparsecomm.ddp.fusion import Fusion, HandedBucket
+from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
 from sparsecomm.ddp.model import ModelLookup
@@ -72,8 +73,9 @@ class SparseState:
         self._choice = MethodChoice()
         self._scaling = LossScaling()
         self._recorder = Recorder()
+        self._hints = Hints(self.config)
         self._parts = StateParts(
-            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder
+            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder, self._hints
         )
         self._fusion = Fusion()
         self._exchanged = False  # whether a bucket was handed over since the last load
@@ -105,6 +107,7 @@ class SparseState:
             self.config = self.config.change(**options)
         self._memories.change(self.config.feedback, self.step)
         self._choice.reset()
+        self._hints.change(self.config)
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
@@ -151,6 +154,7 @@ class SparseState:
         step = self.step
         if last:
             self.step += 1
+            self._hints.run.step = self.step
         if not self._exchanged:
             note_use()
             self._exchanged = True

@@ -1,4 +1,7 @@
-"""All errors that sparsecomm raises on purpose. They form one hierarchy, and each names the offending value."""
+"""All errors that sparsecomm raises on purpose. They form one hierarchy, and each names the offending value.
+
+There is one warning of its own, too, so that users can filter it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ __all__ = [
     "CollectiveMismatch",
     "CommTimeout",
     "ConfigError",
+    "ConvergenceWarning",
     "KernelError",
     "LabError",
     "LaunchError",
@@ -95,3 +99,7 @@ class StateError(SparseCommError, ValueError):
 
 class LabError(SparseCommError):
     """A lab of network namespaces cannot be made, found, used or removed. The message says why and how to fix it."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Training runs, but its loss is likely to suffer: options, optimizer and run do not fit. A hint, no refusal."""

@@ -62,6 +62,11 @@ class Warmup:
         if self.steps_per_stage < 1:
             raise ConfigError(f"Warmup.steps_per_stage must be at least 1, got {self.steps_per_stage!r}")
 
+    @property
+    def final_from(self) -> int:
+        """First step with the final density."""
+        return len(self.densities) * self.steps_per_stage
+
     def __call__(self, step: int) -> float:
         """Returns the density at this step."""
         stage = step // self.steps_per_stage
@@ -87,6 +92,11 @@ class Geometric:
         check_density(self.final, name="Geometric.final")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise ConfigError(f"Geometric.steps must be an int >= 0, got {self.steps!r}")
+
+    @property
+    def final_from(self) -> int:
+        """First step with the final density."""
+        return self.steps
 
     def __call__(self, step: int) -> float:
         """Returns the density at this step."""

@@ -12,6 +12,7 @@ from sparsecomm.compress import Compressor
 from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.choice import MethodChoice
 from sparsecomm.ddp.fusion import Fusion, HandedBucket
+from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories, Waiting
 from sparsecomm.ddp.model import ModelLookup
@@ -73,8 +74,9 @@ class SparseState:
         self._choice = MethodChoice()
         self._scaling = LossScaling()
         self._recorder = Recorder()
+        self._hints = Hints(self.config)
         self._parts = StateParts(
-            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder
+            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder, self._hints
         )
         self._fusion = Fusion()
         self._exchanged = False  # whether a bucket was handed over since the last load
@@ -106,6 +108,7 @@ class SparseState:
             self.config = self.config.change(**options)
         self._memories.change(self.config.feedback, self.step)
         self._choice.reset()
+        self._hints.change(self.config)
 
     def follow(self, feedback: Feedback) -> None:
         """Takes over options of the same kind of feedback, from the next step on; nothing is forgotten.
@@ -162,6 +165,7 @@ class SparseState:
         step = self.step
         if last:
             self.step += 1
+            self._hints.run.step = self.step
         if not self._exchanged:
             note_use()
             self._exchanged = True

@@ -10,6 +10,7 @@ import torch
 
 from sparsecomm.ddp.choice import MethodChoice
 from sparsecomm.ddp.fusion import Batch
+from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
 from sparsecomm.ddp.model import ModelLookup, WrappedModel, Wrappers
@@ -50,6 +51,7 @@ class StateParts:
         scaling: the GradScaler in use.
         lanes: buffers and order of work, by device.
         recorder: adds up reports.
+        hints: looks at the optimizer, and at the end of the run.
     """
 
     lookup: ModelLookup
@@ -58,6 +60,7 @@ class StateParts:
     scaling: LossScaling
     lanes: Lanes
     recorder: Recorder
+    hints: Hints
 
 
 class Submission:
@@ -129,6 +132,9 @@ class Submission:
         k = config.compressor.k_for(batch.numel, self._step)
         how = parts.choice.choose(config, batch.index, k, batch.numel, self._step, model.size)
         parts.memories.equip(bucket, config, how.method, self._step, self._lane.home(how.method))
+        if parts.hints.due:
+            sparse = how.method != "dense" and k < batch.numel and parts.choice.is_settled()
+            parts.hints.at_bucket(model, sparse=sparse)
         scaled = parts.scaling.scaler is not None
         return bucket, Plan(
             step=self._step,

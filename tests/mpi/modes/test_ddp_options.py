@@ -116,6 +116,7 @@ def test_bucket_sizes_from_one_parameter_a_bucket_to_all_in_one(world: sc.World,
             ledger.check()
 
 
+@pytest.mark.filterwarnings("ignore::sparsecomm.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_zero_redundancy_optimizers(world: sc.World) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer

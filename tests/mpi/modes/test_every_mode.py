@@ -166,6 +166,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::sparsecomm.ConvergenceWarning")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_keep_replicas_equal(world: sc.World, make: Callable[[Any], torch.optim.Optimizer]) -> None:
     ledger = Ledger(mlp(), sparse(value_codec="fp16"))

@@ -187,6 +187,7 @@ def test_every_overflow_in_a_row_and_recovery(world: sc.World) -> None:
     run.ledger.check()
 
 
+@pytest.mark.filterwarnings("ignore::sparsecomm.ConvergenceWarning")
 def test_unscaling_before_clipping(world: sc.World) -> None:
     """The usual recipe: unscale_, clip, step. The average is the same everywhere, so its norm is, too."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)

@@ -34,7 +34,7 @@ def main() -> None:
     ddp = DistributedDataParallel(model)
     state = sc.SparseState(sc.TopK(density=0.01), collective="allgather")
     ddp.register_comm_hook(state, sc.sparse_hook)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3)
 
     for step in range(options.steps):
         optimizer.zero_grad()

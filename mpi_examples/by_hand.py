@@ -29,7 +29,7 @@ def main() -> None:
     training, _ = load_text()
     model = TinyGPT()
     state = sc.SparseState(sc.TopK(density=0.01), model=model, collective="allgather")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3)
 
     for step in range(options.steps):
         optimizer.zero_grad()

@@ -74,7 +74,7 @@ def main() -> None:
     ddp = DistributedDataParallel(model)
     state = sc.SparseState(sc.TopK(density=0.01), collective="allgather")
     ddp.register_comm_hook(state, sc.sparse_hook)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3)
 
     def backward(step: int) -> Tensor:
         optimizer.zero_grad()

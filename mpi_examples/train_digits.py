@@ -56,7 +56,7 @@ def main() -> None:
     ddp = DistributedDataParallel(model)
     state = sc.SparseState(sc.TopK(density), collective="allgather")
     ddp.register_comm_hook(state, sc.sparse_hook)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=3e-3)
 
     generator = torch.Generator().manual_seed(1 + world.rank)  # every rank draws other images
     for step in range(options.steps):

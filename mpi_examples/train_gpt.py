@@ -34,7 +34,7 @@ def main() -> None:
     # Without `collective`, sparsecomm measures the link; on one machine it may find that sending everything is faster.
     state = sc.SparseState(sc.TopK(density=options.density), collective="allgather")  # (3)
     ddp.register_comm_hook(state, sc.sparse_hook)  # (4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3)
 
     for step in range(options.steps):
         inputs, targets = random_batch(training, world.rank, step)

@@ -167,6 +167,20 @@ class Memories:
                 found.append(Waiting(p, residuals[name], 1.0 if alignment is None else alignment.of_residuals()))
         return found
 
+    def delivered(self) -> dict[int, tuple[int, float]]:
+        """Returns one element of the last average of some buckets: its place in its parameter, and its value.
+
+        Returns:
+            By `id(parameter)`; the place counts elements in the parameter's memory order.
+        """
+        found = {}
+        for known in self.known.values():
+            if known.bucket.delivered is not None:
+                position, value = known.bucket.delivered
+                i, place = known.bucket.layout.find(position)
+                found[known.parameters[i]] = (place, value)
+        return found
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of all residuals together. Reads every element."""
         return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))

@@ -217,6 +217,15 @@ class SparseState:
         """
         return self._memories.waiting(parameters, self._lookup.attach(self, world()).names)
 
+    def delivered(self) -> dict[int, tuple[int, float]]:
+        """Returns one element of the last average of some buckets, to recognise it in `.grad`. Not collective.
+
+        Returns:
+            Place and unscaled value by `id(parameter)`. The place counts elements in the parameter's memory order.
+            Empty in most steps.
+        """
+        return self._memories.delivered()
+
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads every element. Not collective."""
         return self._memories.residual_norm()

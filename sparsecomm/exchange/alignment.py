@@ -12,7 +12,7 @@ from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import Channel, CollectiveSteps
 
-__all__ = ["measure_alignment", "sampled"]
+__all__ = ["largest_sampled", "measure_alignment", "sampled"]
 
 
 def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
@@ -22,6 +22,15 @@ def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
         return torch.zeros(positions.numel())
     found = vector[positions.to(vector.device)].to(torch.float32)
     return side_of(vector.device).fetch(found, torch.empty(found.shape, dtype=torch.float32))
+
+
+def largest_sampled(average: torch.Tensor, memory: BucketMemory, scale: float) -> tuple[int, float] | None:
+    """Returns position and value, divided by `scale`, of the largest sampled element; None if all of them are 0."""
+    found = sampled(average, memory)
+    i = int(found.abs().argmax()) if found.numel() else 0
+    if not found.numel() or not math.isfinite(float(found[i])) or float(found[i]) == 0.0:
+        return None
+    return int(sample_positions(memory.layout)[i]), float(found[i]) / scale
 
 
 def measure_alignment(

@@ -24,7 +24,7 @@ import torch
 
 from sparsecomm.collectives import dense_ring_bytes
 from sparsecomm.exchange.agree import agree
-from sparsecomm.exchange.alignment import measure_alignment, sampled
+from sparsecomm.exchange.alignment import largest_sampled, measure_alignment, sampled
 from sparsecomm.exchange.method import Exchange, Method, method_named
 from sparsecomm.exchange.plan import Plan
 from sparsecomm.feedback import BucketMemory, Taken, is_due
@@ -73,8 +73,10 @@ def exchange(
     measured = channel.size > 1 and is_due(plan.feedback, plan.step)
     compared = sampled(grad, memory) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
+    memory.delivered = None
     if compared is not None and not report.skipped:
         yield from measure_alignment(channel, memory, compared, arena)
+        memory.delivered = largest_sampled(grad, memory, plan.grad_scale)
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report

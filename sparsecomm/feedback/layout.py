@@ -60,6 +60,15 @@ class BucketLayout:
             return flat[start : start + torch.Size(shape).numel()].view(shape)
         return flat.as_strided(shape, stride, flat.storage_offset() + start)
 
+    def find(self, position: int) -> tuple[int, int]:
+        """Returns the number of the parameter at a position of the flat vector, and the position inside it."""
+        for i, shape in enumerate(self.shapes):
+            numel = torch.Size(shape).numel()
+            if position < numel:
+                return i, position
+            position -= numel
+        raise IndexError(f"position {position} lies behind the last parameter")
+
     def slowest(self, i: int) -> int:
         """Returns the length of the dimension of parameter i that is slowest in memory.
 

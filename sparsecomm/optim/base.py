@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -13,6 +14,8 @@ from sparsecomm.feedback import Feedback
 from sparsecomm.optim.ahead import StepAhead
 
 __all__ = ["AveragedOptimizer", "Params"]
+
+_ROUNDING = 0.01  # float16 and bfloat16 round by less
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
@@ -82,12 +85,33 @@ class AveragedOptimizer(torch.optim.Optimizer):
         if feedback != self.sparse_state.config.feedback:
             self.sparse_state.follow(feedback)
         self._step_ahead.back()
+        self._check_untouched()
         with torch.no_grad():
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
                     self._update(group, params, [p.grad for p in params if p.grad is not None])
         return loss
+
+    def _check_untouched(self) -> None:
+        """Checks that the averages are as they were delivered.
+
+        Raises:
+            ConfigError: if they were scaled, as by `clip_grad_norm_`.
+        """
+        delivered = self.sparse_state.delivered()
+        parameters = (p for group in self.param_groups for p in group["params"]) if delivered else ()
+        for p in parameters:
+            if id(p) not in delivered or p.grad is None or not torch.ops.aten.is_non_overlapping_and_dense(p.grad):
+                continue
+            place, value = delivered[id(p)]
+            found = float(p.grad.as_strided((p.numel(),), (1,))[place])
+            if found != 0.0 and math.isfinite(found) and abs(found / value - 1.0) > _ROUNDING:
+                raise ConfigError(
+                    f"something scaled the averages in .grad by {found / value:.3g} between backward and step. They "
+                    f"are finished updates, not gradients, so clip_grad_norm_ must not touch them: pass max_norm= to "
+                    f"{type(self).__name__}, which clips before compression"
+                )
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
         """Updates the parameters of one group, in place."""

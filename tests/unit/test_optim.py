@@ -215,3 +215,22 @@ def test_what_cannot_work_is_named() -> None:
         sc.optim.AdamW(small_model().parameters(), state_of(model))
     with pytest.raises(sc.ConfigError, match="clip_norm"):
         sc.optim.AdamW(model.parameters(), state_of(model), max_norm=-1.0)
+
+
+def test_clipping_the_updates_is_named() -> None:
+    """One rank measures nothing, so two simulated ranks' worth of it is put in by hand."""
+    model = small_model()
+    state = state_of(model, density=0.5)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=0.01)
+    backward(model, state, 0)
+    for known in state._memories.known.values():
+        p = next(p for p in model.parameters() if id(p) == known.parameters[0])
+        assert p.grad is not None
+        sent = p.grad.flatten().nonzero()
+        if len(sent):
+            known.bucket.delivered = (int(sent[0]), float(p.grad.flatten()[sent[0]]))
+    assert state.delivered()
+    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(sc.ConfigError, match=r"scaled the averages.*max_norm="):
+        optimizer.step()

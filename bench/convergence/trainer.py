@@ -316,7 +316,7 @@ def train(trainer: Trainer, report: Report) -> None:
         last = trainer.step == settings.last_step
         if last or trainer.step % settings.eval_every == 0 or trainer.step in EARLY_EVALS:
             evaluate(trainer, batches)
-        report.show(trainer.log.rows)
+        report.show(trainer.log.rows, trainer.state)
         scalars.add(trainer.log.rows[-1])
         due = settings.save_every and trainer.step % settings.save_every == 0
         if folder is not None and (last or due):

@@ -2,7 +2,8 @@
 
 from sparsecomm.ddp.by_hand import allreduce_gradients
 from sparsecomm.ddp.checkpoint import reshard
+from sparsecomm.ddp.convergence import Convergence
 from sparsecomm.ddp.hook import sparse_hook
 from sparsecomm.ddp.state import SparseState
 
-__all__ = ["SparseState", "allreduce_gradients", "reshard", "sparse_hook"]
+__all__ = ["Convergence", "SparseState", "allreduce_gradients", "reshard", "sparse_hook"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sparsecomm.compress import Compressor
 from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.choice import MethodChoice
+from sparsecomm.ddp.convergence import Convergence, ConvergenceAlarm
 from sparsecomm.ddp.fusion import Fusion, HandedBucket
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
@@ -72,8 +73,9 @@ class SparseState:
         self._choice = MethodChoice()
         self._scaling = LossScaling()
         self._recorder = Recorder()
+        self._alarm = ConvergenceAlarm()
         self._parts = StateParts(
-            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder
+            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder, self._alarm
         )
         self._fusion = Fusion()
         self._exchanged = False  # whether a bucket was handed over since the last load
@@ -105,6 +107,7 @@ class SparseState:
             self.config = self.config.change(**options)
         self._memories.change(self.config.feedback, self.step)
         self._choice.reset()
+        self._alarm.begin_again(self.step)
 
     def attach_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Tells the state which GradScaler multiplies the losses. Call it before the first step.
@@ -181,8 +184,12 @@ class SparseState:
         self._recorder.callbacks.append(callback)
 
     def explain(self) -> str:
-        """Returns the reasons for the methods in use: a table of predictions, measurements and choices."""
-        return self._choice.explain(self.config)
+        """Returns the reasons for the methods in use: a table of predictions, measurements and choices.
+
+        A line with the figures of `convergence` follows, if anything is compressed.
+        """
+        reasons, found = self._choice.explain(self.config), self.convergence()
+        return reasons if found is None else f"{reasons}\nconvergence: {found}"
 
     def is_settled(self) -> bool:
         """Returns whether `collective="auto"` has stopped trying methods. True if there is nothing to choose."""
@@ -191,6 +198,13 @@ class SparseState:
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads every element. Not collective."""
         return self._memories.residual_norm()
+
+    def convergence(self) -> Convergence | None:
+        """Returns estimates of how compression affects convergence; None if no bucket was exchanged compressed.
+
+        Cheap, though it waits for a GPU. Not collective: the figures are those of this rank.
+        """
+        return self._memories.convergence()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
@@ -223,5 +237,6 @@ class SparseState:
         loaded.check()
         self._memories.load(loaded, model)
         self._choice.reset()
+        self._alarm.begin_again(loaded.step)
         self.step = loaded.step
         self._exchanged = False

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from sparsecomm.ddp.choice import MethodChoice
+from sparsecomm.ddp.convergence import ConvergenceAlarm
 from sparsecomm.ddp.fusion import Batch
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
@@ -50,6 +51,7 @@ class StateParts:
         scaling: the GradScaler in use.
         lanes: buffers and order of work, by device.
         recorder: adds up reports.
+        alarm: warns if compression may slow convergence.
     """
 
     lookup: ModelLookup
@@ -58,6 +60,7 @@ class StateParts:
     scaling: LossScaling
     lanes: Lanes
     recorder: Recorder
+    alarm: ConvergenceAlarm
 
 
 class Submission:
@@ -203,7 +206,11 @@ class Submission:
 
     def _close_step(self, step: Metrics) -> None:
         """Makes the finished step final, or undoes all of it if the GradScaler is going to skip it."""
-        self._parts.memories.finish_step(skipped=step.skipped > 0)
+        parts, model = self._parts, self._parts.lookup.model
+        parts.memories.finish_step(skipped=step.skipped > 0)
+        if self._step >= parts.alarm.due and model is not None and model.rank == 0:
+            density = self._owner.config.compressor.density_at(self._step)
+            parts.alarm.check(self._step, density, parts.memories.convergence)
 
     def _fail(self, error: BaseException) -> None:
         """Fails the futures. Called on the starting thread if nothing could be submitted."""

@@ -30,7 +30,7 @@ from sparsecomm.compress import (
     TopK,
     Warmup,
 )
-from sparsecomm.ddp import SparseState, allreduce_gradients, reshard, sparse_hook
+from sparsecomm.ddp import Convergence, SparseState, allreduce_gradients, reshard, sparse_hook
 from sparsecomm.errors import (
     CollectiveMismatch,
     CommTimeout,
@@ -63,6 +63,7 @@ __all__ = [
     "Compressor",
     "ConfigError",
     "Constant",
+    "Convergence",
     "ConvergenceWarning",
     "CyclicTopK",
     "Dense",

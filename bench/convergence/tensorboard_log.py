@@ -1,7 +1,9 @@
-"""Scalars for TensorBoard: losses, and the bytes and seconds of communication."""
+"""Scalars for TensorBoard: losses, the bytes and seconds of communication, and the signs of `state.convergence()`."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 from run_log import Row
@@ -46,8 +48,11 @@ class Scalars:
                 "seconds/communication": last.communication_seconds,
                 "seconds/exposed": last.exposed_seconds,
             }
+            found = self._state.convergence()
+            if found is not None:
+                points |= {f"convergence/{name}": value for name, value in asdict(found).items()}
         for name, value in points.items():
-            if value is not None:
+            if value is not None and not math.isnan(value):
                 self._writer.add_scalar(name, value, row.step)
 
     def close(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from run_log import Row
 
+import sparsecomm as sc
 from sparsecomm.tools.cli.output import on_terminal
 
 SMOOTHED = 20  # number of steps over which the loss and the speed are averaged
@@ -60,8 +62,8 @@ class Report:
         if self._speaks:
             self._console.print(line, markup=False, soft_wrap=True)
 
-    def show(self, rows: list[Row]) -> None:
-        """Shows the newest row."""
+    def show(self, rows: list[Row], state: sc.SparseState | None = None) -> None:
+        """Shows the newest row and, beside an evaluation, signs that the state's compression slows convergence."""
         if not self._speaks:
             return
         row = rows[-1]
@@ -77,5 +79,14 @@ class Report:
             accuracy = f" ({row.val_accuracy:.2%} right)" if row.val_accuracy is not None else ""
             self.say(
                 f"step {row.step:5d}/{self._steps}  held out {row.val_loss:.4f}{accuracy}  training {loss}  "
-                f"{speed}  {row.bytes_sent / 1e6:.2f} MB sent  {ratio}"
+                f"{speed}  {row.bytes_sent / 1e6:.2f} MB sent  {ratio}{_signs(state)}"
             )
+
+
+def _signs(state: sc.SparseState | None) -> str:
+    """Returns the figures of `SparseState.convergence` in a few words, or nothing."""
+    found = None if state is None else state.convergence()
+    if found is None:
+        return ""
+    waiting = "" if math.isnan(found.mean_age) else f", wait {found.mean_age:.0f}, never {found.never_sent:.0%}"
+    return f"  residual {found.residual_ratio:.1f}{waiting}"

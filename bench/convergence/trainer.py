@@ -297,7 +297,7 @@ def train(trainer: Trainer, report: Report) -> None:
         early = trainer.step in EARLY_EVALS and not settings.skip_early_evals
         if last or early or trainer.step % settings.eval_every == 0:
             evaluate(trainer, batches)
-        report.show(trainer.log.rows)
+        report.show(trainer.log.rows, trainer.state)
         scalars.add(trainer.log.rows[-1])
         due = settings.save_every and trainer.step % settings.save_every == 0
         if folder is not None and (last or due):

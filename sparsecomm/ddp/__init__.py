@@ -2,8 +2,9 @@
 
 from sparsecomm.ddp.by_hand import allreduce_gradients
 from sparsecomm.ddp.checkpoint import reshard
+from sparsecomm.ddp.convergence import Convergence
 from sparsecomm.ddp.hook import sparse_hook
 from sparsecomm.ddp.memory import Waiting
 from sparsecomm.ddp.state import SparseState
 
-__all__ = ["SparseState", "Waiting", "allreduce_gradients", "reshard", "sparse_hook"]
+__all__ = ["Convergence", "SparseState", "Waiting", "allreduce_gradients", "reshard", "sparse_hook"]

@@ -10,11 +10,12 @@ import torch
 
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
+from sparsecomm.ddp.convergence import Convergence, combine
 from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore
+from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore, Watch
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Memories", "Waiting"]
@@ -44,11 +45,18 @@ class _Known:
         bucket: its memory.
         equipped: what that memory was equipped for: options, collective, device, and version of the stores; None for
             nothing.
+        step: step in which it was last handed over.
     """
 
     parameters: tuple[int, ...]
     bucket: BucketMemory
     equipped: tuple[SparseConfig, str, torch.device, int] | None = None
+    step: int = -1
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its last exchange was dense; in 16 bits that leaves a residual too, but only of rounding."""
+        return self.equipped is not None and self.equipped[1] == "dense"
 
 
 class Memories:
@@ -93,7 +101,8 @@ class Memories:
         layout = BucketLayout.of([(model.name_of(p, prefix), p) for p in parameters])
         if layout.numel != numel:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
-        bucket = BucketMemory(index, layout, selector=self._selectors.pop(layout.hash, SelectorMemory()))
+        selector = self._selectors.pop(layout.hash, SelectorMemory())
+        bucket = BucketMemory(index, layout, selector=selector, watch=Watch(layout))
         bucket.alignment = replace(self._alignments.get(layout.names[0], bucket.alignment)) if ids else Alignment()
         self._alignments |= dict.fromkeys(layout.names, bucket.alignment)
         self.known[index] = _Known(ids, bucket)
@@ -111,6 +120,7 @@ class Memories:
         """
         bucket.age = step - self._moments_since + 1
         known, version = self.known[bucket.index], sum(store.version for store in self._stores.values())
+        known.step = step
         if known.equipped is not None:
             options, *basis = known.equipped
             if options is config and basis == [collective, home, version]:
@@ -184,6 +194,15 @@ class Memories:
     def residual_norm(self) -> float:
         """Returns the 2-norm of all residuals together. Reads every element."""
         return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))
+
+    def convergence(self) -> Convergence | None:
+        """Returns estimates over all buckets whose last exchange was compressed; None if there are none."""
+        known = list(self.known.values())
+        newest = max((k.step for k in known), default=0)
+        # A rebuild of DDP's buckets may leave numbers behind that are not in use any more.
+        used = [k for k in known if k.step >= newest - 1 and not k.is_dense]
+        seen = [k.bucket.watch.seen() for k in used if k.bucket.watch is not None]
+        return combine([s for s in seen if s is not None])
 
     def save(self, step: int, model: WrappedModel, config: SparseConfig) -> Checkpoint:
         """Returns the checkpoint of this rank."""

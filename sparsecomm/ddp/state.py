@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sparsecomm.compress import Compressor
 from sparsecomm.ddp.checkpoint import Checkpoint
 from sparsecomm.ddp.choice import MethodChoice
+from sparsecomm.ddp.convergence import Convergence, ConvergenceAlarm
 from sparsecomm.ddp.fusion import Fusion, HandedBucket
 from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
@@ -75,8 +76,16 @@ class SparseState:
         self._scaling = LossScaling()
         self._recorder = Recorder()
         self._hints = Hints(self.config)
+        self._alarm = ConvergenceAlarm()
         self._parts = StateParts(
-            self._lookup, self._memories, self._choice, self._scaling, Lanes(self.arena), self._recorder, self._hints
+            self._lookup,
+            self._memories,
+            self._choice,
+            self._scaling,
+            Lanes(self.arena),
+            self._recorder,
+            self._hints,
+            self._alarm,
         )
         self._fusion = Fusion()
         self._exchanged = False  # whether a bucket was handed over since the last load
@@ -109,6 +118,7 @@ class SparseState:
         self._memories.change(self.config.feedback, self.step)
         self._choice.reset()
         self._hints.change(self.config)
+        self._alarm.begin_again(self.step)
 
     def follow(self, feedback: Feedback) -> None:
         """Takes over options of the same kind of feedback, from the next step on; nothing is forgotten.
@@ -196,8 +206,12 @@ class SparseState:
         self._recorder.callbacks.append(callback)
 
     def explain(self) -> str:
-        """Returns the reasons for the methods in use: a table of predictions, measurements and choices."""
-        return self._choice.explain(self.config)
+        """Returns the reasons for the methods in use: a table of predictions, measurements and choices.
+
+        A line with the figures of `convergence` follows, if anything is compressed.
+        """
+        reasons, found = self._choice.explain(self.config), self.convergence()
+        return reasons if found is None else f"{reasons}\nconvergence: {found}"
 
     def is_settled(self) -> bool:
         """Returns whether `collective="auto"` has stopped trying methods. True if there is nothing to choose."""
@@ -229,6 +243,13 @@ class SparseState:
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads every element. Not collective."""
         return self._memories.residual_norm()
+
+    def convergence(self) -> Convergence | None:
+        """Returns estimates of how compression affects convergence; None if no bucket was exchanged compressed.
+
+        Cheap, though it waits for a GPU. Not collective: the figures are those of this rank.
+        """
+        return self._memories.convergence()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Returns this rank's state as a flat dict of tensors. Not collective: every rank saves its own.
@@ -263,5 +284,6 @@ class SparseState:
         loaded.check()
         self._memories.load(loaded, model)
         self._choice.reset()
+        self._alarm.begin_again(loaded.step)
         self.step = loaded.step
         self._exchanged = False

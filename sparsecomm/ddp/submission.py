@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from sparsecomm.ddp.choice import MethodChoice
+from sparsecomm.ddp.convergence import ConvergenceAlarm
 from sparsecomm.ddp.fusion import Batch
 from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
@@ -52,6 +53,7 @@ class StateParts:
         lanes: buffers and order of work, by device.
         recorder: adds up reports.
         hints: looks at the optimizer, and at the end of the run.
+        alarm: warns if compression may slow convergence.
     """
 
     lookup: ModelLookup
@@ -61,6 +63,7 @@ class StateParts:
     lanes: Lanes
     recorder: Recorder
     hints: Hints
+    alarm: ConvergenceAlarm
 
 
 class Submission:
@@ -206,7 +209,11 @@ class Submission:
 
     def _close_step(self, step: Metrics) -> None:
         """Makes the finished step final, or undoes all of it if the GradScaler is going to skip it."""
-        self._parts.memories.finish_step(skipped=step.skipped > 0)
+        parts, model = self._parts, self._parts.lookup.model
+        parts.memories.finish_step(skipped=step.skipped > 0)
+        if self._step >= parts.alarm.due and model is not None and model.rank == 0:
+            density = self._owner.config.compressor.density_at(self._step)
+            parts.alarm.check(self._step, density, parts.memories.convergence)
 
     def _fail(self, error: BaseException) -> None:
         """Fails the futures. Called on the starting thread if nothing could be submitted."""

@@ -8,6 +8,7 @@ from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.feedback.residuals import ResidualStore, check_residuals
 from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, Taken, WholeTaken
+from sparsecomm.feedback.watch import Seen, Watch
 
 __all__ = [
     "AdamCorrection",
@@ -22,9 +23,11 @@ __all__ = [
     "MomentumCorrection",
     "PlacesTaken",
     "ResidualStore",
+    "Seen",
     "SelectedTaken",
     "Squares",
     "Taken",
+    "Watch",
     "WholeTaken",
     "accumulate",
     "check_residuals",

@@ -48,6 +48,8 @@ def take_some(memory: BucketMemory, incoming: Incoming, compressor: Compressor, 
         raise
     added.in_residual = True
     added.nonfinite += selection.nonfinite
+    if memory.watch is not None:
+        memory.watch.look(added.hidden)
     return SelectedTaken(added, (out.indices[: selection.nnz], out.values[: selection.nnz]), capacity)
 
 

@@ -10,6 +10,7 @@ import torch
 from sparsecomm.feedback.corrections import Correction, advance, rewind, work_space
 from sparsecomm.feedback.memory import BucketMemory
 from sparsecomm.feedback.options import ErrorFeedback, Feedback
+from sparsecomm.feedback.watch import Hidden
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Pairs, Span
 
@@ -82,6 +83,13 @@ class Added:
         """Factor by which `source` is multiplied when it is added to the residual."""
         return self.incoming.scale if self.correction is None else 1.0
 
+    @property
+    def hidden(self) -> list[Hidden]:
+        """The residuals that are set aside, each with its first position in the bucket."""
+        # The residual's slices come first in `set_aside`; the moments have as many each.
+        pairs = zip(self.incoming.unused, self.set_aside, strict=False)
+        return [(start, content) for (start, _), (_, content) in pairs]
+
     def set_aside_is_nonzero(self) -> bool:
         """Returns whether the previous content of unused parameters is nonzero anywhere."""
         return any(bool(content.any()) for _, content in self.set_aside)
@@ -151,6 +159,8 @@ def set_aside_and_correct(memory: BucketMemory, incoming: Incoming, arena: Arena
                 place.zero_()
     if added.correction is not None:
         _correct(added, added.correction, arena)
+    if memory.watch is not None and memory.residual is not None and added.source is not None:
+        memory.watch.began(added.source, added.factor, memory.residual)
     return added
 
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 
 from sparsecomm.feedback.layout import BucketLayout
-from sparsecomm.feedback.options import Feedback
 
 __all__ = ["SAMPLE", "Alignment", "Squares", "is_due", "sample_positions"]
 
@@ -87,9 +86,9 @@ def _mixed(old: Squares, new: Squares, weight: float) -> Squares:
     return Squares(old.mean + weight * (new.mean - old.mean), old.each + weight * (new.each - old.each))
 
 
-def is_due(feedback: Feedback | None, step: int) -> bool:
-    """Returns whether the ranks measure their alignment in a step."""
-    return bool(getattr(feedback, "aligned", False)) and (step < _OFTEN_UNTIL or step % _EVERY == 0)
+def is_due(step: int) -> bool:
+    """Returns whether ranks that measure their alignment do so in this step."""
+    return step < _OFTEN_UNTIL or step % _EVERY == 0
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.feedback.alignment import Alignment
 from sparsecomm.feedback.layout import BucketLayout
+from sparsecomm.feedback.watch import Watch
 
 __all__ = ["BucketMemory", "PendingStep"]
 
@@ -43,6 +44,7 @@ class BucketMemory:
             memory is replaced or the options change.
         pending: the last exchanged step, while the optimizer may still skip it.
         residual_is_zero: whether the residual is known to be zero everywhere.
+        watch: sees how long elements wait; None if nobody asks.
     """
 
     index: int
@@ -57,6 +59,7 @@ class BucketMemory:
     shared: object = None
     pending: PendingStep | None = None
     residual_is_zero: bool = False
+    watch: Watch | None = None
 
     def finish_step(self, *, skipped: bool = False) -> None:
         """Commits the last exchanged step, or undoes it if the optimizer skips it."""

@@ -93,6 +93,8 @@ class SelectedTaken(Taken):
     def commit(self) -> None:
         """Zeroes the momentum of the selected elements if needed, and restores the memory of unused parameters."""
         self._mask(self.indices)
+        if self.added.memory.watch is not None:
+            self.added.memory.watch.keep()
         self.added.finish()
 
     def undo(self) -> None:
@@ -137,10 +139,15 @@ class PlacesTaken(Taken):
         memory, places = self.added.memory, self.places
         assert places is not None, "places are found before a step is final"
         if memory.residual is not None:
+            if memory.watch is not None:
+                memory.watch.look_before()
             if self.rounding is None:
                 places.fill(memory.residual, 0.0)
             else:
                 places.put(self.rounding, memory.residual)
+            if memory.watch is not None:
+                memory.watch.look(self.added.hidden)
+                memory.watch.keep()
         if self.added.masking and memory.velocity is not None:
             places.fill(memory.velocity, 0.0)
         self.added.finish()
@@ -170,6 +177,8 @@ class WholeTaken(Taken):
         if memory.residual is not None:
             memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
             memory.residual_is_zero = self.rest is None and not self.added.set_aside_is_nonzero()
+            if memory.watch is not None:
+                memory.watch.keep_whole(rest=self.rest is not None)
         if self.masked is not None:
             self._mask(self.masked)
         self.added.finish()

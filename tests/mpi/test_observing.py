@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
 from training import assert_replicas_equal, flat, loss_of, mlp, residual_of, summed, train, wrap
 
 import sparsecomm as sc
+from sparsecomm.ddp import convergence
 
 
 def test_callbacks_see_every_step_once_and_in_order(world: sc.World) -> None:
@@ -33,6 +36,46 @@ def test_the_norm_of_the_residual_is_that_of_the_checkpoint(world: sc.World) -> 
     for _ in train(ddp, 3):
         pass
     assert math.isclose(state.residual_norm(), float(residual_of(state, ddp).norm()), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"fuse_bytes": 1 << 30}, {"value_codec": "int8"}], ids=str)
+def test_signs_of_convergence(world: sc.World, options: dict[str, Any]) -> None:
+    state = sc.SparseState(sc.TopK(0.1), collective="allgather", **options)
+    ddp = wrap(mlp(), state)
+    assert state.convergence() is None
+    for _ in train(ddp, 65, momentum=0.0):
+        pass
+    found = state.convergence()
+    assert found is not None
+    assert found.steps in (64, 65), "DDP rebuilds its buckets after the first step"
+    assert 0.5 < found.residual_ratio < 20
+    assert 1.0 <= found.mean_age <= found.p90_age <= found.steps
+    assert 0.0 <= found.never_sent < 0.9
+    assert state.explain().splitlines()[-1] == f"convergence: {found}"
+    state.load_state_dict(state.state_dict())
+    assert state.convergence() is None
+    for _ in train(ddp, 1):
+        pass
+    again = state.convergence()
+    assert again is not None
+    assert again.steps == 1
+    state.update(sc.Dense())
+    for _ in train(ddp, 1):
+        pass
+    assert state.convergence() is None
+
+
+def test_rank_0_warns_once_of_slow_convergence(world: sc.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "CHECK_EVERY", 2)
+    monkeypatch.setattr(convergence, "MOST_AGE", 0.01)
+    state = sc.SparseState(sc.TopK(0.5), collective="allgather")
+    ddp = wrap(mlp(), state)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in train(ddp, 20):
+            assert_replicas_equal(ddp)
+    texts = [str(w.message) for w in heard if "slow convergence" in str(w.message)]
+    assert len(texts) == (world.rank == 0)
 
 
 def test_options_changed_while_training_take_effect_and_lose_nothing(world: sc.World) -> None:
@@ -87,6 +130,8 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_scales_stay_equal(wor
         assert torch.equal(flat(ddp), before) == (step == 2)
         assert_replicas_equal(ddp)
     assert scaler.get_scale() == 512.0
+    found = state.convergence()
+    assert found is None or found.steps <= 3, "the step that was skipped does not count"
     assert math.isfinite(state.residual_norm())
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import JOBS, ROOT, mpirun_command, run_job
 from test_layers import ORDER
 
-MOST_FILES = 42
+MOST_FILES = 43
 UP = {("transport", "ddp"), ("runtime", "ddp"), ("kernels", "wire")}
 """Calls that go up: the engine resumes an exchange or reports its end, the recorder closes a step, and a kernel reads a
 property of the header that it was handed."""

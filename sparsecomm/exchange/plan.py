@@ -54,11 +54,6 @@ class Plan:
         return bool(getattr(self.feedback, "masking", False))
 
     @property
-    def aligned(self) -> bool:
-        """Whether the ranks measure how far they agree, and averages infer from it."""
-        return bool(getattr(self.feedback, "aligned", False))
-
-    @property
     def codecs(self) -> Codecs:
         """Codecs of values and positions."""
         return Codecs(self.value_codec, self.index_codec)

@@ -112,7 +112,7 @@ class Allgather(Method):
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:
         exchange = self.exchange
-        if not (exchange.plan.aligned and exchange.memory.alignment.count):
+        if not (getattr(exchange.plan.feedback, "aligned", False) and exchange.memory.alignment.count):
             kernels.scatter_reduce(out, self._parts, scale=scale)
             return
         inferred = self._inferred = infer_sum(self._parts, exchange.memory.alignment, exchange.channel.size)

@@ -2,7 +2,7 @@
 
     mpirun -n 2 python mpi_examples/train_gpt.py --steps 200 --density 0.01
 
-An ordinary DDP script, but for the four numbered lines.
+An ordinary DDP script, but for the five numbered lines.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ def main() -> None:
     # Without `collective`, sparsecomm measures the link; on one machine it may find that sending everything is faster.
     state = sc.SparseState(sc.TopK(density=options.density), collective="allgather")  # (3)
     ddp.register_comm_hook(state, sc.sparse_hook)  # (4)
-    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3)
+    optimizer = sc.optim.AdamW(model.parameters(), state, lr=2e-3, max_norm=1.0)  # (5) clips, too
 
     for step in range(options.steps):
         inputs, targets = random_batch(training, world.rank, step)
         optimizer.zero_grad()
         loss = ddp(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if world.rank == 0 and (step + 1) % 20 == 0:
             print(f"step {step + 1}: training loss {loss.item():.3f}", flush=True)

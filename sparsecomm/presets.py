@@ -28,6 +28,25 @@ def _ef_topk(density: float = 0.01) -> SparseConfig:
     return SparseConfig(compressor=TopK(density=density), feedback=ErrorFeedback(), value_codec="fp32")
 
 
+def _adamw(density: float = 0.01, warmup_steps: int = 300) -> SparseConfig:
+    """Top-k of Adam's updates for `sparsecomm.optim.AdamW`, which takes dense's settings.
+
+    The density falls geometrically from 25% during the warm-up. A tenth of the run's steps or more is a good warm-up.
+    docs/convergence.md has the measurements.
+    """
+    return SparseConfig(
+        compressor=TopK(density=Geometric(0.25, density, warmup_steps)), feedback=AdamCorrection(aligned=True)
+    )
+
+
+def _sgd(density: float = 0.01, warmup_steps: int = 300) -> SparseConfig:
+    """Top-k of momentum for `sparsecomm.optim.SGD`, which takes dense's settings; the density as for `_adamw`."""
+    return SparseConfig(
+        compressor=TopK(density=Geometric(0.25, density, warmup_steps)),
+        feedback=MomentumCorrection(masking=False, aligned=True),
+    )
+
+
 def _adam_topk(
     density: float = 0.01,
     warmup_steps: int = 1500,
@@ -35,10 +54,10 @@ def _adam_topk(
     beta2: float = 0.95,
     clip_norm: float | None = 1.0,
 ) -> SparseConfig:
-    """Top-k of Adam updates (`AdamCorrection`), for runs that would use AdamW. Use SGD without momentum with it.
+    """Top-k of Adam updates (`AdamCorrection`) without step-ahead. Use SGD without momentum with it.
 
-    The density falls geometrically from 25% during the warm-up. A warm-up of half the run's steps worked well, with
-    about twice the learning rate that suits AdamW with beta1 = 0.9. docs/convergence.md has the measurements.
+    It needs tuning, which "adamw" does not. The density falls geometrically from 25% during the warm-up. A warm-up of
+    half the run's steps worked well, with about twice the learning rate that suits AdamW with beta1 = 0.9.
     """
     return SparseConfig(
         compressor=TopK(density=Geometric(0.25, density, warmup_steps)),
@@ -78,12 +97,14 @@ def _dense() -> SparseConfig:
 
 PRESETS = {
     "adam-topk": _adam_topk,
+    "adamw": _adamw,
     "dense": _dense,
     "dgc": _dgc,
     "ef-topk": _ef_topk,
     "gradientflow": _gradientflow,
     "oktopk": _oktopk,
     "scalecom": _scalecom,
+    "sgd": _sgd,
 }
 """Functions that make a `SparseConfig`, by name."""
 

@@ -15,10 +15,10 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import convergence_report
 import transfer_report
@@ -158,7 +158,8 @@ def report(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.N
     tables = [options.out / "tune" / f"{cell.name}.json" for cell in cells]
     tuning = [json.loads(path.read_text()) for path in tables if path.exists()]
     paths = convergence_report.write(options.out, results, logs, missing, tuning)
-    console.print(_report_table(results))
+    headings, line = convergence_report.HEADINGS, convergence_report.line
+    console.print(_cells_table(results, convergence_report.TERMINAL, headings, line))
     _say_files(missing, paths, console)
     return 0
 
@@ -175,14 +176,11 @@ def gaps(cells: Sequence[Cell], all_cells: Sequence[Cell], options: argparse.Nam
     logs, missing = gather(cells, dense_cells, options)
     found = transfer_report.all_gaps(cells, logs, dense_cells)
     paths = transfer_report.write(options.out, found, missing)
-    for headings, rows in (
-        (transfer_report.HEADINGS, map(transfer_report.line, found)),
-        (transfer_report.SUMMARY, transfer_report.summary(found)),
-    ):
-        table = Table(*headings)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    console.print(_cells_table(found, transfer_report.TERMINAL, transfer_report.HEADINGS, transfer_report.line))
+    summary = Table(*transfer_report.SUMMARY)
+    for row in transfer_report.summary(found):
+        summary.add_row(*row)
+    console.print(summary)
     _say_files(missing, paths, console)
     return 0
 
@@ -196,16 +194,17 @@ def _say_files(missing: Sequence[str], paths: Sequence[Path], console: Console) 
     console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
 
 
-def _report_table(results: Sequence[convergence_report.Result]) -> Table:
-    """Returns the columns of the report that fit on a terminal."""
-    shown = (
-        *("loss (min-max)", "against dense", "MB in all", "fewer than dense"),
-        *("steps to dense's final loss", "seeds"),
-    )
+Line = TypeVar("Line", convergence_report.Result, transfer_report.Gap)
+
+
+def _cells_table(
+    results: Sequence[Line], shown: Sequence[str], headings: Sequence[str], line: Callable[[Line], list[str]]
+) -> Table:
+    """Returns the columns of a report that fit on a terminal, with the name of each cell."""
     table = Table("cell", *shown)
     table.columns[0].overflow = "fold"
     for result in results:
-        fields = dict(zip(convergence_report.HEADINGS, convergence_report.line(result), strict=True))
+        fields = dict(zip(headings, line(result), strict=True))
         table.add_row(result.cell, *(fields[heading] for heading in shown))
     return table
 

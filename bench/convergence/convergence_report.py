@@ -180,6 +180,10 @@ HEADINGS = (
     *("MB in all", "bytes a step after warm-up", "fewer than dense", "dense's loss at equal bytes"),
     *("steps to dense's final loss", "seeds"),
 )
+TERMINAL = (
+    *("loss (min-max)", "against dense", "MB in all", "fewer than dense"),
+    *("steps to dense's final loss", "seeds"),
+)
 
 
 def line(result: Result) -> list[str]:

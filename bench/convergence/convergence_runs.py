@@ -170,7 +170,7 @@ class Runner:
                 return None
         except LogError as error:
             return str(error)
-        return _last_words(run, start) or f"status {status}"
+        return _last_words(run, start, status)
 
     def _wait(self, process: subprocess.Popen[bytes], run: Run, start: int, bar: Progress, task: TaskID) -> int:
         ending = 0.0
@@ -212,8 +212,8 @@ def _printed(run: Run, start: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def _last_words(run: Run, start: int) -> str | None:
-    """Returns the script's error message, or else the last line of output, or None."""
+def _last_words(run: Run, start: int, status: int) -> str:
+    """Returns the script's error message, or else the exit status and the last line of output."""
     lines = [line.strip() for line in _printed(run, start).splitlines() if line.strip()]
     said = [line for line in lines if ": error" in line]
-    return said[0] if said else lines[-1] if lines else None
+    return said[0] if said else f"status {status}" + (f" after: {lines[-1]}" if lines else "")

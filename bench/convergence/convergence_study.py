@@ -78,17 +78,8 @@ METHODS = {
 }
 CHECKPOINTS = 4  # in a run; an interruption costs at most the steps between two of them
 SET_BY_THE_DRIVER = {
-    "seed",
-    "steps",
-    "judge",
-    "eval_every",
-    "skip_early_evals",
-    "out",
-    "resume",
-    "save_every",
-    "stop_after",
-    "log",
-    "plot",
+    *("seed", "steps", "judge", "eval_every", "skip_early_evals", "out", "resume", "save_every", "stop_after"),
+    *("log", "plot"),
 }
 SETTABLE = {f.name for f in fields(options.Settings)} - SET_BY_THE_DRIVER - {"optimizer", "density", "progress"}
 SETTABLE |= {"size", "block", "text", "held_out", "data"}

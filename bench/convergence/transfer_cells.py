@@ -22,13 +22,13 @@ DENSITIES = (0.01, 0.001)
 RATES: dict[tuple[str, str], tuple[float, tuple[float, ...]]] = {
     ("code", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
     ("code", "sgd"): (0.1, (0.03, 0.1, 0.3)),
-    ("prose", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
+    ("prose", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
     ("prose", "sgd"): (0.1, (0.03, 0.1, 0.3)),
-    ("cnn", "adamw"): (1e-2, (1e-3, 3e-3, 1e-2)),
+    ("cnn", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
     ("cnn", "sgd"): (0.1, (0.03, 0.1, 0.3)),
-    ("lstm", "adamw"): (3e-3, (3e-3, 1e-2, 3e-2)),
-    ("lstm", "sgd"): (0.1, (0.3, 1.0, 3.0)),
-    ("tied", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
+    ("lstm", "adamw"): (3e-2, (1e-2, 3e-2, 1e-1)),
+    ("lstm", "sgd"): (3.0, (1.0, 3.0, 10.0)),
+    ("tied", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
     ("tied", "sgd"): (0.1, (0.03, 0.1, 0.3)),
 }
 AVERAGING = {"adamw": {"beta1": 0.9}, "sgd": {"momentum": 0.9}}

@@ -137,6 +137,7 @@ HEADINGS = (
     *("task", "optimizer", "method", "ranks", "steps", "dense's loss", "loss", "gap", "goal"),
     *("fewer bytes in the run", "jump", "dense's jump", "seeds"),
 )
+TERMINAL = ("dense's loss", "loss", "gap", "fewer bytes in the run", "jump", "dense's jump", "seeds")
 
 
 def line(gap: Gap) -> list[str]:

@@ -33,8 +33,16 @@ RATES: dict[tuple[str, str], tuple[float, tuple[float, ...]]] = {
 }
 AVERAGING = {"adamw": {"beta1": 0.9}, "sgd": {"momentum": 0.9}}
 # Keys of METHODS in convergence_study.py, which gives each its options. A new method is one entry there and one here.
-METHODS: dict[str, tuple[str, ...]] = {"adamw": ("topk", "adam-topk"), "sgd": ("topk", "dgc")}
-WARM_UP = {"adam-topk": 0.5, "dgc": 0.5}  # share of the run over which their density falls from 25%
+METHODS: dict[str, tuple[str, ...]] = {"adamw": ("topk", "adam-topk", "ahead"), "sgd": ("topk", "dgc", "ahead")}
+
+
+def warm_up(method: str, density: float, steps: int) -> int:
+    """Returns the steps over which the density falls from 25%."""
+    if method == "topk":
+        return 0
+    if method == "ahead" and steps > min(STEPS):  # so that the whole run sends about 1% of dense's bytes
+        return steps // 20 if density >= 0.01 else steps // 5
+    return steps // 2
 
 
 def cells(task: str, optimizer: str, steps: int) -> Iterator[Cell]:
@@ -51,9 +59,9 @@ def cells(task: str, optimizer: str, steps: int) -> Iterator[Cell]:
     )
     yield dense
     for method in METHODS[optimizer]:
-        warm_up = {"warmup_kind": "exp", "warmup_steps": int(WARM_UP.get(method, 0.0) * steps)}
-        settings = {**dense.settings, **(warm_up if method in WARM_UP else {})}
         for density, ranks in product(DENSITIES, RANKS):
+            falling = warm_up(method, density, steps)
+            settings = {**dense.settings, **({"warmup_kind": "exp", "warmup_steps": falling} if falling else {})}
             yield replace(dense, method=method, density=density, ranks=ranks, settings=settings, grid={})
 
 

@@ -14,7 +14,7 @@ import sparsecomm as sc
 def test_weight_decay_does_not_pass_through_sgds_momentum() -> None:
     settings = study_gpt.parse(["--optimizer", "sgd", "--lr", "0.5", "--momentum", "0.9", "--weight-decay", "0.1"])
     model = torch.nn.Linear(2, 2)
-    optimizer = optimizers.make_optimizer(settings, model)
+    optimizer = optimizers.make_optimizer(settings, model, None)
     weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
     velocity = torch.zeros_like(weight)
     for step in range(4):
@@ -35,7 +35,7 @@ def test_momentum_is_applied_once(name: str) -> None:
 
     def inner(feedback: str) -> float:
         settings = study_gpt.parse([*flags, "--feedback", feedback])
-        group = optimizers.make_optimizer(settings, model).param_groups[0]
+        group = optimizers.make_optimizer(settings, model, None).param_groups[0]
         return float(group["betas"][0] if name == "adamw" else group["momentum"])
 
     assert inner("ef") == 0.7
@@ -47,7 +47,7 @@ def test_momentum_is_applied_once(name: str) -> None:
 def test_adam_before_compression_leaves_decoupled_sgd_after_it() -> None:
     settings = study_gpt.parse(["--feedback", "adam", "--beta1", "0.5", "--clip", "2"])
     assert compression.make_feedback(settings) == sc.AdamCorrection(beta1=0.5, beta2=0.95, clip_norm=2.0)
-    optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2))
+    optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2), None)
     assert isinstance(optimizer, optimizers.DecoupledSGD)
     assert [g["decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     assert all(g["momentum"] == 0.0 and g["weight_decay"] == 0.0 for g in optimizer.param_groups)
@@ -70,3 +70,25 @@ def test_feedback_and_schedules() -> None:
     assert density(30) == density(59) == 0.001
     assert compression.make_density(study_gpt.parse(flags)) == sc.Warmup((0.25, 0.063, 0.015), 10, 0.001)
     assert compression.make_density(study_gpt.parse([])) == 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_ahead_takes_the_settings_of_dense(name: str) -> None:
+    flags = ["--optimizer", name, "--feedback", "ahead", "--weight-decay", "0.2", "--clip", "2", "--lr", "0.5"]
+    settings = study_gpt.parse(flags)
+    model = torch.nn.Linear(2, 2)
+    sc.init()
+    state = sc.SparseState(sc.TopK(0.5), model=model)
+    optimizer = optimizers.make_optimizer(settings, model, state)
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.5
+    if name == "adamw":
+        assert isinstance(optimizer, sc.optim.AdamW)
+        assert group["betas"] == (0.9, 0.95)
+        assert group["weight_decay"] == 0.2
+    else:
+        assert isinstance(optimizer, sc.optim.SGD)
+        assert group["momentum"] == 0.9
+        assert group["weight_decay"] == pytest.approx(0.02), "momentum multiplies it by 10"
+    assert state.config.feedback is not None
+    assert state.config.feedback.clip_norm == 2.0

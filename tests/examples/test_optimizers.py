@@ -84,7 +84,7 @@ def test_ahead_takes_the_settings_of_dense(name: str) -> None:
     assert group["lr"] == 0.5
     if name == "adamw":
         assert isinstance(optimizer, sc.optim.AdamW)
-        assert group["betas"] == (0.9, 0.95)
+        assert group["betas"] == (settings.averaging, 0.95)
         assert group["weight_decay"] == 0.2
     else:
         assert isinstance(optimizer, sc.optim.SGD)

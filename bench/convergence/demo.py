@@ -24,7 +24,7 @@ COMMON = ["--size", "demo", "--batch", "4", "--block", "64", "--eval-every", "50
 RUNS = {
     "dense": ["--compressor", "none"],
     # allgather, not "auto": the demo shows sparse traffic, even where "auto" would prefer dense.
-    "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather"],
+    "topk": ["--compressor", "topk", "--density", "0.01", "--collective", "allgather", "--feedback", "ahead"],
 }
 WARMUP_STEPS = 150
 
@@ -40,7 +40,7 @@ def run(name: str, launcher: list[str], steps: int, out: Path) -> RunLog:
     script = [sys.executable, str(HERE / "study_gpt.py"), *COMMON, *RUNS[name]]
     script += ["--steps", str(steps), "--log", str(log)]
     if name == "topk":
-        script += ["--warmup-steps", str(min(WARMUP_STEPS, steps // 9 * 3))]
+        script += ["--warmup-kind", "exp", "--warmup-steps", str(min(WARMUP_STEPS, steps // 3))]
     print(f"$ {' '.join([*launcher, *script])}", flush=True)
     status = subprocess.run(launcher + script, env=launch_environment(), check=False).returncode
     if status or not log.exists():

@@ -294,7 +294,7 @@ def test_figures_of_odd_buckets() -> None:
 
 
 def test_limits_scale_with_the_density() -> None:
-    found = sc.Convergence(residual_ratio=500.0, mean_age=700.0, p90_age=1500.0, never_sent=0.6, steps=2500)
+    found = sc.Convergence(residual_ratio=500.0, mean_age=700.0, p90_age=6000.0, never_sent=0.6, steps=2500)
     assert len(problems(found, 0.01)) == 3
     assert len(problems(found, 0.001)) == 2
     assert problems(found, 0.0001) == [], "too early"

@@ -121,11 +121,11 @@ def fail(message: str) -> NoReturn:
     """Ends this process with status 2 and a message, which is printed once.
 
     A mistake is usually made on every rank. Rank 0 prints it, and its exit makes the launcher end the others. A rank
-    that is still alive after two seconds has a problem that rank 0 does not have, and prints it.
+    that is still alive after ten seconds has a problem that rank 0 does not have, and prints it.
     """
     rank = launcher_rank()
     if rank:
-        time.sleep(2.0)
+        time.sleep(10.0)
     print(f"{script()}: error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -103,7 +103,8 @@ class Memories:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
         selector = self._selectors.pop(layout.hash, SelectorMemory())
         bucket = BucketMemory(index, layout, selector=selector, watch=Watch(layout))
-        bucket.alignment = replace(self._alignments.get(layout.names[0], bucket.alignment)) if ids else Alignment()
+        before = zip(layout.shapes, map(self._alignments.get, layout.names), strict=True)
+        bucket.alignment = Alignment.merged([(math.prod(shape), a) for shape, a in before if a is not None])
         self._alignments |= dict.fromkeys(layout.names, bucket.alignment)
         self.known[index] = _Known(ids, bucket)
         return bucket
@@ -177,16 +178,19 @@ class Memories:
                 found.append(Waiting(p, residuals[name], 1.0 if alignment is None else alignment.of_residuals()))
         return found
 
-    def delivered(self) -> dict[int, tuple[int, float]]:
-        """Returns one element of the last average of some buckets: its place in its parameter, and its value.
+    def delivered(self, step: int) -> dict[int, tuple[int, float]]:
+        """Returns one element of the average of some buckets: its place in its parameter, and its value.
+
+        Args:
+            step: step of the average.
 
         Returns:
             By `id(parameter)`; the place counts elements in the parameter's memory order.
         """
         found = {}
         for known in self.known.values():
-            if known.bucket.delivered is not None:
-                position, value = known.bucket.delivered
+            if known.bucket.delivered is not None and known.bucket.delivered[0] == step:
+                _, position, value = known.bucket.delivered
                 i, place = known.bucket.layout.find(position)
                 found[known.parameters[i]] = (place, value)
         return found
@@ -216,7 +220,7 @@ class Memories:
                 named.update(self._stores[kind].state() if feedback is not None else {})
                 fill_names(named, model.shapes, kept)
         if getattr(feedback, "aligned", False):
-            made.alignments = {name: self._alignments.get(name, Alignment()) for name in kept}
+            made.alignments = {name: self._alignments.get(name, Alignment()) for name in model.trainable}
         if isinstance(feedback, AdamCorrection):
             made.moment_steps = step - self._moments_since
         made.selectors = dict(self._selectors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class SparseState:
         step: number of the next step.
         last_error: the latest error of an exchange; None if there was none.
         arena: buffers on the host.
+        at_last_bucket: called when the last bucket of a backward pass is handed over, on the thread that does so.
 
     Raises:
         ConfigError: for an unknown or unacceptable option; names it and its value.
@@ -70,6 +71,7 @@ class SparseState:
         self.step = 0
         self.last_error: BaseException | None = None
         self.arena = Arena()
+        self.at_last_bucket: Callable[[], None] | None = None
         self._lookup = ModelLookup(model, process_group)
         self._memories = Memories()
         self._choice = MethodChoice()
@@ -171,6 +173,8 @@ class SparseState:
         Returns:
             A future of the averaged flat bucket. It fails if any rank fails.
         """
+        if last and self.at_last_bucket is not None:
+            self.at_last_bucket()
         handed = HandedBucket(index, parameters, grad, error)
         step = self.step
         if last:
@@ -238,7 +242,7 @@ class SparseState:
             Place and unscaled value by `id(parameter)`. The place counts elements in the parameter's memory order.
             Empty in most steps.
         """
-        return self._memories.delivered()
+        return self._memories.delivered(self.step - 1)
 
     def residual_norm(self) -> float:
         """Returns the 2-norm of this rank's residual over all parameters. Reads every element. Not collective."""

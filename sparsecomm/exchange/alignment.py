@@ -7,6 +7,7 @@ import math
 import torch
 
 from sparsecomm.collectives import DenseSum, dense_allreduce
+from sparsecomm.exchange.plan import Plan
 from sparsecomm.feedback import BucketMemory, Squares, sample_positions
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.device import side_of
@@ -24,28 +25,28 @@ def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
     return side_of(vector.device).fetch(found, torch.empty(found.shape, dtype=torch.float32))
 
 
-def largest_sampled(average: torch.Tensor, memory: BucketMemory, scale: float) -> tuple[int, float] | None:
-    """Returns position and value, divided by `scale`, of the largest sampled element; None if all of them are 0."""
+def largest_sampled(average: torch.Tensor, memory: BucketMemory, plan: Plan) -> tuple[int, int, float] | None:
+    """Returns step, position and unscaled value of the largest sampled element; None if all of them are 0."""
     found = sampled(average, memory)
     i = int(found.abs().argmax()) if found.numel() else 0
     if not found.numel() or not math.isfinite(float(found[i])) or float(found[i]) == 0.0:
         return None
-    return int(sample_positions(memory.layout)[i]), float(found[i]) / scale
+    return plan.step, int(sample_positions(memory.layout)[i]), float(found[i]) / plan.grad_scale
 
 
 def measure_alignment(
-    channel: Channel, memory: BucketMemory, gradient: torch.Tensor, arena: Arena
+    channel: Channel, memory: BucketMemory, compared: tuple[torch.Tensor, torch.Tensor], arena: Arena
 ) -> CollectiveSteps[None]:
     """Adds one measurement to the alignment of a bucket. Collective.
 
     Args:
         channel: connection to the other ranks.
-        memory: memory of the bucket, after the step. Its alignment is mutated, alike on all ranks; it stays as it is if
-            the sum is not finite.
-        gradient: `sampled` elements of this rank's gradient before the exchange.
+        memory: memory of the bucket. Its alignment is mutated, alike on all ranks; it stays as it is if the sum is not
+            finite.
+        compared: `sampled` elements of this rank's gradient and residual before the step.
         arena: allocates the buffers.
     """
-    residual = sampled(memory.residual, memory)
+    gradient, residual = compared
     m = gradient.numel()
     work = arena.get((memory.index, "alignment"), 2 * m + 2, torch.float32)
     work[:m], work[m : 2 * m] = gradient, residual
@@ -55,4 +56,4 @@ def measure_alignment(
     each = [float(x) for x in work[2 * m :]]
     if all(math.isfinite(x) for x in (*means, *each)):
         memory.alignment.size = channel.size
-        memory.alignment.add(Squares(means[0], each[0]), Squares(means[1], each[1]))
+        memory.alignment.add(Squares(means[0] / m, each[0] / m), Squares(means[1] / m, each[1] / m))

@@ -71,12 +71,11 @@ def exchange(
     if memory.pending is not None:
         memory.finish_step()
     measured = getattr(plan.feedback, "aligned", False) and channel.size > 1 and is_due(plan.step)
-    compared = sampled(grad, memory) if measured else None
+    compared = (sampled(grad, memory), sampled(memory.residual, memory)) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
-    memory.delivered = None
     if compared is not None and not report.skipped:
         yield from measure_alignment(channel, memory, compared, arena)
-        memory.delivered = largest_sampled(grad, memory, plan.grad_scale)
+        memory.delivered = largest_sampled(grad, memory, plan)
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,11 +21,11 @@ _NEWEST = 0.2  # weight of the newest measurement in the running means
 
 @dataclass(frozen=True, slots=True)
 class Squares:
-    """Squared norms of one vector on all ranks.
+    """Mean squares of one vector's elements on all ranks.
 
     Attributes:
-        mean: squared norm of the mean over ranks.
-        each: mean over ranks of the squared norm.
+        mean: mean square of the mean over ranks.
+        each: mean over ranks of the mean square.
     """
 
     mean: float
@@ -58,6 +59,26 @@ class Alignment:
         weight = max(_NEWEST, 1.0 / self.count)
         self.gradient = _mixed(self.gradient, gradient, weight)
         self.residual = _mixed(self.residual, residual, weight)
+
+    @classmethod
+    def merged(cls, parts: Sequence[tuple[int, Alignment]]) -> Alignment:
+        """Returns the alignment of a bucket that is made of parts of others.
+
+        Args:
+            parts: elements that come from a bucket, and the alignment of that bucket.
+        """
+        known = [(n, a) for n, a in parts if a.count]
+        if not known:
+            return cls()
+        first = known[0][1]
+        if all(a == first for _, a in known):
+            return replace(first)
+        total = sum(n for n, _ in known)
+
+        def mean(of: Callable[[Alignment], Squares]) -> Squares:
+            return Squares(*(sum(n * getattr(of(a), k) for n, a in known) / total for k in ("mean", "each")))
+
+        return cls(first.size, first.count, mean(lambda a: a.gradient), mean(lambda a: a.residual))
 
     def of_gradients(self) -> float:
         """Returns the alignment of the gradients, in [1/P, 1]; 1 before the first measurement."""

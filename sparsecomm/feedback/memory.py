@@ -37,8 +37,8 @@ class BucketMemory:
         velocity: float32, shape (layout.numel,), the momentum of momentum or Adam correction; None without it.
         second_moment: float32, shape (layout.numel,), the second moment of Adam correction; None without it.
         alignment: how far the ranks agree in this bucket; measured only if the feedback asks for it.
-        delivered: position and value, unscaled, of an element of the last average; None unless that step measured the
-            alignment. `sparsecomm.optim` compares it with what reaches the optimizer.
+        delivered: step, position and unscaled value of an element of an average, from the last step that measured the
+            alignment; None for none. `sparsecomm.optim` compares it with what reaches the optimizer.
         age: number of the next step among those that update the moments, from 1.
         shared: object that the exchange method keeps for this bucket, the same on all ranks. It is lost when this
             memory is replaced or the options change.
@@ -54,7 +54,7 @@ class BucketMemory:
     velocity: torch.Tensor | None = None
     second_moment: torch.Tensor | None = None
     alignment: Alignment = field(default_factory=Alignment)
-    delivered: tuple[int, float] | None = None
+    delivered: tuple[int, int, float] | None = None
     age: int = 1
     shared: object = None
     pending: PendingStep | None = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sparsecomm.ddp import SparseState
+from sparsecomm.errors import ConfigError
 from sparsecomm.feedback import AdamCorrection, Feedback
 from sparsecomm.optim.base import AveragedOptimizer, Params
 
@@ -52,6 +53,8 @@ class AdamW(AveragedOptimizer):
         max_norm: float | None = None,
     ) -> None:
         self._max_norm = max_norm
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ConfigError(f"AdamW: betas must be two numbers, got {betas!r}")
         super().__init__(params, state, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     def _feedback(self) -> Feedback:

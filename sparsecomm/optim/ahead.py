@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch._compile import _disable_dynamo  # loads the compiler only when it is
 from sparsecomm.ddp import SparseState, Waiting
 
 __all__ = ["StepAhead"]
+
+_current: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[StepAhead]] = weakref.WeakKeyDictionary()
 
 
 class StepAhead:
@@ -22,27 +24,52 @@ class StepAhead:
     the alignment a of the residuals: the least-squares estimate of where x will be once all ranks have sent their
     residuals (step-ahead error feedback, Xu and Huang 2020, who have a = 1).
 
-    `parameters` are ahead only from a forward pass in training mode to the optimizer's step. In between, a pass in
-    evaluation mode, `state_dict` and `load_state_dict` of the model bring them back first.
+    Parameters are ahead only from a forward pass in training mode to the end of the backward pass, when the state is
+    given the last bucket. A pass in evaluation mode, `state_dict` and `load_state_dict` of the model bring them back,
+    too, and so does the end of the optimizer.
 
     Args:
         state: the state whose residuals are applied.
-        groups: the optimizer's groups. Read at each move, so that rates may change.
+        groups: returns the optimizer's groups, whose rates may change.
+        prepare: called before a forward pass in training mode.
+
+    Attributes:
+        attached: whether passes of the module move the parameters. Another optimizer of the same model ends that.
     """
 
-    def __init__(self, state: SparseState, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, state: SparseState, groups: Callable[[], Sequence[dict[str, Any]]], prepare: Callable[[], None]
+    ) -> None:
+        self.attached = False
         self._state = state
         self._groups = groups
+        self._prepare = prepare
         self._moved: list[torch.Tensor] = []
         self._saved: list[torch.Tensor] = []
         self._at_step = -1  # the state's step for which the parameters are ahead; -1: they are not
+        self._handles: list[Any] = []
 
     def attach(self, module: torch.nn.Module) -> None:
         """Moves the parameters by themselves from now on, with the passes of a module."""
+        before = _current.get(module, lambda: None)()
+        if before is not None:
+            before.detach()
+        _current[module] = weakref.ref(self)
         any_module: Any = module  # torch has no types for the last two
-        module.register_forward_pre_hook(_Hook(self, "before_forward"), prepend=True)
-        any_module.register_state_dict_pre_hook(_Hook(self, "before_access"))
-        any_module.register_load_state_dict_pre_hook(_Hook(self, "before_access"))
+        self._handles = [
+            module.register_forward_pre_hook(_Hook(self, "before_forward"), prepend=True),
+            any_module.register_state_dict_pre_hook(_Hook(self, "before_access")),
+            any_module.register_load_state_dict_pre_hook(_Hook(self, "before_access")),
+        ]
+        self._state.at_last_bucket = _Hook(self, "before_access")
+        self.attached = True
+
+    def detach(self) -> None:
+        """Moves the parameters back for good."""
+        self.back()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.attached = [], False
 
     @_disable_dynamo  # a compiled model calls it, and would compile it anew for every step
     def before_forward(self, module: torch.nn.Module, _: object) -> None:
@@ -50,10 +77,11 @@ class StepAhead:
         if not module.training:
             self.back()
         elif torch.is_grad_enabled():
+            self._prepare()
             self.ahead()
 
     def before_access(self, *_: object) -> None:
-        """Moves the parameters back before they are saved or loaded."""
+        """Moves the parameters back before they are saved, loaded or updated."""
         self.back()
 
     @torch.no_grad()
@@ -62,7 +90,7 @@ class StepAhead:
         if self._at_step == self._state.step:
             return
         self.back()
-        waiting = [(g, self._state.waiting(g["params"])) for g in self._groups]
+        waiting = [(g, self._state.waiting(g["params"])) for g in self._groups()]
         moved = [w.parameter.data for _, found in waiting for w in found]
         if [t.data_ptr() for t in moved] != [t.data_ptr() for t in self._moved]:
             self._saved = [torch.empty_like(t) for t in moved]
@@ -83,7 +111,7 @@ class StepAhead:
 
 
 class _Hook:
-    """A module's hook that calls a method of a `StepAhead` as long as that is alive.
+    """A hook that calls a method of a `StepAhead` as long as that is alive.
 
     A copy of it, in a copied or unpickled module, does nothing: the optimizer does not own that module's parameters.
     """

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sparsecomm.ddp import SparseState
+from sparsecomm.errors import ConfigError
 from sparsecomm.feedback import Feedback, MomentumCorrection
 from sparsecomm.optim.base import AveragedOptimizer, Params
 
@@ -49,7 +50,9 @@ class SGD(AveragedOptimizer):
         max_norm: float | None = None,
     ) -> None:
         self._max_norm = max_norm
-        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "steps": 0}
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "since": -1}
+        if nesterov and not momentum:
+            raise ConfigError("SGD: nesterov=True needs a momentum above 0")
         super().__init__(params, state, options)
 
     def _feedback(self) -> Feedback:
@@ -63,8 +66,11 @@ class SGD(AveragedOptimizer):
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor], updates: list[torch.Tensor]) -> None:
         lr, decay, momentum = float(group["lr"]), float(group["weight_decay"]), float(group["momentum"])
-        group["steps"] += 1
+        # Counted by the state, whose steps go on in a rank without data under ddp.join().
+        if group.setdefault("since", -1) < 0:
+            group["since"] = self.sparse_state.step - 1
         if decay:
-            summed = (1.0 - momentum ** group["steps"]) / (1.0 - momentum)
+            steps = self.sparse_state.step - group["since"]
+            summed = (1.0 - momentum**steps) / (1.0 - momentum)
             torch._foreach_mul_(params, 1.0 - lr * decay * summed)
         torch._foreach_add_(params, updates, alpha=-lr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from typing import Any
 
 import pytest
 import torch
@@ -101,9 +103,8 @@ def moved_model() -> tuple[torch.nn.Module, sc.SparseState, sc.optim.AdamW]:
 def test_parameters_come_back_bit_for_bit() -> None:
     model, _, _ = moved_model()
     before = flat(model)
-    loss = loss_of(model, 0)
+    loss_of(model, 0)
     assert not torch.equal(flat(model), before), "ahead for the forward and backward passes"
-    loss.backward()
     saved = model.state_dict()
     assert torch.equal(flat(model), before)
     assert all(
@@ -126,11 +127,14 @@ def test_evaluation_sees_the_averaged_parameters() -> None:
 
 def test_accumulated_gradients_are_taken_at_one_place() -> None:
     model, state, optimizer = moved_model()
+    before = flat(model)
     loss_of(model, 0).backward()
     ahead = flat(model)
     loss_of(model, 1).backward()
     assert torch.equal(flat(model), ahead)
+    assert not torch.equal(ahead, before)
     sc.allreduce_gradients(model, state, bucket_bytes=80)
+    assert torch.equal(flat(model), before), "back before anybody reads them, even if no step follows"
     optimizer.step()
 
 
@@ -228,9 +232,109 @@ def test_clipping_the_updates_is_named() -> None:
         assert p.grad is not None
         sent = p.grad.flatten().nonzero()
         if len(sent):
-            known.bucket.delivered = (int(sent[0]), float(p.grad.flatten()[sent[0]]))
+            known.bucket.delivered = (0, int(sent[0]), float(p.grad.flatten()[sent[0]]))
     assert state.delivered()
     optimizer.step()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(sc.ConfigError, match=r"scaled the averages.*max_norm="):
         optimizer.step()
+
+
+def test_a_decaying_rate_goes_on_after_a_checkpoint() -> None:
+    """Loading replaces the optimizer's groups, and gradients are to be taken ahead by the new rate."""
+    whole, first, second = small_model(), small_model(), small_model()
+    runs: list[Any] = []
+    for model in (whole, first, second):
+        state = state_of(model, density=0.1)
+        optimizer = sc.optim.AdamW(model.parameters(), state, lr=0.05)
+        runs.append((state, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)))
+
+    def go(model: torch.nn.Module, run: int, steps: range) -> None:
+        state, optimizer, scheduler = runs[run]
+        for step in steps:
+            train(model, state, optimizer, range(step, step + 1))
+            scheduler.step()
+
+    go(whole, 0, range(12))
+    go(first, 1, range(7))
+    second.load_state_dict(first.state_dict())
+    for mine, saved in zip(runs[2], runs[1], strict=True):
+        mine.load_state_dict(saved.state_dict())
+    go(second, 2, range(7, 12))
+    assert torch.equal(flat(second), flat(whole))
+
+
+def test_a_later_optimizer_of_a_model_takes_over() -> None:
+    model, state, optimizer = moved_model()
+    before = flat(model)
+    loss_of(model, 0)
+    later = sc.optim.AdamW(model.parameters(), state, lr=0.02)
+    assert torch.equal(flat(model), before)
+    train(model, state, later, range(3, 6))
+    before = flat(model)
+    model.eval()
+    loss_of(model, 0)
+    assert torch.equal(flat(model), before), "nothing of the earlier optimizer is left"
+    with pytest.raises(sc.ConfigError, match="was replaced"):
+        optimizer.step()
+
+
+def test_an_optimizer_that_goes_leaves_the_parameters_in_place() -> None:
+    model, state, optimizer = moved_model()
+    before = flat(model)
+    loss_of(model, 0)
+    del optimizer
+    gc.collect()
+    assert torch.equal(flat(model), before)
+    loss_of(model, 0)
+    assert torch.equal(flat(model), before), "nobody moves them any more"
+    assert state.step == 3
+
+
+def test_another_feedback_is_refused_and_another_preset_is_not() -> None:
+    model, state, optimizer = moved_model()
+    state.update(sc.preset("adamw", density=0.5).change(collective="allgather"))
+    train(model, state, optimizer, range(3, 5))
+    assert state.config.feedback == sc.AdamCorrection(0.9, 0.999, 1e-8, aligned=True)
+    state.update(feedback=sc.ErrorFeedback())
+    with pytest.raises(sc.ConfigError, match="needs AdamCorrection"):
+        loss_of(model, 0)
+
+
+def test_a_loaded_threshold_survives_a_new_optimizer() -> None:
+    model = small_model()
+    state = sc.SparseState(sc.ThresholdTopK(0.2), model=model, collective="allgather")
+    train(model, state, sc.optim.AdamW(model.parameters(), state, lr=0.01), range(3))
+    saved = state.state_dict()
+    assert any(k.startswith("selector.") for k in saved)
+    again = sc.SparseState(sc.ThresholdTopK(0.2), feedback=sc.AdamCorrection(), model=model, collective="allgather")
+    again.load_state_dict(saved)
+    sc.optim.AdamW(model.parameters(), again, lr=0.01)
+    assert {k for k in again.state_dict() if k.startswith("selector.")} == {k for k in saved if "selector." in k}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"betas": 0.9}, "betas"),
+        ({"betas": (1.0, 0.9)}, "beta1"),
+        ({"eps": 0.0}, "eps"),
+    ],
+)
+def test_unacceptable_options_are_named(options: dict[str, Any], named: str) -> None:
+    model = small_model()
+    with pytest.raises(sc.ConfigError, match=named):
+        sc.optim.AdamW(model.parameters(), state_of(model), **options)
+
+
+def test_what_cannot_be_done_with_an_optimizer_is_named() -> None:
+    model, _, optimizer = moved_model()
+    with pytest.raises(sc.StateError, match="cannot be copied"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(sc.ConfigError, match="does not have"):
+        optimizer.add_param_group({"params": small_model().parameters()})
+    with pytest.raises(sc.ConfigError, match="nesterov"):
+        sc.optim.SGD(model.parameters(), state_of(model), nesterov=True)

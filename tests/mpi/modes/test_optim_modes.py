@@ -133,7 +133,9 @@ def test_clipping_the_updates_is_named_on_every_rank(world: sc.World) -> None:
         optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
 def test_it_trains_a_compiled_model(world: sc.World) -> None:
+    torch._dynamo.reset()
     state = sparse(0.1)
     ddp = wrap(mlp(), state, bucket_cap_mb=25)
     optimizer = OPTIMIZERS["adamw"](ddp, state)

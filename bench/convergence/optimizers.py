@@ -32,24 +32,27 @@ def make_optimizer(settings: Settings, model: nn.Module, state: sc.SparseState |
     """Returns AdamW or SGD with weight decay on the matrices only; without momentum if the exchange applies it."""
     if settings.feedback == "ahead" and state is not None:
         return _make_ahead(settings, model, state)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
     momentum = 0.0 if settings.updates_before else settings.averaging
     adam = settings.optimizer == "adamw" and settings.feedback != "adam"
     name = "weight_decay" if adam else "decay"
-    groups = [{"params": matrices, name: settings.weight_decay}, {"params": vectors, name: 0.0}]
+    groups = _groups(model, name, settings.weight_decay)
     if adam:
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(momentum, ADAM_BETA2), fused=True)
     return DecoupledSGD(groups, lr=settings.lr, momentum=momentum, nesterov=settings.nesterov and momentum > 0)
 
 
-def _make_ahead(settings: Settings, model: nn.Module, state: sc.SparseState) -> torch.optim.Optimizer:
+def _groups(model: nn.Module, name: str, decay: float) -> list[dict[str, Any]]:
+    """Returns two groups: the matrices, whose option `name` is the decay, and the rest, which does not decay."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, name: decay}, {"params": vectors, name: 0.0}]
+
+
+def _make_ahead(settings: Settings, model: nn.Module, state: sc.SparseState) -> torch.optim.Optimizer:
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
         decay *= 1.0 - settings.averaging  # it passes through the momentum, unlike that of DecoupledSGD
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = _groups(model, "weight_decay", decay)
     if settings.optimizer == "adamw":
         betas = (settings.averaging, ADAM_BETA2)
         return sc.optim.AdamW(groups, state, lr=settings.lr, betas=betas, max_norm=settings.clip)

@@ -70,7 +70,7 @@ def exchange(
     running = Exchange(channel, memory, grad, plan, arena, arena if workspace is None else workspace, report)
     if memory.pending is not None:
         memory.finish_step()
-    measured = getattr(plan.feedback, "aligned", False) and channel.size > 1 and is_due(plan.step)
+    measured = getattr(plan.feedback, "aligned", False) and channel.size > 1 and grad.numel() and is_due(plan.step)
     compared = (sampled(grad, memory), sampled(memory.residual, memory)) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
     if compared is not None and not report.skipped:

@@ -91,9 +91,9 @@ class Alignment:
     def common_share(self) -> float:
         """Returns the share of the ranks' common part in their residuals' squared norm, in [0, 1].
 
-        It is 0 before the first measurement, and for one rank.
+        It is 0 for one rank, and as long as no residual was seen that is not zero.
         """
-        if self.count == 0 or self.size == 1:
+        if self.count == 0 or self.size == 1 or self.residual.each <= 0.0:
             return 0.0
         return (self.of_residuals() - 1.0 / self.size) / (1.0 - 1.0 / self.size)
 

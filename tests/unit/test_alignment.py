@@ -110,6 +110,13 @@ def test_residuals_of_noise_tell_nothing() -> None:
     assert found.sums.tolist() == [4.0]
     assert found.expected.tolist() == [0.0]
     assert Alignment(4, 0).common_share() == 0.0, "nothing is inferred before anything was measured"
+    assert Alignment(4, 1, residual=Squares(0.0, 0.0)).common_share() == 0.0, "nor from the residual before step 0"
+
+
+def test_an_empty_bucket_is_not_measured() -> None:
+    cluster = aligned_cluster(2, 0)
+    cluster.step([torch.zeros(0), torch.zeros(0)], plan(0, feedback=ALIGNED))
+    assert [b.alignment.count for b in cluster.buckets] == [0, 0]
 
 
 @pytest.mark.parametrize("feedback", [None, sc.ErrorFeedback(), sc.MomentumCorrection()])

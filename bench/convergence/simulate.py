@@ -121,6 +121,7 @@ class Method:
         self.momentum, self.second, self.residual = (torch.zeros(shape) for _ in range(3))
         self.exact = torch.zeros(shape[1])
         self.gradients, self.residuals = Agreement(model.part), Agreement(model.part)
+        self.whole = Agreement(torch.zeros_like(model.part))
 
     def ahead(self, x: Tensor, rank: int, lr: float) -> Tensor:
         """Returns the parameters at which a rank takes its gradient."""
@@ -129,10 +130,19 @@ class Method:
         weight = self.residuals.of(self.ranks) if self.s.ahead == "aligned" else 1.0
         return x - lr * weight * self.residual[rank]
 
+    def _max_norm(self, step: int) -> float:
+        """Returns the norm to which a rank clips its gradient."""
+        if self.s.clip_by == "ranks":
+            return float(self.s.clip / math.sqrt(self.ranks))
+        alignment = float(self.whole.of(self.ranks)[0]) if step else 1.0
+        return float(self.s.clip / math.sqrt(alignment))
+
     def update(self, grads: Tensor, step: int, density: float) -> Tensor:
         """Adds the updates of all gradients, shape (P, n), to the residuals. Returns the average of what is sent."""
-        beta1, beta2 = 0.9, ADAM_BETA2
-        grads *= (self.s.clip / math.sqrt(self.ranks) / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        short = self.s.short or self.s.moment == "exact"
+        beta1, beta2 = 0.9, ADAM_BETA2 if short else ADAM_BETA2 ** (1 / self.ranks)
+        grads *= (self._max_norm(step) / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        self.whole.add(grads)
         self.momentum.lerp_(grads, 1 - beta1)
         self.second.lerp_(grads.square(), 1 - beta2)
         self.exact.lerp_(grads.mean(0).square(), 1 - beta2)
@@ -205,6 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--density", type=float, default=0.01, help="final density (default %(default)s)")
     parser.add_argument("--fall", type=float, default=0.5, help="share of the run in which it falls (%(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="max_norm (default %(default)s)")
+    parser.add_argument(
+        "--clip-by",
+        choices=("alignment", "ranks"),
+        default="alignment",
+        help="clip a rank's gradient to max_norm over the root of the gradients' alignment, or of the number of ranks",
+    )
+    parser.add_argument("--short", action="store_true", help="second moments decay as dense's, not by the P-th root")
     parser.add_argument("--moment", choices=("own", "average", "exact"), default="average", help="second moment")
     parser.add_argument("--ahead", choices=("0", "1", "aligned"), default="aligned", help="weight of the residual")
     parser.add_argument("--no-infer", dest="infer", action="store_false", help="send without inferring")

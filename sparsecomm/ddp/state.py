@@ -225,6 +225,10 @@ class SparseState:
         """Returns the model whose gradients are averaged, without its DDP wrapper; None if it is unknown so far."""
         return self._lookup.module(self, world())
 
+    def group_size(self) -> int:
+        """Returns the number of ranks that average. Not collective."""
+        return self._lookup.attach(self, world()).size
+
     def waiting(self, parameters: Sequence[torch.Tensor]) -> list[Waiting]:
         """Returns what this rank holds back of these parameters; none of a parameter without a residual.
 

@@ -20,7 +20,7 @@ from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.auto import Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory, Feedback, MomentumCorrection
+from sparsecomm.feedback import BucketMemory, Feedback
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
@@ -228,6 +228,6 @@ def _clip_norm(feedback: Feedback | None, bucket: BucketMemory, model: WrappedMo
     if norm is None:
         return None
     share = bucket.layout.numel / max(model.numel, 1)
-    if isinstance(feedback, MomentumCorrection) and feedback.aligned:
+    if getattr(feedback, "aligned", False):
         return norm * math.sqrt(share / bucket.alignment.of_gradients())
     return norm * math.sqrt(share / model.size)

@@ -10,7 +10,8 @@ import torch
 
 
 def switches(**changes: object) -> argparse.Namespace:
-    base = {"dense": False, "ranks": 1, "steps": 4, "density": 1.0, "fall": 0.0, "clip": 1.0}
+    base: dict[str, object] = {"dense": False, "ranks": 1, "steps": 4, "density": 1.0, "fall": 0.0, "clip": 1.0}
+    base |= {"clip_by": "alignment", "short": False}
     return argparse.Namespace(**{**base, "moment": "average", "ahead": "aligned", "infer": True, **changes})
 
 
@@ -33,7 +34,8 @@ def test_nothing_is_lost_in_what_is_inferred() -> None:
         before = method.residual.clone()
         added = simulate.Method(switches(ranks=2), model)
         added.momentum, added.second = method.momentum.clone(), method.second.clone()
-        added.gradients.mean, added.gradients.each = method.gradients.mean.clone(), method.gradients.each.clone()
+        for copied, original in ((added.gradients, method.gradients), (added.whole, method.whole)):
+            copied.mean, copied.each = original.mean.clone(), original.each.clone()
         everything = added.update(grads.clone(), step, 1.0)
         sent = method.update(grads.clone(), step, 0.05)
         torch.testing.assert_close(before.mean(0) + everything, sent + method.residual.mean(0), rtol=1e-4, atol=1e-4)

@@ -200,6 +200,21 @@ def test_groups_may_differ_in_rate_and_decay_but_not_in_betas() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("ranks", "beta2", "own"), [(1, 0.95, 0.95), (4, 0.95, 0.95**0.25), (64, 0.95, 0.999), (8, 0.9999, 0.9999)]
+)
+def test_a_second_moment_averages_over_the_gradients_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, beta2: float, own: float
+) -> None:
+    model = small_model()
+    state = state_of(model)
+    monkeypatch.setattr(sc.SparseState, "group_size", lambda _: ranks)
+    sc.optim.AdamW(model.parameters(), state, betas=(0.9, beta2))
+    feedback = state.config.feedback
+    assert isinstance(feedback, sc.AdamCorrection)
+    assert feedback.beta2 == pytest.approx(own, rel=1e-12)
+
+
 def test_frozen_parameters_stay() -> None:
     model = small_model()
     model[0].weight.requires_grad_(False)
@@ -321,6 +336,8 @@ def test_a_loaded_threshold_survives_a_new_optimizer() -> None:
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"betas": 0.9}, "betas"),
         ({"betas": (1.0, 0.9)}, "beta1"),
+        ({"betas": (0.9, -0.5)}, "beta2"),
+        ({"betas": (0.9, "0.5")}, "beta2"),
         ({"eps": 0.0}, "eps"),
     ],
 )

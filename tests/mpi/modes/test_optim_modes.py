@@ -62,6 +62,26 @@ def test_sgd_that_sends_everything_is_torchs(world: sc.World) -> None:
     torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-6)
 
 
+def test_ranks_that_agree_train_like_one(world: sc.World) -> None:
+    """The same data everywhere: the alignment is 1, so that nothing is scaled, and the norm is clipped to max_norm.
+
+    The decay of the second moment is the P-th root, which makes P ranks average over as many gradients as one.
+    """
+    state = lossless()
+    ours, plain = wrap(mlp(), state, bucket_cap_mb=25), wrap(mlp(), None)
+    a = sc.optim.AdamW(ours.parameters(), state, lr=0.01, betas=(0.9, 0.95), max_norm=0.05)
+    b = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(0.9, 0.95 ** (1 / world.size)))
+    for step in range(6):
+        x = torch.randn(8, mlp()[0].in_features, generator=torch.Generator().manual_seed(step))
+        for ddp, optimizer in ((ours, a), (plain, b)):
+            optimizer.zero_grad()
+            ddp(x).square().mean().backward()
+        before_clipping = float(nn.utils.clip_grad_norm_(plain.parameters(), 0.05))
+        assert before_clipping > 0.05, "something to clip"
+        a.step(), b.step()
+    torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-6)
+
+
 def test_accumulation_takes_all_gradients_at_one_place(world: sc.World) -> None:
     state = sparse(0.1)
     ddp = wrap(mlp(), state)

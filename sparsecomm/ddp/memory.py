@@ -72,6 +72,7 @@ class Memories:
         self._moments_since = 0  # step at which the moments of Adam correction were zero
         self._selectors: dict[int, SelectorMemory] = {}
         self._alignments: dict[str, Alignment] = {}  # of each parameter's bucket
+        self._square: tuple[int, float] = (-1, 0.0)  # a step, and the average gradient's expected squared norm in it
         self._unchecked: Checkpoint | None = None  # loaded before the model was known
 
     def has_changed(self, index: int, ids: tuple[int, ...]) -> bool:
@@ -163,6 +164,28 @@ class Memories:
         if not self._stores["second_moment"].names():
             self._moments_since = step
 
+    def share_of_norm(self, bucket: BucketMemory, model: WrappedModel, step: int) -> float:
+        """Returns the expected share of a bucket in the squared norm of the model's average gradient, in (0, 1].
+
+        It is the mean of what was measured before this step and of the bucket's share of the elements, which keeps it
+        above 0 where a sample missed all that is not zero. Without measurements of all buckets it is the latter alone.
+
+        Args:
+            bucket: memory of the bucket.
+            model: the model.
+            step: training step.
+        """
+        by_size = bucket.layout.numel / max(model.numel, 1)
+        if self._square[0] != step:
+            found = [(math.prod(model.shapes[name]), self._alignments.get(name)) for name in model.trainable]
+            known = all(a is not None and a.count for _, a in found)
+            square = sum(n * a.gradient.mean for n, a in found if a is not None) if known else 0.0
+            self._square = (step, square)
+        square = self._square[1]
+        if not square > 0.0:
+            return by_size
+        return (by_size + min(1.0, bucket.layout.numel * bucket.alignment.gradient.mean / square)) / 2.0
+
     def waiting(self, parameters: Sequence[torch.Tensor], names: Mapping[int, str]) -> list[Waiting]:
         """Returns what is held back of these parameters; none of a parameter without a residual.
 
@@ -245,6 +268,7 @@ class Memories:
         for kind, store in self._stores.items():
             store.load(loaded.memories[kind])
         self.known.clear()
+        self._square = (-1, 0.0)
         self._selectors, self._alignments = loaded.selectors, loaded.alignments
         self._moments_since = loaded.step - loaded.moment_steps
 

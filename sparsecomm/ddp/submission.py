@@ -20,7 +20,7 @@ from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.auto import Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory, Feedback
+from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
@@ -149,10 +149,21 @@ class Submission:
             feedback=config.feedback,
             grad_scale=parts.scaling.grad_scale() if scaled else 1.0,
             unused=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
-            clip_norm=_clip_norm(config.feedback, bucket, model),
+            clip_norm=self._clip_norm(bucket, model),
             inner_group=config.inner_group,
             final=not (scaled and parts.scaling.may_skip()),
         )
+
+    def _clip_norm(self, bucket: BucketMemory, model: WrappedModel) -> float | None:
+        """Returns the norm to which this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
+        feedback = self._owner.config.feedback
+        norm: float | None = getattr(feedback, "clip_norm", None)
+        if norm is None:
+            return None
+        if not getattr(feedback, "aligned", False) or model.size == 1:
+            return norm * math.sqrt(bucket.layout.numel / max(model.numel, 1) / model.size)
+        share = self._parts.memories.share_of_norm(bucket, model, self._step)
+        return norm * math.sqrt(share / bucket.alignment.of_gradients())
 
     # --- to the engine ------------------------------------------------------------------------------------------
 
@@ -220,14 +231,3 @@ class Submission:
         self._owner.last_error = error
         self._parts.recorder.abandon(self._step)
         self._batch.fail(error)
-
-
-def _clip_norm(feedback: Feedback | None, bucket: BucketMemory, model: WrappedModel) -> float | None:
-    """Returns the norm to which this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
-    norm: float | None = getattr(feedback, "clip_norm", None)
-    if norm is None:
-        return None
-    share = bucket.layout.numel / max(model.numel, 1)
-    if getattr(feedback, "aligned", False):
-        return norm * math.sqrt(share / bucket.alignment.of_gradients())
-    return norm * math.sqrt(share / model.size)

@@ -30,8 +30,9 @@ class MomentumCorrection:
 
     Before that, each rank clips its gradient g to clip_norm / sqrt(P), or, if `aligned`, to clip_norm / sqrt(a) with
     the alignment a of the gradients: their average is shorter than they are by sqrt(a). When the first bucket is sent,
-    the norm over all buckets is not known yet. So each bucket is clipped by itself, to sqrt(n_b / n) of that for a
-    bucket with n_b of the model's n elements.
+    the norm over all buckets is not known yet. So each bucket is clipped by itself, to sqrt(s) of that, with the
+    bucket's share s of the model's elements; if `aligned`, s is the mean of that and of the bucket's share of the
+    gradient's squared norm in earlier steps.
 
     Attributes:
         momentum: m, in [0, 1).

@@ -82,6 +82,31 @@ def test_ranks_that_agree_train_like_one(world: sc.World) -> None:
     torch.testing.assert_close(flat(ours), flat(plain), rtol=1e-4, atol=1e-6)
 
 
+class Uneven(nn.Module):
+    """800 elements with small gradients and 200 with large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many, self.few = nn.Parameter(torch.ones(800)), nn.Parameter(torch.ones(200))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.001 * (self.many * x[:800]).sum() + 10.0 * (self.few * x[800:]).sum()
+
+
+def test_a_bucket_is_clipped_to_its_share_of_the_norm(world: sc.World) -> None:
+    if world.size == 1:
+        pytest.skip("a single rank measures nothing")
+    state = lossless()
+    ddp = wrap(Uneven(), state)
+    optimizer = sc.optim.SGD(ddp.parameters(), state, lr=0.0, max_norm=1.0)
+    for _ in range(24):  # DDP's first step has one bucket, whose measurement has to fade
+        optimizer.zero_grad()
+        ddp(torch.ones(1000)).backward()
+    assert len(state.buckets()) == 2
+    norm = float(ddp.module.few.grad.norm())
+    assert norm == pytest.approx(((0.2 + 1.0) / 2) ** 0.5, rel=0.02), "a fifth of the elements, all of the norm"
+
+
 def test_accumulation_takes_all_gradients_at_one_place(world: sc.World) -> None:
     state = sparse(0.1)
     ddp = wrap(mlp(), state)

@@ -18,18 +18,18 @@ from convergence_study import Cell
 STEPS = (800, 3000, 10000)
 RANKS = (2, 4, 8, 16)
 DENSITIES = (0.01, 0.001)
-# Dense's rate, and the rates that --tune tries after 800 steps, on validation data and with another seed.
-# README.md has the losses.
+# Dense's rate, and the rates that --tune tries after 800 steps, on validation data and with another seed. At 1e-2 the
+# GPTs on prose end anywhere, by seed; their rate is the best of three seeds. README.md has the losses.
 RATES: dict[tuple[str, str], tuple[float, tuple[float, ...]]] = {
     ("code", "adamw"): (3e-3, (1e-3, 3e-3, 1e-2)),
     ("code", "sgd"): (0.1, (0.03, 0.1, 0.3)),
-    ("prose", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
+    ("prose", "adamw"): (3e-3, (3e-3, 1e-2, 3e-2)),
     ("prose", "sgd"): (0.3, (0.1, 0.3, 1.0)),
     ("cnn", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
     ("cnn", "sgd"): (0.1, (0.03, 0.1, 0.3)),
     ("lstm", "adamw"): (3e-2, (1e-2, 3e-2, 1e-1)),
     ("lstm", "sgd"): (3.0, (1.0, 3.0, 10.0)),
-    ("tied", "adamw"): (1e-2, (3e-3, 1e-2, 3e-2)),
+    ("tied", "adamw"): (3e-3, (3e-3, 1e-2, 3e-2)),
     ("tied", "sgd"): (0.1, (0.03, 0.1, 0.3)),
 }
 AVERAGING = {"adamw": {"beta1": 0.9}, "sgd": {"momentum": 0.9}}

@@ -67,7 +67,7 @@ class ChunkTopK(SparsifyingCompressor):
     ) -> Selection:
         """Takes the chunks that are largest on this rank alone; k is rounded up to whole chunks."""
         before = residual.clone()
-        norms = torch.empty(self.chunks_of(residual.numel()))
+        norms = torch.empty(self.chunks_of(residual.numel()), dtype=torch.float32)
         nonfinite = kernels.accumulate_norms(grad, residual, self.chunk, norms, scale=scale)
         positions = Places(largest_chunks(norms, self.chunks_of(k)), self.chunk, residual.numel()).positions()
         return Accumulated(grad, scale, before, residual, nonfinite).take_out(positions, out)
@@ -84,6 +84,6 @@ def largest_chunks(norms: torch.Tensor, count: int) -> torch.Tensor:
     """
     norms.clamp_(max=torch.finfo(torch.float32).max)  # a sum of finite norms may overflow
     room = min(count, norms.numel())
-    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
+    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room, dtype=torch.float32)
     stored = kernels.exact_topk(None, norms, room, indices, values).stored
     return indices[:stored].to(torch.int64)

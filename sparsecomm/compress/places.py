@@ -60,7 +60,7 @@ class Places:
         """Returns the positions of the elements, int64, shape (count,), ascending."""
         if self.width == 1:
             return self.chunks
-        every = self.chunks[:, None] * self.width + torch.arange(self.width)
+        every = self.chunks[:, None] * self.width + torch.arange(self.width, dtype=torch.int64)
         return every.flatten()[: self.count]
 
     def _rows(self, vector: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def _flatten(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Exception | 
     try:
         return torch.cat([_flat_grad(p) for p in bucket]), None
     except Exception as error:
-        return torch.zeros(sum(p.numel() for p in bucket)), error
+        return torch.zeros(sum(p.numel() for p in bucket), dtype=torch.float32), error
 
 
 def _flat_grad(p: torch.Tensor) -> torch.Tensor:

@@ -46,9 +46,9 @@ class Checkpoint:
 
     def to_dict(self) -> dict[str, torch.Tensor]:
         """Returns the flat dict of tensors."""
-        out = {name: torch.tensor(getattr(self, name)) for name in _NUMBERS}
+        out = {name: torch.tensor(getattr(self, name), dtype=torch.int64) for name in _NUMBERS}
         if self.memories["second_moment"]:
-            out[_MOMENT_STEPS] = torch.tensor(self.moment_steps)
+            out[_MOMENT_STEPS] = torch.tensor(self.moment_steps, dtype=torch.int64)
         for kind, named in self.memories.items():
             out.update({f"{kind}.{name}": t for name, t in sorted(named.items())})
         for layout, m in sorted(self.selectors.items()):
@@ -139,7 +139,7 @@ def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[in
     """
     for name, shape in shapes.items():
         if name not in residuals:
-            residuals[name] = torch.zeros(shape if name in kept else 0)
+            residuals[name] = torch.zeros(shape if name in kept else 0, dtype=torch.float32)
 
 
 def _count(key: str, value: object) -> int:

@@ -20,7 +20,7 @@ def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
     """Returns the sampled elements of a bucket: float32 on the host; zeros for no vector."""
     positions = sample_positions(memory.layout)
     if vector is None:
-        return torch.zeros(positions.numel())
+        return torch.zeros(positions.numel(), dtype=torch.float32)
     found = vector[positions.to(vector.device)].to(torch.float32)
     return side_of(vector.device).fetch(found, torch.empty(found.shape, dtype=torch.float32))
 

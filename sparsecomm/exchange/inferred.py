@@ -55,7 +55,7 @@ def infer_sum(parts: Sequence[Pairs], alignment: Alignment, ranks: int) -> Infer
     """
     where = [indices.to(torch.int64) for indices, _ in parts]
     positions = torch.unique(torch.cat(where))
-    sums = torch.zeros(positions.shape, device=positions.device)
+    sums = torch.zeros(positions.shape, device=positions.device, dtype=torch.float32)
     count = torch.zeros_like(sums)
     for index, (_, values) in zip(where, parts, strict=True):
         place = torch.searchsorted(positions, index)

@@ -116,6 +116,6 @@ def is_due(step: int) -> bool:
 def sample_positions(layout: BucketLayout) -> torch.Tensor:
     """Returns the positions to compare: int64, at most `SAMPLE`, ascending, the same on all ranks."""
     if layout.numel <= SAMPLE:
-        return torch.arange(layout.numel)
+        return torch.arange(layout.numel, dtype=torch.int64)
     generator = torch.Generator().manual_seed(layout.hash % 2**63)
     return torch.randint(layout.numel, (SAMPLE,), generator=generator).sort().values

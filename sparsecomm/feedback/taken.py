@@ -201,4 +201,4 @@ class GradientTaken(Taken):
 
 @cache
 def _nothing(device: torch.device) -> Pairs:
-    return torch.empty(0, dtype=torch.uint32, device=device), torch.empty(0, device=device)
+    return torch.empty(0, dtype=torch.uint32, device=device), torch.empty(0, device=device, dtype=torch.float32)

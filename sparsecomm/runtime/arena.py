@@ -9,7 +9,7 @@ import torch
 __all__ = ["Arena"]
 
 
-_NOTHING = (-1, torch.empty(0))
+_NOTHING = (-1, torch.empty(0, dtype=torch.float32))
 
 
 class Arena:

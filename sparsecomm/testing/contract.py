@@ -169,14 +169,16 @@ class _Bucket:
 
     @classmethod
     def empty(cls, compressor: Compressor, numel: int) -> _Bucket:
-        return cls(compressor, torch.zeros(numel), SelectorMemory())
+        return cls(compressor, torch.zeros(numel, dtype=torch.float32), SelectorMemory())
 
     def step(self, grad: torch.Tensor, k: int, scale: float, case: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Selects, and checks the selection. Returns positions (int64) and values."""
         before, given = self.residual.clone(), grad.clone()
         room = _capacity(self.compressor, k, grad.numel())
         # Elements that `select` does not write must be recognizable as invalid.
-        out = SelectionBuffers(torch.full((room,), 2**32 - 1, dtype=torch.uint32), torch.full((room,), torch.nan))
+        out = SelectionBuffers(
+            torch.full((room,), 2**32 - 1, dtype=torch.uint32), torch.full((room,), torch.nan, dtype=torch.float32)
+        )
 
         def select() -> Selection:
             return self.compressor.select(grad, self.residual, k, self.memory, out, scale=scale)

@@ -21,7 +21,7 @@ def gradient(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tens
         dtype: float32, float16 or bfloat16.
         seed: seed of the random elements.
     """
-    noise = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     if kind == "zeros":
         noise.zero_()
     elif kind == "equal":
@@ -33,7 +33,7 @@ def gradient(kind: str, numel: int, dtype: torch.dtype, seed: int) -> torch.Tens
     elif kind == "tiny":
         noise.mul_(2.0**-140 if dtype != torch.float16 else 2.0**-23)
     elif kind == "wide":
-        noise.mul_(10.0 ** (torch.arange(numel) % 7 - 4))
+        noise.mul_(10.0 ** (torch.arange(numel, dtype=torch.int64) % 7 - 4))
     elif kind == "all NaN":
         noise.fill_(math.nan)
     elif kind in NONFINITE and numel:

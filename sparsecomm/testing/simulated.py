@@ -29,7 +29,7 @@ class _World:
         layout = BucketLayout(("weight",), ((numel,),), ((1,),))
         self.compressor, self.collective, self.numel = compressor, collective, numel
         self.world = SimulatedWorld(size)
-        self.residuals = [torch.zeros(numel) for _ in range(size)]
+        self.residuals = [torch.zeros(numel, dtype=torch.float32) for _ in range(size)]
         self.buckets = [BucketMemory(0, layout, residual) for residual in self.residuals]
         self.arenas = [Arena() for _ in range(size)]
 

@@ -81,7 +81,7 @@ class GlooTransport(Transport):
 
     def _find_nodes(self) -> tuple[int, ...]:
         """Returns a number for the machine of every rank. Collective."""
-        mine = torch.tensor([zlib.crc32(_machine().encode())])
+        mine = torch.tensor([zlib.crc32(_machine().encode())], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self._group)
         return tuple(int(node) for node in everyone)

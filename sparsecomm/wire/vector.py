@@ -63,7 +63,7 @@ def write_vector(like: Header, pairs: Pairs | None, codecs: Codecs, arena: Arena
         header.flags = FLAG_NONFINITE
         payload = arena.get((key, "vector"), HEADER_BYTES, torch.uint8)
         write_header(header, payload)
-        return Vector(header, payload, torch.empty(0))
+        return Vector(header, payload, torch.empty(0, dtype=torch.float32))
     indices, values = pairs
     nnz = values.numel()
     header.value_codec = codecs.values

@@ -39,7 +39,8 @@ class ConvNet(nn.Module):
 def batch(step: int, shape: tuple[int, ...] = (12,), dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Any]:
     """This rank's data for a step."""
     g = torch.Generator().manual_seed(10_000 * step + dist.get_rank())
-    return torch.randn(8, *shape, generator=g).to(dtype), torch.randn(8, 3, generator=g).to(dtype)
+    inputs, targets = (torch.randn(8, *s, generator=g, dtype=torch.float32) for s in (shape, (3,)))
+    return inputs.to(dtype), targets.to(dtype)
 
 
 def wrap(

@@ -146,7 +146,7 @@ def _timed(task: Callable[[], object]) -> float:
 def _exchange_seconds(arena: Arena) -> float:
     """Returns the seconds of an exchange of 64 elements in a world of one rank."""
     layout = BucketLayout(("gradient",), ((64,),), ((1,),))
-    bucket, grad = BucketMemory(0, layout, torch.zeros(64)), torch.ones(64)
+    bucket, grad = BucketMemory(0, layout, torch.zeros(64, dtype=torch.float32)), torch.ones(64, dtype=torch.float32)
     plan = Plan(0, "allgather", TopK(), 1, ValueCodec.FP16)
 
     def alone() -> None:
@@ -160,15 +160,15 @@ def _kernel_seconds(compressor: Compressor, density: float) -> Iterator[float]:
     """Yields the costs from `select` to `add`, in the order of `Costs`."""
     n = _ELEMENTS
     k = max(1, min(n, round(density * n)))
-    grad = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    residual, memory = torch.zeros(n), SelectorMemory()
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    residual, memory = torch.zeros(n, dtype=torch.float32), SelectorMemory()
     capacity = compressor.capacity(k, n)
-    out = SelectionBuffers(torch.empty(capacity, dtype=torch.uint32), torch.empty(capacity))
+    out = SelectionBuffers(torch.empty(capacity, dtype=torch.uint32), torch.empty(capacity, dtype=torch.float32))
     yield _best(lambda: compressor.select(grad, residual, k, memory, out)) / n
     empty = _best(lambda: kernels.scatter_reduce(grad, [], scale=1.0))
     yield empty / n
     indices = torch.arange(0, n, max(1, n // k), dtype=torch.int64)[:k].to(torch.uint32)
-    values, error = torch.ones(k), torch.empty(k)
+    values, error = torch.ones(k, dtype=torch.float32), torch.empty(k, dtype=torch.float32)
     header = blank_header(0, 1, 0, 0, n, method_named("allgather").number)
     header.value_codec, header.index_codec = ValueCodec.FP16, choose_index_codec(k, n)
     payload = torch.empty(max_payload_bytes(header.index_codec, header.value_codec, k, n), dtype=torch.uint8)

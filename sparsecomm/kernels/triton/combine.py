@@ -88,7 +88,7 @@ def scatter_reduce(out: torch.Tensor, parts: Sequence[tuple[torch.Tensor, torch.
     n, device = out.numel(), out.device
     regions = ceil_div(n, _REGION)
     indices = joined([i.view(torch.int32) for i, _ in parts], torch.empty(0, dtype=torch.int32, device=device))
-    values = joined([v for _, v in parts], torch.empty(0, device=device))
+    values = joined([v for _, v in parts], torch.empty(0, device=device, dtype=torch.float32))
     starts = upload([0, *accumulate(v.numel() for _, v in parts)], device)
     bounds = torch.empty(max(1, len(parts) * (regions + 1)), dtype=torch.int64, device=device)
     tiles = ceil_div(len(parts) * (regions + 1), 256)

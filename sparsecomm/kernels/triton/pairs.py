@@ -110,7 +110,7 @@ def _refuse(
         if i in verify:
             checksum.check_body(payload, host)
         nnz, split = payload.nnz, payload.index_bytes
-        room = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz)
+        room = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz, dtype=torch.float32)
         try:
             reference_indices.decode_indices(payload.index_codec, host[:split], nnz, payload.numel, room[0])
             reference_values.decode_values(payload.value_codec, host[split:], nnz, payload.value_scale, room[1])

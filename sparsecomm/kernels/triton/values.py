@@ -246,7 +246,7 @@ def decode_values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float,
         read_values(codec, Batch(data, table, verdict), [nnz], out_values)
         good = read(verdict) == [0]
     if not good:
-        reference_values.decode_values(codec, data.cpu(), nnz, scale, torch.empty(nnz))
+        reference_values.decode_values(codec, data.cpu(), nnz, scale, torch.empty(nnz, dtype=torch.float32))
         raise WireError("values", nnz, "the device and the reference disagree about these bytes")
 
 

@@ -145,7 +145,7 @@ def _load(path: Path, shard: Shard) -> dict[str, Any]:
 def _read(folder: Path, shard: Shard) -> None:
     """Fills a shard from the files of a version that overlap it."""
     spec = shard.spec
-    values = torch.empty(spec.numel)
+    values = torch.empty(spec.numel, dtype=torch.float32)
     olds: list[tuple[list[Any], dict[str, Any]]] = []
     version = 0
     for _, path in _files(folder).values():

@@ -65,7 +65,7 @@ class Shard:
     def __init__(self, spec: ShardSpec, rules: Rules) -> None:
         self.spec = spec
         self.rules = rules
-        self.values = torch.zeros(spec.numel)
+        self.values = torch.zeros(spec.numel, dtype=torch.float32)
         self.ready = False
         self.version = 0
         self.clocks = dict.fromkeys(rules.workers, 0)
@@ -80,7 +80,7 @@ class Shard:
         self._memories: dict[int, SelectorMemory] = {}
         self._arena = Arena()
         self._positions = all_positions(spec.numel)
-        self._grad = torch.zeros(spec.numel)
+        self._grad = torch.zeros(spec.numel, dtype=torch.float32)
         self._parameters = [self._parameter(p) for p in spec.pieces]
         self.optimizer = rules.optimizer(self._parameters)
 

@@ -55,16 +55,16 @@ class Part:
         self.bucket = BucketMemory(
             spec.index,
             BucketLayout((f"shard {spec.index}",), ((n,),), ((1,),)),
-            residual=None if lossless and not memories else torch.zeros(n),
-            velocity=torch.zeros(n) if "velocity" in memories else None,
-            second_moment=torch.zeros(n) if "second_moment" in memories else None,
+            residual=None if lossless and not memories else torch.zeros(n, dtype=torch.float32),
+            velocity=torch.zeros(n, dtype=torch.float32) if "velocity" in memories else None,
+            second_moment=torch.zeros(n, dtype=torch.float32) if "second_moment" in memories else None,
         )
         self._config = config
         self._sender = sender
         self._arena = arena
         self._clip = None if limit is None else float(limit) * math.sqrt(clip)
         self._all: torch.Tensor | None = None
-        self._rounding = torch.empty(0)
+        self._rounding = torch.empty(0, dtype=torch.float32)
 
     def take(self, grad: torch.Tensor, clock: int) -> Taken:
         """Adds a gradient to the residual and takes out the values to send. `commit` or `Taken.undo` must follow.
@@ -100,7 +100,7 @@ class Part:
 
     def encode_nonfinite(self, clock: int) -> torch.Tensor:
         """Returns the payload of a push whose gradient is not finite: without values, in the arena."""
-        nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0)
+        nothing = torch.empty(0, dtype=torch.uint32), torch.empty(0, dtype=torch.float32)
         return self._payload(nothing, self._config.values, clock, nonfinite=True)[0]
 
     def encode_first(self, values: torch.Tensor) -> torch.Tensor:

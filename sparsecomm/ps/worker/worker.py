@@ -175,7 +175,10 @@ class Worker:
 
     def residual(self) -> torch.Tensor:
         """Returns a copy of the residual, float32, in the order of the model's flat parameters."""
-        kept = [torch.zeros(p.spec.numel) if p.bucket.residual is None else p.bucket.residual for p in self._parts]
+        kept = [
+            torch.zeros(p.spec.numel, dtype=torch.float32) if p.bucket.residual is None else p.bucket.residual
+            for p in self._parts
+        ]
         return torch.cat(kept)
 
     def _run(self, steps: Steps[T]) -> T:

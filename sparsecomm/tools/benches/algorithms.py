@@ -77,7 +77,7 @@ class Case:
         numel = self.work.numel()
         rows = max(r for r in range(1, math.isqrt(numel) + 1) if numel % r == 0)
         layout = BucketLayout(("gradient",), ((rows, numel // rows),), ((numel // rows, 1),))
-        return BucketMemory(0, layout, torch.zeros(numel) if residual else None)
+        return BucketMemory(0, layout, torch.zeros(numel, dtype=torch.float32) if residual else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ class _Selecting:
         self._bucket = case.bucket(residual=True)
         self._arena = Arena()
         self._codec = choose_index_codec(case.k, numel)
-        self._error = torch.empty(case.k)
+        self._error = torch.empty(case.k, dtype=torch.float32)
         self.payload = torch.empty(max_payload_bytes(self._codec, _VALUES, case.k, numel), dtype=torch.uint8)
 
     def encode(self) -> int:

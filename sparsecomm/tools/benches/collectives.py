@@ -107,7 +107,7 @@ def _checked(
 def _measure(
     world: sc.World, numel: int, densities: Sequence[float], chosen: Iterable[Algorithm], repeats: int
 ) -> _Rounds:
-    source = torch.randn(numel, generator=torch.Generator().manual_seed(world.rank))
+    source = torch.randn(numel, generator=torch.Generator().manual_seed(world.rank), dtype=torch.float32)
     exact = source.double()
     dist.all_reduce(exact)
     exact /= world.size

@@ -104,10 +104,10 @@ def _row(op: str, took: Timing, metric: str, measured: float, goal: float | None
 
 def _pairs(device: torch.device, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns a gradient, a residual, and buffers for the indices and values of pairs."""
-    grad = torch.randn(n, generator=torch.Generator(device).manual_seed(0), device=device)
+    grad = torch.randn(n, generator=torch.Generator(device).manual_seed(0), device=device, dtype=torch.float32)
     room = k + k // 4 + 64
     indices = torch.empty(room, dtype=torch.uint32, device=device)
-    return grad, torch.zeros_like(grad), indices, torch.empty(room, device=device)
+    return grad, torch.zeros_like(grad), indices, torch.empty(room, device=device, dtype=torch.float32)
 
 
 def _at(device: torch.device, n: int, density: float, repeats: int) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def _rest(grad: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, values: 
     arrived = torch.empty(_PAYLOADS * room, dtype=torch.uint8, pin_memory=device.type == "cuda")
     error, form = torch.empty_like(values), _PairsHeader(0, k, n, 0, 1.0)
     got_indices = torch.empty(_PAYLOADS * k, dtype=torch.uint32, device=device)
-    got_values = torch.empty(_PAYLOADS * k, device=device)
+    got_values = torch.empty(_PAYLOADS * k, device=device, dtype=torch.float32)
 
     def encode() -> tuple[int, int, float, int]:
         return kernels.encode_pairs(form, indices, values, payload, error, head=_HEAD)

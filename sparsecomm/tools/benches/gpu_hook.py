@@ -83,7 +83,7 @@ def _seconds(
     layers = [layer for _ in range(_DEPTH) for layer in (nn.Linear(width, width), nn.Tanh())]
     ddp = DistributedDataParallel(nn.Sequential(*layers).to(device), process_group=dist.new_group(backend="gloo"))
     ddp.register_comm_hook(state, hook)
-    x = torch.randn(batch, width, device=device)
+    x = torch.randn(batch, width, device=device, dtype=torch.float32)
     whole, backward = [], []
     for step in range(-5, steps):
         ddp.zero_grad()

@@ -60,11 +60,11 @@ def run(
 
 
 def _row(world: sc.World, buckets: int, numel: int, density: float, repeats: int) -> dict[str, Any]:
-    parameters = [torch.nn.Parameter(torch.zeros(numel)) for _ in range(buckets)]
+    parameters = [torch.nn.Parameter(torch.zeros(numel, dtype=torch.float32)) for _ in range(buckets)]
     model = torch.nn.ParameterList(parameters)
     state = sc.SparseState(sc.TopK(density=density), model=model, collective="allgather", index_codec="rice")
     generator = torch.Generator().manual_seed(world.rank)
-    grads = [torch.randn(numel, generator=generator) for _ in range(buckets)]
+    grads = [torch.randn(numel, generator=generator, dtype=torch.float32) for _ in range(buckets)]
 
     last = buckets - 1
 
@@ -133,13 +133,20 @@ class _ByHand:
         numel = self._numel = grads[0].numel()
         room = kernels.max_index_bytes(IndexCodec.RICE, k, numel) + 2 * k
         memory = [
-            _InFlight(torch.zeros(numel), torch.empty(k, dtype=torch.uint32), torch.empty(k), torch.empty(room).byte())
+            _InFlight(
+                torch.zeros(numel, dtype=torch.float32),
+                torch.empty(k, dtype=torch.uint32),
+                torch.empty(k, dtype=torch.float32),
+                torch.empty(room, dtype=torch.float32).byte(),
+            )
             for _ in grads
         ]
         buckets = list(zip(grads, memory, strict=True))
         self._groups = [buckets[first : first + IN_FLIGHT] for first in range(0, len(buckets), IN_FLIGHT)]
-        self._error = torch.empty(k)
-        self._decoded = [(torch.empty(k, dtype=torch.uint32), torch.empty(k)) for _ in range(world.size)]
+        self._error = torch.empty(k, dtype=torch.float32)
+        self._decoded = [
+            (torch.empty(k, dtype=torch.uint32), torch.empty(k, dtype=torch.float32)) for _ in range(world.size)
+        ]
         self._header = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         body = kernels.estimate_index_bytes(IndexCodec.RICE, k, numel) + kernels.max_value_bytes(ValueCodec.FP16, k)
         self._body = torch.zeros(body, dtype=torch.uint8)
@@ -266,7 +273,7 @@ def _overlap(
     plain.register_comm_hook(None, silent_hook)
     state = sc.SparseState(sc.TopK(density=density), collective="allgather")
     sparse.register_comm_hook(state, sc.sparse_hook)
-    x = torch.randn(batch, width)
+    x = torch.randn(batch, width, dtype=torch.float32)
     samples: dict[str, list[float]] = {"plain": [], "sparse": [], "communication": [], "exposed": []}
     for round_ in range(-2, repeats):
         for name, ddp in (("plain", plain), ("sparse", sparse)):

@@ -62,7 +62,7 @@ def run(
     torch.set_num_threads(1)
     try:
         info = meta()
-        grad = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         for density in densities:
             k = max(1, round(numel * density))
             for path in paths or [p for p in kernels.available_paths() if p != "triton"]:  # the CPU only interprets it
@@ -94,9 +94,9 @@ def _torch_topk(grad: torch.Tensor, residual: torch.Tensor, k: int) -> tuple[tor
 def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
     n = grad.numel()
     density = k / n
-    residual = torch.zeros(n)
+    residual = torch.zeros(n, dtype=torch.float32)
     room = k + k // 4 + 64
-    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room)
+    indices, values = torch.empty(room, dtype=torch.uint32), torch.empty(room, dtype=torch.float32)
     threshold = kernels.exact_topk(grad, residual, k, indices, values).threshold
 
     def rest() -> None:
@@ -143,12 +143,12 @@ def _selecting(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]
 
 def _decoding(grad: torch.Tensor, k: int, repeats: int) -> list[dict[str, Any]]:
     n = grad.numel()
-    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k, dtype=torch.float32)
     kernels.exact_topk(None, grad.clone(), k, indices, values)
     wide = indices.to(torch.int64)
     value_bytes = torch.empty(kernels.max_value_bytes(ValueCodec.FP32, k), dtype=torch.uint8)
     kernels.encode_values(ValueCodec.FP32, values, value_bytes)
-    out = torch.zeros(n)
+    out = torch.zeros(n, dtype=torch.float32)
     got_indices, got_values = torch.empty_like(indices), torch.empty_like(values)
     rows: list[dict[str, Any]] = []
     for codec in (IndexCodec.BITPACK, IndexCodec.RICE):

@@ -29,7 +29,7 @@ _GOAL = 0.9
 class _Flat(torch.nn.Module):
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(numel))
+        self.weight = torch.nn.Parameter(torch.zeros(numel, dtype=torch.float32))
 
 
 @bench(
@@ -98,7 +98,7 @@ def _measure(
         model = _Flat(numel)
         worker = ps.Worker(model, TopK(density))
         mine = compute * (slowdown if rank == size - 1 else 1.0)
-        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
+        gradient = torch.randn(numel, generator=torch.Generator().manual_seed(rank), dtype=torch.float32)
         end = time.perf_counter() + seconds
         while time.perf_counter() + mine < end:
             time.sleep(mine)
@@ -153,10 +153,10 @@ def run_server(
     for density in densities:
         spec = ModelLayout(("weight",), ((numel,),)).shard(0, 1)
         part = Part(spec, SparseConfig.of(TopK(density), {}), (0, 2), clip=1.0, arena=Arena())
-        grad = torch.randn(numel, generator=torch.Generator().manual_seed(1))
+        grad = torch.randn(numel, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
         payload, nnz = part.encode(part.take(grad, 0), 0)
         message = ms.pack(Envelope(Kind.PUSH, 0, 0), payload)
-        out = torch.zeros(numel)
+        out = torch.zeros(numel, dtype=torch.float32)
         origin = Origin(PUSH, spec, rank=0, world=2, step=0)
         ready, _ = decode(origin, payload)
         wide = ready[0].to(torch.int64)

@@ -159,7 +159,11 @@ def code(
     header = blank_header(0, 1, 0, 0, n, Allgather.number)
     header.value_codec, header.index_codec = value_codec, index_codec
     room = torch.empty(max_payload_bytes(index_codec, value_codec, k, n), dtype=torch.uint8)
-    error, got_indices, got_values = torch.empty(k), torch.empty_like(indices), torch.empty(k)
+    error, got_indices, got_values = (
+        torch.empty(k, dtype=torch.float32),
+        torch.empty_like(indices),
+        torch.empty(k, dtype=torch.float32),
+    )
 
     def encode() -> None:
         encode_payload(header, indices, values, room, error)
@@ -200,7 +204,7 @@ def _rows(recording: Recording, repeats: int) -> list[dict[str, Any]]:
 
 def _top(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Selects the k largest elements as in training, or fewer if x has fewer nonzeros."""
-    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k, dtype=torch.float32)
     stored = kernels.exact_topk(None, x.clone(), k, indices, values).stored
     return indices[:stored], values[:stored]
 
@@ -242,7 +246,7 @@ def _row(
 def _timed(
     coded: dict[tuple[ValueCodec, IndexCodec], Coded], numel: int, repeats: int
 ) -> dict[tuple[object, ...], Timing]:
-    residual, grad = torch.zeros(numel), torch.ones(numel)
+    residual, grad = torch.zeros(numel, dtype=torch.float32), torch.ones(numel, dtype=torch.float32)
     tasks: dict[tuple[object, ...], Callable[[], object]] = {(_FLOOR,): lambda: residual.add_(grad)}
     for pair, one in coded.items():
         tasks[("encode", *pair)] = one.encode

@@ -134,7 +134,7 @@ class _Workers:
     def __init__(self, numel: int, density: float) -> None:
         layout = BucketLayout(("model",), ((numel,),), ((1,),))
         self._world = SimulatedWorld(_WORKERS)
-        self._buckets = [BucketMemory(0, layout, torch.zeros(numel)) for _ in range(_WORKERS)]
+        self._buckets = [BucketMemory(0, layout, torch.zeros(numel, dtype=torch.float32)) for _ in range(_WORKERS)]
         self._arenas = [Arena() for _ in range(_WORKERS)]
         self._compressor = sc.TopK(density=density)
 
@@ -237,7 +237,7 @@ def _text() -> Tensor:
 
 def _windows(text: Tensor, generator: torch.Generator, examples: int, length: int) -> Tensor:
     starts = torch.randint(text.numel() - length, (examples,), generator=generator)
-    return text[starts[:, None] + torch.arange(length)].long()
+    return text[starts[:, None] + torch.arange(length, dtype=torch.int64)].long()
 
 
 def _next_bytes(generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:

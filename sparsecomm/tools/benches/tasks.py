@@ -75,16 +75,16 @@ def task(name: str) -> Task:
 def _teacher(inputs: int) -> tuple[Tensor, Tensor]:
     """Returns the maps from latents to inputs, shape (latent, inputs), and to classes, shape (latent, classes)."""
     generator = torch.Generator().manual_seed(7)
-    spread = torch.randn(_LATENT, inputs, generator=generator) / _LATENT**0.5
-    return spread, torch.randn(_LATENT, _CLASSES, generator=generator)
+    spread = torch.randn(_LATENT, inputs, generator=generator, dtype=torch.float32) / _LATENT**0.5
+    return spread, torch.randn(_LATENT, _CLASSES, generator=generator, dtype=torch.float32)
 
 
 def _labelled(shape: tuple[int, ...], generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
     """Draws noisy images of random latents, and labels of the latents by a fixed teacher."""
     numel = int(torch.Size(shape).numel())
     spread, classes = _teacher(numel)
-    latent = torch.randn(examples, _LATENT, generator=generator)
-    noise = 0.1 * torch.randn(examples, numel, generator=generator)
+    latent = torch.randn(examples, _LATENT, generator=generator, dtype=torch.float32)
+    noise = 0.1 * torch.randn(examples, numel, generator=generator, dtype=torch.float32)
     return (latent @ spread + noise).view(examples, *shape), (latent @ classes).argmax(1)
 
 
@@ -145,7 +145,7 @@ def _text() -> Tensor:
 def _bytes(generator: torch.Generator, examples: int, context: int = 64) -> tuple[Tensor, Tensor]:
     text = _text()
     starts = torch.randint(text.numel() - context - 1, (examples,), generator=generator)
-    windows = text[starts[:, None] + torch.arange(context + 1)].long()
+    windows = text[starts[:, None] + torch.arange(context + 1, dtype=torch.int64)].long()
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -184,8 +184,8 @@ class _Cell:
         # All ranks write the same average, and with a given selection none reads gradient or residual. One gradient and
         # one residual then serve all ranks, which saves memory.
         alone = self.size if self.made_of_all else 1
-        grads = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
-        residuals = [torch.zeros(self.numel) for _ in range(alone)] * (self.size // alone)
+        grads = [torch.zeros(self.numel, dtype=torch.float32) for _ in range(alone)] * (self.size // alone)
+        residuals = [torch.zeros(self.numel, dtype=torch.float32) for _ in range(alone)] * (self.size // alone)
         buckets = [BucketMemory(0, layout, residual) for residual in residuals]
         arenas = [Arena() for _ in range(self.size)]
         worst, first, balance, kept, overlap = 0, 0, 1.0, 0.0, 0.0
@@ -248,7 +248,7 @@ class _Cell:
         """Returns a rank's selection: k positions of its kind, with values from the tails of a Laplacian."""
         g = torch.Generator().manual_seed(100_003 * step + rank)
         indices = KINDS[self.kind](rank, self.size, self.numel, self.wanted, g)
-        magnitudes = 1.0 + torch.empty(self.wanted).exponential_(4.0, generator=g)
+        magnitudes = 1.0 + torch.empty(self.wanted, dtype=torch.float32).exponential_(4.0, generator=g)
         signs = torch.randint(2, (self.wanted,), generator=g) * 2.0 - 1.0
         return indices.to(torch.uint32), magnitudes * signs
 

@@ -45,10 +45,10 @@ def run(
     rows: list[dict[str, Any]] = []
     try:
         info = meta()
-        vector = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+        vector = torch.randn(numel, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         for density in densities:
             k = max(1, round(numel * density))
-            indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+            indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k, dtype=torch.float32)
             kernels.exact_topk(None, vector.clone(), k, indices, values)
             common = {"density": density, "numel": numel, "nnz": k}
             rows += [

@@ -61,7 +61,7 @@ def matrices_of(layout: BucketLayout, rank: int) -> tuple[list[Matrix], list[tup
 def random_factor(name: str, rank: int, length: int) -> torch.Tensor:
     """Returns normally distributed numbers, float32, shape (rank, length), that depend only on the arguments."""
     seed = zlib.crc32(name.encode(), _SEED)
-    return torch.randn(rank, length, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(rank, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def orthonormal(vectors: torch.Tensor, spare: Callable[[], torch.Tensor] | None = None) -> None:

@@ -52,7 +52,7 @@ class Split:
     regions: Regions | None = None
     cuts: list[int] = field(default_factory=list)
     parts: dict[int, torch.Tensor] = field(default_factory=dict)
-    error: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    error: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
     @property
     def context(self) -> Context:

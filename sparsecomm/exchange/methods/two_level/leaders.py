@@ -145,7 +145,7 @@ def _share(exchange: Exchange, header: Header, outcome: Outcome, followers: Sequ
     payloads = [written(outcome.pairs, ValueCodec.FP32, "result")]
     if outcome.chosen is not None:
         # Only positions matter, but a payload cannot omit the values.
-        blank = torch.zeros(outcome.chosen.numel())
+        blank = torch.zeros(outcome.chosen.numel(), dtype=torch.float32)
         payloads.append(written((outcome.chosen, blank), ValueCodec.INT8, "mask"))
     yield [r for f in followers for p in payloads for r in send_payload(exchange.channel, p, f)]
 

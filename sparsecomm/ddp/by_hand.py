@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from sparsecomm.ddp.state import SparseState
 from sparsecomm.errors import ConfigError
+from sparsecomm.runtime.kinds import tensor_problem
 
 __all__ = ["allreduce_gradients"]
 
@@ -34,9 +35,10 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ConfigError(f"bucket_bytes must be a whole number >= 1, got {bucket_bytes!r}")
     buckets = _buckets([p for p in model.parameters() if p.requires_grad], bucket_bytes)
+    names = {id(p): name for name, p in model.named_parameters()}
     flats, futures = [], []
     for i, bucket in enumerate(buckets):
-        flat, error = _flatten(bucket)
+        flat, error = _flatten(bucket, names)
         flats.append(flat)
         futures.append(state.start(i, bucket, flat, last=i == len(buckets) - 1, error=error))
     failed: BaseException | None = None
@@ -73,21 +75,22 @@ def _memory_order(p: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return p.reshape(-1)
 
 
-def _flatten(bucket: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Exception | None]:
+def _flatten(bucket: Sequence[torch.Tensor], names: Mapping[int, str]) -> tuple[torch.Tensor, Exception | None]:
     """Returns the gradients as one flat tensor, or zeros and the error, which the other ranks must learn of too."""
     try:
-        return torch.cat([_flat_grad(p) for p in bucket]), None
+        return torch.cat([_flat_grad(p, names[id(p)]) for p in bucket]), None
     except Exception as error:
         return torch.zeros(sum(p.numel() for p in bucket), dtype=torch.float32), error
 
 
-def _flat_grad(p: torch.Tensor) -> torch.Tensor:
-    grad = p.grad
-    if grad is None:
+def _flat_grad(p: torch.Tensor, name: str) -> torch.Tensor:
+    for what, tensor in ((f"parameter {name!r}", p), (f"the gradient of {name!r}", p.grad)):
+        problem = None if tensor is None else tensor_problem(tensor)
+        if problem is not None:
+            raise ConfigError(f"{what} {problem}: only plain tensors can be exchanged")
+    if p.grad is None:
         return torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
-    if grad.layout != torch.strided:
-        raise ConfigError(f"a gradient of shape {tuple(p.shape)} is in {grad.layout} layout; use sparse=False")
-    return _memory_order(grad, p)
+    return _memory_order(p.grad, p)
 
 
 def _give_back(bucket: Sequence[torch.Tensor], flat: torch.Tensor) -> None:

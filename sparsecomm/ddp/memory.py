@@ -16,6 +16,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore, Watch
+from sparsecomm.runtime.kinds import tensor_problem
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Memories", "Waiting"]
@@ -93,13 +94,18 @@ class Memories:
             prefix: start of every error's text.
 
         Raises:
-            ConfigError: if a parameter is not in the model, or the bucket's size is not that of its parameters.
+            ConfigError: if a parameter is not in the model or no plain tensor, or the bucket's size is not that of its
+                parameters.
         """
         ids = tuple(id(p) for p in parameters)
         known = self.known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == numel:
             return known.bucket
-        layout = BucketLayout.of([(model.name_of(p, prefix), p) for p in parameters])
+        named = [(model.name_of(p, prefix), p) for p in parameters]
+        for name, p in named:
+            if (problem := tensor_problem(p)) is not None:
+                raise ConfigError(f"{prefix}: parameter {name!r} {problem}: only plain tensors can be exchanged")
+        layout = BucketLayout.of(named)
         if layout.numel != numel:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
         selector = self._selectors.pop(layout.hash, SelectorMemory())

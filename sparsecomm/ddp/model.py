@@ -85,7 +85,7 @@ class WrappedModel:
         named = [] if inner is None else list(inner.named_parameters())
         return cls(
             names={id(p): name for name, p in named},
-            shapes={name: tuple(p.shape) for name, p in named},
+            shapes={name: () if p.is_nested else tuple(p.shape) for name, p in named},  # refused later, by name
             trainable={name for name, p in named if p.requires_grad},
             numel=sum(p.numel() for _, p in named),
             ranks=wrappers.ranks,

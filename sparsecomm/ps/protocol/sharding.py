@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsecomm.errors import ConfigError, WireError
+from sparsecomm.runtime.kinds import tensor_problem
 
 __all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
 
@@ -53,10 +54,12 @@ class ModelLayout:
         """Returns the layout of a model's trainable parameters.
 
         Raises:
-            ConfigError: If there is none, or one that is not float32, float16 or bfloat16 on the CPU.
+            ConfigError: If there is none, or one that is no plain tensor of float32, float16 or bfloat16 on the CPU.
         """
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         for name, p in named:
+            if (problem := tensor_problem(p)) is not None:
+                raise ConfigError(f"parameter {name!r} {problem}: a parameter server holds plain tensors")
             if p.dtype not in (torch.float32, torch.float16, torch.bfloat16) or p.device.type != "cpu":
                 raise ConfigError(
                     f"parameter {name!r} is {p.dtype} on {p.device}: a parameter server holds float32, float16 and "

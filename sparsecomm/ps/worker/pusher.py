@@ -18,6 +18,7 @@ from sparsecomm.ps.worker.metrics import WorkerMetrics
 from sparsecomm.ps.worker.overlap import Watch
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.kinds import tensor_problem
 
 __all__ = ["Pusher"]
 
@@ -141,7 +142,7 @@ class Pusher:
                 return
         part = self._parts[index]
         grads = [self._named[piece.name].grad for piece in part.spec.pieces]
-        if any(g is None or g.layout != torch.strided for g in grads):
+        if any(g is None or tensor_problem(g) is not None for g in grads):
             return
         taken = part.take(self._gather(part), clock)
         early = self.early[index] = _Early(taken, 0)
@@ -179,10 +180,8 @@ class Pusher:
             here = flat[piece.offset : piece.offset + piece.end - piece.start]
             if grad is None:
                 here.zero_()
-            elif grad.layout != torch.strided:
-                raise ConfigError(
-                    f"the gradient of {piece.name!r} is {grad.layout}; build the embedding with sparse=False"
-                )
+            elif (problem := tensor_problem(grad)) is not None:
+                raise ConfigError(f"the gradient of {piece.name!r} {problem}: only plain tensors can be exchanged")
             else:
                 here.copy_(grad.reshape(-1)[piece.start : piece.end])
         return flat
@@ -193,7 +192,7 @@ class Pusher:
         flat = self._arena.get(("gradient", part.spec.index), part.spec.numel, torch.float32)
         for piece in part.spec.pieces:
             grad = self._named[piece.name].grad
-            if grad is None or grad.layout != torch.strided:
+            if grad is None or tensor_problem(grad) is not None:
                 return True
             here = flat[piece.offset : piece.offset + piece.end - piece.start]
             now = grad.reshape(-1)[piece.start : piece.end].to(torch.float32)

@@ -151,3 +151,15 @@ def test_a_ddp_model_is_refused(world: sc.World) -> None:
     ddp = wrap(mlp(), None)
     with pytest.raises(sc.ConfigError, match="register sparse_hook"):
         sc.allreduce_gradients(ddp, sparse(model=ddp))
+
+
+def test_a_strange_tensor_on_one_rank_is_named_on_all(world: sc.World) -> None:
+    """The last rank's parameter is on the meta device; the others must not wait for its exchange."""
+    model = mlp()
+    if world.rank == world.size - 1:
+        model[0].weight = nn.Parameter(model[0].weight.detach().to("meta"))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state = sc.SparseState(sc.TopK(0.1), model=model, collective="allgather")
+    with pytest.raises(sc.SparseCommError, match=r"'0\.weight' is on the meta device"):
+        sc.allreduce_gradients(model, state)

@@ -226,7 +226,8 @@ class Memories:
 
     def residual_norm(self) -> float:
         """Returns the 2-norm of all residuals together. Reads every element."""
-        return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in self._stores["residual"].slices()))
+        norms = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in self._stores["residual"].slices())
+        return math.hypot(*norms)
 
     def convergence(self) -> Convergence | None:
         """Returns estimates over all buckets whose last exchange was compressed; None if there are none."""

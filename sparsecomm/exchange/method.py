@@ -170,6 +170,7 @@ class Method(abc.ABC):
         on_device: whether it accepts a gradient on a GPU. Otherwise the whole gradient is copied to the host first.
         header: this rank's header; set by `encode`.
         payload: uint8, the header and the body, if any; set by `encode`.
+        finite: whether the sum is finite, alike on all ranks; set by `decode`. If not, all ranks skip the step.
     """
 
     name: ClassVar[str]
@@ -181,6 +182,7 @@ class Method(abc.ABC):
     on_device: ClassVar[bool] = False
     header: Header
     payload: torch.Tensor
+    finite: bool = True
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange

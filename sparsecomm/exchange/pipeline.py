@@ -134,7 +134,7 @@ def _run(running: Exchange, method: Method) -> CollectiveSteps[None]:
         method.give_up(together=False)
         raise
     with running.stage("apply"):
-        if finite and _apply(running, method):
+        if finite and method.finite and _apply(running, method):
             running.keep(taken)
         else:
             running.skip(taken)

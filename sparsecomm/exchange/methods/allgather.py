@@ -15,6 +15,7 @@ from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.inferred import InferredSum, infer_sum
 from sparsecomm.exchange.method import Method, register
 from sparsecomm.feedback import SelectedTaken
+from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Codecs, Pairs, Sizes, ValueCodec
 from sparsecomm.wire import (
@@ -28,6 +29,8 @@ from sparsecomm.wire import (
 )
 
 __all__ = ["Allgather"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @register
@@ -108,6 +111,19 @@ class Allgather(Method):
         values = workspace.get("decoded values", total, torch.float32, reserve=most)
         own = (self.exchange.channel.rank, taken.indices)
         self._parts = decode_bodies(headers, self._bodies, indices, values, own)
+        self.finite = self._sum_is_finite(values)
+
+    def _sum_is_finite(self, values: torch.Tensor) -> bool:
+        """Returns whether all sums are finite. Adds them up only if the largest of all values makes that unsure."""
+        if not values.numel():
+            return True
+        low, high = side_of(values.device).read(torch.stack(torch.aminmax(values)))
+        if max(-float(low), float(high)) <= _LARGEST / len(self._parts):
+            return True
+        exchange = self.exchange
+        work = exchange.workspace.get("sum", exchange.grad.numel(), torch.float32)
+        kernels.scatter_reduce(work, self._parts, scale=1.0)
+        return bool(torch.isfinite(work).all())
 
     @override
     def write_average(self, out: torch.Tensor, scale: float) -> None:

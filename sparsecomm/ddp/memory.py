@@ -185,7 +185,8 @@ class Memories:
         if self._square[0] != step:
             found = [(math.prod(model.shapes[name]), self._alignments.get(name)) for name in model.trainable]
             known = all(a is not None and a.count for _, a in found)
-            square = sum(n * a.gradient.mean for n, a in found if a is not None) if known else 0.0
+            # fsum: names are in a set, whose order differs between processes
+            square = math.fsum(n * a.gradient.mean for n, a in found if a is not None) if known else 0.0
             self._square = (step, square)
         square = self._square[1]
         if not square > 0.0:

@@ -16,12 +16,14 @@ MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(2), sc.ps.Asynchronous()]
 
 def network(seed: int = 3, *, hidden: int = 5) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(7, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3))
+    ends = [torch.nn.Linear(7, hidden, dtype=torch.float32), torch.nn.Linear(hidden, 3, dtype=torch.float32)]
+    return torch.nn.Sequential(ends[0], torch.nn.Tanh(), ends[1])
 
 
 def batch(worker: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(100 * worker + step)
-    return torch.randn(4, 7, generator=g), torch.randn(4, 3, generator=g)
+    inputs, targets = (torch.randn(4, n, generator=g, dtype=torch.float32) for n in (7, 3))
+    return inputs, targets
 
 
 def loss_of(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -245,6 +247,18 @@ def test_other_kinds_of_feedback_train(feedback: Any) -> None:
         return float(loss_of(model, inputs, targets).detach())
 
     assert all(after < 0.8 * before for after in job.run([task(link) for link in job.links]))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_the_default_dtype_of_torch_does_not_matter(default: torch.dtype, codec: str) -> None:
+    expected = run(SimulatedJob(2, 2, optimizer=adamw), 6, sc.TopK(0.2), value_codec=codec)
+    torch.set_default_dtype(default)
+    try:
+        found = run(SimulatedJob(2, 2, optimizer=adamw), 6, sc.TopK(0.2), value_codec=codec)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0][0], expected[0][0])
 
 
 def test_the_rate_follows_the_number_of_updates() -> None:

@@ -97,14 +97,14 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
     """Reads the launcher's environment variables.
 
     The first match in `LAUNCHERS` wins; a match without its address is passed over if the world size is 1. Without one
-    this is plain python, a world of one.
+    this is plain python, a world of one, unless half of a launcher's variables tell of more ranks.
 
     Args:
         environ: The environment; None for that of this process.
 
     Raises:
-        LaunchError: if a variable is not a number or contradicts another, or if an address is missing and the world
-            size is not 1.
+        LaunchError: if a variable is not a number or contradicts another, if a rank is set without a world size or the
+            other way round, or if an address is missing and the world size is not 1.
     """
     env = os.environ if environ is None else environ
     for launcher in LAUNCHERS:
@@ -120,7 +120,23 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch:
             )
         if not missing:
             return launch
+    for launcher in LAUNCHERS:
+        _check_whole(launcher, env)
     return Launch("python", 0, 1, 0, "solo")
+
+
+def _check_whole(launcher: Launcher, env: Mapping[str, str]) -> None:
+    """Checks that no half of a launcher's variables tells of more than one rank: each process would train alone.
+
+    Raises:
+        LaunchError: if one does.
+    """
+    for present, absent, alone in ((launcher.size, launcher.rank, 1), (launcher.rank, launcher.size, 0)):
+        if present in env and absent not in env and _number(env, present) != alone:
+            raise LaunchError(
+                f"{present} = {env[present]} is set, but not {absent}: each process would be a world of its own. "
+                f"Set both, unset {present}, or launch with mpirun or torchrun"
+            )
 
 
 def _read(launcher: Launcher, env: Mapping[str, str]) -> Launch:

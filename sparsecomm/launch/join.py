@@ -117,7 +117,7 @@ def _join_mpi(joining: JoinRequest) -> JoinResult:
 
 
 def _join_gloo(joining: JoinRequest) -> JoinResult:
-    """Uses torch.distributed's rendezvous, and Gloo for messages. Collective."""
+    """Uses torch.distributed's rendezvous, or its process group if there is one, and Gloo for messages. Collective."""
     from sparsecomm.transport.gloo import GlooTransport
 
     launch = joining.launch
@@ -127,8 +127,9 @@ def _join_gloo(joining: JoinRequest) -> JoinResult:
         torch_dist.init_from_environment(joining.timeout)
         joining.teardown.callback(_leave_torch)
     transport = GlooTransport(joining.timeout, joining.nodes)
-    local_rank = launch.rank if launch.local_rank is None else launch.local_rank
-    return JoinResult(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", launch.size)))
+    here = [rank for rank, node in enumerate(transport.nodes) if node == transport.nodes[transport.rank]]
+    local_rank = here.index(transport.rank) if launch.local_rank is None else launch.local_rank
+    return JoinResult(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", len(here))))
 
 
 JOINS: Mapping[str, Callable[[JoinRequest], JoinResult]] = {"mpi": _join_mpi, "gloo": _join_gloo, "solo": _join_solo}

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from sparsecomm.errors import ConfigError, LaunchError
-from sparsecomm.launch.detect import detect
+from sparsecomm.launch.detect import Launch, detect
 from sparsecomm.launch.join import JOINS, JoinRequest
 from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, Transport
@@ -125,9 +125,9 @@ def _given_nodes(nodes: Sequence[int] | None, size: int) -> tuple[int, ...] | No
 def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) -> World:
     """Joins the world of this job and brings up torch.distributed if it is not up. Collective.
 
-    Works under mpirun, srun and torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, and in plain
-    python, where it makes a world of one. A second call returns the same world. From now on an exception that no code
-    catches ends the job on all ranks.
+    Works under mpirun, srun and torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, after
+    `torch.distributed.init_process_group`, whose ranks it takes over, and in plain python, where it makes a world of
+    one. A second call returns the same world. From now on an exception that no code catches ends the job on all ranks.
 
     Args:
         timeout: Seconds that a collective may take. None takes SPARSECOMM_TIMEOUT, or 300 if that is not set.
@@ -148,7 +148,7 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     limit = default_timeout() if timeout is None else timeout
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
-    launch = detect()
+    launch = _launch()
     joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
     joined = JOINS[launch.transport](joining)
     transport = joined.transport
@@ -169,6 +169,22 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     atexit.register(shutdown)
     open_timeline(transport.rank)
     return _owned.world
+
+
+def _launch() -> Launch:
+    """Returns how this process was started. A process group of several ranks knows it where the environment does not.
+
+    Raises:
+        LaunchError: if there is no such group, and the environment is not acceptable.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return detect()
+    group = Launch("process group", dist.get_rank(), dist.get_world_size(), None, "gloo")
+    try:
+        found = detect()
+    except LaunchError:
+        return group
+    return group if found.size == 1 else found  # `_check_torch` compares two worlds of several ranks
 
 
 def world() -> World:
@@ -215,7 +231,8 @@ def _check_torch(transport: Transport) -> None:
     if (dist.get_rank(), dist.get_world_size()) != (transport.rank, transport.size):
         raise LaunchError(
             f"torch.distributed was initialized as rank {dist.get_rank()} of {dist.get_world_size()}, "
-            f"the launcher says rank {transport.rank} of {transport.size}; let sparsecomm.init() initialize it"
+            f"the launcher says rank {transport.rank} of {transport.size}; give init_process_group the launcher's rank "
+            "and size, or leave it out: sparsecomm.init() calls it"
         )
 
 

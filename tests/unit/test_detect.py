@@ -35,7 +35,8 @@ TORCHRUN = {**BY_HAND, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
         ({**SRUN, **TORCHRUN}, Launch("torchrun", 1, 2, 0, transport="gloo")),
         ({**OMPI, **TORCHRUN}, Launch("torchrun", 1, 2, 0, transport="gloo")),
         ({k: v for k, v in OMPI.items() if "LOCAL" not in k}, Launch("mpirun (Open MPI)", 1, 4, None, transport="mpi")),
-        ({"OMPI_COMM_WORLD_RANK": "1"}, Launch("python", 0, 1, 0, transport="solo")),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, Launch("python", 0, 1, 0, transport="solo")),
+        ({"WORLD_SIZE": "1"}, Launch("python", 0, 1, 0, transport="solo")),
         ({"MASTER_ADDR": "x", "MASTER_PORT": "1"}, Launch("python", 0, 1, 0, transport="solo")),
     ],
 )
@@ -67,6 +68,23 @@ def test_a_world_without_an_address_is_an_error_that_names_what_is_missing(missi
     with pytest.raises(LaunchError) as caught:
         detect({k: v for k, v in BY_HAND.items() if k not in missing})
     assert all(name in str(caught.value) for name in missing)
+
+
+@pytest.mark.parametrize(
+    ("present", "absent", "value"),
+    [
+        ("WORLD_SIZE", "RANK", "2"),
+        ("RANK", "WORLD_SIZE", "1"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "4"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "3"),
+        ("PMI_RANK", "PMI_SIZE", "1"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "1"),
+    ],
+)
+def test_half_of_a_world_is_an_error_that_names_both_variables(present: str, absent: str, value: str) -> None:
+    with pytest.raises(LaunchError, match=f"{present} = {value} is set, but not {absent}"):
+        detect({present: value, "MASTER_ADDR": "x", "MASTER_PORT": "1"})
+    assert detect({**OMPI, present: value}).size == 4, "a launcher that says everything comes first"
 
 
 def test_a_world_of_one_by_hand_needs_no_address() -> None:

@@ -174,11 +174,23 @@ def test_a_torch_distributed_of_another_world_is_refused_with_both_worlds_in_the
         assert re.search(rf"LaunchError: .*rank 0 of 1, the launcher says rank {rank} of 2", job.err), job
 
 
-@pytest.mark.parametrize("what", ["twice", "no_init", "again", "fork", "loader", "bad_timeout"])
+@pytest.mark.parametrize("what", ["twice", "no_init", "again", "fork", "loader", "bad_timeout", "spawned"])
 def test_init_in_plain_python(what: str) -> None:
     job = run_job([*STRICT, INITIALIZED, what], deadline=60.0)
     assert job.code == 0, job
     assert (job.out, job.err) == ("ok 0\n", ""), job
+
+
+def test_a_spawned_rank_that_fails_ends_the_job() -> None:
+    job = run_job([*STRICT, INITIALIZED, "spawned_failure"], deadline=60.0)
+    assert job.code != 0, job
+    assert "ValueError: the dog ate the batch" in job.err, job
+
+
+def test_world_size_without_a_rank_is_an_error_not_a_world_of_one() -> None:
+    job = run_job([*STRICT, TRAIN], deadline=60.0, env={"WORLD_SIZE": "2"})
+    assert job.code != 0, job
+    assert "WORLD_SIZE = 2 is set, but not RANK" in job.err, job
 
 
 def test_world_size_without_an_address_is_an_error_not_a_world_of_one() -> None:

@@ -60,6 +60,32 @@ def own_torch() -> None:
     dist.destroy_process_group()
 
 
+def spawned(fails: str = "") -> None:
+    """torch.multiprocessing.spawn starts the ranks, which bring torch.distributed up themselves: adopted."""
+    torch.multiprocessing.spawn(rank_of_a_spawned_job, args=(free_port(), fails), nprocs=2)
+
+
+def spawned_failure() -> None:
+    """As before, and one of the ranks fails."""
+    spawned("fails")
+
+
+def rank_of_a_spawned_job(rank: int, port: int, fails: str) -> None:
+    """One of two processes."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    world = sc.init(timeout=20)
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (rank, 2, rank, 2)
+    assert (world.transport, world.launcher) == ("gloo", "process group")
+    step_of(torch.nn.Linear(4, 2))
+    if fails and rank == 1:
+        raise ValueError("the dog ate the batch")
+    step_of(torch.nn.Linear(4, 2))
+    dist.barrier()
+    sc.shutdown()
+    assert dist.is_initialized(), "what the user brought up is the user's to take down"
+    dist.destroy_process_group()
+
+
 def other_torch() -> None:
     """torch.distributed was brought up as another world: refused."""
     from torch.distributed import HashStore

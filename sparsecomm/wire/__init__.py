@@ -26,6 +26,7 @@ from sparsecomm.wire.pairs import (
     decode_body,
     encode_error,
     encode_payload,
+    largest_value,
     max_payload_bytes,
 )
 from sparsecomm.wire.part import (
@@ -83,6 +84,7 @@ __all__ = [
     "encode_positions",
     "encode_signs",
     "known_rules",
+    "largest_value",
     "max_part_bytes",
     "max_payload_bytes",
     "max_positions_bytes",

@@ -19,6 +19,7 @@ __all__ = [
     "decode_body",
     "encode_error",
     "encode_payload",
+    "largest_value",
     "max_payload_bytes",
 ]
 
@@ -120,6 +121,25 @@ def decode_bodies(
         WireError: a body is damaged. The error names field, value, sender and bucket of the first one.
     """
     return kernels.decode_pairs(headers, bodies, indices, values, verify=True, known=own)
+
+
+def largest_value(header: Header, body: torch.Tensor) -> float:
+    """Returns a number that no value of a body exceeds in absolute size. Reads the bytes, so it waits for no device.
+
+    Args:
+        header: header of the body.
+        body: uint8, on the host, decoded without an error before.
+    """
+    if not header.nnz:
+        return 0.0
+    if header.value_codec == ValueCodec.FP16:
+        return torch.finfo(torch.float16).max * header.value_scale
+    octets = body[header.index_bytes : header.body_bytes]
+    if header.value_codec == ValueCodec.INT8:
+        scales = octets[: kernels.max_value_bytes(ValueCodec.INT8, header.nnz) - header.nnz]
+        return 127.0 * float(scales.clone().view(torch.float32).max())
+    dtype = torch.float32 if header.value_codec == ValueCodec.FP32 else torch.bfloat16
+    return float(octets.clone().view(dtype).abs().max())  # cloned, since the bytes may begin anywhere
 
 
 def body_bytes(nnz: int, numel: int, codecs: Codecs) -> int:

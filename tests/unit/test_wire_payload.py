@@ -26,6 +26,7 @@ from sparsecomm.wire import (
     choose_index_codec,
     decode_body,
     encode_error,
+    largest_value,
     max_payload_bytes,
     read_header,
 )
@@ -46,6 +47,8 @@ def test_payloads_decode_to_what_was_encoded_minus_what_rounding_dropped(
     decode_body(header, sent.body, indices, values)
     assert torch.equal(indices, sent.indices)
     assert torch.equal(values + sent.error, sent.values)
+    largest = float(values.abs().max()) if nnz else 0.0
+    assert largest <= largest_value(header, sent.body) * 1.001 <= 1e6 * largest + 1e-30
     if codec[1] == ValueCodec.FP32:
         assert bool((sent.error == 0).all())
 

@@ -6,6 +6,8 @@ The selections are summed in rank order. Cost: ceil(log2 P) messages for the hea
 
 from __future__ import annotations
 
+import math
+
 import torch
 from typing_extensions import override
 
@@ -15,7 +17,6 @@ from sparsecomm.exchange.agree import Agreement
 from sparsecomm.exchange.inferred import InferredSum, infer_sum
 from sparsecomm.exchange.method import Method, register
 from sparsecomm.feedback import SelectedTaken
-from sparsecomm.runtime.device import side_of
 from sparsecomm.transport import CollectiveSteps
 from sparsecomm.types import Codecs, Pairs, Sizes, ValueCodec
 from sparsecomm.wire import (
@@ -25,6 +26,7 @@ from sparsecomm.wire import (
     choose_index_codec,
     decode_bodies,
     encode_payload,
+    largest_value,
     max_payload_bytes,
 )
 
@@ -111,15 +113,11 @@ class Allgather(Method):
         values = workspace.get("decoded values", total, torch.float32, reserve=most)
         own = (self.exchange.channel.rank, taken.indices)
         self._parts = decode_bodies(headers, self._bodies, indices, values, own)
-        self.finite = self._sum_is_finite(values)
+        largest = math.fsum(map(largest_value, headers, self._bodies))
+        self.finite = largest <= _LARGEST or self._sum_is_finite()
 
-    def _sum_is_finite(self, values: torch.Tensor) -> bool:
-        """Returns whether all sums are finite. Adds them up only if the largest of all values makes that unsure."""
-        if not values.numel():
-            return True
-        low, high = side_of(values.device).read(torch.stack(torch.aminmax(values)))
-        if max(-float(low), float(high)) <= _LARGEST / len(self._parts):
-            return True
+    def _sum_is_finite(self) -> bool:
+        """Adds up the values and returns whether all sums are finite."""
         exchange = self.exchange
         work = exchange.workspace.get("sum", exchange.grad.numel(), torch.float32)
         kernels.scatter_reduce(work, self._parts, scale=1.0)

@@ -9,6 +9,7 @@ import torch
 from sparsecomm.ddp.state import SparseState
 from sparsecomm.errors import ConfigError
 from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["allreduce_gradients"]
 
@@ -35,7 +36,7 @@ def allreduce_gradients(model: torch.nn.Module, state: SparseState, *, bucket_by
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ConfigError(f"bucket_bytes must be a whole number >= 1, got {bucket_bytes!r}")
     buckets = _buckets([p for p in model.parameters() if p.requires_grad], bucket_bytes)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_plainly(model)}
     flats, futures = [], []
     for i, bucket in enumerate(buckets):
         flat, error = _flatten(bucket, names)

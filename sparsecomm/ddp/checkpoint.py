@@ -11,6 +11,7 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import StateError
 from sparsecomm.feedback import Alignment, Squares, check_residuals
+from sparsecomm.runtime.names import plain_name
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
 
@@ -74,7 +75,10 @@ class Checkpoint:
         unknown = []
         for key, value in state_dict.items():
             kind, _, name = key.partition(".")
+            name = plain_name(name)
             if name and kind in made.memories:
+                if name in made.memories[kind]:
+                    raise StateError(f"this is not a SparseState checkpoint: it has the {kind} of {name!r} twice")
                 made.memories[kind][name] = value
             elif key.startswith(_SELECTOR):
                 made.selectors[_layout_hash(key)] = _selector(key, value)

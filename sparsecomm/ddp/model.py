@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
+from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
 
@@ -38,7 +39,7 @@ class WrappedModel:
     """The model that a state averages gradients for.
 
     Attributes:
-        names: parameter names by `id(parameter)`, without DDP's "module." prefix: the names of the plain state dict.
+        names: parameter names by `id(parameter)`, without what DDP and other wrappers add: as in the plain state dict.
         shapes: parameter shapes by name, frozen parameters included.
         trainable: names of the parameters that require a gradient.
         numel: elements of all parameters.
@@ -82,7 +83,7 @@ class WrappedModel:
             )
         model = ddps[0] if model is None and ddps else model
         inner = model.module if isinstance(model, DistributedDataParallel) else model
-        named = [] if inner is None else list(inner.named_parameters())
+        named = [] if inner is None else list(named_plainly(inner))
         return cls(
             names={id(p): name for name, p in named},
             shapes={name: () if p.is_nested else tuple(p.shape) for name, p in named},  # refused later, by name

@@ -14,6 +14,7 @@ import torch
 
 from sparsecomm.errors import ConfigError, WireError
 from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
 
@@ -56,7 +57,7 @@ class ModelLayout:
         Raises:
             ConfigError: If there is none, or one that is no plain tensor of float32, float16 or bfloat16 on the CPU.
         """
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        named = [(n, p) for n, p in named_plainly(model) if p.requires_grad]
         for name, p in named:
             if (problem := tensor_problem(p)) is not None:
                 raise ConfigError(f"parameter {name!r} {problem}: a parameter server holds plain tensors")

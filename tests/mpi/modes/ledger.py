@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import TINY_BUCKETS
 
 import sparsecomm as sc
+from sparsecomm.runtime.names import named_plainly
 
 Named = dict[str, torch.Tensor]
 
@@ -48,8 +49,8 @@ class Ledger:
         self.state, self.model, self.group = state, model, ddp.get("process_group")
         self.size = dist.get_world_size(self.group)
         self.scale: Callable[[], float] = lambda: 1.0
-        self.names = {id(p): n for n, p in model.named_parameters()}
-        self.given: Named = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in model.named_parameters()}
+        self.names = {id(p): n for n, p in named_plainly(model)}
+        self.given: Named = {n: torch.zeros(p.shape, dtype=torch.float64) for n, p in named_plainly(model)}
         self.got: Named = {n: t.clone() for n, t in self.given.items()}
         self._seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
 

@@ -111,7 +111,7 @@ def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
     if kernels.current_path() == "reference":
         pytest.skip("the reference kernels may allocate")
     cluster = Cluster(1, N)
-    grads = [gradient("normal", N, dtype, step) for step in range(8)]
+    grads = [gradient("normal", N, dtype, step) for step in range(10)]
 
     def step(number: int) -> None:
         how = {"dense": compressor.is_dense, "collective": collective}
@@ -127,13 +127,16 @@ def test_a_warm_step_takes_no_memory_from_torch_or_python_that_grows_with_n(
     tracemalloc.start()
     try:
         step(6)
-        tracemalloc.reset_peak()
-        held = tracemalloc.get_traced_memory()[0]
-        step(7)
-        peak = tracemalloc.get_traced_memory()[1] - held
+        peaks = []
+        for number in range(7, 10):
+            tracemalloc.reset_peak()
+            held = tracemalloc.get_traced_memory()[0]
+            step(number)
+            peaks.append(tracemalloc.get_traced_memory()[1] - held)
     finally:
         tracemalloc.stop()
-    assert peak < N, f"python and numpy allocated {peak} bytes in one step"
+    # The least, since threads of earlier tests may allocate in between.
+    assert min(peaks) < N, f"python and numpy allocated {peaks} bytes in a step each"
 
 
 def test_a_warm_split_reduce_takes_no_memory_that_grows_with_n_either() -> None:

@@ -45,7 +45,7 @@ def test_flattening_and_giving_back_is_the_identity(make: object, like: bool) ->
     parameter = torch.nn.Parameter(make())  # type: ignore[operator]
     grad = torch.randn(parameter.shape)
     parameter.grad = torch.empty_like(parameter).copy_(grad) if like else grad.clone()
-    flat = by_hand._flat_grad(parameter).clone()
+    flat = by_hand._flat_grad(parameter, "weight").clone()
     assert flat.shape == (parameter.numel(),)
     parameter.grad.zero_()
     by_hand._give_back([parameter], flat)
@@ -55,7 +55,7 @@ def test_flattening_and_giving_back_is_the_identity(make: object, like: bool) ->
 @each_layout
 def test_a_parameter_without_a_gradient_gets_the_average(make: object) -> None:
     parameter = torch.nn.Parameter(make())  # type: ignore[operator]
-    assert not by_hand._flat_grad(parameter).any()
+    assert not by_hand._flat_grad(parameter, "weight").any()
     average = torch.randn(parameter.numel())
     by_hand._give_back([parameter], average)
     assert parameter.grad is not None

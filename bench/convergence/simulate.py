@@ -121,7 +121,6 @@ class Method:
         self.momentum, self.second, self.residual = (torch.zeros(shape) for _ in range(3))
         self.exact = torch.zeros(shape[1])
         self.gradients, self.residuals = Agreement(model.part), Agreement(model.part)
-        self.whole = Agreement(torch.zeros_like(model.part))
 
     def ahead(self, x: Tensor, rank: int, lr: float) -> Tensor:
         """Returns the parameters at which a rank takes its gradient."""
@@ -134,15 +133,14 @@ class Method:
         """Returns the norm to which a rank clips its gradient."""
         if self.s.clip_by == "ranks":
             return float(self.s.clip / math.sqrt(self.ranks))
-        alignment = float(self.whole.of(self.ranks)[0]) if step else 1.0
-        return float(self.s.clip / math.sqrt(alignment))
+        alignment = float(self.gradients.mean.sum() / (self.gradients.each.sum() + 1e-30)) if step else 1.0
+        return float(self.s.clip / math.sqrt(min(1.0, max(1 / self.ranks, alignment))))
 
     def update(self, grads: Tensor, step: int, density: float) -> Tensor:
         """Adds the updates of all gradients, shape (P, n), to the residuals. Returns the average of what is sent."""
         short = self.s.short or self.s.moment == "exact"
         beta1, beta2 = 0.9, ADAM_BETA2 if short else ADAM_BETA2 ** (1 / self.ranks)
         grads *= (self._max_norm(step) / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-        self.whole.add(grads)
         self.momentum.lerp_(grads, 1 - beta1)
         self.second.lerp_(grads.square(), 1 - beta2)
         self.exact.lerp_(grads.mean(0).square(), 1 - beta2)

@@ -8,7 +8,7 @@ import torch
 
 from sparsecomm.ddp.state import SparseState
 from sparsecomm.errors import ConfigError
-from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.kinds import check_plain
 from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["allreduce_gradients"]
@@ -85,12 +85,10 @@ def _flatten(bucket: Sequence[torch.Tensor], names: Mapping[int, str]) -> tuple[
 
 
 def _flat_grad(p: torch.Tensor, name: str) -> torch.Tensor:
-    for what, tensor in ((f"parameter {name!r}", p), (f"the gradient of {name!r}", p.grad)):
-        problem = None if tensor is None else tensor_problem(tensor)
-        if problem is not None:
-            raise ConfigError(f"{what} {problem}: only plain tensors can be exchanged")
+    check_plain(p, f"parameter {name!r}")
     if p.grad is None:
         return torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
+    check_plain(p.grad, f"the gradient of {name!r}")
     return _memory_order(p.grad, p)
 
 

@@ -16,7 +16,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
 from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore, Watch
-from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.kinds import check_plain
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Memories", "Waiting"]
@@ -103,8 +103,7 @@ class Memories:
             return known.bucket
         named = [(model.name_of(p, prefix), p) for p in parameters]
         for name, p in named:
-            if (problem := tensor_problem(p)) is not None:
-                raise ConfigError(f"{prefix}: parameter {name!r} {problem}: only plain tensors can be exchanged")
+            check_plain(p, f"{prefix}: parameter {name!r}")
         layout = BucketLayout.of(named)
         if layout.numel != numel:
             raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["tensor_problem"]
+from sparsecomm.errors import ConfigError
+
+__all__ = ["check_plain", "tensor_problem"]
 
 
 def tensor_problem(tensor: torch.Tensor) -> str | None:
@@ -26,3 +28,14 @@ def tensor_problem(tensor: torch.Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return f"is in {tensor.layout} layout; build the embedding with sparse=False"
     return None
+
+
+def check_plain(tensor: torch.Tensor, what: str) -> None:
+    """Checks that a tensor is plain.
+
+    Raises:
+        ConfigError: if it is not; the text starts with `what`.
+    """
+    problem = tensor_problem(tensor)
+    if problem is not None:
+        raise ConfigError(f"{what} {problem}: only plain tensors can be exchanged")

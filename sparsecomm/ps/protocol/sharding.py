@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsecomm.errors import ConfigError, WireError
-from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.kinds import check_plain
 from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
@@ -59,8 +59,7 @@ class ModelLayout:
         """
         named = [(n, p) for n, p in named_plainly(model) if p.requires_grad]
         for name, p in named:
-            if (problem := tensor_problem(p)) is not None:
-                raise ConfigError(f"parameter {name!r} {problem}: a parameter server holds plain tensors")
+            check_plain(p, f"parameter {name!r}")
             if p.dtype not in (torch.float32, torch.float16, torch.bfloat16) or p.device.type != "cpu":
                 raise ConfigError(
                     f"parameter {name!r} is {p.dtype} on {p.device}: a parameter server holds float32, float16 and "

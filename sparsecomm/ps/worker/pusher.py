@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsecomm.errors import ConfigError
 from sparsecomm.feedback import Taken
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.messages import Kind
@@ -18,7 +17,7 @@ from sparsecomm.ps.worker.metrics import WorkerMetrics
 from sparsecomm.ps.worker.overlap import Watch
 from sparsecomm.ps.worker.part import Part
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.runtime.kinds import tensor_problem
+from sparsecomm.runtime.kinds import check_plain, tensor_problem
 
 __all__ = ["Pusher"]
 
@@ -180,9 +179,8 @@ class Pusher:
             here = flat[piece.offset : piece.offset + piece.end - piece.start]
             if grad is None:
                 here.zero_()
-            elif (problem := tensor_problem(grad)) is not None:
-                raise ConfigError(f"the gradient of {piece.name!r} {problem}: only plain tensors can be exchanged")
             else:
+                check_plain(grad, f"the gradient of {piece.name!r}")
                 here.copy_(grad.reshape(-1)[piece.start : piece.end])
         return flat
 

@@ -5,7 +5,7 @@
 | 1 HELLO | worker -> server | JSON: names and shapes, hash of the initial values, number of shards, mode | WELCOME |
 | 2 WELCOME | server -> worker | | INIT, if flag 1 is set: the worker must send the shard's first values |
 | 3 INIT | worker -> server | payload: the shard's first values | ACK |
-| 4 PUSH | worker -> server | payload (docs/wire-format.md, collective 12) | ACK; with the flag PENDING, at COMMIT |
+| 4 PUSH | worker -> server | marks and a payload (gradient.py; collective 12) | ACK; with the flag PENDING, at COMMIT |
 | 5 ACK | server -> worker | | |
 | 6 PULL | worker -> server | | VALUES, as soon as the mode allows |
 | 7 VALUES | server -> worker | payload (docs/wire-format.md, collective 13) | |
@@ -38,17 +38,19 @@ The envelope, little-endian:
 | offset | bytes | field | content |
 |---|---|---|---|
 | 0 | 4 | magic | "SPPS" |
-| 4 | 1 | version | 2 |
+| 4 | 1 | version | 3 |
 | 5 | 1 | kind | see above |
 | 6 | 2 | flags | see below |
 | 8 | 4 | shard | |
 | 12 | 4 | sender | rank; must be the rank that the message came from |
 | 16 | 8 | clock | pushes that the worker did before; ACK of a JOIN: the clock offered; PING: bytes |
 | 24 | 8 | version | see below |
-| 32 | 8 | seq | number of an event between servers; of an ACK the kind that it acknowledges |
+| 32 | 8 | seq | number of an event between servers; of an ACK the kind that it acknowledges; of a PUSH bytes of marks |
 | 40 | 8 | body bytes | |
-| 48 | 4 | body crc | CRC32C; 0 in INIT, PUSH, VALUES and EVENT, whose bodies carry checksums themselves |
+| 48 | 4 | body crc | CRC32C; of a PUSH that of the marks; 0 in INIT, VALUES and EVENT |
 | 52 | 4 | envelope crc | CRC32C of bytes 0..51 |
+
+Payloads and the messages in an EVENT carry checksums themselves.
 
 Flags: PENDING of a PUSH, WHOLE of a PULL, READY of a PING. WELCOME: 1 asks for INIT. VALUES: 1 says that the body is a
 whole shard. ACK: the staleness of a PUSH in updates, at most 65535; of a JOIN 1 for too late. Otherwise 0.
@@ -90,7 +92,7 @@ __all__ = [
 ]
 
 MAGIC = b"SPPS"
-VERSION = 2
+VERSION = 3
 _RECORD = Record(
     "envelope",
     (
@@ -147,7 +149,7 @@ READY = 1
 MAX_PING = 1 << 20
 """Most bytes that a PING may ask for."""
 
-SEALED = frozenset({Kind.INIT, Kind.PUSH, Kind.VALUES, Kind.EVENT})
+SEALED = frozenset({Kind.INIT, Kind.VALUES, Kind.EVENT})
 """Kinds whose whole body is covered by checksums inside it, so that the envelope does not need one."""
 
 BETWEEN_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
@@ -164,7 +166,7 @@ class Envelope:
         sender: Rank of its sender.
         clock: Pushes that the worker had done before; other meanings are in the table above.
         version: Version of the shard; of a PUSH the one that the gradient was computed on, of a PULL 1 + the worker's.
-        seq: Number of a replicated event; of an ACK the kind that it acknowledges; else 0.
+        seq: Number of a replicated event; of an ACK the kind that it acknowledges; of a PUSH bytes of marks; else 0.
         flags: `PENDING` of a PUSH, `WHOLE` of a PULL, `READY` of a PING, the staleness in an ACK of a PUSH; 1 in some
             answers, see above.
     """
@@ -183,7 +185,7 @@ def pack(envelope: Envelope, body: torch.Tensor = NOTHING) -> torch.Tensor:
     e = envelope
     out = torch.empty(ENVELOPE_BYTES + body.numel(), dtype=torch.uint8)
     out[ENVELOPE_BYTES:] = body
-    crc = 0 if e.kind in SEALED else kernels.crc32c(out[ENVELOPE_BYTES:])
+    crc = kernels.crc32c(_covered(e.kind, e.seq, out[ENVELOPE_BYTES:]))
     _RECORD.write(out, (e.kind, e.flags, e.shard, e.sender, e.clock, e.version, e.seq, body.numel(), crc))
     return out
 
@@ -220,10 +222,17 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
     body = message[ENVELOPE_BYTES:]
     if length != body.numel():
         raise bad("body_bytes", length, f"{body.numel()} bytes follow the envelope")
-    found = 0 if kind in SEALED else kernels.crc32c(body)
+    found = kernels.crc32c(_covered(kind, seq, body))
     if found != body_crc:
         raise bad("body_crc", hex(body_crc), f"the body's checksum is {found:#x}")
     return Envelope(Kind(kind), shard, sender, clock, at, seq, flags), body
+
+
+def _covered(kind: int, seq: int, body: torch.Tensor) -> torch.Tensor:
+    """Returns the part of a body that the envelope's checksum covers."""
+    if kind == Kind.PUSH:
+        return body[:seq]
+    return NOTHING if kind in SEALED else body
 
 
 _KINDS = {int(k) for k in Kind}

@@ -9,11 +9,11 @@ import torch
 
 from sparsecomm.errors import WireError
 from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.gradient import Gradient
 from sparsecomm.ps.protocol.messages import Envelope, Kind
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Mirror
 from sparsecomm.ps.server.shard import Shard
-from sparsecomm.types import Pairs
 
 __all__ = ["Answers", "Deferred", "PendingPush"]
 
@@ -42,14 +42,12 @@ class PendingPush:
     Attributes:
         envelope: Envelope of the PUSH.
         body: Body of the PUSH.
-        pairs: The gradient, decoded.
-        nonfinite: Whether the gradient was not finite.
+        gradient: The gradient, decoded.
     """
 
     envelope: Envelope
     body: torch.Tensor
-    pairs: Pairs
-    nonfinite: bool
+    gradient: Gradient
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Answers:
     def apply(self, push: PendingPush) -> None:
         """Applies a push, acknowledges it and answers the pulls that waited for it."""
         request = push.envelope
-        stale = self.shard.push(request.sender, request.clock, request.version, push.pairs, push.nonfinite)
+        stale = self.shard.push(request.sender, request.clock, request.version, push.gradient)
         if stale is not None:
             self.mirror.pass_on(request, push.body)
         self.show()  # before the ACK, after which the worker may read the window

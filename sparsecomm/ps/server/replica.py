@@ -7,8 +7,8 @@ from collections import deque
 import torch
 
 from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.gradient import read_gradient
 from sparsecomm.ps.protocol.messages import Envelope, Kind
-from sparsecomm.ps.protocol.payloads import decode
 from sparsecomm.ps.protocol.roster import ring
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
@@ -158,7 +158,7 @@ def apply_event(replica: Shard, event: torch.Tensor) -> None:
     if inner.kind == Kind.JOIN:
         replica.join(worker, clock)
     elif inner.kind == Kind.PUSH:
-        pairs, nonfinite = decode(replica.rules.push_origin(replica.spec, worker, clock), body)
-        replica.push(worker, clock, inner.version, pairs, nonfinite)
+        gradient = read_gradient(replica.rules.push_origin(replica.spec, worker, clock), inner.seq, body)
+        replica.push(worker, clock, inner.version, gradient)
     else:
         replica.leave(worker, ms.read_text(body))

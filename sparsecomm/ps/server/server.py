@@ -14,6 +14,7 @@ import torch
 from sparsecomm.errors import SparseCommError, WireError
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.board import board_bytes
+from sparsecomm.ps.protocol.gradient import read_gradient
 from sparsecomm.ps.protocol.messages import Envelope, Kind
 from sparsecomm.ps.protocol.payloads import PUSH, Origin, decode
 from sparsecomm.ps.protocol.roster import Roster
@@ -317,7 +318,8 @@ class Server:
         answers, worker, clock = self._answers_for(envelope), envelope.sender, envelope.clock
         shard = answers.shard
         shard.check_turn(worker, clock, envelope.version)
-        push = PendingPush(envelope, body, *decode(self.rules.push_origin(shard.spec, worker, clock), body))
+        origin = self.rules.push_origin(shard.spec, worker, clock)
+        push = PendingPush(envelope, body, read_gradient(origin, envelope.seq, body))
         answers.pending.pop(worker, None)  # this push replaces it
         if envelope.flags & ms.PENDING and clock == shard.clocks[worker]:
             answers.pending[worker] = push

@@ -17,6 +17,7 @@ from sparsecomm import kernels
 from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.errors import WireError
+from sparsecomm.ps.protocol.gradient import Gradient
 from sparsecomm.ps.protocol.payloads import PULL, Origin, all_positions, decode, encode
 from sparsecomm.ps.protocol.sharding import Piece, ShardSpec
 from sparsecomm.ps.server.rules import Rules
@@ -75,19 +76,18 @@ class Shard:
         self.averaged: dict[int, int] = {}
         self.on_version: Callable[[Shard], None] | None = None
         self._round = 0
-        self._open_rounds: dict[int, dict[int, Pairs | None]] = {}  # by clock, then worker
+        self._open_rounds: dict[int, dict[int, Gradient]] = {}  # by clock, then worker
         self._views: dict[int, tuple[int, torch.Tensor]] = {}  # by worker: the values that it has, and their version
         self._memories: dict[int, SelectorMemory] = {}
         self._arena = Arena()
         self._positions = all_positions(spec.numel)
         self._grad = torch.zeros(spec.numel, dtype=torch.float32)
+        self._gradients = [self._grad[_span(p)] for p in spec.pieces]
         self._parameters = [self._parameter(p) for p in spec.pieces]
         self.optimizer = rules.optimizer(self._parameters)
 
     def _parameter(self, piece: Piece) -> torch.nn.Parameter:
-        span = slice(piece.offset, piece.offset + piece.end - piece.start)
-        parameter = torch.nn.Parameter(self.values[span])
-        parameter.grad = self._grad[span]
+        parameter = torch.nn.Parameter(self.values[_span(piece)])
         parameter.ps_name, parameter.ps_shape = piece.name, piece.shape  # type: ignore[attr-defined]
         return parameter
 
@@ -99,15 +99,14 @@ class Shard:
             self.values.copy_(values)
             self.ready = True
 
-    def push(self, worker: int, clock: int, based_on: int, pairs: Pairs, nonfinite: bool) -> int | None:
+    def push(self, worker: int, clock: int, based_on: int, gradient: Gradient) -> int | None:
         """Applies a worker's gradient, or keeps it until its round closes.
 
         Args:
             worker: Rank of the worker.
             clock: Pushes that the worker has done before.
             based_on: Version that the gradient was computed on.
-            pairs: The gradient.
-            nonfinite: Whether the gradient was not finite. Such a push is counted but changes no values.
+            gradient: The gradient. One that was not finite is counted but changes no values.
 
         Returns:
             Staleness of the push in updates; None if it was applied before and sent again after a failure.
@@ -121,17 +120,15 @@ class Shard:
         stale = self.version - based_on
         tally = self.tallies[worker]
         tally.pushes += 1
-        tally.nonfinite += nonfinite
+        tally.nonfinite += gradient.nonfinite
         tally.stale += stale
         tally.stalest = max(tally.stalest, stale)
         self.clocks[worker] = clock + 1
         if self.rules.mode.rounds:
-            self._open_rounds.setdefault(clock, {})[worker] = None if nonfinite else pairs
+            self._open_rounds.setdefault(clock, {})[worker] = gradient
             self._close_rounds()
-        elif nonfinite:
-            self._count_update()
         else:
-            self._update([pairs], 1.0 / len(self.rules.workers))
+            self._update([gradient], 1.0 / len(self.rules.workers))
         return stale
 
     def check_turn(self, worker: int, clock: int, based_on: int) -> None:
@@ -200,25 +197,29 @@ class Shard:
                 continue
             parts = [pushes[w] for w in sorted(pushes)]
             self.averaged[len(parts)] = self.averaged.get(len(parts), 0) + 1
-            finite = [p for p in parts if p is not None]
-            if finite:
-                self._update(finite, 1.0 / len(parts))
-            else:
-                self._count_update()
+            self._update(parts, 1.0 / len(parts))
 
-    def _update(self, parts: Sequence[Pairs], scale: float) -> None:
-        """Makes one step of the optimizer on the scaled sum of gradients."""
-        kernels.scatter_reduce(self._grad, parts, scale=scale)
+    def _update(self, gradients: Sequence[Gradient], scale: float) -> None:
+        """Counts an update, and makes one step of the optimizer on the scaled sum of the gradients that are finite.
+
+        The optimizer sees no gradient for a piece that all of them lack.
+        """
+        finite = [g for g in gradients if not g.nonfinite]
+        if finite:
+            kernels.scatter_reduce(self._grad, [g.pairs for g in finite], scale=scale)
+            absent = frozenset.intersection(*(g.absent for g in finite))
+            for number, parameter in enumerate(self._parameters):
+                parameter.grad = None if number in absent else self._gradients[number]
+            self._step()
+        self.version += 1
+        if self.on_version is not None:
+            self.on_version(self)
+
+    def _step(self) -> None:
         if self.rules.rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rules.rate(self.version)
         self.optimizer.step()
-        self._count_update()
-
-    def _count_update(self) -> None:
-        self.version += 1
-        if self.on_version is not None:
-            self.on_version(self)
 
     # --- pulls ---
 
@@ -298,9 +299,9 @@ class Shard:
             "averaged": self.averaged,
             "tallies": {w: vars(t) for w, t in self.tallies.items()},
             "open": [
-                (clock, worker, None if pairs is None else (pairs[0].to(torch.int64), pairs[1]))
+                (clock, worker, g.pairs[0].to(torch.int64), g.pairs[1], g.nonfinite, sorted(g.absent))
                 for clock, pushes in self._open_rounds.items()
-                for worker, pairs in pushes.items()
+                for worker, g in pushes.items()
             ],
             "optimizer": self.optimizer.state_dict(),
         }
@@ -320,9 +321,9 @@ class Shard:
         made.clocks, made.gone, made.averaged = state["clocks"], state["gone"], state["averaged"]
         made.joined = state["joined"]
         made.tallies = {w: Tally(**t) for w, t in state["tallies"].items()}
-        for clock, worker, s in state["open"]:
-            pairs = None if s is None else (s[0].to(torch.uint32), s[1])
-            made._open_rounds.setdefault(clock, {})[worker] = pairs
+        for clock, worker, indices, values, nonfinite, absent in state["open"]:
+            gradient = Gradient((indices.to(torch.uint32), values), nonfinite, frozenset(absent))
+            made._open_rounds.setdefault(clock, {})[worker] = gradient
         made.optimizer.load_state_dict(state["optimizer"])
         return made
 
@@ -343,3 +344,8 @@ class Shard:
             if state:
                 self.optimizer.state[parameter] = state
         self.version, self.ready = version, True
+
+
+def _span(piece: Piece) -> slice:
+    """Returns the positions of a piece in its shard."""
+    return slice(piece.offset, piece.offset + piece.end - piece.start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -66,15 +67,19 @@ class Part:
         self._all: torch.Tensor | None = None
         self._rounding = torch.empty(0, dtype=torch.float32)
 
-    def take(self, grad: torch.Tensor, clock: int) -> Taken:
+    def take(self, grad: torch.Tensor, clock: int, absent: Sequence[int] = ()) -> Taken:
         """Adds a gradient to the residual and takes out the values to send. `commit` or `Taken.undo` must follow.
 
         Args:
             grad: float32, shape (spec.numel,). Must not change until then.
             clock: Pushes done before.
+            absent: Numbers of the pieces without a gradient. `grad` is zero there. Their residual and moments stay as
+                they are, since the server leaves such a piece alone.
         """
         config, n = self._config, self.spec.numel
-        incoming = Incoming(grad, config.feedback, clip_norm=self._clip)
+        pieces = [self.spec.pieces[number] for number in absent]
+        unused = tuple((p.offset, p.offset + p.end - p.start) for p in pieces)
+        incoming = Incoming(grad, config.feedback, unused=unused, clip_norm=self._clip)
         if config.compressor.is_dense or clock < config.dense_steps or n < config.dense_below:
             taken = take_all(self.bucket, incoming, self._arena)
             if self.bucket.residual is None and not bool(torch.isfinite(grad).all()):

@@ -11,6 +11,7 @@ import torch
 
 from sparsecomm.feedback import Taken
 from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.gradient import marks
 from sparsecomm.ps.protocol.messages import Kind
 from sparsecomm.ps.worker.client import Client
 from sparsecomm.ps.worker.metrics import WorkerMetrics
@@ -109,10 +110,13 @@ class Pusher:
             ConfigError: If a gradient is a sparse tensor.
         """
         self._retract()
-        taken = []
+        late = [p for i, p in enumerate(self._parts) if i not in self.early]
+        gathered = {part.spec.index: self._gather(part) for part in late}  # before any is taken: it may fail
+        taken, marked = [], []
         for index, part in enumerate(self._parts):
-            early = self.early.get(index)
-            taken.append(part.take(self._gather(part), clock) if early is None else early.taken)
+            early, absent = self.early.get(index), self._absent(part)
+            taken.append(part.take(gathered[part.spec.index], clock, absent) if early is None else early.taken)
+            marked.append(marks(absent, len(part.spec.pieces)))
         nonfinite = any(t.nonfinite for t in taken)
         for index, (part, t) in enumerate(zip(self._parts, taken, strict=True)):
             early = self.early.get(index)
@@ -122,7 +126,7 @@ class Pusher:
             elif early is None:
                 payload, nnz = part.encode(t, clock)
                 part.commit(t)
-                self._ask(part, payload, clock)
+                self._ask(part, payload, clock, marked=marked[index])
                 self._counted.nnz += nnz
             else:
                 part.commit(t)
@@ -151,9 +155,12 @@ class Pusher:
             self._ask(part, payload, clock, ms.PENDING)
         self._client.pump()  # lets the message progress
 
-    def _ask(self, part: Part, payload: torch.Tensor, clock: int, flags: int = 0) -> None:
-        version = max(part.version, 0)
-        self._client.ask(Kind.PUSH, part.spec.index, payload, clock=clock, version=version, flags=flags)
+    def _ask(
+        self, part: Part, payload: torch.Tensor, clock: int, flags: int = 0, marked: torch.Tensor = ms.NOTHING
+    ) -> None:
+        fields = {"clock": clock, "version": max(part.version, 0), "flags": flags, "seq": marked.numel()}
+        body = torch.cat((marked, payload)) if marked.numel() else payload
+        self._client.ask(Kind.PUSH, part.spec.index, body, **fields)
 
     def _retract(self) -> None:
         """Takes back the parts whose gradient has changed since they were sent."""
@@ -171,8 +178,12 @@ class Pusher:
                 stacklevel=2,
             )
 
+    def _absent(self, part: Part) -> list[int]:
+        """Returns the numbers of a part's pieces whose parameter has no gradient."""
+        return [i for i, piece in enumerate(part.spec.pieces) if self._named[piece.name].grad is None]
+
     def _gather(self, part: Part) -> torch.Tensor:
-        """Returns a part's gradient as one flat float32 vector, in the arena."""
+        """Returns a part's gradient as one flat float32 vector, in the arena; zeros where there is none."""
         flat = self._arena.get(("gradient", part.spec.index), part.spec.numel, torch.float32)
         for piece in part.spec.pieces:
             grad = self._named[piece.name].grad

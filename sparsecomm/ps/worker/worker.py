@@ -24,6 +24,7 @@ from sparsecomm.ps.worker.part import Part
 from sparsecomm.ps.worker.puller import Puller
 from sparsecomm.ps.worker.pusher import Pusher
 from sparsecomm.runtime.arena import Arena
+from sparsecomm.runtime.names import named_plainly
 
 __all__ = ["Worker", "current_link", "set_current_link"]
 
@@ -97,6 +98,7 @@ class Worker:
         self.clock = 0
         self._counted = WorkerMetrics()
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._frozen = [(name, p) for name, p in named_plainly(model) if not p.requires_grad]
         self._arena = Arena()
         self._flat = torch.cat([p.detach().reshape(-1).to(torch.float32) for p in self._parameters])
         shards = len(self.link.servers)
@@ -126,12 +128,15 @@ class Worker:
     # --- the interface for users ---
 
     def push(self) -> None:
-        """Pushes the gradients; a parameter without a gradient counts as zeros. Returns before the servers have them.
+        """Pushes the gradients. Returns before the servers have them.
 
-        Every server leaves out a gradient that is not finite (`metrics().nonfinite` counts these), and the residual
+        A parameter for which no worker has a gradient (`.grad` is None) is left alone, as torch's optimizers do. Every
+        server leaves out a gradient that is not finite (`metrics().nonfinite` counts these). In both cases the residual
         keeps its values.
 
         Raises:
+            ConfigError: If a gradient is a sparse tensor, or belongs to a parameter that was frozen when this worker
+                was made.
             RemoteError: If a server refused the push before, or a shard is lost with all its servers.
             CommTimeout: If the acknowledgement of the push before did not come.
         """
@@ -223,6 +228,12 @@ class Worker:
 
     def pushing(self) -> Steps[None]:
         """Steps of `push`."""
+        for name, p in self._frozen:
+            if p.requires_grad and p.grad is not None:
+                raise ConfigError(
+                    f"parameter {name!r} has a gradient, but no server has the parameter: it was frozen when the "
+                    "Worker was made; freeze it after that"
+                )
         if not self._pusher.early:
             yield from self._client.wait(Kind.PUSH)
         self._pusher.push(self.clock)

@@ -47,7 +47,8 @@ class PlainSGD:
     def step(self) -> None:
         """Subtracts the gradients."""
         for parameter in self.param_groups[0]["params"]:
-            parameter.sub_(parameter.grad)
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad)
 
     def state_dict(self) -> dict[str, Any]:
         """There is no state."""

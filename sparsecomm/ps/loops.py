@@ -82,12 +82,22 @@ def work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Any:
 
     Returns:
         The result of `train`.
+
+    Raises:
+        SystemExit: If `train` ends by sys.exit. With the status 0 the worker leaves as if `train` had returned.
     """
     drive = _Driver(link.mailbox, timeout)
     made: list[Worker] = []
     set_current_link(replace(link, drive=drive, made=made.append))
+    leaves: SystemExit | None = None
+    result = None
     try:
-        result = train(*link.place)
+        try:
+            result = train(*link.place)
+        except SystemExit as end:
+            if _status(end):
+                raise
+            leaves = end
         if len(made) != 1:
             raise ConfigError(f"the training function made {len(made)} workers, it must make exactly one")
         drive(made[0].leaving())
@@ -95,10 +105,12 @@ def work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Any:
         _fail(link.mailbox, error)
         if made:
             with contextlib.suppress(SparseCommError):
-                drive(made[0].leaving(f"{type(error).__name__}: {error}"))
+                drive(made[0].leaving(_described(error)))
         raise
     finally:
         set_current_link(None)
+    if leaves is not None:
+        raise leaves
     return result
 
 
@@ -137,7 +149,7 @@ class _Driver:
 
 def _fail(mailbox: Mailbox, error: BaseException) -> None:
     """Prints the failure of this rank, and ends the whole job unless it survives the death of a rank."""
-    text = f"sparsecomm.ps: rank {mailbox.rank} of {mailbox.size} failed with {type(error).__name__}: {error}"
+    text = f"sparsecomm.ps: rank {mailbox.rank} of {mailbox.size} failed with {_described(error)}"
     if mailbox.fault_tolerant:
         print(f"{text}; the others go on", file=sys.stderr, flush=True)
         return
@@ -146,4 +158,21 @@ def _fail(mailbox: Mailbox, error: BaseException) -> None:
     sys.stdout.flush()
     from sparsecomm.transport.mpi import import_mpi
 
-    import_mpi().COMM_WORLD.Abort(1)
+    import_mpi().COMM_WORLD.Abort(_status(error))
+
+
+def _status(error: BaseException) -> int:
+    """Returns the status with which a process ends by this exception; never 0 but for the status 0 of sys.exit."""
+    if not isinstance(error, SystemExit):
+        return 1
+    code = 0 if error.code is None else error.code
+    if not isinstance(code, int):
+        return 1  # a text
+    return (code & 255 or 1) if code else 0  # the system keeps 8 bits
+
+
+def _described(error: BaseException) -> str:
+    """Returns an exception in words."""
+    if isinstance(error, SystemExit):
+        return f"status {_status(error)}, by sys.exit({error.code!r})"
+    return f"{type(error).__name__}: {error}"

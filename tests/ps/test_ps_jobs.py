@@ -148,3 +148,34 @@ def test_options_that_cannot_work_are_refused_at_once(
     job = run_job([*mpirun_command(ranks), sys.executable, SMALL, "--folder", tmp_path, *options], deadline=200)
     assert job.code != 0, job
     assert text in job.err, job
+
+
+LEAVES = SMALL.with_name("leaves.py")
+
+
+@pytest.mark.parametrize("way", ["exit", "sys.exit(0)", "raise"])
+def test_a_training_function_may_leave_the_process(way: str) -> None:
+    job = run_job([*mpirun_command(3), sys.executable, LEAVES, way], deadline=200)
+    assert job.code == 0, job
+    assert "rank 0, worker: returned" in job.out, job
+    assert "rank 2, server: {0: 'ended', 1: 'ended'}" in job.out.replace("{1: 'ended', 0", "{0: 'ended', 1"), job
+    assert "rank 1, worker" not in job.out, "sys.exit ends the process"
+
+
+@pytest.mark.parametrize(
+    ("way", "status", "text"),
+    [("sys.exit(3)", 3, "status 3, by sys.exit(3)"), ("text", 1, "status 1, by sys.exit('no more data')")],
+)
+def test_a_status_of_failure_ends_the_job_with_it(way: str, status: int, text: str) -> None:
+    job = run_job([*mpirun_command(3), sys.executable, LEAVES, way], deadline=200)
+    assert job.code == status, job
+    assert f"sparsecomm.ps: rank 1 of 3 failed with {text}; ending the job on all ranks" in job.err, job
+
+
+def test_under_ulfm_the_others_go_on_without_it() -> None:
+    command = mpirun_command(3)
+    command[1:1] = chaos.ULFM
+    job = run_job([*command, sys.executable, LEAVES, "sys.exit(3)"], deadline=200)
+    assert "rank 1 of 3 failed with status 3, by sys.exit(3); the others go on" in job.err, job
+    assert "rank 0, worker: returned" in job.out, job
+    assert "1: 'status 3, by sys.exit(3)'" in job.out, job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -279,3 +280,79 @@ def test_the_rate_follows_the_number_of_updates() -> None:
     job.run([task(link) for link in job.links])
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[3])
+
+
+GROUPS: dict[str, Any] = {
+    "the first has the optimizer's": ([None, 0.01], 0.1, [1.0, 0.1]),
+    "the last has the optimizer's": ([1.0, None], 0.1, [10.0, 1.0]),
+    "all have their own": ([0.2, 0.8], 0.003, [0.25, 1.0]),
+}
+
+
+def grouped(
+    rates: list[float | None], own: float, make: Any = torch.optim.SGD
+) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """An optimizer factory that puts weights and biases into groups; a shard without one kind lacks that group."""
+
+    def factory(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        groups = []
+        for kind, rate in zip(("weight", "bias"), rates, strict=True):
+            chosen = [p for p in parameters if p.ps_name.endswith(kind)]  # type: ignore[attr-defined]
+            if chosen:
+                groups.append({"params": chosen} | ({} if rate is None else {"lr": rate}))
+        optimizer: torch.optim.Optimizer = make(groups, lr=own)
+        return optimizer
+
+    return factory
+
+
+@pytest.mark.parametrize("servers", [1, 4])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_the_rate_keeps_the_ratios_between_groups(groups: Any, servers: int) -> None:
+    """With four servers some shards have weights alone."""
+    rates, own, ratios = groups
+    job = SimulatedJob(1, servers, optimizer=grouped(rates, own), rate=lambda version: 0.5 / (version + 1))
+    got, _ = run(job, 4, sc.Dense())[0]
+    alone = network()
+    kinds = [[p for n, p in alone.named_parameters() if n.endswith(kind)] for kind in ("weight", "bias")]
+    optimizer = torch.optim.SGD([{"params": k, "lr": 0.5 * r} for k, r in zip(kinds, ratios, strict=True)])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(alone, *batch(0, step)).backward()
+        optimizer.step()
+        schedule.step()
+    assert torch.allclose(got, flat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_the_ratios_survive_the_death_of_a_server() -> None:
+    """The copy was made when the rate had moved on already."""
+    options = {"optimizer": grouped([None, 0.01], 0.1), "rate": lambda version: 0.5 / (version + 1)}
+    expected = run(SimulatedJob(2, 3, **options), 8, sc.Dense())[0][0]
+    for turn in range(6, 24, 3):
+        job = SimulatedJob(2, 3, **options)
+
+        def kill(now: int, job: SimulatedJob = job, turn: int = turn) -> None:
+            if now == turn:
+                job.mailboxes.kill(3)
+
+        out = job.run([training(link, 8, sc.Dense()) for link in job.links], between=kill)
+        assert torch.equal(out[0][0], expected)
+
+
+def test_an_optimizer_without_rates_of_its_own_gets_the_rate() -> None:
+    class Bare:
+        def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+            self.param_groups = [{"params": parameters}]
+
+        def step(self) -> None:
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.sub_(p.grad, alpha=self.param_groups[0]["lr"])  # type: ignore[call-overload]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    expected = run(SimulatedJob(1, 1, optimizer=sgd, rate=lambda _: 0.3), 3, sc.Dense())[0][0]
+    got = run(SimulatedJob(1, 1, optimizer=Bare, rate=lambda _: 0.3), 3, sc.Dense())[0][0]
+    assert torch.allclose(got, expected, rtol=1e-6)

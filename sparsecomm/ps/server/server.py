@@ -23,6 +23,7 @@ from sparsecomm.ps.server.admission import Admission
 from sparsecomm.ps.server.answers import Answers, Deferred, PendingPush
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.options import ServerOptions
+from sparsecomm.ps.server.rates import reference_rate
 from sparsecomm.ps.server.replica import Copies, Mirror
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.shard import Shard
@@ -273,7 +274,9 @@ class Server:
         """Creates a shard, from a checkpoint if there is one; does nothing if this server has it."""
         if index in self._answers:
             return
-        shard = Shard(layout.shard(index, len(self.options.servers)), self.rules)
+        rules = self.rules
+        reference = 0.0 if rules.rate is None else reference_rate(rules.optimizer, layout)
+        shard = Shard(layout.shard(index, len(self.options.servers)), rules, reference)
         if self.options.restore is not None:
             self.options.restore(shard)
         self._own(shard)

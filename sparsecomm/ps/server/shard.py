@@ -20,6 +20,7 @@ from sparsecomm.errors import WireError
 from sparsecomm.ps.protocol.gradient import Gradient
 from sparsecomm.ps.protocol.payloads import PULL, Origin, all_positions, decode, encode
 from sparsecomm.ps.protocol.sharding import Piece, ShardSpec
+from sparsecomm.ps.server.rates import Rates
 from sparsecomm.ps.server.rules import Rules
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Codecs, Pairs, ValueCodec
@@ -50,6 +51,7 @@ class Shard:
     Args:
         spec: The part of the model that it holds.
         rules: Rules of the job.
+        reference: Learning rate that `rules.rate` takes the place of, as from `reference_rate`.
 
     Attributes:
         values: The parameters, float32, shape (numel,).
@@ -63,7 +65,7 @@ class Shard:
         on_version: Called with the shard after every update.
     """
 
-    def __init__(self, spec: ShardSpec, rules: Rules) -> None:
+    def __init__(self, spec: ShardSpec, rules: Rules, reference: float = 0.0) -> None:
         self.spec = spec
         self.rules = rules
         self.values = torch.zeros(spec.numel, dtype=torch.float32)
@@ -85,6 +87,8 @@ class Shard:
         self._gradients = [self._grad[_span(p)] for p in spec.pieces]
         self._parameters = [self._parameter(p) for p in spec.pieces]
         self.optimizer = rules.optimizer(self._parameters)
+        self._reference = reference
+        self._rates = Rates(self.optimizer, reference)
 
     def _parameter(self, piece: Piece) -> torch.nn.Parameter:
         parameter = torch.nn.Parameter(self.values[_span(piece)])
@@ -217,8 +221,7 @@ class Shard:
 
     def _step(self) -> None:
         if self.rules.rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rules.rate(self.version)
+            self._rates.set(self.rules.rate(self.version))
         self.optimizer.step()
 
     # --- pulls ---
@@ -290,6 +293,7 @@ class Shard:
             "spec": [s.index, s.shards, s.start, s.end, s.model_hash],
             "pieces": [[p.name, list(p.shape), p.start, p.end, p.offset] for p in s.pieces],
             "values": self.values,
+            "reference": self._reference,
             "ready": self.ready,
             "version": self.version,
             "round": self._round,
@@ -315,7 +319,7 @@ class Shard:
         state = torch.load(io.BytesIO(bytes(data.numpy())), weights_only=True)
         index, shards, start, end, model_hash = state["spec"]
         pieces = tuple(Piece(name, tuple(shape), *rest) for name, shape, *rest in state["pieces"])
-        made = cls(ShardSpec(index, shards, start, end, pieces, model_hash), rules)
+        made = cls(ShardSpec(index, shards, start, end, pieces, model_hash), rules, state["reference"])
         made.values.copy_(state["values"])
         made.ready, made.version, made._round = state["ready"], state["version"], state["round"]
         made.clocks, made.gone, made.averaged = state["clocks"], state["gone"], state["averaged"]

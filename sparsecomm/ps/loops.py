@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,9 @@ from sparsecomm.transport.mailbox.window import Window
 __all__ = ["serve", "work"]
 
 T = TypeVar("T")
+
+_SHOWN = 20  # events in an error
+_BLAME = 10.0  # seconds to find out who is late
 
 
 def serve(server: Server, open_window: Callable[[int], Window] | None, timeout: float) -> None:
@@ -45,7 +49,7 @@ def serve(server: Server, open_window: Callable[[int], Window] | None, timeout: 
         os.kill(os.getpid(), signal.SIGKILL)
     if deserted(server):
         raise SparseCommError(
-            f"server rank {mailbox.rank}: no worker has ended its training: {'; '.join(server.events)}"
+            f"server rank {mailbox.rank}: no worker has ended its training: {'; '.join(server.events[-_SHOWN:])}"
         )
 
 
@@ -62,14 +66,14 @@ def _turns(server: Server, open_window: Callable[[int], Window] | None, timeout:
             backoff.news()
         elif backoff.quiet > timeout:
             raise CommTimeout(
-                f"server rank {rank} has heard nothing for {timeout:g} s; it waits for {waits_for(server)} "
+                f"server rank {rank} has heard nothing new for {timeout:g} s; it waits for {waits_for(server)} "
                 "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
             )
         else:
             backoff.sleep()
-        for event in server.events[printed:]:
+        for event in server.events.since(printed):
             print(f"sparsecomm.ps: server rank {rank}: {event}", file=sys.stderr, flush=True)
-        printed = len(server.events)
+        printed = server.events.total
 
 
 def work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Any:
@@ -86,8 +90,8 @@ def work(link: Link, train: Callable[[int, int], Any], timeout: float) -> Any:
     Raises:
         SystemExit: If `train` ends by sys.exit. With the status 0 the worker leaves as if `train` had returned.
     """
-    drive = _Driver(link.mailbox, timeout)
     made: list[Worker] = []
+    drive = _Driver(link.mailbox, timeout, made)
     set_current_link(replace(link, drive=drive, made=made.append))
     leaves: SystemExit | None = None
     result = None
@@ -120,11 +124,13 @@ class _Driver:
     Args:
         mailbox: Mailbox of the worker.
         timeout: Seconds after which a wait for one thing, without any message, fails.
+        made: The worker, once it is made.
     """
 
-    def __init__(self, mailbox: Mailbox, timeout: float) -> None:
+    def __init__(self, mailbox: Mailbox, timeout: float, made: list[Worker]) -> None:
         self._mailbox = mailbox
         self._timeout = timeout
+        self._made = made
 
     def __call__(self, steps: Steps[T], /) -> T:
         """Returns the result of the steps."""
@@ -141,10 +147,23 @@ class _Driver:
                 backoff.news()
             if backoff.quiet > self._timeout:
                 raise CommTimeout(
-                    f"worker rank {mailbox.rank} has waited {self._timeout:g} s for {awaited}. Is it alive, and are "
-                    "the workers that it may wait for? (SPARSECOMM_TIMEOUT sets the limit in seconds)"
+                    f"worker rank {mailbox.rank} has waited {self._timeout:g} s for {awaited}{self._blame()} "
+                    "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
                 )
             backoff.sleep()
+
+    def _blame(self) -> str:
+        """Asks the servers whom they wait for, for a short time, and returns that in words."""
+        worker = next(iter(self._made), None)
+        if worker is None:
+            return ""
+        backoff, limit = Backoff(), min(_BLAME, self._timeout)
+        with contextlib.suppress(SparseCommError):
+            for _ in worker.blaming():
+                if backoff.quiet > limit:
+                    break
+                time.sleep(backoff.pause())
+        return f"; {worker.blamed}"
 
 
 def _fail(mailbox: Mailbox, error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsecomm.ps.server.late import ranks
 from sparsecomm.ps.server.server import Server
 
 __all__ = ["deserted", "waits_for"]
@@ -9,10 +10,8 @@ __all__ = ["deserted", "waits_for"]
 
 def waits_for(server: Server) -> str:
     """Names the ranks that a server waits for."""
-    alive = sorted({w for s in server.shards.values() for w in s.clocks} or server.roster.living_workers)
-    if alive:
-        return f"messages of worker{'s' * (len(alive) > 1)} at rank {', '.join(map(str, alive))}"
-    return f"servers at rank {', '.join(map(str, sorted(server.roster.others)))} to end"
+    found = [server.late(index) for index in sorted({server.index, *server.shards})]
+    return "; ".join(dict.fromkeys(filter(None, found))) or f"{ranks('server', server.roster.others)} to end"
 
 
 def deserted(server: Server) -> bool:

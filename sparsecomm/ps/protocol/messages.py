@@ -19,6 +19,8 @@
 | 15 JOIN | later worker -> server | none; the clock is its first one | ACK; flag 1 for too late, with a clock offered |
 | 16 COMMIT | worker -> server | none; the PUSH of this clock counts now | the ACK of the PUSH that it completes |
 | 17 PING | worker -> server | none; the clock says how many zero bytes to send back | PING with them |
+| 18 LATE | worker -> server | | LATE with text: whom the server waits for, before it can answer |
+| 19 BEGIN | first living server -> others | JSON: the run, and the version that it resumes; or why not | |
 
 Rules:
 
@@ -75,6 +77,8 @@ from sparsecomm.wire import Record
 __all__ = [
     "BETWEEN_SERVERS",
     "ENVELOPE_BYTES",
+    "LONGEST_REQUEST",
+    "MAX_MESSAGE",
     "MAX_PING",
     "NOTHING",
     "PENDING",
@@ -135,6 +139,8 @@ class Kind(IntEnum):
     JOIN = 15
     COMMIT = 16
     PING = 17
+    LATE = 18
+    BEGIN = 19
 
 
 PENDING = 1
@@ -149,10 +155,23 @@ READY = 1
 MAX_PING = 1 << 20
 """Most bytes that a PING may ask for."""
 
+MAX_COUNT = 1 << 48
+"""Most that a clock, a version or a number of an event can be."""
+
+MAX_MESSAGE = 1 << 30
+"""Most bytes of a message."""
+
+LONGEST_TEXT = 4096
+"""Bytes of a text."""
+
+_NO_BODY = (Kind.PULL, Kind.STATS, Kind.JOIN, Kind.COMMIT, Kind.PING, Kind.LATE)
+LONGEST_REQUEST = dict.fromkeys(_NO_BODY, 0) | {Kind.HELLO: 1 << 26, Kind.BYE: LONGEST_TEXT}
+"""Most bytes in the body of a worker's request, by kind. Those with payloads are bounded by the shard."""
+
 SEALED = frozenset({Kind.INIT, Kind.VALUES, Kind.EVENT})
 """Kinds whose whole body is covered by checksums inside it, so that the envelope does not need one."""
 
-BETWEEN_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE})
+BETWEEN_SERVERS = frozenset({Kind.EVENT, Kind.SNAPSHOT, Kind.STORED, Kind.DONE, Kind.BEGIN})
 """Kinds that only a server may send, and only to a server."""
 
 
@@ -217,8 +236,8 @@ def unpack(message: torch.Tensor, source: int | None) -> tuple[Envelope, torch.T
         raise bad("sender", sender, f"it came from rank {source}")
     if shard >= MAX_SHARDS:
         raise bad("shard", shard, f"at most {MAX_SHARDS - 1}")
-    if min(clock, at, seq) < 0:
-        raise bad("clock, version, seq", (clock, at, seq), "negative")
+    if not 0 <= min(clock, at, seq) <= max(clock, at, seq) <= MAX_COUNT:
+        raise bad("clock, version, seq", (clock, at, seq), f"must be 0 to {MAX_COUNT}")
     body = message[ENVELOPE_BYTES:]
     if length != body.numel():
         raise bad("body_bytes", length, f"{body.numel()} bytes follow the envelope")
@@ -244,14 +263,14 @@ def json_body(content: Any) -> torch.Tensor:
 
 
 def text(content: str) -> torch.Tensor:
-    """Returns a body with a string in UTF-8, cut to 4096 bytes."""
-    data = content.encode(errors="replace")[:4096]
+    """Returns a body with a string in UTF-8, cut to `LONGEST_TEXT` bytes."""
+    data = content[:LONGEST_TEXT].encode(errors="replace")[:LONGEST_TEXT]
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else NOTHING
 
 
 def read_text(body: torch.Tensor) -> str:
     """Returns the string in a body that `text` made; bytes that are not UTF-8 are replaced."""
-    return bytes(body.numpy()).decode(errors="replace")
+    return bytes(body[:LONGEST_TEXT].numpy()).decode(errors="replace")
 
 
 def read_json(body: torch.Tensor, fields: dict[str, type], source: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecomm import kernels
 from sparsecomm.errors import WireError
 from sparsecomm.ps.protocol.sharding import ShardSpec
 from sparsecomm.runtime.arena import Arena
@@ -16,9 +17,9 @@ from sparsecomm.wire import (
     HEADER_BYTES,
     Header,
     HeaderRules,
+    check_body,
     check_pairs,
     choose_index_codec,
-    decode_body,
     encode_payload,
     max_payload_bytes,
     read_header,
@@ -130,7 +131,8 @@ def decode(origin: Origin, data: torch.Tensor) -> tuple[Pairs, bool]:
         raise WireError(field, is_, f"expected {should!r}", rank=rank, bucket=spec.index)
     if header.flags & FLAG_ERROR:
         raise WireError("flags", header.flags, "workers report failures otherwise", rank=rank, bucket=spec.index)
+    check_body(header, data[HEADER_BYTES:])  # before it allocates as much as the header says
     indices = torch.empty(header.nnz, dtype=torch.uint32)
     values = torch.empty(header.nnz, dtype=torch.float32)
-    decode_body(header, data[HEADER_BYTES:], indices, values)
+    kernels.decode_pairs([header], [data[HEADER_BYTES:]], indices, values)
     return (indices, values), bool(header.flags & FLAG_NONFINITE)

@@ -15,8 +15,11 @@ import torch
 from sparsecomm.errors import ConfigError, WireError
 from sparsecomm.runtime.kinds import check_plain
 from sparsecomm.runtime.names import named_plainly
+from sparsecomm.types import MAX_NUMEL
 
 __all__ = ["ModelLayout", "Piece", "ShardSpec", "shard_spans"]
+
+_MOST_DIMENSIONS = 64  # of a tensor in torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,10 @@ class ModelLayout:
         """
         good = isinstance(content, list) and bool(content)
         good = good and all(isinstance(c, list) and len(c) == 2 and isinstance(c[0], str) for c in content)
-        good = good and all(isinstance(c[1], list) and all(type(d) is int and d >= 0 for d in c[1]) for c in content)
-        if not good:
-            raise WireError("model", str(content)[:80], "not a list of names and shapes", rank=source)
+        good = good and all(isinstance(c[1], list) and len(c[1]) <= _MOST_DIMENSIONS for c in content)
+        good = good and all(type(d) is int and 0 <= d <= MAX_NUMEL for c in content for d in c[1])
+        if not good or len({c[0] for c in content}) < len(content):
+            raise WireError("model", str(content)[:80], "not a list of different names, and shapes", rank=source)
         numel = sum(math.prod(c[1]) for c in content)
         if not 0 < numel <= _most_elements():
             raise WireError("model", f"{numel} elements", "none, or more than this machine's memory holds", rank=source)

@@ -8,11 +8,15 @@ import torch
 
 from sparsecomm.errors import WireError
 from sparsecomm.ps.protocol import messages as ms
+from sparsecomm.ps.protocol.messages import ENVELOPE_BYTES, LONGEST_REQUEST, MAX_MESSAGE, Kind
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.rules import Rules
+from sparsecomm.types import IndexCodec, ValueCodec
+from sparsecomm.wire import max_payload_bytes
 
 __all__ = ["Admission", "Hello"]
 
+_DIFFERENCE = 4096  # bytes that a HELLO may be longer than the first, so that most errors name the parameter
 HELLO_FIELDS: dict[str, type] = {"model": list, "values": str, "shards": int, "mode": str}
 
 
@@ -24,11 +28,13 @@ class Hello:
         worker: Rank of its sender.
         layout: Layout of the worker's model.
         values: Hash of the worker's initial values.
+        nbytes: Length of the HELLO's body.
     """
 
     worker: int
     layout: ModelLayout
     values: str
+    nbytes: int
 
 
 class Admission:
@@ -47,6 +53,14 @@ class Admission:
         self._rules = rules
         self._shards = shards
 
+    @property
+    def longest_payload(self) -> int:
+        """Most bytes in the body of a PUSH or INIT."""
+        if self.first is None:
+            return MAX_MESSAGE - 2 * ENVELOPE_BYTES  # it must fit into an EVENT, too
+        n = -(-self.first.layout.numel // self._shards)
+        return max(max_payload_bytes(codec, ValueCodec.FP32, n, n) for codec in IndexCodec) + n // 8 + 1
+
     def check(self, worker: int, body: torch.Tensor, *, joins: bool) -> Hello:
         """Reads a HELLO and returns the first one.
 
@@ -58,8 +72,11 @@ class Admission:
         Raises:
             WireError: If something differs. It names the difference and the worker.
         """
+        longest = LONGEST_REQUEST[Kind.HELLO] if self.first is None else self.first.nbytes + _DIFFERENCE
+        if body.numel() > longest:  # JSON takes many times its length when it is read
+            raise WireError("body_bytes", body.numel(), f"a HELLO of this job has up to {longest}", rank=worker)
         said = ms.read_json(body, HELLO_FIELDS, worker)
-        hello = Hello(worker, ModelLayout.from_json(said["model"], worker), said["values"])
+        hello = Hello(worker, ModelLayout.from_json(said["model"], worker), said["values"], body.numel())
         text = f"{said['mode']}, {said['shards']} servers"
         expected = f"{self._rules.mode}, {self._shards} servers"
         if text != expected:

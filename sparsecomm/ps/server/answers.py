@@ -15,24 +15,7 @@ from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Mirror
 from sparsecomm.ps.server.shard import Shard
 
-__all__ = ["Answers", "Deferred", "PendingPush"]
-
-
-@dataclass
-class Deferred:
-    """A message that this server cannot handle yet.
-
-    Most are about a shard of another server: their sender has heard of that server's death before this one has.
-
-    Attributes:
-        since: Time at which it was put aside, in seconds.
-        source: Rank of its sender.
-        message: The message, uint8.
-    """
-
-    since: float
-    source: int
-    message: torch.Tensor
+__all__ = ["Answers", "PendingPush"]
 
 
 @dataclass

@@ -11,27 +11,29 @@ import math
 import torch
 
 from sparsecomm.ps.protocol.sharding import ModelLayout
-from sparsecomm.ps.server.rules import OptimizerFactory
+from sparsecomm.ps.server.rules import Rules
 
 __all__ = ["Rates", "reference_rate"]
 
 
-def reference_rate(make: OptimizerFactory, layout: ModelLayout) -> float:
+def reference_rate(rules: Rules, layout: ModelLayout) -> float:
     """Returns the learning rate that `rate` takes the place of: the optimizer's own, or the largest if no group has it.
 
     Args:
-        make: Makes an optimizer; called with parameters of the model's sizes that take no memory.
+        rules: Rules of the job. Its optimizer is made for parameters of the model's sizes that take no memory.
         layout: Layout of the whole model.
 
     Returns:
-        The rate; 0.0 if the optimizer's groups have none.
+        The rate; 0.0 if the optimizer's groups have none, or the job has no `rate`.
     """
+    if rules.rate is None:
+        return 0.0
     parameters = []
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32).expand(math.prod(shape)))
         parameter.ps_name, parameter.ps_shape = name, shape  # type: ignore[attr-defined]
         parameters.append(parameter)
-    optimizer = make(parameters)
+    optimizer = rules.optimizer(parameters)
     rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
     own = getattr(optimizer, "defaults", {}).get("lr")
     return float(own) if own in rates else max(rates, default=0.0)

@@ -30,8 +30,8 @@ class Rules:
         mode: How far workers may run apart.
         pull: Selects the changes since a worker's last pull that are sent to it; None sends whole shards.
         pull_codec: Codec of the values of sparse pulls.
-        rate: Learning rate by number of updates done, in place of the optimizer's `lr`; rates.py says which rates groups
-            with another one get. None leaves the optimizer's.
+        rate: Learning rate by number of updates done, in place of the optimizer's `lr`; rates.py says which rates
+            groups with another one get. None leaves the optimizer's.
     """
 
     optimizer: OptimizerFactory

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsecomm.errors import SparseCommError, WireError
+from sparsecomm.errors import SparseCommError, TransportError, WireError
 from sparsecomm.ps.protocol import messages as ms
 from sparsecomm.ps.protocol.board import board_bytes
 from sparsecomm.ps.protocol.gradient import read_gradient
@@ -19,14 +19,19 @@ from sparsecomm.ps.protocol.messages import Envelope, Kind
 from sparsecomm.ps.protocol.payloads import PUSH, Origin, decode
 from sparsecomm.ps.protocol.roster import Roster
 from sparsecomm.ps.protocol.sharding import ModelLayout
+from sparsecomm.ps.server.access import check_access
 from sparsecomm.ps.server.admission import Admission
-from sparsecomm.ps.server.answers import Answers, Deferred, PendingPush
+from sparsecomm.ps.server.answers import Answers, PendingPush
 from sparsecomm.ps.server.board import Board
+from sparsecomm.ps.server.events import Events
+from sparsecomm.ps.server.late import late
 from sparsecomm.ps.server.options import ServerOptions
 from sparsecomm.ps.server.rates import reference_rate
 from sparsecomm.ps.server.replica import Copies, Mirror
 from sparsecomm.ps.server.rules import Rules
-from sparsecomm.ps.server.shard import Shard
+from sparsecomm.ps.server.saving import Saving
+from sparsecomm.ps.server.shard import Shard, UpdateFailed
+from sparsecomm.ps.server.waiting import Waiting
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
 
@@ -34,6 +39,7 @@ __all__ = ["Server"]
 
 _PATIENCE = 10.0
 """Seconds for which a message about another server's shard is kept, in case that server turns out to be dead."""
+_MOST_MESSAGES = 1000  # that are handled in one turn
 
 
 class Server:
@@ -56,16 +62,17 @@ class Server:
         self.rules = rules
         self.options = options
         self.index = options.servers.index(mailbox.rank)
-        self.events: list[str] = []
-        self.rejected: dict[int, int] = {}
+        self.events = Events()
+        self.rejected = self.events.refused
         self.finished = False
         self.ready_workers: set[int] = set()
         self.admission = Admission(rules, len(options.servers))
         self.copies = Copies(options.servers, rules)
         self.roster = Roster(mailbox.rank, options.servers, rules.workers, options.replicate)
         self._answers: dict[int, Answers] = {}  # by shard
-        self._deferred: list[Deferred] = []
+        self._waiting = Waiting(options.now)
         self._said_done = False
+        self._saving = Saving(options.checkpoints, self.events)
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
             Kind.HELLO: self._on_hello,
             Kind.INIT: self._on_init,
@@ -76,18 +83,26 @@ class Server:
             Kind.BYE: self._on_bye,
             Kind.STATS: self._on_stats,
             Kind.PING: self._on_ping,
+            Kind.LATE: self._on_late,
             Kind.EVENT: self._on_copy,
             Kind.SNAPSHOT: self._on_copy,
             Kind.STORED: self._on_stored,
             Kind.DONE: self._on_done,
+            Kind.BEGIN: self._on_begin,
         }
 
     def turn(self) -> bool:
-        """Handles the messages that have arrived and new deaths; returns whether there were any."""
+        """Handles messages that have arrived and new deaths; returns whether any of them brings the job forward.
+
+        Messages that are refused, or come from a rank that is no worker of the job, do not.
+        """
         moved = False
-        while (arrived := self.mailbox.receive()) is not None:
-            moved = True
-            self._receive(*arrived)
+        if self.roster.owner(0) == self.mailbox.rank:
+            self._saving.lead(self._tell_beginning)
+        for _ in range(_MOST_MESSAGES):  # whoever floods this server must not keep it from the rest
+            if (arrived := self.mailbox.receive()) is None:
+                break
+            moved |= self._receive(*arrived)
         moved |= self._handle_deaths()  # last, since a rank may end right after its last message
         self._retry_deferred()
         self._check_finished()
@@ -111,66 +126,69 @@ class Server:
 
     def stats(self, index: int) -> dict[str, object]:
         """Returns the history of a shard that this server owns, as a value that JSON can hold."""
-        return {
-            **self._answers[index].shard.facts(),
-            "rank": self.mailbox.rank,
-            "rejected": self.rejected,
-            "events": self.events,
-        }
+        own = {"rank": self.mailbox.rank, "rejected": self.rejected, "events": list(self.events)}
+        return {**self._answers[index].shard.facts(), **own}
+
+    def late(self, index: int) -> str:
+        """Names the ranks that a shard of this server waits for; empty if all its workers have left."""
+        return late(self._answers.get(index), self.rules.workers, self.roster.backup(index))
 
     # --- messages in and out ---
 
-    def _receive(self, source: int, message: torch.Tensor) -> None:
+    def _receive(self, source: int, message: torch.Tensor) -> bool:
+        """Handles a message; returns whether it was accepted and comes from a rank of the job.
+
+        Raises:
+            UpdateFailed: If the optimizer failed.
+            TransportError: If a message of another server cannot be handled: two copies of a shard would differ.
+        """
         try:
-            envelope, body = ms.unpack(message, source)
-            self._dispatch(envelope, body, message)
-        except SparseCommError as error:
-            self._reject(source, error)
+            self._dispatch(*ms.unpack(message, source), message)
+        except UpdateFailed:
+            raise
+        except Exception as error:  # whatever a message causes, it must not end the server
+            why = str(error) if isinstance(error, SparseCommError) else f"{type(error).__name__}: {error}"
+            if source in self.options.servers:
+                raise TransportError(f"a message of server rank {source} cannot be handled: {why}") from error
+            self._reject(source, why)
+            return False
+        return source in self.options.servers or source in self.roster.workers
 
     def _dispatch(self, envelope: Envelope, body: torch.Tensor, message: torch.Tensor) -> None:
         source, kind, shard = envelope.sender, envelope.kind, envelope.shard
-        if kind not in self._handlers:
-            raise WireError("kind", kind.name, "not for a server", rank=source)
-        if (kind in ms.BETWEEN_SERVERS) != (source in self.options.servers):
-            raise WireError("kind", kind.name, "not for this sender to send", rank=source)
-        if shard >= len(self.options.servers):
-            raise WireError("shard", shard, f"there are {len(self.options.servers)}", rank=source)
+        check_access(envelope, body.numel(), self.options.servers, self.admission.longest_payload)
         if kind in (Kind.HELLO, Kind.JOIN) and source in self.roster.lost:
             return  # its death has been handled: nothing would remove it again
         if kind not in ms.BETWEEN_SERVERS:
             if self.roster.owner(shard) != self.mailbox.rank:
-                self._defer(source, message)
+                self._defer(envelope, message)
                 return
             if shard not in self._answers:
                 self._take_over(shard)  # its owner had ended, but this worker has not heard of it
         self._handlers[kind](envelope, body)
 
-    def _defer(self, source: int, message: torch.Tensor) -> None:
-        self._deferred.append(Deferred(self.options.now(), source, message))
+    def _defer(self, envelope: Envelope, message: torch.Tensor) -> None:
+        self._waiting.put(envelope, message, stranger=envelope.sender not in self.roster.workers)
 
     def _retry_deferred(self) -> None:
         """Handles deferred messages about shards that this server owns by now; refuses those that waited too long."""
-        deferred, self._deferred = self._deferred, []
-        for entry in deferred:
-            shard = ms.unpack(entry.message, entry.source)[0].shard
+        for entry in self._waiting.take():
+            shard, source = entry.envelope.shard, entry.envelope.sender
             owner = self.roster.owner(shard)
             if owner == self.mailbox.rank:
-                self._receive(entry.source, entry.message)
+                self._receive(source, entry.message)
             elif self.options.now() - entry.since > _PATIENCE:
-                error = WireError("shard", shard, f"rank {owner} serves it, and is alive", rank=entry.source)
-                self._reject(entry.source, error, shard)
+                self._reject(source, f"shard {shard} of a message: rank {owner} serves it, and is alive", shard)
             else:
-                self._deferred.append(entry)
+                self._waiting.keep(entry)
 
     def _send(self, dest: int, kind: Kind, shard: int, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
         self.mailbox.send(dest, ms.pack(Envelope(kind, shard, self.mailbox.rank, **fields), body))
 
-    def _reject(self, source: int, error: SparseCommError, shard: int = 0) -> None:
+    def _reject(self, source: int, why: str, shard: int = 0) -> None:
         """Refuses a message and tells its sender why."""
-        self.rejected[source] = self.rejected.get(source, 0) + 1
-        self.events.append(f"refused a message of rank {source}: {error}")
-        if source not in self.options.servers:
-            self._send(source, Kind.REJECT, shard, ms.text(str(error)))
+        self.events.refuse(source, why)
+        self._send(source, Kind.REJECT, shard, ms.text(why))
 
     def _answers_for(self, envelope: Envelope) -> Answers:
         """Returns the answers for a message's shard.
@@ -188,12 +206,13 @@ class Server:
     # --- ownership of shards, departure of workers, the end ---
 
     def _handle_deaths(self) -> bool:
-        """Takes over shards of servers that have died and drops workers that have; returns whether any rank has."""
+        """Takes over shards of servers that have died and drops workers that have; returns whether any of them has."""
         lost = self.mailbox.lost()
         if lost == self.roster.lost:
             return False
         fresh, self.roster.lost = sorted(lost - self.roster.lost), lost
-        for rank in fresh:
+        known = [r for r in fresh if r in self.options.servers or r in self.roster.workers]
+        for rank in known:
             if rank not in self.roster.departed | self.roster.ended:
                 role = "server" if rank in self.options.servers else "worker"
                 self.events.append(f"{role} rank {rank} died")
@@ -201,11 +220,11 @@ class Server:
             if shard not in self._answers and self.roster.inherits(shard):
                 self._take_over(shard)
         for shard, answers in self._answers.items():
-            for rank in fresh:
+            for rank in known:
                 self._drop_worker(answers, rank, "died")
             answers.mirror.moved(self.roster.backup(shard), answers.shard)
             answers.answer_pulls()
-        return True
+        return bool(known)
 
     def _take_over(self, shard: int) -> None:
         replica = self.copies.take(shard)
@@ -217,7 +236,7 @@ class Server:
     def _own(self, shard: Shard) -> None:
         index = shard.spec.index
         answers = self._answers[index] = Answers(shard, Mirror(self.mailbox, index), self.mailbox.rank)
-        shard.on_version = lambda updated: self.options.save(updated, self.events)
+        shard.on_version = self._saving.save
         answers.mirror.moved(self.roster.backup(index), shard)
         for worker in list(shard.clocks):
             self.roster.joined(worker)
@@ -253,12 +272,15 @@ class Server:
     def _on_hello(self, envelope: Envelope, body: torch.Tensor) -> None:
         worker, joins = envelope.sender, envelope.sender >= self.rules.world
         answers = self._answers.get(envelope.shard)
+        if not self._saving.decided:
+            self._defer(envelope, ms.pack(envelope, body))
+            return
         if joins and (self.admission.first is None or answers is None or not answers.shard.ready):
-            self._defer(worker, ms.pack(envelope, body))  # there is nothing to join yet
+            self._defer(envelope, ms.pack(envelope, body))  # there is nothing to join yet
             return
         first = self.admission.check(worker, body, joins=joins)
-        if self.roster.has_lost(envelope.shard):
-            self._answers_for(envelope)  # a shard that may be lost must not begin anew
+        if self.roster.has_lost(envelope.shard):  # then it must not begin anew
+            self._answers_for(envelope)
         self._create_shard(envelope.shard, first.layout)
         self.admission.first = first
         answers = self._answers[envelope.shard]
@@ -274,11 +296,9 @@ class Server:
         """Creates a shard, from a checkpoint if there is one; does nothing if this server has it."""
         if index in self._answers:
             return
-        rules = self.rules
-        reference = 0.0 if rules.rate is None else reference_rate(rules.optimizer, layout)
-        shard = Shard(layout.shard(index, len(self.options.servers)), rules, reference)
-        if self.options.restore is not None:
-            self.options.restore(shard)
+        reference = reference_rate(self.rules, layout)
+        shard = Shard(layout.shard(index, len(self.options.servers)), self.rules, reference)
+        self._saving.restore(shard, layout)
         self._own(shard)
 
     def _welcome(self, answers: Answers, worker: int, **fields: Any) -> None:
@@ -293,6 +313,7 @@ class Server:
     def _on_init(self, envelope: Envelope, body: torch.Tensor) -> None:
         answers, worker = self._answers_for(envelope), envelope.sender
         spec = answers.shard.spec
+        answers.shard.check_member(worker)
         origin = Origin(PUSH, spec, worker, self.rules.world, envelope.clock)
         (_, values), _ = decode(origin, body)
         if values.numel() != spec.numel:
@@ -331,14 +352,14 @@ class Server:
 
     def _on_commit(self, envelope: Envelope, body: torch.Tensor) -> None:
         answers = self._answers_for(envelope)
-        push = answers.commit(envelope)
-        if push is None:
+        if (push := answers.commit(envelope)) is None:
             answers.acknowledge(replace(envelope, kind=Kind.PUSH))
         else:
             answers.apply(push)
 
     def _on_pull(self, envelope: Envelope, body: torch.Tensor) -> None:
         answers = self._answers_for(envelope)
+        answers.shard.check_member(envelope.sender)
         answers.pulls[envelope.sender] = envelope
         answers.answer_pulls()
 
@@ -353,13 +374,18 @@ class Server:
         answers = self._answers_for(envelope)
         answers.send(envelope.sender, Kind.STATS, ms.json_body(self.stats(envelope.shard)))
 
+    def _on_late(self, envelope: Envelope, body: torch.Tensor) -> None:
+        self._send(envelope.sender, Kind.LATE, envelope.shard, ms.text(self.late(envelope.shard)))
+
     def _on_ping(self, envelope: Envelope, body: torch.Tensor) -> None:
         nbytes = envelope.clock
         if nbytes > ms.MAX_PING:
             raise WireError("clock", nbytes, f"at most {ms.MAX_PING} bytes", rank=envelope.sender)
         if envelope.flags & ms.READY:
+            if envelope.sender not in self.rules.workers:
+                raise WireError("flags", envelope.flags, "a worker that joined has no window", rank=envelope.sender)
             if not self._answers_for(envelope).complete(self.rules.workers):
-                self._defer(envelope.sender, ms.pack(envelope, body))
+                self._defer(envelope, ms.pack(envelope, body))
                 return
             self.ready_workers.add(envelope.sender)
         zeros = torch.zeros(nbytes, dtype=torch.uint8)
@@ -372,9 +398,15 @@ class Server:
             self._send(envelope.sender, Kind.STORED, envelope.shard, seq=envelope.seq)
 
     def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
-        answers = self._answers.get(envelope.shard)
-        if answers is not None:
+        if (answers := self._answers.get(envelope.shard)) is not None:
             answers.mirror.stored(envelope.sender, envelope.seq)
+
+    def _on_begin(self, envelope: Envelope, body: torch.Tensor) -> None:
+        self._saving.hear(envelope.sender, body)
+
+    def _tell_beginning(self, body: torch.Tensor) -> None:
+        for rank in self.roster.others:
+            self._send(rank, Kind.BEGIN, 0, body)
 
     def _on_done(self, envelope: Envelope, body: torch.Tensor) -> None:
         self.roster.ended.add(envelope.sender)

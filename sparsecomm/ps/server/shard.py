@@ -16,7 +16,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.compress import Compressor, SelectionBuffers
 from sparsecomm.compress.base import SelectorMemory
-from sparsecomm.errors import WireError
+from sparsecomm.errors import ConfigError, WireError
 from sparsecomm.ps.protocol.gradient import Gradient
 from sparsecomm.ps.protocol.payloads import PULL, Origin, all_positions, decode, encode
 from sparsecomm.ps.protocol.sharding import Piece, ShardSpec
@@ -25,7 +25,16 @@ from sparsecomm.ps.server.rules import Rules
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Codecs, Pairs, ValueCodec
 
-__all__ = ["Shard", "Tally"]
+__all__ = ["Shard", "Tally", "UpdateFailed"]
+
+_MOST_AHEAD = 1 << 16
+"""Rounds that a new worker may leave out."""
+_MOST_OPEN = 32
+"""Pushes of one worker that wait in open rounds. A worker that pulls after each push has one."""
+
+
+class UpdateFailed(ConfigError):
+    """The optimizer or the rate failed in the middle of an update, for which no message is to blame."""
 
 
 @dataclass
@@ -121,6 +130,9 @@ class Shard:
         self.check_turn(worker, clock, based_on)
         if clock < self.clocks[worker]:
             return None
+        if sum(worker in pushes for pushes in self._open_rounds.values()) >= _MOST_OPEN:
+            reason = f"{_MOST_OPEN} pushes of this worker wait for others in open rounds; pull after each push"
+            raise self._error("clock", clock, reason, worker)
         stale = self.version - based_on
         tally = self.tallies[worker]
         tally.pushes += 1
@@ -144,13 +156,21 @@ class Shard:
         if not self.ready:
             reason = "has no values here: its server and its backup are dead"
             raise self._error("shard", self.spec.index, reason, worker)
-        if worker not in self.clocks:
-            why = self.gone.get(worker, "never one of this job")
-            raise self._error("sender", worker, f"not a worker any more: {why}", worker)
+        self.check_member(worker)
         if clock > self.clocks[worker]:
             raise self._error("clock", clock, f"this worker has done {self.clocks[worker]} pushes", worker)
         if based_on > self.version:
             raise self._error("version", based_on, f"the shard is at version {self.version}", worker)
+
+    def check_member(self, worker: int) -> None:
+        """Checks that a rank is one of the workers now.
+
+        Raises:
+            WireError: If it is not. It names the reason.
+        """
+        if worker not in self.clocks:
+            why = f"any more: {self.gone[worker]}" if worker in self.gone else "of this job"
+            raise self._error("sender", worker, f"not a worker {why}", worker)
 
     def _error(self, field: str, value: object, reason: str, worker: int) -> WireError:
         return WireError(field, value, reason, rank=worker, bucket=self.spec.index)
@@ -160,6 +180,7 @@ class Shard:
         if self.clocks.pop(worker, None) is not None:
             self.gone[worker] = why
             self._views.pop(worker, None)
+            self._memories.pop(worker, None)
             self._close_rounds()
 
     def join(self, worker: int, clock: int) -> bool:
@@ -173,13 +194,17 @@ class Shard:
             Whether it may begin at that clock; False if that round has closed.
 
         Raises:
-            WireError: If the worker was here before and is gone, or all workers have left.
+            WireError: If the worker was here before and is gone, all workers have left, or the clock lies too far
+                ahead.
         """
         if worker in self.gone or not self.clocks:
             why = self.gone.get(worker, "all workers have left: the job has ended")
             raise self._error("sender", worker, f"cannot join: {why}", worker)
         if worker in self.tallies and (worker not in self.joined or self.tallies[worker].pushes):
             raise self._error("sender", worker, "is at work already", worker)
+        if not self.ready or clock > self.offer + _MOST_AHEAD:
+            reason = f"a new worker may begin at {self.offer} to {self.offer + _MOST_AHEAD}, once the shard has values"
+            raise self._error("clock", clock, reason, worker)
         if self.rules.mode.rounds and clock < self._round:
             return False
         self.clocks[worker] = self.joined[worker] = clock
@@ -194,11 +219,14 @@ class Shard:
 
     def _close_rounds(self) -> None:
         """Applies every round that all living workers have pushed to; all open rounds if no worker is left."""
-        while self._open_rounds and all(c > self._round for c in self.clocks.values()):
-            pushes = self._open_rounds.pop(self._round, {})
-            self._round += 1
-            if not pushes:
-                continue
+        while self._open_rounds:
+            nearest = min(self._open_rounds)
+            slowest = min(self.clocks.values(), default=nearest + 1)
+            self._round = max(self._round, min(nearest, slowest))
+            if slowest <= nearest:
+                return
+            pushes = self._open_rounds.pop(nearest)
+            self._round = nearest + 1
             parts = [pushes[w] for w in sorted(pushes)]
             self.averaged[len(parts)] = self.averaged.get(len(parts), 0) + 1
             self._update(parts, 1.0 / len(parts))
@@ -220,6 +248,15 @@ class Shard:
             self.on_version(self)
 
     def _step(self) -> None:
+        try:
+            self._optimize()
+        except Exception as error:
+            raise UpdateFailed(
+                f"update {self.version + 1} of shard {self.spec.index} failed in the optimizer or in rate=: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _optimize(self) -> None:
         if self.rules.rate is not None:
             self._rates.set(self.rules.rate(self.version))
         self.optimizer.step()

@@ -15,7 +15,10 @@ from sparsecomm.ps.worker.link import Link, Steps
 
 __all__ = ["Client"]
 
-_REQUEST_OF = {Kind.WELCOME: Kind.HELLO, Kind.VALUES: Kind.PULL, Kind.STATS: Kind.STATS, Kind.PING: Kind.PING}
+_REQUEST_OF = {kind: kind for kind in (Kind.STATS, Kind.PING, Kind.LATE)} | {
+    Kind.WELCOME: Kind.HELLO,
+    Kind.VALUES: Kind.PULL,
+}
 """The request that each kind of answer belongs to. An ACK names its request itself."""
 
 
@@ -60,6 +63,16 @@ class Client:
     def waits(self, kind: Kind) -> bool:
         """Returns whether a request of a kind is open."""
         return any(k == kind for _, k in self._open)
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """Rank of the server that owns a shard, by shard, as far as this worker knows."""
+        return dict(self._owners)
+
+    @property
+    def awaited(self) -> set[int]:
+        """Shards whose server owes an answer."""
+        return {shard for shard, _ in self._open}
 
     def wait(self, *kinds: Kind) -> Steps[None]:
         """Waits until no request of these kinds is open.

@@ -30,6 +30,8 @@ __all__ = ["Worker", "current_link", "set_current_link"]
 
 T = TypeVar("T")
 
+_MOST_AHEAD = 1 << 12  # rounds that a new worker leaves out at once
+
 _link: Link | None = None
 
 
@@ -116,10 +118,12 @@ class Worker:
             Kind.VALUES: self._on_values,
             Kind.ACK: self._on_ack,
             Kind.STATS: self._on_stats,
+            Kind.LATE: self._on_late,
         }
         self._stats: dict[int, dict[str, Any]] = {}
         self._offered = 0
-        self._late = False
+        self._too_late = False
+        self._late: dict[int, str] = {}
         if self.link.made is not None:
             self.link.made(self)
         if self.link.drive is not None:
@@ -217,13 +221,13 @@ class Worker:
 
         Shards may be a round apart and go on meanwhile, so each attempt names a clock that lies further ahead.
         """
-        ahead, self._late = 1, True
-        while self._late:
-            self.clock, self._late = self._offered + ahead, False
+        ahead, self._too_late = 1, True
+        while self._too_late:
+            self.clock, self._too_late = self._offered + ahead, False
             for part in self._parts:
                 self._client.ask(Kind.JOIN, part.spec.index, clock=self.clock)
             yield from self._client.wait(Kind.JOIN)
-            ahead *= 2
+            ahead = min(2 * ahead, _MOST_AHEAD)
         self._counted.joined_at = self.clock
 
     def pushing(self) -> Steps[None]:
@@ -281,6 +285,23 @@ class Worker:
         with contextlib.suppress(RemoteError):
             yield from self._client.wait(Kind.BYE)
 
+    def blaming(self) -> Steps[None]:
+        """Steps that ask the servers which owe an answer whom they wait for; all servers if none owes one.
+
+        `blamed` has the answers that have come so far.
+        """
+        self._late = dict.fromkeys(self._client.awaited or range(len(self._parts)), "")
+        for shard in self._late:
+            self._client.ask(Kind.LATE, shard)
+        yield from self._client.wait(Kind.LATE)
+
+    @property
+    def blamed(self) -> str:
+        """The ranks that the servers wait for, in words, as `blaming` has found out."""
+        owners = self._client.owners
+        found = {f"server rank {owners[s]} {w or 'does not answer'}": None for s, w in self._late.items()}
+        return "; ".join(found)
+
     # --- answers ---
 
     def _named(self) -> dict[str, torch.nn.Parameter]:
@@ -309,7 +330,7 @@ class Worker:
     def _on_ack(self, envelope: Envelope, body: torch.Tensor) -> None:
         if envelope.seq == Kind.JOIN:
             self._offered = max(self._offered, envelope.clock)
-            self._late |= bool(envelope.flags)
+            self._too_late |= bool(envelope.flags)
         if envelope.seq == Kind.PUSH:
             self._counted.acknowledged += 1
             self._counted.staleness += envelope.flags
@@ -317,3 +338,6 @@ class Worker:
 
     def _on_stats(self, envelope: Envelope, body: torch.Tensor) -> None:
         self._stats[envelope.shard] = json.loads(bytes(body.numpy()))
+
+    def _on_late(self, envelope: Envelope, body: torch.Tensor) -> None:
+        self._late[envelope.shard] = f"waits for {ms.read_text(body) or 'nobody'}"

@@ -8,33 +8,26 @@ that both share.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import secrets
 import socket
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsecomm.errors import ConfigError, LaunchError, TransportError
+from sparsecomm.ps.addresses import Address, claim, read_addresses, remove, write
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, ListeningMailbox, TCPMailbox
 
 __all__ = ["JoinListener", "Rendezvous", "RunningJob", "connect"]
 
-_PATIENCE = 10.0  # seconds to look for servers
-_FIELDS = {
-    "host": str,
-    "port": int,
-    "token": str,
-    "job": str,
-    "servers": list,
-    "workers": list,
-    "world": int,
-    "mode": str,
-}
+_PATIENCE = 10.0  # seconds to wait for more servers of a job once one of them has answered
+_LOOK = 0.05  # seconds between two looks into the folder
+_AGAIN = 1.0  # seconds before an address at which nobody listened is tried again
+_REACH = 5.0  # seconds to wait for a connection
 
 
 @dataclass(frozen=True)
@@ -71,33 +64,27 @@ class JoinListener:
     """
 
     def __init__(self, rendezvous: Rendezvous, mailbox: Mailbox, index: int, facts: dict[str, Any]) -> None:
-        folder = Path(rendezvous.folder)
         token = secrets.token_bytes(TOKEN_BYTES)
-        host = _own_host() if rendezvous.host is None else rendezvous.host
         try:
+            host = _own_host() if rendezvous.host is None else rendezvous.host
             self.mailbox = ListeningMailbox(mailbox, host, token)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / f"server-{index}.json"
-            written = folder / f".server-{index}.{os.getpid()}"
-            with os.fdopen(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                said = {
-                    "host": host,
-                    "port": self.mailbox.address[1],
-                    "token": token.hex(),
-                    "job": _job_name(),
-                    **facts,
-                }
-                json.dump(said, file)
-            os.replace(written, self._path)
+            try:
+                ranks = {name: tuple(facts[name]) for name in ("servers", "workers")}
+                port = self.mailbox.address[1]
+                self._address = Address(host, port, token, _job_name(), index, **(facts | ranks))
+                self._path = write(Path(rendezvous.folder), self._address)
+            except BaseException:
+                self.mailbox.close()
+                raise
         except OSError as error:
             raise LaunchError(
-                f"server rank {mailbox.rank} cannot listen for joiners at {rendezvous.folder} ({host}): {error}"
+                f"server rank {mailbox.rank} cannot listen for joiners at {rendezvous.folder} ({rendezvous.host}): "
+                f"{error}"
             ) from error
 
     def close(self) -> None:
         """Removes the address and closes all connections."""
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        remove(self._path, self._address)
         self.mailbox.close()
 
 
@@ -131,67 +118,160 @@ class RunningJob:
 
 
 def connect(folder: Path, timeout: float) -> RunningJob:
-    """Connects to the servers whose addresses are in a folder.
+    """Connects to the servers of the newest job in a folder that answers. Waits for one if there is none yet.
 
     Args:
         folder: Folder of the job's `Rendezvous`.
-        timeout: Seconds to wait for each server's address and answer, 10 at most.
+        timeout: Seconds to wait for a server. Once one has answered, the others of its job have 10 seconds.
 
     Raises:
-        LaunchError: If there is no address, or none of the servers answers.
+        LaunchError: If no server has answered by then.
     """
-    patience = min(timeout, _PATIENCE)
-    job, listed = _addresses(folder, patience)
-    servers = tuple(job["servers"])
-    rank = _claim(folder, job["job"], job["world"])
-    addresses = {servers[i]: (d["host"], d["port"], bytes.fromhex(d["token"])) for i, d in listed.items()}
+    end = time.monotonic() + timeout
+    search = _Search(folder, min(timeout, _PATIENCE))
     try:
-        mailbox = TCPMailbox(rank, job["world"], addresses, patience)
-    except TransportError as error:
-        raise LaunchError(f"cannot join the job of {folder}: {error}") from error
-    return RunningJob(mailbox, servers, tuple(job["workers"]), job["mode"])
+        while True:
+            began = time.monotonic()
+            found = search.look(last=began > end)
+            if found is not None:
+                return found
+            if began > end:
+                raise LaunchError(search.failure())
+            time.sleep(max(_LOOK, time.monotonic() - began))  # a folder may be large
+    finally:
+        search.close()
 
 
-def _addresses(folder: Path, patience: float) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Returns the content of the newest address file, and those of all servers of its job, by index."""
-    end = time.monotonic() + patience
-    while True:
-        found = {path: _read(path) for path in folder.glob("server-*.json")}
-        if found:
-            newest = found[max(found, key=lambda path: path.stat().st_mtime)]
-            listed = {int(p.stem.split("-")[1]): d for p, d in found.items() if d["job"] == newest["job"]}
-            if len(listed) == len(newest["servers"]) or time.monotonic() > end:
-                return newest, listed
-        elif time.monotonic() > end:
-            raise LaunchError(
-                f"no server has left its address in {folder}: has the job begun, with "
-                f"rendezvous=Rendezvous({str(folder)!r}), or has it ended?"
-            )
-        time.sleep(0.05)
+@dataclass
+class _Attempt:
+    """An attempt to join a job.
+
+    Attributes:
+        listed: The addresses that it tries, by index of the server.
+        since: Time of the first look that found these addresses.
+        mailbox: Mailbox that is connected to at least one of them; None before.
+        failure: Why the last attempt failed.
+        again: Time from which on it may be tried again.
+    """
+
+    listed: dict[int, Address]
+    since: float
+    mailbox: TCPMailbox | None = None
+    failure: str = ""
+    again: float = 0.0
 
 
-def _claim(folder: Path, job: str, world: int) -> int:
-    """Takes the first rank after the job's ranks that no other joiner has had. Ranks are never used twice."""
-    rank = world
-    name = "".join(c if c.isalnum() else "-" for c in job)
-    while True:
+class _Search:
+    """A search for a job to join.
+
+    Args:
+        folder: Folder of the job's `Rendezvous`.
+        patience: Seconds to wait for more servers of a job.
+    """
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        self._folder = folder
+        self._patience = patience
+        self._attempts: dict[str, _Attempt] = {}
+        self._skipped: dict[Path, str] = {}
+
+    def look(self, *, last: bool) -> RunningJob | None:
+        """Looks into the folder once; returns a job if enough of its servers have answered.
+
+        Args:
+            last: Whether this is the last look. Then a job is good enough if one of its servers is there at all.
+        """
+        found, skipped = read_addresses(self._folder)
+        for path in sorted(skipped.keys() - self._skipped.keys()):
+            warnings.warn(f"{str(path)!r} is no address of a server: {skipped[path]}", stacklevel=4)
+        self._skipped |= skipped
+        jobs: dict[str, dict[int, Address]] = {}
+        for address, _ in found:  # the newest is last
+            listed = jobs.pop(address.job, {})
+            jobs[address.job] = listed | {address.index: address}
+        for job in self._attempts.keys() - jobs.keys():
+            self._drop(job)
+        for job, listed in reversed(jobs.items()):
+            attempt = self._attempt(job, listed)
+            if self._complete(attempt) or (last and attempt.mailbox is not None):
+                return self._joined(job, attempt)
+        return None
+
+    def failure(self) -> str:
+        """Describes why no job was found."""
+        why = [f"{str(path)!r} is no address of a server: {reason}" for path, reason in self._skipped.items()]
+        tried = [attempt.failure for attempt in self._attempts.values() if attempt.failure]
+        if tried:
+            return f"cannot join the job of {self._folder}: {'; '.join(tried)}"
+        return (
+            f"no server has left its address in {self._folder}: has the job begun, with "
+            f"rendezvous=Rendezvous({str(self._folder)!r}), or has it ended?{' ' * bool(why)}{'; '.join(why[:3])}"
+        )
+
+    def close(self) -> None:
+        """Closes the connections of all attempts that were not successful."""
+        for job in list(self._attempts):
+            self._drop(job)
+
+    def _drop(self, job: str) -> None:
+        mailbox = self._attempts.pop(job).mailbox
+        if mailbox is not None:
+            mailbox.close()
+
+    def _attempt(self, job: str, listed: dict[int, Address]) -> _Attempt:
+        """Returns the attempt at a job, with a mailbox if one of its servers is there."""
+        known = self._attempts.get(job)
+        if known is None or known.listed != listed:
+            if known is not None:
+                self._drop(job)
+            known = self._attempts[job] = _Attempt(listed, time.monotonic())
+        if known.mailbox is not None:
+            known.mailbox.answered()
+            if known.mailbox.lost() >= set(_servers(listed)):
+                known.mailbox, known.again = None, float("inf")
+                known.failure = f"no server answers; has the job ended? Others answer at the addresses of job {job!r}"
+        if known.mailbox is None and time.monotonic() >= known.again:
+            self._try(known)
+        return known
+
+    def _try(self, attempt: _Attempt) -> None:
+        """Connects to the servers of a job if at least one of them listens."""
+        address = next(iter(attempt.listed.values()))
+        places = {rank: (a.host, a.port, a.token) for rank, a in _servers(attempt.listed).items()}
+        began = time.monotonic()
         try:
-            os.close(os.open(folder / f"joiner-{name}-{rank}", os.O_CREAT | os.O_EXCL, 0o600))
-            return rank
-        except FileExistsError:
-            rank += 1
-        except OSError as error:
-            raise LaunchError(f"cannot take a rank in {folder}: {error}") from error
+            failures = [_listens(rank, *place[:2]) for rank, place in places.items()]
+            if all(failures):
+                raise TransportError(f"no server answers; has the job ended? {'; '.join(map(str, failures))}")
+            attempt.mailbox = TCPMailbox(claim(self._folder, address), address.world, places, _REACH)
+        except TransportError as error:
+            attempt.failure = str(error)
+            attempt.again = time.monotonic() + max(_AGAIN, 2 * (time.monotonic() - began))
+
+    def _complete(self, attempt: _Attempt) -> bool:
+        """Returns whether all servers of a job have answered, or one has and the others have had their time."""
+        if attempt.mailbox is None:
+            return False
+        answered = attempt.mailbox.answered()
+        wanted = len(next(iter(attempt.listed.values())).servers)
+        return answered == wanted or (answered > 0 and time.monotonic() - attempt.since > self._patience)
+
+    def _joined(self, job: str, attempt: _Attempt) -> RunningJob:
+        address, mailbox = next(iter(attempt.listed.values())), attempt.mailbox
+        assert mailbox is not None
+        del self._attempts[job]
+        return RunningJob(mailbox, address.servers, address.workers, address.mode)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _servers(listed: dict[int, Address]) -> dict[int, Address]:
+    """Returns the addresses of a job by the servers' ranks."""
+    return {address.servers[index]: address for index, address in listed.items()}
+
+
+def _listens(rank: int, host: str, port: int) -> str | None:
+    """Returns why nobody listens at an address; None if somebody does."""
     try:
-        content = json.loads(path.read_text())
-        good = isinstance(content, dict) and all(type(content.get(k)) is kind for k, kind in _FIELDS.items())
-        good = good and len(bytes.fromhex(content["token"])) == TOKEN_BYTES and bool(content["servers"])
-    except (OSError, ValueError) as error:
-        raise LaunchError(f"{path} is no address of a server: {error}") from error
-    if not good:
-        raise LaunchError(f"{path} is no address of a server: it has {str(content)[:80]}")
-    result: dict[str, Any] = content
-    return result
+        socket.create_connection((host, port), _REACH).close()
+    except (OSError, UnicodeError) as error:
+        return f"rank {rank} at {host}:{port}: {error}"
+    return None

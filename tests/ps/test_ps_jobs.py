@@ -179,3 +179,14 @@ def test_under_ulfm_the_others_go_on_without_it() -> None:
     assert "rank 1 of 3 failed with status 3, by sys.exit(3); the others go on" in job.err, job
     assert "rank 0, worker: returned" in job.out, job
     assert "1: 'status 3, by sys.exit(3)'" in job.out, job
+
+
+def test_a_timeout_names_the_rank_that_is_late() -> None:
+    """The other worker and the server both wait for worker 1, which sleeps. Whoever ends the job names it."""
+    job = run_job([*mpirun_command(3), sys.executable, LEAVES, "sleep", "8"], deadline=200)
+    assert job.code != 0, job
+    said = re.findall(
+        r"CommTimeout: (?:worker rank 0 has waited 8 s .*|server rank 2 has heard .* waits for )(.*)", job.err
+    )
+    assert said, job
+    assert all("push 4 of worker at rank 1 " in each for each in said), job

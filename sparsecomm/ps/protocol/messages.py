@@ -19,7 +19,7 @@
 | 15 JOIN | later worker -> server | none; the clock is its first one | ACK; flag 1 for too late, with a clock offered |
 | 16 COMMIT | worker -> server | none; the PUSH of this clock counts now | the ACK of the PUSH that it completes |
 | 17 PING | worker -> server | none; the clock says how many zero bytes to send back | PING with them |
-| 18 LATE | worker -> server | | LATE with text: whom the server waits for, before it can answer |
+| 18 LATE | worker -> server | none; the clock is the worker's | LATE with text: whom the server waits for |
 | 19 BEGIN | first living server -> others | JSON: the run, and the version that it resumes; or why not | |
 
 Rules:

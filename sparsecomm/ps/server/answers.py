@@ -15,7 +15,7 @@ from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.replica import Mirror
 from sparsecomm.ps.server.shard import Shard
 
-__all__ = ["Answers", "PendingPush"]
+__all__ = ["Answers", "PendingPush", "owned"]
 
 
 @dataclass
@@ -116,3 +116,22 @@ class Answers:
     def send(self, worker: int, kind: Kind, body: torch.Tensor = ms.NOTHING, **fields: Any) -> None:
         """Sends an answer once the backup has stored all changes that the shard has seen so far."""
         self.mirror.after(worker, ms.pack(Envelope(kind, self.shard.spec.index, self.rank, **fields), body))
+
+
+def owned(answers: dict[int, Answers], envelope: Envelope, *, lost: bool) -> Answers:
+    """Returns the answers for a message's shard.
+
+    Args:
+        answers: The answers of a server, by shard.
+        envelope: Envelope of the message.
+        lost: Whether the shard may be lost if this server does not have it.
+
+    Raises:
+        WireError: If this server does not have the shard.
+    """
+    found = answers.get(envelope.shard)
+    if found is None:
+        gone = "is lost: its server is dead, and so is its backup, or it had none"
+        why = gone if lost else "nobody said HELLO for it here"
+        raise WireError("shard", envelope.shard, why, rank=envelope.sender)
+    return found

@@ -9,13 +9,14 @@ from sparsecomm.ps.server.answers import Answers
 __all__ = ["late", "ranks"]
 
 
-def late(answers: Answers | None, workers: tuple[int, ...], backup: int | None) -> str:
+def late(answers: Answers | None, workers: tuple[int, ...], backup: int | None, clock: int = 0) -> str:
     """Names whom a shard waits for before its server can answer; empty if all its workers have left.
 
     Args:
         answers: The shard and its open requests; None if nobody has said HELLO for it.
         workers: Ranks of the workers at the start.
         backup: Rank of the server that keeps the shard's copy; None for none.
+        clock: Pushes that the worker has done which asks; 0 for no worker.
     """
     if answers is None:
         return ranks("HELLO of worker", workers)
@@ -27,18 +28,19 @@ def late(answers: Answers | None, workers: tuple[int, ...], backup: int | None) 
         return f"the first values from worker rank {answers.initializer}"
     if not shard.ready:
         return ranks("HELLO of worker", silent)
-    behind = _behind(answers)
+    behind = _behind(answers, clock)
     if behind:
         return f"push {min(shard.clocks[w] for w in behind) + 1} of {ranks('worker', behind)}"
     return ranks("HELLO of worker", silent) or ranks("messages of worker", shard.clocks)
 
 
-def _behind(answers: Answers) -> list[int]:
-    """Returns the workers that keep others from pulling, the slowest alone."""
-    shard, lead = answers.shard, answers.shard.rules.mode.lead
-    if lead is None or not answers.pulls or not shard.clocks:
+def _behind(answers: Answers, clock: int) -> list[int]:
+    """Returns the workers that keep others from pulling, or a round from closing; the slowest alone."""
+    shard, mode = answers.shard, answers.shard.rules.mode
+    if mode.lead is None or not shard.clocks:
         return []
-    needed = max(pull.clock for pull in answers.pulls.values()) - lead
+    pushed = max(shard.clocks.values()) if mode.rounds else 0
+    needed = max(clock, pushed, *(pull.clock for pull in answers.pulls.values())) - mode.lead
     slowest = min(shard.clocks.values())
     return [w for w, clock in shard.clocks.items() if clock == slowest < needed]
 

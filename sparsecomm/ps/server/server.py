@@ -21,7 +21,7 @@ from sparsecomm.ps.protocol.roster import Roster
 from sparsecomm.ps.protocol.sharding import ModelLayout
 from sparsecomm.ps.server.access import check_access
 from sparsecomm.ps.server.admission import Admission
-from sparsecomm.ps.server.answers import Answers, PendingPush
+from sparsecomm.ps.server.answers import Answers, PendingPush, owned
 from sparsecomm.ps.server.board import Board
 from sparsecomm.ps.server.events import Events
 from sparsecomm.ps.server.late import late
@@ -72,7 +72,7 @@ class Server:
         self._answers: dict[int, Answers] = {}  # by shard
         self._waiting = Waiting(options.now)
         self._said_done = False
-        self._saving = Saving(options.checkpoints, self.events)
+        self._saving = Saving(options.checkpoints, mailbox, self.roster, self.events)
         self._handlers: dict[Kind, Callable[[Envelope, torch.Tensor], None]] = {
             Kind.HELLO: self._on_hello,
             Kind.INIT: self._on_init,
@@ -88,7 +88,7 @@ class Server:
             Kind.SNAPSHOT: self._on_copy,
             Kind.STORED: self._on_stored,
             Kind.DONE: self._on_done,
-            Kind.BEGIN: self._on_begin,
+            Kind.BEGIN: self._saving.hear,
         }
 
     def turn(self) -> bool:
@@ -97,8 +97,7 @@ class Server:
         Messages that are refused, or come from a rank that is no worker of the job, do not.
         """
         moved = False
-        if self.roster.owner(0) == self.mailbox.rank:
-            self._saving.lead(self._tell_beginning)
+        self._saving.lead()
         for _ in range(_MOST_MESSAGES):  # whoever floods this server must not keep it from the rest
             if (arrived := self.mailbox.receive()) is None:
                 break
@@ -129,9 +128,9 @@ class Server:
         own = {"rank": self.mailbox.rank, "rejected": self.rejected, "events": list(self.events)}
         return {**self._answers[index].shard.facts(), **own}
 
-    def late(self, index: int) -> str:
+    def late(self, index: int, clock: int = 0) -> str:
         """Names the ranks that a shard of this server waits for; empty if all its workers have left."""
-        return late(self._answers.get(index), self.rules.workers, self.roster.backup(index))
+        return late(self._answers.get(index), self.rules.workers, self.roster.backup(index), clock)
 
     # --- messages in and out ---
 
@@ -191,17 +190,7 @@ class Server:
         self._send(source, Kind.REJECT, shard, ms.text(why))
 
     def _answers_for(self, envelope: Envelope) -> Answers:
-        """Returns the answers for a message's shard.
-
-        Raises:
-            WireError: If this server does not have the shard.
-        """
-        answers = self._answers.get(envelope.shard)
-        if answers is None:
-            lost = "is lost: its server is dead, and so is its backup, or it had none"
-            why = lost if self.roster.has_lost(envelope.shard) else "nobody said HELLO for it here"
-            raise WireError("shard", envelope.shard, why, rank=envelope.sender)
-        return answers
+        return owned(self._answers, envelope, lost=self.roster.has_lost(envelope.shard))
 
     # --- ownership of shards, departure of workers, the end ---
 
@@ -375,7 +364,7 @@ class Server:
         answers.send(envelope.sender, Kind.STATS, ms.json_body(self.stats(envelope.shard)))
 
     def _on_late(self, envelope: Envelope, body: torch.Tensor) -> None:
-        self._send(envelope.sender, Kind.LATE, envelope.shard, ms.text(self.late(envelope.shard)))
+        self._send(envelope.sender, Kind.LATE, envelope.shard, ms.text(self.late(envelope.shard, envelope.clock)))
 
     def _on_ping(self, envelope: Envelope, body: torch.Tensor) -> None:
         nbytes = envelope.clock
@@ -400,13 +389,6 @@ class Server:
     def _on_stored(self, envelope: Envelope, body: torch.Tensor) -> None:
         if (answers := self._answers.get(envelope.shard)) is not None:
             answers.mirror.stored(envelope.sender, envelope.seq)
-
-    def _on_begin(self, envelope: Envelope, body: torch.Tensor) -> None:
-        self._saving.hear(envelope.sender, body)
-
-    def _tell_beginning(self, body: torch.Tensor) -> None:
-        for rank in self.roster.others:
-            self._send(rank, Kind.BEGIN, 0, body)
 
     def _on_done(self, envelope: Envelope, body: torch.Tensor) -> None:
         self.roster.ended.add(envelope.sender)

@@ -292,7 +292,7 @@ class Worker:
         """
         self._late = dict.fromkeys(self._client.awaited or range(len(self._parts)), "")
         for shard in self._late:
-            self._client.ask(Kind.LATE, shard)
+            self._client.ask(Kind.LATE, shard, clock=self.clock)
         yield from self._client.wait(Kind.LATE)
 
     @property

@@ -1,8 +1,12 @@
-"""A job whose worker 1 ends its training function by leaving the process, in the way that an argument names."""
+"""A job whose worker 1 ends its training function by leaving the process, or hangs, in the way that an argument names.
+
+A second argument is the timeout in seconds.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +24,7 @@ LEAVE: dict[str, Callable[[], object]] = {
     "raise": by_system_exit,
     "sys.exit(3)": lambda: sys.exit(3),
     "text": lambda: sys.exit("no more data"),
+    "sleep": lambda: time.sleep(1000),
 }
 
 
@@ -43,14 +48,14 @@ def train(rank: int, size: int) -> str:
         model.weight.fill_(1.0)
         model.bias.fill_(1.0)
     worker = sc.ps.Worker(model)
-    for _ in range(3):
+    for step in range(4):
+        if rank == 1 and step == 3:
+            LEAVE[sys.argv[1]]()
         model.zero_grad()
         model(torch.ones(4, dtype=torch.float32)).sum().backward()
         worker.step()
-    if rank == 1:
-        LEAVE[sys.argv[1]]()
     return "returned"
 
 
-outcome = sc.ps.run(train, optimizer=PlainSGD, timeout=30.0)
+outcome = sc.ps.run(train, optimizer=PlainSGD, timeout=float((*sys.argv, 30)[2]))
 print(f"rank {outcome.rank}, {outcome.role}: {outcome.result or outcome.server.shards[0].gone}")  # type: ignore[union-attr]

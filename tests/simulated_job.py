@@ -30,7 +30,7 @@ class SimulatedJob:
         windows: Whether workers read shards from windows.
         joiners: Number of workers that come later, at the ranks after the servers.
         replicate: Whether shards have backups; None: if there is more than one server.
-        options: Options of `Rules`, and `restore` and `saved` of `ServerOptions`.
+        options: Options of `Rules`, and `checkpoints` of `ServerOptions`.
 
     Attributes:
         mailboxes: Mailboxes of all ranks; has `kill` and `tamper`.
@@ -54,7 +54,7 @@ class SimulatedJob:
         self.memories: dict[int, torch.Tensor] = {}
         self._windows = windows
         ranks = tuple(range(workers)), tuple(range(workers, workers + servers))
-        own = {name: options.pop(name) for name in ("restore", "saved") if name in options}
+        own = {name: options.pop(name) for name in ("checkpoints",) if name in options}
         self.rules = Rules(workers=ranks[0], world=workers + servers, **options)
         backed = servers > 1 if replicate is None else replicate
         chosen = ServerOptions(servers=ranks[1], replicate=backed, now=lambda: self.turns / _TURNS, **own)

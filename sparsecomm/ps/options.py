@@ -146,6 +146,5 @@ class JobOptions:
         return ServerOptions(
             servers=servers,
             replicate=(fault_tolerant if self.replicate is None else self.replicate) and len(servers) > 1,
-            restore=None if self.checkpoints is None else self.checkpoints.restore,
-            saved=None if self.checkpoints is None else self.checkpoints.saved,
+            checkpoints=self.checkpoints,
         )

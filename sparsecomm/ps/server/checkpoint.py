@@ -1,178 +1,133 @@
-"""Checkpoints of the servers: one file per shard and version.
-
-A file is written under another name and renamed, so it is either whole or not there. Any number of servers can read
-the files of a version.
-"""
+"""The options of checkpoints, and the beginning of a job: which run it trains, and which version it resumes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import tempfile
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from sparsecomm.errors import ConfigError, StateError
-from sparsecomm.ps.protocol.sharding import Piece
-from sparsecomm.ps.server.shard import Shard
+from sparsecomm.ps.server.saved import Attempt, SavedVersion
+from sparsecomm.ps.server.versions import Listing, overwrite, sweep
 
-__all__ = ["Checkpoints", "newest_complete"]
+__all__ = ["Beginning", "Checkpoints"]
 
-_FOLDER = re.compile(r"version-(\d{9,})")
-_FILE = re.compile(r"shard-(\d+)-of-(\d+)\.pt")
+_EXISTING = ("refuse", "overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """How a job begins, alike on all of its servers.
+
+    Attributes:
+        attempt: The job as an attempt at its run.
+        source: The version that it resumes; None for a new run.
+    """
+
+    attempt: Attempt
+    source: SavedVersion | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """Where and how often servers save their shards.
+    """Where and how often servers save their shards, and how a job begins.
 
     A version is complete when the files of all shards are there. Each file holds a shard's parameters after exactly
-    that many updates, and the state of its optimizer. The workers' residuals are not saved.
+    that many updates, and the state of its optimizer; it names the run and the job that has written it, and has
+    checksums of all its bytes. The workers' residuals are not saved. A checkpoint that cannot be written, for instance
+    on a full disk, is an event of the server (printed on stderr), and training goes on.
+
+    A new run does not begin in a folder that holds checkpoints: StateError, unless `existing` is "overwrite". With
+    `resume`, a job goes on from the newest version that is complete and undamaged, and tells of every newer one why it
+    is not. If the folder holds checkpoints but no such version, that is a StateError. If it holds none, a new run
+    begins, so that a script that may be started again at any time can always set `resume`.
 
     Attributes:
-        folder: Folder that all servers can write to.
+        folder: Folder that all servers can write to, for one run.
         every: Updates between two checkpoints; 0 saves none.
-        keep: Number of complete versions to keep.
-        resume: Whether to begin with the newest complete version, if there is one.
+        keep: Number of complete versions of this run to keep.
+        resume: Whether to resume the run in the folder.
+        existing: What a new run does with checkpoints in the folder, all of which are of other runs: "refuse" them, or
+            "overwrite": remove them when it begins.
     """
 
-    folder: str
+    folder: str | Path
     every: int = 0
     keep: int = 2
     resume: bool = False
+    existing: str = "refuse"
 
     def __post_init__(self) -> None:
         for name, least in (("every", 0), ("keep", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"Checkpoints.{name} must be a whole number >= {least}, got {value!r}")
+        if not isinstance(self.folder, (str, Path)) or not str(self.folder):
+            raise ConfigError(f"Checkpoints.folder must be a path, got {self.folder!r}")
+        if not isinstance(self.resume, bool):
+            raise ConfigError(f"Checkpoints.resume must be True or False, got {self.resume!r}")
+        if self.existing not in _EXISTING:
+            raise ConfigError(f"Checkpoints.existing must be one of {', '.join(_EXISTING)}, got {self.existing!r}")
+        if self.resume and self.existing == "overwrite":
+            raise ConfigError('Checkpoints: resume=True goes on from the checkpoints that existing="overwrite" removes')
 
-    def saved(self, shard: Shard) -> None:
-        """Saves a shard if a checkpoint of its version is due."""
-        if self.every and shard.version % self.every == 0:
-            _write(Path(self.folder) / f"version-{shard.version:09d}", shard)
-            self._prune(shard)
-
-    def restore(self, shard: Shard) -> None:
-        """Loads the newest complete version into a new shard, if `resume` is set and there is one.
+    def begin(self, tell: Callable[[str], None]) -> Beginning:
+        """Decides how a job begins, for all its servers. Reads whole files, and may remove some.
 
         Args:
-            shard: Mutated.
+            tell: Called with each event.
 
         Raises:
-            StateError: If the checkpoint is damaged or of another model.
+            StateError: If the folder's checkpoints forbid a new run, or none of them can be resumed.
         """
-        found = newest_complete(Path(self.folder)) if self.resume else None
-        if found is not None:
-            _read(found, shard)
+        folder = Path(self.folder)
+        begins = Beginning(attempt=Attempt(_new_id(), 0, _new_id()))
+        if not self.resume and not self.every:
+            return begins
+        try:
+            listing = Listing.of(folder)
+            if self.resume:
+                begins = self._resumed(listing, tell)
+            elif listing.saved or listing.bad:
+                self._make_room(listing, tell)
+            sweep(folder)
+        except OSError as error:
+            if self.resume or self.existing == "overwrite":
+                raise StateError(f"the checkpoints in {folder} cannot be read or removed: {error}") from error
+            tell(f"cannot look for checkpoints of other runs in {folder}: {error}")
+        return begins
 
-    def _prune(self, shard: Shard) -> None:
-        """Removes this shard's files of all versions older than the ones to keep."""
-        versions = _versions(Path(self.folder))
-        complete = [v for v in versions if _complete(v)]
-        for folder in versions[: versions.index(complete[-self.keep])] if len(complete) >= self.keep else ():
-            (folder / _name(shard)).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another server has a file there, or has removed the folder
-                folder.rmdir()
+    def _resumed(self, listing: Listing, tell: Callable[[str], None]) -> Beginning:
+        if not listing.saved and not listing.bad:
+            tell(f"resume=True: {listing.folder} holds no checkpoint; a new run begins")
+            return Beginning(attempt=Attempt(_new_id(), 0, _new_id()))
+        try:
+            source, reasons = listing.newest_whole()
+        except StateError as error:
+            raise StateError(f'{error}. To begin anew, take another folder, or existing="overwrite"') from None
+        for reason in reasons:
+            tell(f"cannot resume from it: {reason}")
+        run = source.attempt.run
+        tell(f"resuming version {source.version} of run {run} from {listing.folder}")
+        last = max(s.attempt.number for s in listing.saved if s.attempt.run == run)
+        return Beginning(attempt=Attempt(run, last + 1, _new_id()), source=source)
 
-
-def newest_complete(folder: Path) -> Path | None:
-    """Returns the folder of the newest complete version, or None."""
-    return next((v for v in reversed(_versions(folder)) if _complete(v)), None)
-
-
-def _versions(folder: Path) -> list[Path]:
-    found = [p for p in folder.iterdir() if _FOLDER.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def _files(folder: Path) -> dict[int, tuple[int, Path]]:
-    """Returns, for each shard's index, the number of shards that its file's name gives, and the file."""
-    try:
-        matches = [(_FILE.fullmatch(p.name), p) for p in folder.iterdir()]
-    except FileNotFoundError:  # another server has just removed an old version
-        return {}
-    return {int(m[1]): (int(m[2]), p) for m, p in matches if m}
-
-
-def _complete(folder: Path) -> bool:
-    files = _files(folder)
-    counts = {shards for shards, _ in files.values()}
-    return len(counts) == 1 and set(files) == set(range(counts.pop()))
-
-
-def _name(shard: Shard) -> str:
-    return f"shard-{shard.spec.index}-of-{shard.spec.shards}.pt"
-
-
-def _write(folder: Path, shard: Shard) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    spec = shard.spec
-    content = {
-        "format": 1,
-        "version": shard.version,
-        "model": str(spec.model_hash),
-        "span": [spec.start, spec.end],
-        "pieces": [[p.name, p.start, p.end, p.offset] for p in spec.pieces],
-        "values": shard.values,
-        "states": shard.piece_states(),
-    }
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, folder / _name(shard))
+    def _make_room(self, listing: Listing, tell: Callable[[str], None]) -> None:
+        found = ", ".join(sorted({f"run {s.attempt.run} up to version {_last(listing, s)}" for s in listing.saved}))
+        found = found or next(iter(listing.bad.values()))
+        if self.existing == "refuse":
+            raise StateError(
+                f"{listing.folder} holds checkpoints of another run ({found}): resume=True goes on with it, "
+                'existing="overwrite" removes it; or take another folder'
+            )
+        overwrite(listing)
+        tell(f"removed the checkpoints of other runs in {listing.folder}: {found}")
 
 
-def _load(path: Path, shard: Shard) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
-        version, model, (start, end) = content["version"], content["model"], content["span"]
-        whole = content["values"].numel() == end - start and len(content["states"]) == len(content["pieces"])
-    except Exception as error:
-        raise StateError(f"{path} is no checkpoint of a shard, or damaged: {error}") from error
-    if model != str(shard.spec.model_hash):
-        raise StateError(f"{path} is a checkpoint of another model: its names and shapes differ from this job's")
-    if not whole or f"version-{version:09d}" != path.parent.name:
-        raise StateError(f"{path} is damaged: version {version}, {content['values'].numel()} elements of {end - start}")
-    return content
+def _last(listing: Listing, saved: SavedVersion) -> int:
+    return max(s.version for s in listing.saved if s.attempt.run == saved.attempt.run)
 
 
-def _read(folder: Path, shard: Shard) -> None:
-    """Fills a shard from the files of a version that overlap it."""
-    spec = shard.spec
-    values = torch.empty(spec.numel, dtype=torch.float32)
-    olds: list[tuple[list[Any], dict[str, Any]]] = []
-    version = 0
-    for _, path in _files(folder).values():
-        content = _load(path, shard)
-        start, end = content["span"]
-        low, high = max(start, spec.start), min(end, spec.end)
-        if low < high:
-            values[low - spec.start : high - spec.start] = content["values"][low - start : high - start]
-            olds += zip(content["pieces"], content["states"], strict=True)
-            version = content["version"]
-    shard.restore(values, version, [_state_of(piece, olds) for piece in spec.pieces])
-
-
-def _state_of(piece: Piece, olds: list[tuple[list[Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Returns the optimizer's state of a piece, joined from the old pieces that overlap it.
-
-    State that is not elementwise, such as a step count, is the same in all of them.
-    """
-    state: dict[str, Any] = {}
-    for (name, start, end, _), old in olds:
-        low, high = max(start, piece.start), min(end, piece.end)
-        if name != piece.name or low >= high:
-            continue
-        for key, value in old.items():
-            if not isinstance(value, torch.Tensor) or value.shape != (end - start,):
-                state[key] = value
-                continue
-            whole = state.setdefault(key, torch.empty(piece.end - piece.start, dtype=value.dtype))
-            whole[low - piece.start : high - piece.start] = value[low - start : high - start]
-    return state
+def _new_id() -> str:
+    return secrets.token_hex(8)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from sparsecomm.ps.server.shard import Shard
+from sparsecomm.ps.server.checkpoint import Checkpoints
 
 __all__ = ["ServerOptions"]
 
@@ -18,21 +18,11 @@ class ServerOptions:
     Attributes:
         servers: Ranks of all servers, by index.
         replicate: Whether each shard has a copy on the next server.
-        restore: Loads the checkpoint of a new shard, if there is one.
-        saved: Called with a shard after each of its updates; may save it.
+        checkpoints: Where the servers save their shards, and whether they resume; None for no checkpoints.
         now: Returns the time in seconds, monotonic.
     """
 
     servers: tuple[int, ...]
     replicate: bool
-    restore: Callable[[Shard], None] | None = None
-    saved: Callable[[Shard], None] | None = None
+    checkpoints: Checkpoints | None = None
     now: Callable[[], float] = monotonic
-
-    def save(self, shard: Shard, events: list[str]) -> None:
-        """Calls `saved` with a shard. A failure, such as a full disk, becomes an event: it must not end training."""
-        try:
-            if self.saved is not None:
-                self.saved(shard)
-        except OSError as error:
-            events.append(f"version {shard.version} of shard {shard.spec.index} was not saved: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from sparsecomm.tools.lab.survey import remove
 __all__ = ["lab_app"]
 
 HOSTS, RATE = 4, "1gbit"
+_TIMED_OUT = 124  # as of timeout(1)
 
 lab_app = typer.Typer(
     help="Several hosts on this machine, joined by links of a given rate (needs Linux and root).", no_args_is_help=True
@@ -51,16 +53,19 @@ def run(
     env: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Variable for all ranks; may be repeated.")
     ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End the job after this time, with exit code 124.")
+    ] = None,
     name: Name = "lab",
 ) -> None:
     """Run a command under mpirun across the hosts of a lab: the one that is up, or one made for this run."""
     with _clear_errors(), _signals_raise():
         variables = dict(map(_variable, env or ()))
         if hosts is None and rate is None:
-            code = Lab.find(name).mpirun(command, ranks=ranks, env=variables, capture=False).returncode
+            code = _run(Lab.find(name), command, ranks, variables, timeout)
         else:
             with Lab(hosts=HOSTS if hosts is None else hosts, rate=_rate(rate or RATE), name=name) as lab:
-                code = lab.mpirun(command, ranks=ranks, env=variables, capture=False).returncode
+                code = _run(lab, command, ranks, variables, timeout)
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
@@ -114,8 +119,24 @@ def _print_status(lab: LabStatus, console: Console) -> None:
         console.print(table)
 
 
+def _run(lab: Lab, command: list[str], ranks: int | None, env: dict[str, str], timeout: float | None) -> int:
+    """Runs a job with the streams of this process; returns its exit code."""
+    try:
+        done = lab.mpirun(command, ranks=ranks, env=env, timeout=timeout, capture=False)
+    except subprocess.TimeoutExpired:
+        _complain(f"the job did not end within {timeout:g} s: all processes in lab {lab.name!r} were killed")
+        return _TIMED_OUT
+    if done.stderr:
+        _complain(done.stderr.strip())
+    return done.returncode
+
+
 def _say(text: str) -> None:
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(Text.assemble(("error:", "red"), f" {text}"), soft_wrap=True)
 
 
 def _rate(text: str) -> str | None:
@@ -134,7 +155,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except LabError as error:
-        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
+        _complain(str(error))
         raise typer.Exit(1) from None
 
 

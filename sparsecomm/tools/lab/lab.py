@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import subprocess
@@ -28,6 +29,7 @@ from sparsecomm.tools.lab.state import (
     remedy,
     start_time,
 )
+from sparsecomm.tools.lab.supervise import supervise
 
 __all__ = ["Lab"]
 
@@ -188,7 +190,8 @@ class Lab:
         """Runs a command on every rank, rank i on host i modulo the number of hosts.
 
         Only the lab's links carry messages between hosts. A timeout, an interrupt or any other exception kills all
-        processes inside the lab, so run one job at a time.
+        processes inside the lab, so run one job at a time. The same happens when mpirun has not ended some 10 s after
+        its last rank: it waits for a host whose link is down.
 
         Args:
             command: Program and arguments.
@@ -198,7 +201,8 @@ class Lab:
             capture: Whether to collect the output; otherwise mpirun inherits the streams of this process.
 
         Returns:
-            Exit code, standard output and standard error of mpirun.
+            Exit code, standard output and standard error of mpirun. If it did not end after its ranks, the code is
+            not 0, and the last line of `stderr` says so, also without `capture`.
 
         Raises:
             LabError: The lab is not up, there is no mpirun, or an argument is not acceptable.
@@ -209,35 +213,16 @@ class Lab:
             raise LabError(f"ranks = {ranks!r}: must be an integer of at least 1")
         if isinstance(command, str) or not command:
             raise LabError(f"command = {command!r}: must be a list of a program and its arguments")
+        if timeout is not None and (isinstance(timeout, (bool, str)) or not 0 < timeout < math.inf):
+            raise LabError(f"timeout = {timeout!r}: must be a number of seconds above 0")
         self._refuse_if_gone()
         launcher = find_mpirun()
         environment, names = job_environment(self._state, launcher, count, env or {})
         line = on_host(self._state, self.hosts[0], launch_line(self._state, launcher, command, count, names))
-        return self._supervise(list(command), line, environment, timeout, capture)
-
-    def _supervise(
-        self, command: list[str], line: list[str], environment: dict[str, str], timeout: float | None, capture: bool
-    ) -> subprocess.CompletedProcess[str]:
-        pipe = subprocess.PIPE if capture else None
-        process = subprocess.Popen(
-            line,
-            env=environment,
-            stdin=subprocess.DEVNULL if capture else None,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            errors="replace",
-        )
         try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException as error:
-            teardown.kill_inside(self.name)
-            process.kill()  # in case it had not entered the lab yet
-            out, err = process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise subprocess.TimeoutExpired(command, error.timeout, out, err) from None
-            raise
-        return subprocess.CompletedProcess(line, process.returncode, out, err)
+            return supervise(self.name, line, environment, timeout=timeout, capture=capture)
+        except subprocess.TimeoutExpired as error:
+            raise subprocess.TimeoutExpired(list(command), error.timeout, error.stdout, error.stderr) from None
 
     def __enter__(self) -> Lab:
         return self.up()

@@ -80,9 +80,9 @@ class Answers:
             WireError: If there is no such push.
         """
         worker, clock = commit.sender, commit.clock
-        push = self.pending.pop(worker, None)
+        push = self.pending.get(worker)
         if push is not None and push.envelope.clock == clock:
-            return push
+            return self.pending.pop(worker)
         if clock < self.shard.clocks.get(worker, 0):
             return None
         raise WireError("clock", clock, "no push of it is pending here", rank=worker, bucket=self.shard.spec.index)

@@ -130,9 +130,6 @@ class Shard:
         self.check_turn(worker, clock, based_on)
         if clock < self.clocks[worker]:
             return None
-        if sum(worker in pushes for pushes in self._open_rounds.values()) >= _MOST_OPEN:
-            reason = f"{_MOST_OPEN} pushes of this worker wait for others in open rounds; pull after each push"
-            raise self._error("clock", clock, reason, worker)
         stale = self.version - based_on
         tally = self.tallies[worker]
         tally.pushes += 1
@@ -161,6 +158,10 @@ class Shard:
             raise self._error("clock", clock, f"this worker has done {self.clocks[worker]} pushes", worker)
         if based_on > self.version:
             raise self._error("version", based_on, f"the shard is at version {self.version}", worker)
+        waiting = sum(worker in pushes for pushes in self._open_rounds.values())
+        if clock == self.clocks[worker] and waiting >= _MOST_OPEN:
+            reason = f"{waiting} pushes of this worker wait for others in open rounds; pull after each push"
+            raise self._error("clock", clock, reason, worker)
 
     def check_member(self, worker: int) -> None:
         """Checks that a rank is one of the workers now.

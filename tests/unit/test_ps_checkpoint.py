@@ -232,7 +232,7 @@ def test_only_whole_versions_count_and_old_ones_go(tmp_path: Path) -> None:
     assert "has saved no shard 0 of 2" in run.events
     assert "resuming version 6" in run.events
     (tmp_path / "version-000000006" / "shard-1-of-2.pt").unlink()
-    with pytest.raises(sc.RemoteError, match=r"no version that is complete and undamaged.*existing=\"overwrite\""):
+    with pytest.raises(sc.RemoteError, match=r"no version that is complete and undamaged; .*existing=\"overwrite\""):
         Run(2, 9, Checkpoints(folder=tmp_path, resume=True))
 
 

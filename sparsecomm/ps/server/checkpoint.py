@@ -102,10 +102,7 @@ class Checkpoints:
         if not listing.saved and not listing.bad:
             tell(f"resume=True: {listing.folder} holds no checkpoint; a new run begins")
             return Beginning(attempt=Attempt(_new_id(), 0, _new_id()))
-        try:
-            source, reasons = listing.newest_whole()
-        except StateError as error:
-            raise StateError(f'{error}. To begin anew, take another folder, or existing="overwrite"') from None
+        source, reasons = listing.newest_whole()
         for reason in reasons:
             tell(f"cannot resume from it: {reason}")
         run = source.attempt.run

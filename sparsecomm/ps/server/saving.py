@@ -112,8 +112,8 @@ class Saving:
     def _write(self, options: Checkpoints, shard: Shard) -> str:
         """Writes a shard and removes old versions; returns what went wrong, or nothing."""
         spec, folder = shard.spec, Path(options.folder)
-        if not isinstance(self._begins, Beginning):
-            raise AssertionError("a shard is there, but no decision how the job begins")
+        if not isinstance(self._begins, Beginning):  # two servers have died at once, and this one has a copy
+            return f"shard {spec.index} was not saved: this server has not heard yet how the job begins"
         saved = SavedVersion(self._begins.attempt, shard.version, spec.shards, str(spec.model_hash))
         facts = Facts(saved, spec.index, spec.start, spec.end)
         try:

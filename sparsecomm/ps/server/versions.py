@@ -22,6 +22,7 @@ __all__ = ["Listing", "overwrite", "path_of", "prune", "put", "sweep"]
 
 _FOLDER = re.compile(r"version-(\d{9,})")
 _FILE = re.compile(r"shard-(\d+)-of-(\d+)\.pt")
+_FEW = 4  # reasons in an error
 _UNFINISHED = re.compile(r"\.shard-\d+-of-\d+\.pt\.[0-9a-f]{16}")
 
 
@@ -100,8 +101,12 @@ class Listing:
             if problem is None:
                 return saved, [*self._bad_since(saved.version), *reasons]
             reasons.append(problem)
-        reasons = [*self.bad.values(), *reasons]
-        raise StateError(f"{self.folder} has no version that is complete and undamaged: {'; '.join(reasons)}")
+        reasons = [*reasons, *self.bad.values()]
+        more = f"; and {len(reasons) - _FEW} more" if len(reasons) > _FEW else ""
+        raise StateError(
+            f"{self.folder} has no version that is complete and undamaged; to begin anew take another folder, or "
+            f'existing="overwrite". {"; ".join(reasons[:_FEW])}{more}'
+        )
 
     def _problem(self, saved: SavedVersion) -> str | None:
         files = self.saved[saved]
@@ -160,14 +165,14 @@ def put(folder: Path, content: Content) -> None:
             os.fsync(file.fileno())
         target.parent.mkdir(exist_ok=True)
         os.replace(unfinished, target)
-        for changed in (target.parent, folder):
-            _sync(changed)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other servers have files there
             target.parent.rmdir()
         raise
+    for changed in (target.parent, folder):
+        _sync(changed)
 
 
 def _check_may_replace(target: Path, mine: Attempt) -> None:
@@ -182,12 +187,13 @@ def _check_may_replace(target: Path, mine: Attempt) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder survive a power failure."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    """Makes the names in a folder survive a power failure, on file systems that can."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def prune(folder: Path, newest: Facts, keep: int) -> None:

@@ -23,7 +23,6 @@ from simulated_mailbox import SimulatedMailboxes
 import sparsecomm as sc
 from sparsecomm.ps.addresses import Address, claim, read_addresses, write
 from sparsecomm.ps.joining import JoinListener, RunningJob, connect
-from sparsecomm.transport.mailbox import connection as frames
 from sparsecomm.transport.mailbox import tcp
 from sparsecomm.transport.mailbox.tcp import MOST_JOINERS, TCPMailbox
 
@@ -458,13 +457,13 @@ def test_a_joiner_that_takes_nothing_for_long_is_dropped(
     tmp_path: Path, listener: JoinListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that has ended had waited for it without end."""
+    monkeypatch.setattr(tcp, "_STALLED", 0.3)
     port, token = port_and_token(tmp_path)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(token + struct.pack("<II", 2, 2))
         poll(listener, lambda: 2 in listener.mailbox._joiners.by_rank)
         listener.mailbox.send(2, torch.zeros(1 << 26, dtype=torch.uint8))
         assert not listener.mailbox.flushed()
-        monkeypatch.setattr(frames, "_STALLED", 0.1)
         poll(listener, lambda: listener.mailbox.flushed())
         assert listener.mailbox.lost() == {2}
 

@@ -95,7 +95,7 @@ class ModelLayout:
         """Returns names and shapes as a value that JSON can hold."""
         return [[n, list(s)] for n, s in zip(self.names, self.shapes, strict=True)]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements of all parameters together."""
         return sum(math.prod(s) for s in self.shapes)

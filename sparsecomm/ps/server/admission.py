@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -58,8 +59,7 @@ class Admission:
         """Most bytes in the body of a PUSH or INIT."""
         if self.first is None:
             return MAX_MESSAGE - 2 * ENVELOPE_BYTES  # it must fit into an EVENT, too
-        n = -(-self.first.layout.numel // self._shards)
-        return max(max_payload_bytes(codec, ValueCodec.FP32, n, n) for codec in IndexCodec) + n // 8 + 1
+        return _longest_payload(-(-self.first.layout.numel // self._shards))
 
     def check(self, worker: int, body: torch.Tensor, *, joins: bool) -> Hello:
         """Reads a HELLO and returns the first one.
@@ -89,3 +89,9 @@ class Admission:
             reason = f"rank {first.worker} starts from others; build the model from the same seed on every worker"
             raise WireError("initial values", hello.values, reason, rank=worker)
         return first
+
+
+@cache
+def _longest_payload(numel: int) -> int:
+    """Returns the most bytes of a payload and its marks for a shard of `numel` elements."""
+    return max(max_payload_bytes(codec, ValueCodec.FP32, numel, numel) for codec in IndexCodec) + numel // 8 + 1

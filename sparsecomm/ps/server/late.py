@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sparsecomm.ps.server.answers import Answers
 
 __all__ = ["late", "ranks"]
 
 
-def late(answers: Answers | None, workers: tuple[int, ...], backup: int | None, clock: int = 0) -> str:
+def late(answers: Answers | None, workers: Sequence[int], backup: int | None, clock: int = 0) -> str:
     """Names whom a shard waits for before its server can answer; empty if all its workers have left.
 
     Args:
         answers: The shard and its open requests; None if nobody has said HELLO for it.
-        workers: Ranks of the workers at the start.
+        workers: Ranks of the living workers.
         backup: Rank of the server that keeps the shard's copy; None for none.
         clock: Pushes that the worker has done which asks; 0 for no worker.
     """

@@ -130,7 +130,7 @@ class Server:
 
     def late(self, index: int, clock: int = 0) -> str:
         """Names the ranks that a shard of this server waits for; empty if all its workers have left."""
-        return late(self._answers.get(index), self.rules.workers, self.roster.backup(index), clock)
+        return late(self._answers.get(index), self.roster.living_workers, self.roster.backup(index), clock)
 
     # --- messages in and out ---
 

@@ -7,6 +7,7 @@ side that does not take its answers is not listened to, and in the end dropped.
 from __future__ import annotations
 
 import hmac
+import math
 import socket
 import struct
 from collections import deque
@@ -25,7 +26,6 @@ _LENGTH = struct.Struct("<Q")
 _MAX_BYTES = 1 << 30  # of a message, as over MPI
 _FIRST = 1 << 16  # bytes of memory for a frame of which nothing has come yet
 _UNREAD = 1 << 20  # bytes that wait to leave, beyond which nothing is read
-_STALLED = 60.0  # seconds in which the other side takes nothing, after which it is dropped
 
 
 class Connection:
@@ -34,6 +34,7 @@ class Connection:
     Args:
         sock: The socket. It belongs to the connection from now on.
         proof: Bytes that must come before the first frame; otherwise the connection is closed.
+        patience: Seconds in which the other side may take nothing, before the connection is closed.
 
     Attributes:
         closed: Whether the connection is closed: by either side, because the proof was wrong or a frame too long, or
@@ -41,13 +42,14 @@ class Connection:
         proven: Whether the proof has come.
     """
 
-    def __init__(self, sock: socket.socket, proof: bytes = b"") -> None:
+    def __init__(self, sock: socket.socket, proof: bytes = b"", patience: float = math.inf) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.closed = False
         self.proven = not proof
         self._proof = proof
+        self._patience = patience
         self._sock = sock
         self._out: deque[memoryview] = deque()
         self._unsent = 0
@@ -83,7 +85,7 @@ class Connection:
                 self._unsent -= sent
                 self._moved = monotonic()
         except BlockingIOError:
-            if monotonic() - self._moved > _STALLED:
+            if monotonic() - self._moved > self._patience:
                 self.close()
             return self.closed
         except OSError:

@@ -34,6 +34,7 @@ MOST_JOINERS = 1 << 14
 _GREETING = struct.Struct(f"<{TOKEN_BYTES}sII")  # token, rank of the joiner, number of ranks at the start
 _MOST_GREETING = 64  # connections that have not greeted yet
 _GREETING_SECONDS = 10.0  # within which a connection must greet
+_STALLED = 60.0  # seconds in which a joiner may take nothing; it reads whenever it waits for an answer
 
 
 def _proof(token: bytes, rank: int) -> bytes:
@@ -161,7 +162,7 @@ class ListeningMailbox(Mailbox):
         """Accepts a new connection, and admits the joiners whose greeting has arrived."""
         now = monotonic()
         with contextlib.suppress(OSError):
-            self._greeting.append((now, Connection(self._listener.accept()[0])))
+            self._greeting.append((now, Connection(self._listener.accept()[0], patience=_STALLED)))
         waiting, self._greeting = self._greeting, []
         surplus = len(waiting) - _MOST_GREETING
         for number, (since, connection) in enumerate(waiting):

@@ -73,7 +73,8 @@ def run(
         pull_by: "asked": servers answer pulls, sparse or whole. "one_sided": workers read whole shards from windows by
             MPI Get, which is not possible under ULFM. "auto": each worker takes the way with the least predicted time,
             by bytes and by measurements when it begins (`Worker.explain`).
-        rate: Learning rate by number of updates done; None leaves the optimizer's.
+        rate: Learning rate by number of updates done, in place of the optimizer's `lr`. Parameter groups with an `lr` of
+            their own keep their ratio to it. None leaves the optimizer's.
         fault_tolerant: Whether the job goes on when a rank dies, which needs ULFM (`mpirun --with-ft ulfm --mca pml
             ob1`). True insists on ULFM, None uses it if it is there. Without ULFM a death ends the job.
         replicate: Whether the next server stores each update before it is acknowledged. None does so if the job is
@@ -90,6 +91,7 @@ def run(
         ConfigError: If an option is wrong, or there are no workers or servers.
         LaunchError: If the job was not started by an mpirun, or without ULFM if that is demanded.
         SparseCommError: On a worker, if its training failed. Without ULFM that ends the job on all ranks.
+        SystemExit: On a worker, if `train` ends by sys.exit. With the status 0 the worker has ended its training.
     """
     pulls = PullOptions(pull, pull_codec, pull_by)
     return _run(
@@ -142,13 +144,13 @@ def join(train: Callable[[int, int], Any], rendezvous: str | Path, *, timeout: f
     Args:
         train: Training function as for `run`; the number of this worker comes after all others.
         rendezvous: Folder of the job's `Rendezvous`.
-        timeout: Seconds to wait for anybody; None takes SPARSECOMM_TIMEOUT, or 300.
+        timeout: Seconds to wait for anybody, the job's servers included; None takes SPARSECOMM_TIMEOUT, or 300.
 
     Returns:
         The end of the job for this worker.
 
     Raises:
-        LaunchError: If no server is found there, or none answers.
+        LaunchError: If no server is found there by then, or none answers.
         SparseCommError: If training failed, for instance because the model differs or the job has ended.
     """
     limit = seconds_of(timeout)

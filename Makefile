@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab chaos bench bench-peers readme fuzz clean
+.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab faults chaos bench bench-peers readme fuzz clean
 
 install: $(STAMP)
 
@@ -57,6 +57,11 @@ test-rdma: install .venvs/vng/bin/vng
 	@touch $@
 
 # 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
+# every way in which a rank can leave, under three launchers; 100 kills from the launch on: an hour and a half
+faults: install
+	SPARSECOMM_TEST_FAULTS=all $(BIN)/python -m pytest tests/unit/test_leaving.py
+	$(BIN)/python tests/kills.py --trials 100 --seed 1
+
 chaos: install
 	$(BIN)/python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
 	$(BIN)/python tests/ps/chaos.py --grid

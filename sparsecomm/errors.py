@@ -13,6 +13,7 @@ __all__ = [
     "KernelError",
     "LabError",
     "LaunchError",
+    "RankLeft",
     "RemoteError",
     "SparseCommError",
     "StateError",
@@ -87,6 +88,21 @@ class CommTimeout(SparseCommError, TimeoutError):
 
 class TransportError(SparseCommError):
     """The transport failed, was shut down, or was used in a forked child."""
+
+
+class RankLeft(TransportError):
+    """A rank that a collective needs has left the job. The message says how: by which status, exception or death.
+
+    Args:
+        message: The message.
+        rank: World rank that has left.
+        failed: Whether it has failed, and did not just end.
+    """
+
+    def __init__(self, message: str, *, rank: int, failed: bool) -> None:
+        self.rank = rank
+        self.failed = failed
+        super().__init__(message)
 
 
 class LaunchError(SparseCommError):

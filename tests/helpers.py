@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import IO, Any
 
 import pytest
@@ -272,6 +272,8 @@ class Job:
     out: str
     err: str
     seconds: float
+    ended: float = 0.0
+    """Time at which it ended, since the epoch."""
 
     def __str__(self) -> str:
         return f"exit code {self.code} after {self.seconds:.1f} s\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
@@ -330,7 +332,7 @@ def run_job(command: Sequence[str | Path], *, deadline: float, env: Mapping[str,
             process.terminate()  # mpirun then ends its ranks
         finally:
             _end(process)
-        job = Job(-1 if code is None else code, _content(out), _content(err), monotonic() - start)
+        job = Job(-1 if code is None else code, _content(out), _content(err), monotonic() - start, time())
     if code is None:
         pytest.fail(f"did not end within {deadline:g} s: {' '.join(map(str, command))}\n{job}")
     return job

@@ -1,4 +1,5 @@
-// The Python module sparsecomm._core: addresses and sizes in, counts out. Python makes all checks.
+// The Python module sparsecomm._core. Kernels: addresses and sizes in, counts out; Python makes all checks. And the
+// status with which the process exits.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -13,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "exit_status.h"
 #include "kernels.h"
 #include "scratch.h"
 
@@ -230,5 +232,7 @@ NB_MODULE(_core, m) {
   m.def("accumulate_norms", accumulate_norms);
   m.def("crc32c", crc32c);
   m.def("scratch_bytes", sc::scratch_bytes);
+  m.def("watch_exit_status", sc::watch_exit_status);
+  m.def("noted_exit_status", [] { return nb::steal<nb::object>(sc::noted_exit_status()); });
   m.def("release_scratch", sc::release_scratch);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsecomm.errors import LaunchError
 
@@ -25,6 +25,7 @@ class Launcher:
         rank: Variable with the rank.
         size: Variable with the world size.
         local_rank: Variable with the rank on this node.
+        local_size: Variable with the number of ranks on this node; None if there is none.
         marker: Variable that only this launcher sets. If None, the launcher is recognized when both `rank` and `size`
             are set.
         address: Further variables that ranks need to find each other.
@@ -35,6 +36,7 @@ class Launcher:
     rank: str
     size: str
     local_rank: str
+    local_size: str | None = None
     marker: str | None = None
     address: tuple[str, ...] = ()
 
@@ -45,11 +47,31 @@ class Launcher:
 
 # The innermost launcher comes first. torchrun precedes the MPI launchers because it may run under mpirun or srun.
 LAUNCHERS = (
-    Launcher("torchrun", "gloo", "RANK", "WORLD_SIZE", "LOCAL_RANK", marker="TORCHELASTIC_RUN_ID"),
-    Launcher("mpirun (Open MPI)", "mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    Launcher("mpirun or srun (MPICH or Intel MPI)", "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    Launcher("torchrun", "gloo", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", marker="TORCHELASTIC_RUN_ID"),
+    Launcher(
+        "mpirun (Open MPI)",
+        "mpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    Launcher(
+        "mpirun or srun (MPICH or Intel MPI)", "mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+    ),
     Launcher("srun", "mpi", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     Launcher("environment", "gloo", "RANK", "WORLD_SIZE", "LOCAL_RANK", address=("MASTER_ADDR", "MASTER_PORT")),
+)
+
+# Together they tell the jobs of a machine apart.
+_JOB_VARIABLES = (
+    "PMIX_NAMESPACE",
+    "PMI_JOBID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
 )
 
 # Prefixes of the variables by which a launcher tells a process its rank. A child that is no rank must not see them.
@@ -79,6 +101,8 @@ class Launch:
         local_rank: Rank on this node; None if the launcher does not say.
         transport: Name of the transport by which the processes find each other: "mpi" or "gloo"; "solo" for a world of
             one without a launcher.
+        local_size: Number of processes on this node; None if the launcher does not say.
+        job: Name of the job, the same for all its processes on a node.
     """
 
     launcher: str
@@ -86,6 +110,8 @@ class Launch:
     size: int
     local_rank: int | None
     transport: str
+    local_size: int | None = field(default=None, compare=False)
+    job: str = field(default="", compare=False)
 
     @property
     def mpi(self) -> bool:
@@ -144,7 +170,10 @@ def _read(launcher: Launcher, env: Mapping[str, str]) -> Launch:
     local_rank = _number(env, launcher.local_rank) if launcher.local_rank in env else None
     if not 0 <= rank < size:
         raise LaunchError(f"{launcher.name} says rank {rank} of {size}: not a rank of that world")
-    return Launch(launcher.name, rank, size, local_rank, launcher.transport)
+    count = launcher.local_size
+    local_size = _number(env, count) if count is not None and count in env else None
+    job = "/".join(env[name] for name in _JOB_VARIABLES if name in env)
+    return Launch(launcher.name, rank, size, local_rank, launcher.transport, local_size, job)
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

@@ -5,7 +5,6 @@ A join function also brings up torch.distributed, unless it is up already.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ class JoinRequest:
         launch: How this process was started.
         timeout: Seconds that a collective may take.
         nodes: Node of every rank; None to find it out.
-        teardown: Receives the callbacks that take down again the libraries that the function brings up.
+        teardown: Receives the callbacks that take down again what the function brings up beside torch.distributed.
     """
 
     launch: Launch
@@ -48,24 +47,21 @@ class JoinResult:
         local_rank: Rank on this node.
         local_size: Number of ranks on this node.
         store: Store of torch.distributed that must stay alive, if there is one.
+        made_torch: Whether the join function brought up torch.distributed.
     """
 
     transport: Transport
     local_rank: int
     local_size: int
     store: Any = None
-
-
-def _leave_torch() -> None:
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+    made_torch: bool = False
 
 
 def _leave_mpi() -> None:
-    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
+    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here, ulfm_problem
 
-    if mpi_initialized_here():
+    # After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
+    if mpi_initialized_here() and ulfm_problem() is not None:
         import_mpi().Finalize()
 
 
@@ -73,13 +69,13 @@ def _join_solo(joining: JoinRequest) -> JoinResult:
     """Makes a world of one."""
     if not dist.is_initialized():
         torch_dist.init_solo()
-        joining.teardown.callback(_leave_torch)
+        return JoinResult(SoloTransport(), 0, 1, made_torch=True)
     return JoinResult(SoloTransport(), 0, 1)
 
 
 def _join_mpi(joining: JoinRequest) -> JoinResult:
     """Initializes MPI, checks that it belongs to the launcher, and duplicates the communicator. Collective."""
-    from sparsecomm.transport.mpi import MPITransport, import_mpi
+    from sparsecomm.transport.mpi import MPITransport, import_mpi, init_mpi
 
     launch, MPI = joining.launch, import_mpi()
     if MPI.Is_finalized():
@@ -88,7 +84,7 @@ def _join_mpi(joining: JoinRequest) -> JoinResult:
             "call sparsecomm.init() once"
         )
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        init_mpi()
         joining.teardown.callback(_leave_mpi)
     level = MPI.Query_thread()
     if level < MPI.THREAD_SERIALIZED:
@@ -112,8 +108,7 @@ def _join_mpi(joining: JoinRequest) -> JoinResult:
     if dist.is_initialized():
         return JoinResult(transport, local_rank, local_size)
     store = torch_dist.init_over_mpi(comm, local_size, joining.timeout)
-    joining.teardown.callback(_leave_torch)
-    return JoinResult(transport, local_rank, local_size, store)
+    return JoinResult(transport, local_rank, local_size, store, made_torch=True)
 
 
 def _join_gloo(joining: JoinRequest) -> JoinResult:
@@ -123,13 +118,14 @@ def _join_gloo(joining: JoinRequest) -> JoinResult:
     launch = joining.launch
     if launch.size == 1:
         return _join_solo(joining)
-    if not dist.is_initialized():
+    made_torch = not dist.is_initialized()
+    if made_torch:
         torch_dist.init_from_environment(joining.timeout)
-        joining.teardown.callback(_leave_torch)
     transport = GlooTransport(joining.timeout, joining.nodes)
     here = [rank for rank, node in enumerate(transport.nodes) if node == transport.nodes[transport.rank]]
     local_rank = here.index(transport.rank) if launch.local_rank is None else launch.local_rank
-    return JoinResult(transport, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", len(here))))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", len(here)))
+    return JoinResult(transport, local_rank, local_size, made_torch=made_torch)
 
 
 JOINS: Mapping[str, Callable[[JoinRequest], JoinResult]] = {"mpi": _join_mpi, "gloo": _join_gloo, "solo": _join_solo}

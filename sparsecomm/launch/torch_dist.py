@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 
 from sparsecomm.errors import LaunchError
 
-__all__ = ["init_from_environment", "init_over_mpi", "init_solo"]
+__all__ = ["init_from_environment", "init_over_mpi", "init_solo", "leave_torch"]
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _NOTE_BYTES = 4096
@@ -30,6 +30,13 @@ def _backend() -> str:
 def init_solo() -> None:
     """Brings up a world of one."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+
+
+def leave_torch() -> None:
+    """Closes all process groups, and with them the connections on which other ranks may wait for this one."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def init_from_environment(timeout: float) -> None:

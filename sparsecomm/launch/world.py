@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
 from sparsecomm.errors import ConfigError, LaunchError
 from sparsecomm.launch.detect import Launch, detect
 from sparsecomm.launch.join import JOINS, JoinRequest
+from sparsecomm.launch.leaving import Leaving
+from sparsecomm.launch.starting import deadline
+from sparsecomm.launch.torch_dist import leave_torch
 from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, Transport
 
@@ -64,25 +63,22 @@ class _Owned:
 
     Attributes:
         world: The world; None before `init` and after `shutdown`.
-        teardown: Callbacks that take down the libraries that `init` brought up, in reverse order.
+        teardown: Callbacks that take down what `init` brought up beside torch.distributed, in reverse order.
         store: Store of torch.distributed, kept alive until the process ends.
-        old_hook: `sys.excepthook` before `init`.
-        old_exit: `sys.exit` before `init`.
-        exit_code: Code with which the script called `sys.exit`, or 0.
+        made_torch: Whether `init` brought up torch.distributed.
+        leaving: Watches over the ways in which this rank may leave.
         pid: Process that called `init`.
     """
 
     world: World | None = None
     teardown: ExitStack = field(default_factory=ExitStack)
     store: Any = None
-    old_hook: Any = None
-    old_exit: Any = None
-    exit_code: int = 0
+    made_torch: bool = False
+    leaving: Leaving | None = None
     pid: int = 0
 
 
 _owned = _Owned()
-_FIRST_WORD = 1.0  # seconds that other ranks leave rank 0 to report an error of an option
 
 
 def default_timeout() -> float:
@@ -127,7 +123,9 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
 
     Works under mpirun, srun and torchrun, with RANK / WORLD_SIZE / MASTER_ADDR / MASTER_PORT set by hand, after
     `torch.distributed.init_process_group`, whose ranks it takes over, and in plain python, where it makes a world of
-    one. A second call returns the same world. From now on an exception that no code catches ends the job on all ranks.
+    one. A second call returns the same world. From now on a rank that leaves is known to the others: an exception that
+    no code catches, and an exit with a status other than 0, end the job on all ranks. If other ranks do not come, the
+    process ends with an error after the timeout.
 
     Args:
         timeout: Seconds that a collective may take. None takes SPARSECOMM_TIMEOUT, or 300 if that is not set.
@@ -150,10 +148,12 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
         raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
     launch = _launch()
     joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
-    joined = JOINS[launch.transport](joining)
+    with deadline(limit, launch, "sparsecomm.init()"):
+        joined = JOINS[launch.transport](joining)
     transport = joined.transport
     if joined.store is not None:
         _owned.store = joined.store
+    _owned.made_torch = joined.made_torch
     _check_torch(transport)
     _owned.world = World(
         rank=transport.rank,
@@ -165,8 +165,8 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
         engine=Engine(transport, timeout=limit),
     )
     _owned.pid = os.getpid()
-    _install_excepthook(transport)
-    atexit.register(shutdown)
+    _owned.leaving = Leaving(_owned.world.engine)
+    atexit.register(_shutdown, exiting=True)
     open_timeline(transport.rank)
     return _owned.world
 
@@ -204,26 +204,24 @@ def is_initialized() -> bool:
 
 
 def shutdown() -> None:
-    """Finishes the collectives in flight and takes down the libraries that `init` brought up. Idempotent.
+    """Finishes the collectives in flight and takes down the libraries that `init` brought up. Collective. Idempotent.
 
-    Runs by itself when the process exits.
+    Waits until all other ranks end, too. Runs by itself when the process exits.
     """
-    made = _owned.world
-    if made is None or _owned.pid != os.getpid():
+    _shutdown(exiting=False)
+
+
+def _shutdown(*, exiting: bool) -> None:
+    made, leaving = _owned.world, _owned.leaving
+    if made is None or leaving is None or _owned.pid != os.getpid():
         return
-    _owned.world = None
-    failed = _owned.exit_code != 0 and made.size > 1
-    finished = failed or made.engine.close()
+    _owned.world = _owned.leaving = None
+    leaving.close_engine(exiting=exiting)
     close_timeline()
-    if _owned.old_hook is not None:
-        sys.excepthook = _owned.old_hook
-        sys.exit = _owned.old_exit
-    if failed:
-        print(f"sparsecomm: rank {made.rank} called sys.exit({_owned.exit_code}); ending the job", file=sys.stderr)
-        made.engine.transport.abort(_owned.exit_code)
-    if not finished:
-        # A collective still waits for a rank, and MPI_Finalize would wait for it, too.
-        made.engine.transport.abort(1)
+    leaving.restore()
+    if exiting or _owned.made_torch:
+        leave_torch()
+    leaving.depart()
     _owned.teardown.close()
 
 
@@ -234,49 +232,3 @@ def _check_torch(transport: Transport) -> None:
             f"the launcher says rank {transport.rank} of {transport.size}; give init_process_group the launcher's rank "
             "and size, or leave it out: sparsecomm.init() calls it"
         )
-
-
-class _Exit(SystemExit):
-    """The exception of sys.exit. If the script catches it and continues, its code must not end the job later."""
-
-    def __del__(self) -> None:
-        # If the exception was caught, it is deleted while a frame of the script runs. At the end there is no such
-        # frame.
-        if sys._getframe().f_back is not None:
-            _owned.exit_code = 0
-
-
-def _install_excepthook(transport: Transport) -> None:
-    """Makes an uncaught exception, or sys.exit with an error code, end the job.
-
-    Otherwise MPI_Finalize would wait for the other ranks for ever. sys.exit is replaced because SystemExit does not
-    pass the excepthook.
-    """
-    if transport.size == 1:
-        return
-    old = _owned.old_hook = sys.excepthook
-    owner = os.getpid()
-
-    def end_the_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, ConfigError) and transport.rank and os.getpid() == owner:
-            # Rank 0 probably has the same error and ends the job before P ranks have printed the same message.
-            time.sleep(_FIRST_WORD)
-        old(kind, error, trace)
-        if os.getpid() != owner:  # a forked child may fail without ending the job
-            return
-        print(
-            f"sparsecomm: rank {transport.rank} of {transport.size} failed with {kind.__name__}: {error}; "
-            "ending the job on all ranks",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.stdout.flush()
-        transport.abort(1)
-
-    def remember_code(status: Any = None) -> NoReturn:
-        if status not in (None, 0) and threading.current_thread() is threading.main_thread() and os.getpid() == owner:
-            _owned.exit_code = status if isinstance(status, int) else 1
-        raise _Exit(status)
-
-    sys.excepthook = end_the_job
-    _owned.old_exit, sys.exit = sys.exit, remember_code

@@ -5,38 +5,41 @@ from __future__ import annotations
 import atexit
 
 from sparsecomm.errors import LaunchError
-from sparsecomm.launch import detect
+from sparsecomm.launch.detect import detect
+from sparsecomm.launch.starting import deadline
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.window import Window
 
 __all__ = ["open_mailbox", "open_window"]
 
 
-def open_mailbox(fault_tolerant: bool | None) -> Mailbox:
+def open_mailbox(fault_tolerant: bool | None, timeout: float) -> Mailbox:
     """Brings up MPI and returns this rank's mailbox. Collective.
 
     Args:
         fault_tolerant: Whether to insist on ULFM.
+        timeout: Seconds after which the process ends with an error if other ranks have not come.
 
     Raises:
         LaunchError: If ULFM is demanded and absent, or the launcher belongs to another MPI than mpi4py uses.
     """
-    from sparsecomm.transport.mailbox.mpi import MPIMailbox, ulfm_problem
-    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here
+    from sparsecomm.transport.mailbox.mpi import MPIMailbox
+    from sparsecomm.transport.mpi import import_mpi, init_mpi, mpi_initialized_here, ulfm_problem
 
-    problem = ulfm_problem()
+    problem, launch = ulfm_problem(), detect()
     if fault_tolerant and problem is not None:
         raise LaunchError(f"fault_tolerant=True: {problem}")
     MPI = import_mpi()
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        with deadline(timeout, launch, "sparsecomm.ps.run()"):
+            init_mpi()
         # After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
-        if ulfm_problem() is not None:
+        if problem is not None:
             atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
     world = MPI.COMM_WORLD.Get_size()
-    if world != detect().size:
+    if world != launch.size:
         raise LaunchError(
-            f"the launcher started {detect().size} processes, MPI sees {world}: it belongs to another MPI than "
+            f"the launcher started {launch.size} processes, MPI sees {world}: it belongs to another MPI than "
             "mpi4py uses"
         )
     return MPIMailbox()

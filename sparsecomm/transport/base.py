@@ -7,7 +7,7 @@ ranks in one process.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from typing_extensions import override
 
 from sparsecomm.errors import TransportError
+from sparsecomm.transport.notes import Note
 
 __all__ = [
     "AgreedError",
@@ -31,9 +32,15 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Request(Protocol):
-    """A send or receive in progress. Its buffer must not be touched until `test` has returned True."""
+    """A send or receive in progress. Its buffer must not be touched until `test` has returned True.
+
+    Attributes:
+        peer: World rank that it waits for; None if it waits for no single rank.
+    """
 
     __slots__ = ()
+
+    peer: int | None
 
     def test(self) -> bool:
         """Makes progress and returns whether the request is complete.
@@ -80,6 +87,22 @@ class Transport(Protocol):
 
     def world_rank(self, rank: int) -> int:
         """Returns the world rank of a rank of this transport."""
+
+    def tell(self, note: Note) -> None:
+        """Tells the ranks that this one has exchanged messages with. Waits at most a second until the note has left."""
+        return
+
+    def notes(self) -> Iterable[Note]:
+        """Returns notes of other ranks, at least those that have arrived since the last call."""
+        return ()
+
+    def depart(self, note: Note) -> None:
+        """Waits until all ranks leave, and tells the others if they do not leave at once.
+
+        Called after the engine has ended, by a rank that ends without an error. A transport without a common end
+        returns at once.
+        """
+        return
 
     def close(self) -> None:
         """Releases the resources of the transport. The engine's thread calls this last."""

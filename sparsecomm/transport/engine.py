@@ -16,6 +16,9 @@ order, hence no rank waits for one that waits for it.
 
 Collectives run in torch's inference mode, which halves the cost of slicing a tensor: a bucket takes dozens of slices.
 Callbacks run outside of it.
+
+Now and then the engine looks for notes of ranks that have left. When a deadline is over, it asks who is late
+(`attendance.py`).
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ from typing import Any
 
 import torch
 
-from sparsecomm.errors import CommTimeout, ConfigError, SparseCommError, TransportError
+from sparsecomm.errors import ConfigError, SparseCommError, TransportError
+from sparsecomm.transport.attendance import LISTEN, Attendance
 from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Transport
 from sparsecomm.transport.inbox import HOLD, Inbox
+from sparsecomm.transport.notes import Note
 from sparsecomm.transport.task import Running, Task, TaskGroup
 
 __all__ = ["Engine"]
@@ -44,6 +49,8 @@ _START_BUDGET = 300e-6  # seconds of starting tasks before those in flight get a
 # Seconds that the callback of a patient task may be delayed while other tasks are in progress. A callback wakes a
 # thread, which then asks for the interpreter's lock again and again.
 _CALLBACK_BATCH = 20e-3
+_FROZEN = 5.0  # seconds between two turns after which this process must have been stopped, and its deadlines wait
+_LEAVING = 2.0  # seconds for the thread to tell that this rank leaves
 
 
 class Engine:
@@ -56,6 +63,12 @@ class Engine:
     Args:
         transport: The transport. From now on only the engine's thread may use it.
         timeout: Seconds that a collective may take from its start.
+
+    Attributes:
+        transport: The transport.
+        timeout: Seconds that a collective may take from its start.
+        last_label: Label of the collective that was submitted last; empty before the first one.
+        submitters: Identifiers of the threads that have submitted collectives.
     """
 
     def __init__(self, transport: Transport, *, timeout: float = 300.0) -> None:
@@ -71,6 +84,13 @@ class Engine:
         self._callbacks_due = math.inf  # time at which the first of these callbacks must be called
         self._broken: BaseException | None = None
         self._groups: dict[tuple[int, ...] | None, TaskGroup] = {}
+        self._attendance = Attendance(transport, timeout)
+        self._farewell: Note | None = None
+        self.last_label = ""
+        self.submitters: set[int] = set()
+        self._turned = 0.0  # time of the last turn
+        self._look_every = min(LISTEN, timeout / 10)
+        self._looked = 0.0
         self._closing = False
         self._died = False
         self._pid = os.getpid()
@@ -90,6 +110,8 @@ class Engine:
             )
         if self._closing or not self._thread.is_alive():
             raise TransportError(f"{task.label}: submitted after the engine of rank {self.transport.rank} was closed")
+        self.last_label = task.label
+        self.submitters.add(threading.get_ident())
         self._inbox.put(task, patient=task.patient)
 
     def call(
@@ -117,6 +139,11 @@ class Engine:
             raise error
         return result
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that has broken the engine; None if nothing has."""
+        return self._broken
+
     def close(self, timeout: float = 10.0) -> bool:
         """Stops the thread when all submitted tasks have ended. Waits at most `timeout` seconds for that. Idempotent.
 
@@ -131,6 +158,22 @@ class Engine:
         self._thread.join(timeout)
         return not self._thread.is_alive() and not self._died
 
+    def leave(self, note: Note) -> None:
+        """Fails all tasks, tells the other ranks that this one leaves, and stops the thread. Waits two seconds at most.
+
+        Args:
+            note: What to tell.
+        """
+        self._farewell = note
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._closing = True
+            self._inbox.put(None)
+            if self.transport.blocking:  # the thread may wait for long, and any thread may tell
+                self.transport.tell(note)
+            self._thread.join(_LEAVING)
+        else:
+            self.transport.tell(note)
+
     def _run(self) -> None:
         try:
             with torch.inference_mode():
@@ -142,6 +185,9 @@ class Engine:
             for task in [*(r.task for r in self._active), *(t for g in self._groups.values() for t in g.backlog)]:
                 self._call(task.on_error, self._after_failure(task.label), task.label)
         self._fail_late()
+        if self._farewell is not None and not self.transport.blocking:
+            with contextlib.suppress(Exception):
+                self.transport.tell(self._farewell)
         with contextlib.suppress(Exception):
             self.transport.close()
 
@@ -152,8 +198,12 @@ class Engine:
             idle = not self._active and not self._waiting and not stop
             holds = self._waiting_for_more() and not self._active
             stop |= self._take_new(None if idle else HOLD if holds else backoff.pause())
+            if self._farewell is not None and self._broken is None:
+                self._fail(None, TransportError(f"rank {self.transport.rank} leaves: {self._farewell.text}"))
             moved = self._start_backlog()
+            self._excuse_absence(idle)
             moved |= self._poll()
+            moved |= self._look_for_trouble()
             alone = not self._active and not self._waiting
             if self._ended and (alone or not moved or time.monotonic() >= self._callbacks_due):
                 self._call_back()
@@ -250,22 +300,46 @@ class Engine:
     def _poll(self) -> bool:
         """Tests the requests of every task in flight and resumes those that are ready. Returns whether any was."""
         moved = False
-        now = time.monotonic()
         tries = _TRIES if len(self._active) == 1 else 1
         for running in list(self._active):
             try:
                 ready = running.ready(tries)
             except Exception as error:
-                self._fail(running, error)
+                cause: BaseException = error
+                with contextlib.suppress(Exception):  # the transport may be past telling why
+                    cause = self._attendance.explain(running, error)
+                self._fail(running, cause)
                 return True
             if ready:
                 moved = True
                 if not self._advance(running):
                     return True
-            elif now > running.deadline:
-                self._fail(running, self._timed_out(running))
-                return True
         return moved
+
+    def _look_for_trouble(self) -> bool:
+        """Fails a collective that cannot end, because a rank has left or is late. Returns whether there is one."""
+        now = time.monotonic()
+        if not self._active:
+            self._looked = now
+        if now - self._looked < self._look_every:
+            return False
+        self._looked = now
+        try:
+            trouble = self._attendance.check(self._active, now)
+        except Exception as error:
+            self._fail(next(iter(self._active)), error)
+            return True
+        if trouble is not None:
+            self._fail(*trouble)
+        return trouble is not None
+
+    def _excuse_absence(self, idle: bool) -> None:
+        """Moves the deadlines by the time for which this process was stopped: the other ranks were not late then."""
+        now = time.monotonic()
+        away, self._turned = now - self._turned, now
+        if away > _FROZEN and not idle and not self.transport.blocking:
+            for running in self._active:
+                running.deadline += away
 
     def _advance(self, running: Running) -> bool:
         """Resumes a task. Returns False if that broke the engine."""
@@ -281,7 +355,7 @@ class Engine:
             return False
         return True
 
-    def _fail(self, failed: Running, error: BaseException) -> None:
+    def _fail(self, failed: Running | None, error: BaseException) -> None:
         """Fails one task with `error` and all others in flight with an error that refers to it. Breaks the engine."""
         self._call_back()
         self._broken = error
@@ -311,11 +385,3 @@ class Engine:
         error = TransportError(f"{label}: not exchanged, communication failed before: {cause}")
         error.__cause__ = cause
         return error
-
-    def _timed_out(self, running: Running) -> CommTimeout:
-        stuck = ", ".join(r.describe() for r in running.waiting)
-        return CommTimeout(
-            f"rank {self.transport.rank}: {running.task.label} did not finish within {self.timeout:g} s; "
-            f"still waiting for: {stuck}. Is that rank alive, and does it run the same training step? "
-            "(SPARSECOMM_TIMEOUT sets the limit in seconds)"
-        )

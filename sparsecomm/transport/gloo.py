@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,14 @@ import torch
 import torch.distributed as dist
 from typing_extensions import override
 
-from sparsecomm.errors import TransportError
+from sparsecomm.errors import CommTimeout, TransportError
 from sparsecomm.transport.base import Request, Transport
+from sparsecomm.transport.notes import Note
 
 __all__ = ["GlooTransport"]
+
+_NOTE, _ENDED = "sparsecomm/note/{}", "sparsecomm/ended"  # keys of the store
+_COMMON_END = 2.0  # seconds in which a rank may end after the others and still find their notes
 
 
 class _GlooRequest(Request):
@@ -26,9 +32,10 @@ class _GlooRequest(Request):
     All ranks test the oldest task first, so no task starves.
     """
 
-    __slots__ = ("_description", "_keep", "_timeout", "_work")
+    __slots__ = ("_description", "_keep", "_timeout", "_work", "peer")
 
-    def __init__(self, work: Any, keep: torch.Tensor, description: str, timeout: float) -> None:
+    def __init__(self, work: Any, keep: torch.Tensor, description: str, peer: int, timeout: float) -> None:
+        self.peer = peer
         self._work = work
         self._keep = keep
         self._description = description
@@ -40,7 +47,8 @@ class _GlooRequest(Request):
             try:
                 self._work.wait(timedelta(seconds=self._timeout))
             except RuntimeError as error:
-                raise TransportError(f"{self._description} failed: {error}") from error
+                kind = CommTimeout if "timed out" in str(error).lower() else TransportError
+                raise kind(f"{self._description} failed: {error}") from error
             self._work = None
         return True
 
@@ -74,6 +82,7 @@ class GlooTransport(Transport):
 
     def __init__(self, timeout: float, nodes: Sequence[int] | None = None) -> None:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._store: Any = dist.distributed_c10d._get_default_store()
         self._timeout = timeout
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
@@ -93,7 +102,7 @@ class GlooTransport(Transport):
             work = dist.isend(data, dest, group=self._group, tag=tag)
         except RuntimeError as error:
             raise TransportError(f"{description} failed: {error}") from error
-        return _GlooRequest(work, data, description, self._timeout)
+        return _GlooRequest(work, data, description, dest, self._timeout)
 
     @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
@@ -102,11 +111,35 @@ class GlooTransport(Transport):
             work = dist.irecv(buffer, source, group=self._group, tag=tag)
         except RuntimeError as error:
             raise TransportError(f"{description} failed: {error}") from error
-        return _GlooRequest(work, buffer, description, self._timeout)
+        return _GlooRequest(work, buffer, description, source, self._timeout)
 
     @override
     def world_rank(self, rank: int) -> int:
         return rank
+
+    @override
+    def tell(self, note: Note) -> None:
+        """Leaves the note in torch.distributed's store. Any thread may call this."""
+        with contextlib.suppress(RuntimeError):  # the rank that holds the store has left
+            self._store.set(_NOTE.format(note.rank), note.encode())
+
+    @override
+    def notes(self) -> Iterable[Note]:
+        with contextlib.suppress(RuntimeError):
+            keys = [_NOTE.format(rank) for rank in range(self.size) if rank != self.rank]
+            return [Note.decode(self._store.get(key)) for key in keys if self._store.check([key])]
+        return ()
+
+    @override
+    def depart(self, note: Note) -> None:
+        """Waits for the others for two seconds at most. This rank may hold the store in which they look for notes."""
+        self.tell(note)
+        until = time.monotonic() + _COMMON_END
+        with contextlib.suppress(RuntimeError):
+            ended = self._store.add(_ENDED, 1)
+            while ended < self.size and time.monotonic() < until:
+                time.sleep(0.02)
+                ended = self._store.add(_ENDED, 0)
 
     @override
     def close(self) -> None:

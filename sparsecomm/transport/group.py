@@ -40,6 +40,7 @@ class GroupSum(Request):
         found = dist.get_process_group_ranks(group)
         if set(found) != set(members):
             raise ConfigError(f"inner_group has the ranks {sorted(found)}, the node has {sorted(members)}")
+        self.peer = None
         self._group, self._root, self._blocking = group, root, blocking
         self._queue = _queues.setdefault(group, deque())
         self._queue.append(self)
@@ -88,6 +89,7 @@ class _Summing(Request):
     """A sum in progress."""
 
     def __init__(self, work: Any, staged: torch.Tensor, data: torch.Tensor, blocking: bool) -> None:
+        self.peer = None
         self._work, self._staged, self._data, self._blocking = work, staged, data, blocking
 
     @override

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +16,14 @@ from typing_extensions import override
 
 from sparsecomm.errors import LaunchError, TransportError
 from sparsecomm.transport.base import Request, Transport
+from sparsecomm.transport.notes import NOTE_BYTES, Note, NoteKind
 
-__all__ = ["MPITransport", "import_mpi", "mpi_initialized_here"]
+__all__ = ["MPITransport", "import_mpi", "init_mpi", "mpi_initialized_here", "ulfm_problem"]
 
 # MPI counts are C ints in most libraries, so larger messages travel in pieces of this many bytes.
 _PIECE = 1 << 30
+_NOTE_TAG = 0  # no collective uses it
+_LEAVING = 1.0  # seconds for notes to leave, and for the other ranks to end together with this one
 
 
 def import_mpi() -> Any:
@@ -37,6 +44,36 @@ def import_mpi() -> Any:
     return MPI
 
 
+def init_mpi() -> Any:
+    """Initializes MPI if it is not initialized, and returns mpi4py's MPI. Collective.
+
+    MPI_Init waits for all ranks. mpi4py would hold the interpreter's lock during that, and no other thread could watch
+    over the time, so this calls the library itself, which releases the lock.
+    """
+    MPI = import_mpi()
+    if not MPI.Is_initialized():
+        provided = ctypes.c_int()
+        code = ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, int(MPI.THREAD_MULTIPLE), ctypes.byref(provided))
+        if code != MPI.SUCCESS:
+            raise LaunchError(f"MPI_Init_thread failed: {MPI.Get_error_string(code)}")
+        for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
+            comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does when it initializes MPI
+    return MPI
+
+
+def ulfm_problem() -> str | None:
+    """Returns why the ranks of this job cannot survive the death of another, with the fix. None if they can."""
+    fix = "start the job with Open MPI's mpirun --with-ft ulfm --mca pml ob1"
+    chosen = {name: os.environ.get(f"OMPI_MCA_{name}") for name in ("mpi_ft_enable", "pml")}
+    if chosen["mpi_ft_enable"] != "1":
+        return f"this job was not started with ULFM; {fix}"
+    if chosen["pml"] != "ob1":
+        return f"ULFM works with Open MPI's pml ob1 only, this job has {chosen['pml']!r}; {fix}"
+    if not hasattr(import_mpi().Comm, "Get_failed"):
+        return "this mpi4py has no Comm.Get_failed; install mpi4py 4 or newer"
+    return None
+
+
 def mpi_initialized_here() -> bool:
     """Returns whether MPI is initialized in this process and not finalized."""
     MPI = import_mpi()
@@ -46,7 +83,7 @@ def mpi_initialized_here() -> bool:
 class _MPIRequest(Request):
     """One message, in one or more pieces."""
 
-    __slots__ = ("_keep", "_peer", "_pieces", "_receive", "_transport")
+    __slots__ = ("_keep", "_pieces", "_receive", "_transport", "peer")
 
     def __init__(
         self, transport: MPITransport, pieces: list[tuple[Any, int]], keep: torch.Tensor, peer: int, receive: bool
@@ -54,7 +91,7 @@ class _MPIRequest(Request):
         self._transport = transport
         self._pieces = pieces
         self._keep = keep  # MPI reads or writes this memory until the request completes
-        self._peer = peer
+        self.peer = peer
         self._receive = receive
 
     @override
@@ -78,7 +115,7 @@ class _MPIRequest(Request):
     def describe(self) -> str:
         nbytes = self._keep.numel()
         action = f"receive of {nbytes} bytes from" if self._receive else f"send of {nbytes} bytes to"
-        return f"{action} rank {self._peer}"
+        return f"{action} rank {self.peer}"
 
     @override
     def cancel(self) -> None:
@@ -114,6 +151,9 @@ class MPITransport(Transport):
         self.max_tag: int = self._comm.Get_attr(MPI.TAG_UB) or 32767
         self.nodes = self._find_nodes() if nodes is None else tuple(nodes)
         self.one_host: bool = len(set(self.nodes)) == 1
+        self._peers: set[int] = set()  # ranks that have sent or received a message
+        self._survives = ulfm_problem() is None
+        self._dead: frozenset[int] = frozenset()
 
     def _find_nodes(self) -> tuple[int, ...]:
         """Returns, for every rank, the lowest rank with which it shares memory. Collective."""
@@ -129,12 +169,14 @@ class MPITransport(Transport):
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Starts to send a contiguous uint8 tensor, in pieces if it is longer than 1 GiB."""
         self._check_process()
+        self._peers.add(dest)
         pieces = [(self._comm.Isend((view, self.MPI.BYTE), dest, tag), length) for view, length in self._views(data)]
         return _MPIRequest(self, pieces, data, dest, False)
 
     @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         self._check_process()
+        self._peers.add(source)
         pieces = [
             (self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)
         ]
@@ -145,12 +187,74 @@ class MPITransport(Transport):
         return rank
 
     @override
+    def tell(self, note: Note) -> None:
+        data = torch.frombuffer(bytearray(note.encode()), dtype=torch.uint8)
+        sending = []
+        for peer in self._peers:
+            with contextlib.suppress(self.MPI.Exception):  # it is dead
+                sending.append(self._comm.Isend((self._views(data)[0][0], self.MPI.BYTE), peer, _NOTE_TAG))
+        until = time.monotonic() + _LEAVING
+        while sending and time.monotonic() < until:
+            sending = [request for request in sending if not self._sent(request)]
+            time.sleep(1e-3 if sending else 0.0)
+        self._unsent = (sending, data)  # MPI still reads the memory of those
+
+    def _sent(self, request: Any) -> bool:
+        """Returns whether a note has left, or never will."""
+        try:
+            return bool(request.Test())
+        except self.MPI.Exception:
+            return True
+
+    @override
+    def notes(self) -> Iterable[Note]:
+        deaths = self._deaths() if self._survives else []
+        found: list[Note] = []
+        buffer = bytearray(NOTE_BYTES)
+        with contextlib.suppress(self.MPI.Exception):  # another death, which the next call finds
+            while self._comm.Iprobe(self.MPI.ANY_SOURCE, _NOTE_TAG, self.status):
+                source, length = self.status.Get_source(), self.status.Get_count(self.MPI.BYTE)
+                self._comm.Recv((buffer, self.MPI.BYTE), source, _NOTE_TAG)
+                found.append(Note.decode(bytes(buffer[:length])))
+        return found + deaths  # a rank's own words come before the news of its death
+
+    def _deaths(self) -> list[Note]:
+        """Returns a note for every rank that has died since the last call. Acknowledges the deaths (ULFM)."""
+        failed = self._comm.Get_failed()
+        ours = self._comm.Get_group()
+        dead = frozenset(failed.Translate_ranks(list(range(failed.Get_size())), ours))
+        failed.Free()
+        ours.Free()
+        new, self._dead = dead - self._dead, dead
+        if new:
+            self._comm.Ack_failed()  # without it no probe of any source succeeds
+        return [Note(rank, NoteKind.FAILED, "its process has died") for rank in sorted(new)]
+
+    @override
+    def depart(self, note: Note) -> None:
+        began, told = time.monotonic(), False
+        with contextlib.suppress(self.MPI.Exception):  # a rank has died
+            together = self._comm.Ibarrier()
+            while not together.Test():
+                if not told and time.monotonic() - began > _LEAVING:
+                    self.tell(note)
+                    told = True
+                time.sleep(1e-3)
+
+    @override
     def close(self) -> None:
         """Leaves the communicator to MPI_Finalize, because freeing it is collective and would wait for failed ranks."""
 
     @override
     def abort(self, code: int) -> None:
-        """Ends the job on all ranks by MPI_Abort."""
+        """Ends the job on all ranks by MPI_Abort; under ULFM ends this process, and its note or death ends the others.
+
+        There MPI_Abort can leave mpirun's status 0.
+        """
+        if self._survives:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         self.MPI.COMM_WORLD.Abort(code)
 
     def _check_process(self) -> None:

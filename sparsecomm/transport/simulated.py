@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from sparsecomm.errors import CommTimeout, ConfigError, TransportError
 from sparsecomm.transport.base import Channel, CollectiveSteps, Request, Traffic, Transport
+from sparsecomm.transport.notes import Note
 
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
@@ -20,8 +21,9 @@ _Mail = dict[tuple[int, int, int], deque[torch.Tensor]]
 class _Sent(Request):
     """A send. It is complete at once, since the bytes were copied."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, peer: int) -> None:
         self._text = text
+        self.peer = peer
 
     @override
     def test(self) -> bool:
@@ -42,6 +44,7 @@ class _Receiving(Request):
     def __init__(self, mail: _Mail, key: tuple[int, int, int], buffer: torch.Tensor) -> None:
         self._mail = mail
         self._key = key
+        self.peer = key[0]
         self._buffer: torch.Tensor | None = buffer
 
     @override
@@ -91,7 +94,7 @@ class SimulatedTransport(Transport):
     def isend(self, data: torch.Tensor, dest: int, tag: int) -> Request:
         """Delivers a copy of the bytes to the receiver."""
         self._world.deliver(self.rank, dest, tag, data)
-        return _Sent(f"send of {data.numel()} bytes to rank {dest}")
+        return _Sent(f"send of {data.numel()} bytes to rank {dest}", dest)
 
     @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
@@ -101,6 +104,14 @@ class SimulatedTransport(Transport):
     @override
     def world_rank(self, rank: int) -> int:
         return rank
+
+    @override
+    def tell(self, note: Note) -> None:
+        self._world.notes[self.rank] = note
+
+    @override
+    def notes(self) -> Iterable[Note]:
+        return [note for rank, note in list(self._world.notes.items()) if rank != self.rank]
 
     @override
     def close(self) -> None:
@@ -125,6 +136,7 @@ class SimulatedWorld:
         ranks: Transport of each rank.
         mail: Messages that were sent and not yet received, by source, destination and tag.
         traffic: Messages and bytes of each rank.
+        notes: The newest note of each rank that has told one.
         tamper: If set, called with (source, dest, message) for every message. Returns the message to deliver, or None
             to lose it. For tests of corruption and loss.
     """
@@ -138,6 +150,7 @@ class SimulatedWorld:
             raise ConfigError(f"nodes = {list(self.nodes)} names {len(self.nodes)} of {size} ranks")
         self.mail: _Mail = defaultdict(deque)
         self.traffic = [Traffic() for _ in range(size)]
+        self.notes: dict[int, Note] = {}
         self.tamper: Callable[[int, int, torch.Tensor], torch.Tensor | None] | None = None
         self.ranks = [SimulatedTransport(self, r) for r in range(size)]
         self._tag = 0

@@ -120,4 +120,4 @@ class TaskGroup:
         if self._ranks is not None:
             slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
         self._started += 1
-        return Channel(self._transport, slot * tags + self._started % tags)
+        return Channel(self._transport, slot * tags + 1 + self._started % (tags - 1))  # tag 0 is that of notes

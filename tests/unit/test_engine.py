@@ -246,6 +246,8 @@ def test_any_other_failure_fails_everything_in_flight_and_everything_later(broke
 
 
 class FailingRequest:
+    peer = 1
+
     def test(self) -> bool:
         raise TransportError("receive of 4 bytes from rank 1 failed: truncated")
 

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 from helpers import JOBS, Job, job_environment, mpirun_command, run_job
@@ -75,8 +76,8 @@ def test_torchrun_ends_the_job_when_a_rank_fails() -> None:
     assert "sparsecomm: rank 1 of 2 failed with ValueError: the dog ate the batch" in job.err, job
 
 
-def by_hand(*args: str, env: dict[str, str] | None = None) -> list[tuple[int, str, str]]:
-    """Starts two processes with RANK and WORLD_SIZE set, without any launcher."""
+def by_hand(*args: str, env: dict[str, str] | None = None, ranks: Sequence[int] = (0, 1)) -> list[tuple[int, str, str]]:
+    """Starts the ranks of a world of two with RANK and WORLD_SIZE set, without any launcher."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -96,7 +97,7 @@ def by_hand(*args: str, env: dict[str, str] | None = None) -> list[tuple[int, st
             text=True,
             env={**common, "RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank in ranks
     ]
     try:
         return [(p.returncode, out, err) for p in processes for out, err in [p.communicate(timeout=60)]]
@@ -132,24 +133,13 @@ def test_an_exception_on_one_rank_ends_the_job_and_is_named() -> None:
 
 
 def test_a_rank_that_stops_taking_part_is_named_and_the_job_ends() -> None:
-    job = mpi_train(3, "--fail", "sleep", "--rank", "2", timeout=5.0)
+    job = mpi_train(3, "--fail", "sleep", "--rank", "2", timeout=20.0)
     assert job.code != 0, job
-    assert re.search(r"did not finish within 5 s; still waiting for: .*rank 2", job.err), job
+    assert re.search(r"did not finish within 20 s; late: rank 2; this rank still waits for: .*rank 2", job.err), job
+    assert "late: rank 1" not in job.err, job
     assert re.search(r"bucket \d+ of step 3", job.err), job
     assert "CommTimeout" in job.err, job
     assert job.seconds < 80, job
-
-
-def test_a_rank_that_leaves_early_without_an_error_does_not_hang_the_others() -> None:
-    """Its script simply returns two steps before the others: they must end with an error that names it."""
-    job = mpi_train(2, "--fail", "return", timeout=5.0)
-    assert job.code != 0, job
-    assert re.search(r"still waiting for: .*rank 1", job.err), job
-
-
-def test_sys_exit_on_one_rank_ends_the_job() -> None:
-    job = mpi_train(2, "--fail", "exit", timeout=5.0)
-    assert job.code != 0, job
 
 
 @pytest.mark.parametrize("collective", ["allgather", "split_reduce"])

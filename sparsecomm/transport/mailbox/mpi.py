@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from time import monotonic
 from typing import Any
 
@@ -12,25 +11,12 @@ from typing_extensions import override
 from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
 from sparsecomm.transport.mailbox.base import Mailbox
-from sparsecomm.transport.mpi import import_mpi
+from sparsecomm.transport.mpi import import_mpi, ulfm_problem
 
-__all__ = ["MPIMailbox", "ulfm_problem"]
+__all__ = ["MPIMailbox"]
 
 _TAKE = 1 << 30  # MPI counts are C ints in most libraries
 _LOOK_SECONDS = 0.005  # between two queries for dead ranks; a query costs about as much as a probe
-
-
-def ulfm_problem() -> str | None:
-    """Returns why the ranks of this job cannot survive the death of another, with the fix. None if they can."""
-    fix = "start the job with Open MPI's mpirun --with-ft ulfm --mca pml ob1"
-    chosen = {name: os.environ.get(f"OMPI_MCA_{name}") for name in ("mpi_ft_enable", "pml")}
-    if chosen["mpi_ft_enable"] != "1":
-        return f"this job was not started with ULFM; {fix}"
-    if chosen["pml"] != "ob1":
-        return f"ULFM works with Open MPI's pml ob1 only, this job has {chosen['pml']!r}; {fix}"
-    if not hasattr(import_mpi().Comm, "Get_failed"):
-        return "this mpi4py has no Comm.Get_failed; install mpi4py 4 or newer"
-    return None
 
 
 class MPIMailbox(Mailbox):

@@ -1,6 +1,6 @@
 """A tiny training run with the hook. The arguments say which failure happens in it, and where.
 
-train.py [--steps N] [--collective NAME] [--fail KIND] [--rank R] [--at STEP]
+train.py [--steps N] [--collective NAME] [--fail KIND] [--rank R] [--at STEP] [--pause SECONDS]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--fail", default="")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--at", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = sc.init()
@@ -55,6 +56,7 @@ def main() -> None:
         optimizer.zero_grad()
         model(torch.randn(8, 20)).square().mean().backward()
         optimizer.step()
+        time.sleep(args.pause)
     digest = sum(p.double().sum().item() for p in model.parameters())
     line = f"rank {world.rank} of {world.size} over {world.transport}: {state.metrics().steps} steps, {digest:.12f}\n"
     sys.stdout.write(line)  # in one piece, since all ranks may share one file

@@ -73,8 +73,8 @@ def run(
         pull_by: "asked": servers answer pulls, sparse or whole. "one_sided": workers read whole shards from windows by
             MPI Get, which is not possible under ULFM. "auto": each worker takes the way with the least predicted time,
             by bytes and by measurements when it begins (`Worker.explain`).
-        rate: Learning rate by number of updates done, in place of the optimizer's `lr`. Parameter groups with an `lr` of
-            their own keep their ratio to it. None leaves the optimizer's.
+        rate: Learning rate by number of updates done, in place of the optimizer's `lr`. Parameter groups with another
+            one keep their ratio to it. None leaves the optimizer's.
         fault_tolerant: Whether the job goes on when a rank dies, which needs ULFM (`mpirun --with-ft ulfm --mca pml
             ob1`). True insists on ULFM, None uses it if it is there. Without ULFM a death ends the job.
         replicate: Whether the next server stores each update before it is acknowledged. None does so if the job is
@@ -103,7 +103,7 @@ def run(
 def _run(train: Callable[[int, int], Any], options: JobOptions) -> Outcome:
     world = options.check()
     timeout = seconds_of(options.timeout)
-    mailbox = open_mailbox(options.fault_tolerant, timeout)
+    mailbox = open_mailbox(options.fault_tolerant)
     pulls, rules = options.pulls, options.rules(world)
     servers = tuple(range(len(rules.workers), world))
     window = open_window if pulls.has_windows(mailbox) else None

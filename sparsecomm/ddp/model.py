@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
-from sparsecomm.runtime.names import named_plainly
+from sparsecomm.runtime.names import localized, named_plainly
 
 __all__ = ["ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
 
@@ -83,7 +83,7 @@ class WrappedModel:
             )
         model = ddps[0] if model is None and ddps else model
         inner = model.module if isinstance(model, DistributedDataParallel) else model
-        named = [] if inner is None else list(named_plainly(inner))
+        named = [] if inner is None else _named(inner, ddps)
         return cls(
             names={id(p): name for name, p in named},
             shapes={name: () if p.is_nested else tuple(p.shape) for name, p in named},  # refused later, by name
@@ -114,8 +114,8 @@ class WrappedModel:
         name = self.names.get(id(parameter))
         if name is None:
             raise ConfigError(
-                f"{prefix}: a parameter of shape {tuple(parameter.shape)} is not in the state's model; "
-                "one SparseState serves one model"
+                f"{prefix}: a parameter of shape {tuple(parameter.shape)} is not in the state's model: one SparseState "
+                "serves one model, whose parameters may not be replaced once DDP has wrapped it"
             )
         return name
 
@@ -203,6 +203,16 @@ class ModelLookup:
         if found.names:
             self.model = found
         return found
+
+
+def _named(model: torch.nn.Module, ddps: list[DistributedDataParallel]) -> list[tuple[str, torch.Tensor]]:
+    """Returns the model's parameters by plain name, and those that DDP reduces in their place."""
+    named: list[tuple[str, torch.Tensor]] = list(named_plainly(model))
+    known = {id(p) for _, p in named}
+    for ddp in ddps:
+        named += localized(model, [p for p in ddp._module_parameters if id(p) not in known])
+        known |= {id(p) for _, p in named}
+    return named
 
 
 def find_wrappers(

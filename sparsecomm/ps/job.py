@@ -103,7 +103,7 @@ def run(
 def _run(train: Callable[[int, int], Any], options: JobOptions) -> Outcome:
     world = options.check()
     timeout = seconds_of(options.timeout)
-    mailbox = open_mailbox(options.fault_tolerant)
+    mailbox = open_mailbox(options.fault_tolerant, timeout)
     pulls, rules = options.pulls, options.rules(world)
     servers = tuple(range(len(rules.workers), world))
     window = open_window if pulls.has_windows(mailbox) else None

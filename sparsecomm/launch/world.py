@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from sparsecomm.launch.torch_dist import leave_torch
 from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, Transport
 
-__all__ = ["World", "default_timeout", "init", "is_initialized", "shutdown", "world"]
+__all__ = ["World", "call_at_end", "default_timeout", "init", "is_initialized", "shutdown", "world"]
 
 _DEFAULT_TIMEOUT = 300.0  # seconds
 
@@ -68,6 +68,7 @@ class _Owned:
         made_torch: Whether `init` brought up torch.distributed.
         leaving: Watches over the ways in which this rank may leave.
         pid: Process that called `init`.
+        at_end: Called with the world before it ends.
     """
 
     world: World | None = None
@@ -76,6 +77,7 @@ class _Owned:
     made_torch: bool = False
     leaving: Leaving | None = None
     pid: int = 0
+    at_end: list[Callable[[World], None]] = field(default_factory=list)
 
 
 _owned = _Owned()
@@ -203,6 +205,11 @@ def is_initialized() -> bool:
     return _owned.world is not None
 
 
+def call_at_end(callback: Callable[[World], None]) -> None:
+    """Has a function called with the world when `shutdown` begins; `init` may come before or after this."""
+    _owned.at_end.append(callback)
+
+
 def shutdown() -> None:
     """Finishes the collectives in flight and takes down the libraries that `init` brought up. Collective. Idempotent.
 
@@ -215,6 +222,8 @@ def _shutdown(*, exiting: bool) -> None:
     made, leaving = _owned.world, _owned.leaving
     if made is None or leaving is None or _owned.pid != os.getpid():
         return
+    for callback in _owned.at_end:
+        callback(made)
     _owned.world = _owned.leaving = None
     leaving.close_engine(exiting=exiting)
     close_timeline()

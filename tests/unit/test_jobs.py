@@ -41,8 +41,10 @@ def test_mpirun_trains_and_ends_quietly(ranks: int) -> None:
     assert job.seconds < 80, job
 
 
-def test_a_forgotten_hook_is_spoken_of_once() -> None:
-    job = mpi_train(2, "--fail", "forget")
+@pytest.mark.parametrize("order", ["forget", "forget_early"])
+def test_a_forgotten_hook_is_spoken_of_once(order: str) -> None:
+    """Whether the state is made before `init` or after it."""
+    job = mpi_train(2, "--fail", order)
     assert job.code == 0, job
     assert job.err.count("Was the hook registered? ddp.register_comm_hook(state, sparsecomm.sparse_hook)") == 1, job
 

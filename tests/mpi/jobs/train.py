@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    early = sc.SparseState(sc.TopK(0.1)) if args.fail == "forget_early" else None
     world = sc.init()
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)), bucket_cap_mb=0.001)
-    state = sc.SparseState(sc.TopK(0.1), collective=args.collective)
-    if args.fail != "forget":
+    state = sc.SparseState(sc.TopK(0.1), collective=args.collective) if early is None else early
+    if not args.fail.startswith("forget"):
         model.register_comm_hook(state, sc.sparse_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     torch.manual_seed(world.rank)

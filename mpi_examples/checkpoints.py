@@ -47,14 +47,15 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sta
     if not (folder / "latest").exists():
         return 0
     source = folder / (folder / "latest").read_text()
-    shared = torch.load(source / "shared.pt")
+    shared = torch.load(source / "shared.pt", weights_only=True)
     model.load_state_dict(shared["model"])
     optimizer.load_state_dict(shared["optimizer"])
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == shared["ranks"]:
-        state.load_state_dict(torch.load(source / f"rank{rank}.pt"))
+        state.load_state_dict(torch.load(source / f"rank{rank}.pt", weights_only=True))
     else:  # new ranks share the residuals of the old ones; nothing is lost
-        saved = [torch.load(source / f"rank{old}.pt") for old in range(shared["ranks"])]
+        files = [source / f"rank{old}.pt" for old in range(shared["ranks"])]
+        saved = [torch.load(file, weights_only=True) for file in files]
         state.load_state_dict(sc.reshard(saved, size)[rank])
     return int(shared["step"])
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from sparsecomm.compress.base import SelectorMemory
+from sparsecomm.ddp.entries import alignment_of, as_state_dict, count_of, layout_hash_of, memory_of, selector_of
 from sparsecomm.errors import StateError
-from sparsecomm.feedback import Alignment, Squares, check_residuals
+from sparsecomm.feedback import Alignment
 from sparsecomm.runtime.names import plain_name
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
@@ -20,6 +21,7 @@ _SELECTOR = "selector."
 _ALIGNMENT = "alignment."
 _MOMENT_STEPS = "moment_steps"
 _NUMBERS = ("step", "rank", "world_size")
+_Entry = TypeVar("_Entry")
 
 
 @dataclass
@@ -62,75 +64,62 @@ class Checkpoint:
 
     @classmethod
     def from_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
-        """Reads a flat dict.
+        """Reads a flat dict, and checks every entry for itself.
 
         Raises:
-            StateError: if it is not a checkpoint of a `SparseState`; names the unknown or missing entries.
+            StateError: if it is not a checkpoint of a `SparseState`; names the entry.
         """
-        missing = [name for name in _NUMBERS if name not in state_dict]
+        given = as_state_dict(state_dict)
+        missing = [name for name in _NUMBERS if name not in given]
         if missing:
             raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
-        step, rank, world_size = (_count(name, state_dict[name]) for name in _NUMBERS)
+        step, rank, world_size = (count_of(name, given[name]) for name in _NUMBERS)
         made = cls(step, rank, world_size)
         unknown = []
-        for key, value in state_dict.items():
+        for key, value in given.items():
             kind, _, name = key.partition(".")
             name = plain_name(name)
             if name and kind in made.memories:
-                if name in made.memories[kind]:
-                    raise StateError(f"this is not a SparseState checkpoint: it has the {kind} of {name!r} twice")
-                made.memories[kind][name] = value
+                _put(made.memories[kind], name, memory_of(kind, name, value), kind)
             elif key.startswith(_SELECTOR):
-                made.selectors[_layout_hash(key)] = _selector(key, value)
-            elif key.startswith(_ALIGNMENT):
-                made.alignments[name] = _alignment(key, value)
+                made.selectors[layout_hash_of(key, _SELECTOR)] = selector_of(key, value)
+            elif name and key.startswith(_ALIGNMENT):
+                _put(made.alignments, name, alignment_of(key, value), kind)
             elif key == _MOMENT_STEPS:
-                made.moment_steps = _count(key, value)
+                made.moment_steps = count_of(key, value)
             elif key not in _NUMBERS:
                 unknown.append(key)
         if unknown:
             raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
+        if (_MOMENT_STEPS in given) != bool(made.memories["second_moment"]):
+            has, lacks = (_MOMENT_STEPS, "second_moment")[:: 1 if _MOMENT_STEPS in given else -1]
+            raise StateError(f"the checkpoint has {has}, but no {lacks}; Adam correction saves both")
         return made
 
     def check(self) -> None:
-        """Checks everything that does not depend on a model.
+        """Checks that the entries fit each other, as far as that does not depend on a model.
 
         Raises:
-            StateError: if a tensor cannot be a residual or moment, or steps were taken but no residual is named.
+            StateError: if they do not, or steps were taken but no residual is named.
         """
-        for kind, named in self.memories.items():
-            check_residuals(kind, named)
-        for name, t in self.memories["second_moment"].items():
-            if bool((t < 0).any()):
-                raise StateError(f"second_moment of {name!r} holds negative values")
+        for kind in ("velocity", "second_moment"):
+            for name, t in self.memories[kind].items():
+                shapes = {tuple(m.shape) for m in (t, self.memories["residual"].get(name, t))} - {(0,)}
+                if len(shapes) > 1:
+                    raise StateError(f"residual and {kind} of {name!r} have different shapes: {sorted(shapes)}")
+        if self.moment_steps > self.step:
+            raise StateError(f"the checkpoint's moment_steps = {self.moment_steps} are more than its step {self.step}")
         if self.step > 0 and not self.memories["residual"]:
             raise StateError(
                 f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only the "
                 "tensors it is given, so register the hook (or pass model=) before loading into a new state"
             )
 
-    def check_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks that the checkpoint is of a given model.
 
-        Args:
-            shapes: parameter shapes of the model, by name.
-
-        Raises:
-            StateError: if it is not; names the parameters that only one of the two has, or has in another shape.
-        """
-        model = set(shapes)
-        for kind, loaded in self.memories.items():
-            extra, missing = sorted(set(loaded) - model), sorted(model - set(loaded))
-            if extra:
-                raise StateError(f"the checkpoint is of another model: it has the {kind} of {extra}, unknown here")
-            if loaded and missing:
-                raise StateError(f"the checkpoint is of another model: it lacks the {kind} of {missing}")
-            for name, t in loaded.items():
-                if t.shape != (0,) and tuple(t.shape) != shapes[name]:
-                    raise StateError(
-                        f"{kind} of {name!r} in the checkpoint has shape {tuple(t.shape)}, "
-                        f"the parameter has {shapes[name]}"
-                    )
+def _put(into: dict[str, _Entry], name: str, value: _Entry, kind: str) -> None:
+    if name in into:
+        raise StateError(f"this is not a SparseState checkpoint: it has the {kind} of {name!r} twice")
+    into[name] = value
 
 
 def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], kept: set[str]) -> None:
@@ -144,36 +133,6 @@ def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[in
     for name, shape in shapes.items():
         if name not in residuals:
             residuals[name] = torch.zeros(shape if name in kept else 0, dtype=torch.float32)
-
-
-def _count(key: str, value: object) -> int:
-    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_floating_point() or int(value) < 0:
-        raise StateError(f"the checkpoint's {key!r} must be one whole number >= 0, got {value!r}")
-    return int(value)
-
-
-def _layout_hash(key: str) -> int:
-    try:
-        return int(key.removeprefix(_SELECTOR), 16)
-    except ValueError:
-        raise StateError(f"the checkpoint's {key!r} does not name a layout by 16 hexadecimal digits") from None
-
-
-def _selector(key: str, value: object) -> SelectorMemory:
-    if isinstance(value, torch.Tensor) and value.shape == (3,) and value.dtype == torch.float64:
-        threshold, age, k = (float(x) for x in value)
-        known = math.isnan(threshold) or 0 <= threshold < math.inf
-        if known and all(x >= 0 and x == int(x) for x in (age, k) if math.isfinite(x)) and math.isfinite(age + k):
-            return SelectorMemory(threshold, int(age), int(k))
-    raise StateError(f"the checkpoint's {key!r} must hold a threshold, its age and its k, got {value!r}")
-
-
-def _alignment(key: str, value: object) -> Alignment:
-    if isinstance(value, torch.Tensor) and value.shape == (6,) and value.dtype == torch.float64:
-        size, count, *squares = (float(x) for x in value)
-        if all(math.isfinite(x) and x >= 0 for x in (size, count, *squares)) and size >= 1:
-            return Alignment(int(size), int(count), Squares(*squares[:2]), Squares(*squares[2:]))
-    raise StateError(f"the checkpoint's {key!r} must hold ranks, measurements and four squared norms, got {value!r}")
 
 
 def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
@@ -202,7 +161,9 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
         saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
         raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
     if len({c.step for c in old}) > 1:
-        raise StateError(f"the checkpoints are of different steps: {[c.step for c in old]}")
+        raise StateError(
+            f"the checkpoints of ranks 0 to {len(old) - 1} are of different steps: {[c.step for c in old]}"
+        )
     for c in old:
         c.check()
         _check_alike(old[0], c)
@@ -210,6 +171,19 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+    """Checks that two ranks' checkpoints are of one run at one step, as far as it shows."""
+    if first.moment_steps != other.moment_steps:
+        raise StateError(
+            f"the checkpoints are of different runs: moment_steps is {first.moment_steps} on rank 0, "
+            f"{other.moment_steps} on rank {other.rank}"
+        )
+    unlike = [name for name, a in first.alignments.items() if other.alignments.get(name) != a]
+    unlike += set(other.alignments) - set(first.alignments)
+    if unlike:
+        raise StateError(
+            f"the checkpoints are of different runs: all ranks of a run have the same alignment of {unlike[0]!r}, "
+            f"ranks 0 and {other.rank} have not"
+        )
     for kind, a in first.memories.items():
         b = other.memories[kind]
         different = sorted(set(a) ^ set(b))

@@ -11,6 +11,7 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
 from sparsecomm.ddp.convergence import Convergence, combine
+from sparsecomm.ddp.matching import matched
 from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
@@ -74,7 +75,7 @@ class Memories:
         self._selectors: dict[int, SelectorMemory] = {}
         self._alignments: dict[str, Alignment] = {}  # of each parameter's bucket
         self._square: tuple[int, float] = (-1, 0.0)  # a step, and the average gradient's expected squared norm in it
-        self._unchecked: Checkpoint | None = None  # loaded before the model was known
+        self._unmatched: tuple[Checkpoint, bool] | None = None  # loaded before the model was known; whether strictly
 
     def has_changed(self, index: int, ids: tuple[int, ...]) -> bool:
         """Returns whether the bucket of that number had other parameters when it was last handed over."""
@@ -239,7 +240,13 @@ class Memories:
         return combine([s for s in seen if s is not None])
 
     def save(self, step: int, model: WrappedModel, config: SparseConfig) -> Checkpoint:
-        """Returns the checkpoint of this rank."""
+        """Returns the checkpoint of this rank.
+
+        Raises:
+            StateError: if what was loaded before the model was known is of another model.
+        """
+        if model.names:
+            self.match_loaded(model.shapes)
         made = Checkpoint(step, model.rank, model.size)
         feedback = config.feedback
         # torch.distributed.checkpoint fills the tensors it is given. A new state must therefore name all parameters
@@ -259,28 +266,32 @@ class Memories:
                 made.selectors[known.bucket.layout.hash] = known.bucket.selector
         return made
 
-    def load(self, loaded: Checkpoint, model: WrappedModel) -> None:
+    def load(self, loaded: Checkpoint, model: WrappedModel, *, strict: bool) -> None:
         """Replaces all memories by those of a checkpoint.
 
         Args:
             loaded: a checkpoint that passed `Checkpoint.check`.
-            model: if its parameters are not known yet, `check_loaded` compares them later.
+            model: if its parameters are not known yet, `match_loaded` compares them later.
+            strict: as for `matched`.
 
         Raises:
             StateError: if the checkpoint is of another model; nothing is changed then.
         """
-        if model.names:
-            loaded.check_model(model.shapes)
-        self._unchecked = None if model.names else loaded
+        self._take(matched(loaded, model.shapes, strict=strict) if model.names else loaded)
+        self._unmatched = None if model.names else (loaded, strict)
+
+    def _take(self, loaded: Checkpoint) -> None:
+        for kind, store in self._stores.items():
+            store.check(loaded.memories[kind])
         for kind, store in self._stores.items():
             store.load(loaded.memories[kind])
         self.known.clear()
         self._square = (-1, 0.0)
-        self._selectors, self._alignments = loaded.selectors, loaded.alignments
+        self._selectors, self._alignments = dict(loaded.selectors), dict(loaded.alignments)
         self._moments_since = loaded.step - loaded.moment_steps
 
-    def check_loaded(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks a checkpoint that was loaded before the model was known; does nothing if there is none.
+    def match_loaded(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Matches a checkpoint that was loaded before the model was known; does nothing if there is none.
 
         Args:
             shapes: parameter shapes of the model, by name.
@@ -288,9 +299,12 @@ class Memories:
         Raises:
             StateError: if the checkpoint is of another model.
         """
-        if self._unchecked is not None:
-            self._unchecked.check_model(shapes)
-            self._unchecked = None
+        if self._unmatched is not None:
+            loaded, strict = self._unmatched
+            fitted = matched(loaded, shapes, strict=strict)
+            if fitted is not loaded:
+                self._take(fitted)
+            self._unmatched = None
 
 
 def _moments(feedback: Feedback | None) -> tuple[str, ...]:

@@ -274,13 +274,20 @@ class SparseState:
         """
         return self._memories.save(self.step, self._lookup.attach(self, world()), self.config).to_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
         """Restores this rank's state, also in the middle of training. Checks everything before it changes anything.
 
+        Args:
+            state_dict: what `state_dict` returned. Not changed, and not kept.
+            strict: whether the checkpoint must be of the same parameters. Otherwise parameters that it lacks start
+                without a residual, and what it has of parameters that the model lacks is dropped, with a warning that
+                says how much residual is lost.
+
         Raises:
-            StateError: for unknown keys; for parameters that only the checkpoint or only the model has, or that differ
-                in shape (names them all); or for the checkpoint of another rank or world size (see
-                `reshard`).
+            StateError: for entries that are missing, unknown or damaged; for parameters that only the checkpoint or
+                only the model has, or that differ in shape, with what would map their names; or for the checkpoint of
+                another rank or world size (see `reshard`). It names the entry. If the model is not known yet, its
+                parameters are compared in the first step.
         """
         loaded = Checkpoint.from_dict(state_dict)
         model = self._lookup.attach(self, world())
@@ -290,7 +297,7 @@ class SparseState:
                 f"{loaded.world_size}; every rank loads its own, and sparsecomm.reshard converts to another world size"
             )
         loaded.check()
-        self._memories.load(loaded, model)
+        self._memories.load(loaded, model, strict=strict)
         self._choice.reset()
         self._alarm.begin_again(loaded.step)
         self.step = loaded.step

@@ -128,7 +128,7 @@ class Submission:
     def _prepare(self, model: WrappedModel) -> tuple[BucketMemory, Plan]:
         """Checks the gradients and plans the exchange. Mutates the state's memories."""
         parts, batch, config = self._parts, self._batch, self._owner.config
-        parts.memories.check_loaded(model.shapes)
+        parts.memories.match_loaded(model.shapes)
         prefix = f"rank {model.rank}, bucket {batch.index}"
         batch.check(prefix)
         bucket = parts.memories.bucket(batch.index, batch.parameters, batch.numel, model, prefix)

@@ -8,6 +8,7 @@ import torch
 
 from sparsecomm.errors import StateError
 from sparsecomm.feedback.layout import BucketLayout
+from sparsecomm.runtime.kinds import tensor_problem
 
 __all__ = ["ResidualStore", "check_residuals"]
 
@@ -107,11 +108,8 @@ class ResidualStore:
         views = [layout.view(flat, offset, i) for flat, offset, layout, i in self._places.values()]
         return views + list(self._pending.values())
 
-    def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
-        """Replaces all residuals; those of parameters without an entry become zero. Checks all before changing any.
-
-        Args:
-            residuals: by parameter name. They are copied.
+    def check(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Checks what `load` is given.
 
         Raises:
             StateError: a residual fails `check_residuals` or has another shape than its parameter.
@@ -121,6 +119,17 @@ class ResidualStore:
             if name in self._places and t.shape != (0,):
                 _, _, layout, i = self._places[name]
                 self._check_shape(name, t, layout.shapes[i])
+
+    def load(self, residuals: Mapping[str, torch.Tensor]) -> None:
+        """Replaces all residuals; those of parameters without an entry become zero. Checks all before changing any.
+
+        Args:
+            residuals: by parameter name. They are copied.
+
+        Raises:
+            StateError: as `check`.
+        """
+        self.check(residuals)
         for flat in {id(w[0]): w[0] for w in self._places.values()}.values():
             flat.zero_()
         self._pending = {}
@@ -135,7 +144,7 @@ class ResidualStore:
                 self._pending[name] = t.detach().cpu().clone()
 
 
-def check_residuals(noun: str, residuals: Mapping[str, torch.Tensor]) -> None:
+def check_residuals(noun: str, residuals: Mapping[str, object]) -> None:
     """Checks residuals before they are loaded or resharded.
 
     Args:
@@ -149,5 +158,8 @@ def check_residuals(noun: str, residuals: Mapping[str, torch.Tensor]) -> None:
         if not isinstance(t, torch.Tensor) or t.dtype != torch.float32 or t.layout != torch.strided:
             kind = f"{t.dtype}, {t.layout}" if isinstance(t, torch.Tensor) else type(t).__name__
             raise StateError(f"{noun} of {name!r} must be a float32 tensor, got {kind}")
+        problem = tensor_problem(t)
+        if problem is not None:
+            raise StateError(f"{noun} of {name!r} {problem}: it must be a plain float32 tensor")
         if not bool(torch.isfinite(t).all()):
             raise StateError(f"{noun} of {name!r} holds non-finite values")

@@ -12,6 +12,8 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # Read when triton is first imported, by whatever test: then its kernels run on CPU tensors, interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+# SPARSECOMM_TEST_DTYPE=float64 (or bfloat16) makes it torch's default dtype, as a script may; `make dtypes` does so.
+torch.set_default_dtype(getattr(torch, os.environ.get("SPARSECOMM_TEST_DTYPE", "float32")))
 common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("sparsecomm", common, max_examples=25)
 settings.register_profile("deep", common, max_examples=2000)  # for a bug hunt: pytest --hypothesis-profile=deep

@@ -50,7 +50,7 @@ def in_step(request: pytest.FixtureRequest, world: sc.World, outcomes: Any) -> I
     """Starts every test with the same seed on all ranks and ends it with the same outcome."""
     torch.manual_seed(1234)
     yield
-    mine = torch.tensor([int(request.node.stash.get(_passed, False))])
+    mine = torch.tensor([int(request.node.stash.get(_passed, False))], dtype=torch.int64)
     everyone = [torch.empty_like(mine) for _ in range(world.size)]
     dist.all_gather(everyone, mine, group=outcomes)
     failed = [r for r, passed in enumerate(everyone) if not passed]

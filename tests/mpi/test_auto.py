@@ -150,7 +150,7 @@ def test_a_bad_gradient_in_a_fused_bucket_fails_on_all_ranks_with_its_name(world
     for i, p in enumerate(parameters):
         bad = i == 2 and world.rank == culprit
         numel = p.numel() + bad  # an element too many
-        futures.append(state.start(i, [p], torch.ones(numel), last=i == len(parameters) - 1))
+        futures.append(state.start(i, [p], torch.ones(numel, dtype=torch.float32), last=i == len(parameters) - 1))
     for future in futures:
         with pytest.raises(RuntimeError, match=f"rank {culprit}"):
             future.wait()

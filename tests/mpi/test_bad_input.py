@@ -49,7 +49,7 @@ def exchange_flat(state: sc.SparseState, model: nn.Module, dtype: torch.dtype = 
 class Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(10, 4, sparse=True)
+        self.embed = nn.Embedding(10, 4, sparse=True, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.embed(x)
@@ -58,14 +58,14 @@ class Embedding(nn.Module):
 def test_sparse_gradients_are_refused_with_the_remedy(world: sc.World) -> None:
     ddp = wrap(Embedding(), sparse())
     with pytest.raises(RuntimeError, match=rf"rank {world.rank}, bucket 0.*sparse=False"):
-        ddp(torch.tensor([1, 2, 3])).sum().backward()
+        ddp(torch.tensor([1, 2, 3], dtype=torch.int64)).sum().backward()
     assert_still_works(world)
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
 def test_other_gradient_dtypes_are_refused_by_name(world: sc.World, dtype: torch.dtype) -> None:
-    ddp = wrap(nn.Linear(3, 2).to(dtype), sparse())
+    ddp = wrap(nn.Linear(3, 2, dtype=dtype), sparse())
     with pytest.raises(RuntimeError, match=rf"rank {world.rank}, bucket 0.*{dtype}.*float32, float16, bfloat16"):
         ddp(torch.ones(1, 3, dtype=dtype)).abs().sum().backward()
     assert_still_works(world)
@@ -110,7 +110,7 @@ def test_a_bad_value_on_one_rank_makes_the_step_bad_on_all_and_the_next_one_good
 
 def test_an_overflowing_half_precision_average_is_skipped_by_all(world: sc.World) -> None:
     """The residual may hold more than a float16 bucket can take: nothing is lost, the step is bad on all ranks."""
-    model = nn.Linear(4, 1, bias=False).to(torch.float16)
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float16)
     state = sc.SparseState(sc.TopK(0.25), value_codec="fp32", collective="allgather", model=model)
     grads = [60000.0, 50000.0, 40000.0, 30000.0]
     for _ in range(8):
@@ -121,25 +121,25 @@ def test_an_overflowing_half_precision_average_is_skipped_by_all(world: sc.World
         if bool(applied.isnan().all()):
             torch.testing.assert_close(after, before)
         else:
-            torch.testing.assert_close(
-                applied.double() + after, before + torch.tensor(grads).double(), rtol=1e-3, atol=1.0
-            )
+            incoming = before + torch.tensor(grads, dtype=torch.float64)
+            torch.testing.assert_close(applied.double() + after, incoming, rtol=1e-3, atol=1.0)
         assert bool(applied.isfinite().all() or applied.isnan().all())
 
 
-SHAPES: list[tuple[str, Callable[[int], nn.Module]]] = [
-    ("layout_hash", lambda rank: nn.Linear(6, 2) if rank else nn.Linear(2, 6, bias=False)),
-    ("numel", lambda rank: nn.Linear(3 + rank, 2)),
+SHAPES: list[tuple[str, Callable[[int], tuple[int, int, bool]]]] = [  # inputs, outputs and bias of a rank's layer
+    ("layout_hash", lambda rank: (6, 2, True) if rank else (2, 6, False)),
+    ("numel", lambda rank: (3 + rank, 2, True)),
 ]
 
 
-@pytest.mark.parametrize(("field", "make"), SHAPES, ids=[s[0] for s in SHAPES])
+@pytest.mark.parametrize(("field", "shape"), SHAPES, ids=[s[0] for s in SHAPES])
 def test_ranks_whose_models_differ_in_shape_all_learn_of_it(
-    world: sc.World, field: str, make: Callable[[int], nn.Module]
+    world: sc.World, field: str, shape: Callable[[int], tuple[int, int, bool]]
 ) -> None:
     if world.size == 1:
         pytest.skip("needs two ranks to disagree")
-    model = make(world.rank)
+    inputs, outputs, bias = shape(world.rank)
+    model = nn.Linear(inputs, outputs, bias, dtype=torch.float32)
     state = sparse(model=model)
     with pytest.raises(RuntimeError, match=rf"ranks disagree on.*{field}.*rank 0.*rank 1"):
         exchange_flat(state, model)
@@ -238,7 +238,7 @@ def test_a_bucket_of_another_size_than_its_parameters_is_refused(world: sc.World
     model = mlp()
     state = sparse(model=model)
     with pytest.raises(RuntimeError, match="bucket 0: 5 elements"):
-        state.start(0, list(model.parameters()), torch.ones(5), last=True).wait()
+        state.start(0, list(model.parameters()), torch.ones(5, dtype=torch.float32), last=True).wait()
     assert_still_works(world)
 
 
@@ -267,14 +267,14 @@ def test_bad_options_are_refused_by_name_and_value(world: sc.World, options: dic
 
 @pytest.mark.parametrize("numel", [1, 2, 3])
 def test_models_of_one_to_three_elements_train(world: sc.World, numel: int) -> None:
-    model = nn.Linear(numel, 1, bias=False)
+    model = nn.Linear(numel, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():
         model.weight.fill_(0.5)
     state = sparse(value_codec="fp32")
     ddp = wrap(model, state)
     for _ in range(3):
         ddp.zero_grad()
-        ddp(torch.full((1, numel), 1.0 + world.rank)).sum().backward()
+        ddp(torch.full((1, numel), 1.0 + world.rank, dtype=torch.float32)).sum().backward()
     mean = 1 + (world.size - 1) / 2
     torch.testing.assert_close(ddp.module.weight.grad + 0 * mean, ddp.module.weight.grad)
     total = world.size * flat(ddp, grad_of) + summed(residual_of(state, ddp))
@@ -288,5 +288,6 @@ def test_all_zero_all_equal_and_denormal_gradients_pass(world: sc.World, value: 
     state = sc.SparseState(sc.TopK(1.0), value_codec="fp32", collective="allgather", model=model)
     numel = sum(p.numel() for p in model.parameters())
     for _ in range(2):
-        applied = state.start(0, list(model.parameters()), torch.full((numel,), value), last=True).wait()
-        torch.testing.assert_close(applied, torch.full((numel,), value), rtol=1e-5, atol=1e-44)
+        grad = torch.full((numel,), value, dtype=torch.float32)
+        applied = state.start(0, list(model.parameters()), grad.clone(), last=True).wait()
+        torch.testing.assert_close(applied, grad, rtol=1e-5, atol=1e-44)

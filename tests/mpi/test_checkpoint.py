@@ -165,8 +165,8 @@ class Other(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Linear(12, 16)
-        self.decoder = nn.Linear(16, 3)
+        self.encoder = nn.Linear(12, 16, dtype=torch.float32)
+        self.decoder = nn.Linear(16, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.encoder(x).tanh())
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_by_name_and_nothing_changes(wor
     state = sparse()
     ddp = trained(state, mlp())
     checkpoint = saved(state)
-    checkpoint["residual.2.weight"] = torch.zeros(3, 3)
+    checkpoint["residual.2.weight"] = torch.zeros(3, 3, dtype=torch.float32)
     before = residual_of(state, ddp)
     with pytest.raises(sc.StateError, match=r"'2.weight'.*\(3, 3\).*\(10, 16\)"):
         state.load_state_dict(checkpoint)
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_in_a_fresh_model_too(world: sc.
     source = sparse()
     trained(source, mlp())
     checkpoint = saved(source)
-    checkpoint["residual.2.weight"] = torch.zeros(3, 3)
+    checkpoint["residual.2.weight"] = torch.zeros(3, 3, dtype=torch.float32)
     state = sparse()
     ddp = wrap(mlp(), state)
 
@@ -223,21 +223,21 @@ def test_a_checkpoint_of_other_shapes_is_refused_in_a_fresh_model_too(world: sc.
 
 DAMAGE: list[tuple[str, Any]] = [
     ("step", None),
-    ("step", torch.tensor([1, 2])),
-    ("step", torch.tensor(-1)),
+    ("step", torch.tensor([1, 2], dtype=torch.int64)),
+    ("step", torch.tensor(-1, dtype=torch.int64)),
     ("step", "three"),
     ("rank", None),
     ("world_size", None),
-    ("world_size", torch.tensor(99)),
-    ("surprise", torch.zeros(1)),
+    ("world_size", torch.tensor(99, dtype=torch.int64)),
+    ("surprise", torch.zeros(1, dtype=torch.float32)),
     ("selector.xyz", torch.zeros(3, dtype=torch.float64)),
     ("selector.0123456789abcdef", torch.zeros(2, dtype=torch.float64)),
     ("selector.0123456789abcdef", torch.tensor([-1.0, 0.0, 5.0], dtype=torch.float64)),
     ("selector.0123456789abcdef", "text"),
     ("residual.0.weight", "text"),
     ("residual.0.weight", torch.zeros(16, 12, dtype=torch.float16)),
-    ("residual.0.weight", torch.full((16, 12), float("inf"))),
-    ("residual.0.weight", torch.zeros(16, 12).to_sparse()),
+    ("residual.0.weight", torch.full((16, 12), float("inf"), dtype=torch.float32)),
+    ("residual.0.weight", torch.zeros(16, 12, dtype=torch.float32).to_sparse()),
 ]
 
 
@@ -263,7 +263,7 @@ def test_every_rank_loads_its_own_checkpoint(world: sc.World) -> None:
     state = sparse()
     trained(state, mlp())
     checkpoint = saved(state)
-    checkpoint["rank"] = torch.tensor((world.rank + 1) % (world.size + 1))
+    checkpoint["rank"] = torch.tensor((world.rank + 1) % (world.size + 1), dtype=torch.int64)
     with pytest.raises(sc.StateError, match=rf"rank {world.rank} of {world.size}"):
         state.load_state_dict(checkpoint)
 

@@ -31,24 +31,22 @@ FEEDBACK = {
 
 
 @pytest.fixture(autouse=True)
-def _float32_afterwards(world: sc.World) -> Iterator[None]:
+def _same_default_afterwards(world: sc.World) -> Iterator[None]:
     if world.size > 2:
         pytest.skip("two ranks show all of it")
+    before = torch.get_default_dtype()
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
 
 
 def trained(config: sc.SparseConfig, default: torch.dtype) -> torch.Tensor:
     """Returns the parameters after some steps. What was saved loads again."""
-    state = sc.SparseState(config)
-    torch.set_default_dtype(torch.float32)
-    ddp = wrap(mlp(), state)
     torch.set_default_dtype(default)
+    state = sc.SparseState(config)
+    ddp = wrap(mlp(), state)
     for _ in train(ddp, STEPS, momentum=0.0):
         assert_replicas_equal(ddp)
-    torch.set_default_dtype(torch.float32)
     again = sc.SparseState(config, model=ddp)
-    torch.set_default_dtype(default)
     saved = state.state_dict()
     again.load_state_dict(saved)
     loaded = again.state_dict()

@@ -33,10 +33,10 @@ def test_sums_agree_and_nothing_is_lost(world: sc.World, algorithm: Any, wire: V
 
 
 def check_sum(world: sc.World, algorithm: Any, wire: ValueCodec, numel: int) -> None:
-    mine = torch.randn(numel, generator=torch.Generator().manual_seed(world.rank))
+    mine = torch.randn(numel, generator=torch.Generator().manual_seed(world.rank), dtype=torch.float32)
     exact = mine.double()
     dist.all_reduce(exact)
-    work, error = mine.clone(), torch.zeros(numel)
+    work, error = mine.clone(), torch.zeros(numel, dtype=torch.float32)
     options: dict[str, Any] = {"segment": 20_000} if algorithm is ring_allreduce else {}
     dense = DenseSum(work, wire, error=error if wire != ValueCodec.FP32 else None)
     arena = Arena()
@@ -48,7 +48,7 @@ def check_sum(world: sc.World, algorithm: Any, wire: ValueCodec, numel: int) -> 
 
 
 def test_many_dense_sums_in_flight_do_not_mix(world: sc.World) -> None:
-    works = [torch.full((7 + 1000 * i,), float(world.rank + i)) for i in range(20)]
+    works = [torch.full((7 + 1000 * i,), float(world.rank + i), dtype=torch.float32) for i in range(20)]
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for i, work in enumerate(works):
         arena = Arena()

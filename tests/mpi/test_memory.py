@@ -36,11 +36,11 @@ class Steps:
     """Hands one flat gradient after another to a state, as DDP's hook does."""
 
     def __init__(self, world: sc.World, compressor: sc.Compressor, dtype: torch.dtype) -> None:
-        self.model = nn.Linear(N, 1, bias=False)
+        self.model = nn.Linear(N, 1, bias=False, dtype=torch.float32)
         collective = "dense" if compressor == sc.Dense() else "allgather"
         self.state = sc.SparseState(compressor, collective=collective, model=self.model)
         g = torch.Generator().manual_seed(world.rank)
-        self.grads = [torch.randn(N, generator=g).to(dtype) for _ in range(40)]
+        self.grads = [torch.randn(N, generator=g, dtype=torch.float32).to(dtype) for _ in range(40)]
 
     def take(self, count: int) -> None:
         for _ in range(count):
@@ -51,7 +51,7 @@ def test_the_profile_sees_what_the_engine_thread_allocates(world: sc.World) -> N
     """Else the next test would prove nothing."""
     profiler = memory_profile()
     on_engine_thread(world, profiler.__enter__)
-    on_engine_thread(world, lambda: torch.empty(N))
+    on_engine_thread(world, lambda: torch.empty(N, dtype=torch.float32))
     on_engine_thread(world, lambda: profiler.__exit__(None, None, None))
     assert max(e.cpu_memory_usage for e in profiler.events()) == 4 * N
 

@@ -42,10 +42,10 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.first = nn.Linear(12, 12, bias=False)
-        self.second = nn.Linear(12, 12, bias=False)
+        self.first = nn.Linear(12, 12, bias=False, dtype=torch.float32)
+        self.second = nn.Linear(12, 12, bias=False, dtype=torch.float32)
         self.second.weight = self.first.weight
-        self.head = nn.Linear(12, 3)
+        self.head = nn.Linear(12, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.second(self.first(x).tanh()).tanh())
@@ -71,7 +71,12 @@ class Normalized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.body = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+        self.body = nn.Sequential(
+            nn.Linear(12, 16, dtype=torch.float32),
+            nn.BatchNorm1d(16, dtype=torch.float32),
+            nn.Tanh(),
+            nn.Linear(16, 3, dtype=torch.float32),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x)
@@ -176,7 +181,7 @@ def test_compiled_models(world: sc.World, optimize_ddp: bool) -> None:
 
 def test_the_python_reducer_is_refused_with_the_setting_that_works() -> None:
     with pytest.raises(ConfigError, match="optimize_ddp"):
-        sc.sparse_hook(sc.SparseState(), (torch.zeros(1), torch.zeros(1)))  # what it hands to hooks
+        sc.sparse_hook(sc.SparseState(), (torch.zeros(1, dtype=torch.float32),) * 2)  # what it hands to hooks
 
 
 def test_a_hook_registered_twice_is_refused(world: sc.World) -> None:

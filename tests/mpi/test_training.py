@@ -152,8 +152,8 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.trunk = nn.Linear(12, 3)
-        self.even, self.odd = nn.Linear(12, 3), nn.Linear(12, 3)
+        self.trunk = nn.Linear(12, 3, dtype=torch.float32)
+        self.even, self.odd = nn.Linear(12, 3, dtype=torch.float32), nn.Linear(12, 3, dtype=torch.float32)
         self.use = "even"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -260,7 +260,7 @@ def test_metrics_count_steps_buckets_and_bytes(world: sc.World) -> None:
     assert last.dense_bytes <= 2 * 4 * last.numel * (world.size - 1) / world.size
     assert last.ratio == (last.dense_bytes / last.bytes_sent if world.size > 1 else 1.0)
     assert last.density == last.nnz / last.numel
-    received = torch.tensor([last.bytes_sent - last.bytes_received])
+    received = torch.tensor([last.bytes_sent - last.bytes_received], dtype=torch.int64)
     dist.all_reduce(received)
     assert received.item() == 0, "what one sends another receives"
     assert all(b.bytes_sent >= a.bytes_sent for a, b in pairwise(per_step))

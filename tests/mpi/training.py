@@ -20,7 +20,13 @@ TINY_BUCKETS = 0.0005
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
     """Five layers of parameters, the same on every rank."""
     torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
+    return nn.Sequential(
+        nn.Linear(12, 16, dtype=torch.float32),
+        nn.Tanh(),
+        nn.Linear(16, 10, dtype=torch.float32),
+        nn.Tanh(),
+        nn.Linear(10, 3, dtype=torch.float32),
+    ).to(dtype)
 
 
 class ConvNet(nn.Module):
@@ -29,8 +35,8 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.head = nn.Linear(4, 3)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, dtype=torch.float32)
+        self.head = nn.Linear(4, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.conv(x.to(memory_format=torch.channels_last)).tanh().mean((2, 3)))
@@ -110,8 +116,8 @@ def residual_of(state: sc.SparseState, model: nn.Module) -> torch.Tensor:
     saved = state.state_dict()
     parts = []
     for name, p in inner.named_parameters():
-        kept = saved.get(f"residual.{name}", torch.empty(0))
-        parts.append(kept if kept.numel() else torch.zeros(p.shape))
+        kept = saved.get(f"residual.{name}", torch.empty(0, dtype=torch.float32))
+        parts.append(kept if kept.numel() else torch.zeros(p.shape, dtype=torch.float32))
     return torch.cat([p.double().reshape(-1) for p in parts])
 
 

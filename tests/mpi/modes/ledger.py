@@ -99,7 +99,7 @@ class Ledger:
         saved = self.state.state_dict()
         out = {}
         for name, zeros in self.given.items():
-            kept = saved.get(f"residual.{name}", torch.empty(0))
+            kept = saved.get(f"residual.{name}", torch.empty(0, dtype=torch.float32))
             out[name] = kept.double() if kept.numel() == zeros.numel() else torch.zeros_like(zeros)
         return out
 
@@ -154,13 +154,13 @@ def assert_skips_lose_nothing(
     """
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(6, 8, dtype=torch.float32), nn.Tanh(), nn.Linear(8, 2, dtype=torch.float32))
     ledger = make(model, scaler)
     ledger.scale = lambda: float(scaler.get_scale())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     rank, skipped = dist.get_rank(), 0
     for step in range(steps):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float32)
         if step in bad and rank == dist.get_world_size() - 1:
             x[0, 0] = float("inf")
         skipped += not ledger.step(lambda x=x: scaler.scale(ledger.ddp(x).square().mean()).backward())

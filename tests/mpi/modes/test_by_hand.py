@@ -75,9 +75,9 @@ def test_a_rank_without_a_gradient_takes_part_with_zeros_and_gets_the_average(wo
 
 def test_gradients_in_another_memory_order_than_their_parameters(world: sc.World) -> None:
     """Autograd may choose another memory order for a gradient."""
-    model, plain = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+    model, plain = nn.Linear(6, 4, bias=False, dtype=torch.float32), nn.Linear(6, 4, bias=False, dtype=torch.float32)
     state = lossless(model=model)
-    g = torch.randn(4, 6, generator=torch.Generator().manual_seed(world.rank))
+    g = torch.randn(4, 6, generator=torch.Generator().manual_seed(world.rank), dtype=torch.float32)
     model.weight.grad = g.t().contiguous().t()
     plain.weight.grad = g.clone()
     sc.allreduce_gradients(model, state)
@@ -108,18 +108,18 @@ class Lookup(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.embed = nn.Embedding(10, 12, sparse=True)
-        self.head = nn.Linear(12, 3)
+        self.embed = nn.Embedding(10, 12, sparse=True, dtype=torch.float32)
+        self.head = nn.Linear(12, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor, *, look_up: bool) -> torch.Tensor:
-        return self.head(x + self.embed(torch.tensor([1])) if look_up else x)
+        return self.head(x + self.embed(torch.tensor([1], dtype=torch.int64)) if look_up else x)
 
 
 def test_a_sparse_gradient_on_one_rank_is_told_to_all_at_once(world: sc.World) -> None:
     """Rank 0 looks something up and has a gradient in sparse layout; the others, without one, must not wait for it."""
     model = Lookup()
     state = sparse(model=model)
-    model(torch.ones(2, 12), look_up=world.rank == 0).sum().backward()
+    model(torch.ones(2, 12, dtype=torch.float32), look_up=world.rank == 0).sum().backward()
     start = monotonic()
     with pytest.raises(sc.SparseCommError, match="sparse"):
         sc.allreduce_gradients(model, state)

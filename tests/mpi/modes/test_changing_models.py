@@ -124,7 +124,7 @@ def test_layers_added_between_ddps_are_missing_by_name(world: sc.World) -> None:
     ddp = wrap(mlp(), state)
     for _ in train(ddp, 2):
         pass
-    grown = nn.Sequential(*mlp(), nn.Linear(3, 3))
+    grown = nn.Sequential(*mlp(), nn.Linear(3, 3, dtype=torch.float32))
     again = sparse()
     grown_ddp = wrap(grown, again)
     with pytest.raises(sc.StateError, match=r"5\.bias.*5\.weight"):
@@ -138,8 +138,8 @@ class Ticklish(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.trunk = nn.Linear(12, 3)
-        self.extra = nn.ModuleList(nn.Linear(12, 3) for _ in range(5))
+        self.trunk = nn.Linear(12, 3, dtype=torch.float32)
+        self.extra = nn.ModuleList(nn.Linear(12, 3, dtype=torch.float32) for _ in range(5))
         self.generator = torch.Generator()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,12 +61,13 @@ def test_a_scaler_that_skips_loses_nothing(world: sc.World, name: str) -> None:
 
 def test_powersgd_with_many_buckets_in_flight_does_not_deadlock(world: sc.World) -> None:
     """torch's own hook does, on CPU, in its first compressed step with two buckets."""
-    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)])
+    model = nn.Sequential(*[nn.Linear(16, 16, dtype=torch.float32) for _ in range(20)])
     state = state_of("powersgd", "fp16")
     ddp = wrap(model, state, bucket_cap_mb=TINY_BUCKETS)
     for step in range(3):
         ddp.zero_grad()
-        ddp(torch.randn(2, 16, generator=torch.Generator().manual_seed(step + world.rank))).sum().backward()
+        g = torch.Generator().manual_seed(step + world.rank)
+        ddp(torch.randn(2, 16, generator=g, dtype=torch.float32)).sum().backward()
         assert_replicas_equal(ddp)
     assert len(state.buckets()) >= 20
 

@@ -29,7 +29,10 @@ def fresh_compiler() -> Iterator[None]:
 def deep() -> nn.Module:
     """Enough layers that the optimizer of torch.compile splits the graph at bucket borders."""
     torch.manual_seed(7)
-    return nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(12, 12), nn.Tanh())], nn.Linear(12, 3))
+    return nn.Sequential(
+        *[m for _ in range(6) for m in (nn.Linear(12, 12, dtype=torch.float32), nn.Tanh())],
+        nn.Linear(12, 3, dtype=torch.float32),
+    )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -44,6 +44,8 @@ def test_skipping_buckets_is_refused_with_what_works(world: sc.World) -> None:
 
 def test_parameters_whose_reduction_ddp_delays_do_not_meet_the_hook(world: sc.World) -> None:
     """delay_all_reduce_named_params: DDP averages those itself; ours gets the others."""
+    if torch.get_default_dtype() != torch.float32:
+        pytest.skip("DDP keeps delayed gradients in torch's default dtype, whatever the parameters have")
     model, plain = mlp(), wrap(mlp(), None)
     delayed = [(n, p) for n, p in model.named_parameters() if n.startswith("4.")]
     state = lossless()

@@ -194,16 +194,16 @@ def test_lbfgs_runs_several_backwards_a_step(world: sc.World) -> None:
 
     for _ in range(2):
         optimizer.step(closure)
-    steps = torch.tensor([state.step, -state.step])
+    steps = torch.tensor([state.step, -state.step], dtype=torch.int64)
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     assert int(steps[0]) == -int(steps[1]) > 2, "all ranks took the same number of backward passes"
 
 
 def test_two_models_that_alternate_lose_nothing(world: sc.World) -> None:
     """As in a GAN: the generator's loss goes through the discriminator, which has a separate step."""
-    generator, critic = Ledger(mlp(), sparse()), Ledger(zoo.seeded(nn.Linear, 3, 1), sparse(0.3))
+    generator, critic = Ledger(mlp(), sparse()), Ledger(zoo.seeded(nn.Linear, 3, 1, dtype=torch.float32), sparse(0.3))
     for step in range(STEPS):
-        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(100 * step + world.rank))
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(100 * step + world.rank), dtype=torch.float32)
         fake = generator.ddp(x).detach()
         critic.step(lambda fake=fake: (critic.ddp(fake) - 1).square().mean().backward())
         descend(critic.model)

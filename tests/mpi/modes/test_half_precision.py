@@ -40,8 +40,8 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.body = nn.Linear(12, 16).to(torch.bfloat16)
-        self.head = nn.Linear(16, 3)
+        self.body = nn.Linear(12, 16, dtype=torch.bfloat16)
+        self.head = nn.Linear(16, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x.to(torch.bfloat16)).tanh().float())

@@ -72,7 +72,7 @@ def test_ranks_that_agree_train_like_one(world: sc.World) -> None:
     a = sc.optim.AdamW(ours.parameters(), state, lr=0.01, betas=(0.9, 0.95), max_norm=0.05)
     b = torch.optim.AdamW(plain.parameters(), lr=0.01, betas=(0.9, 0.95 ** (1 / world.size)))
     for step in range(6):
-        x = torch.randn(8, mlp()[0].in_features, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(8, mlp()[0].in_features, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
         for ddp, optimizer in ((ours, a), (plain, b)):
             optimizer.zero_grad()
             ddp(x).square().mean().backward()
@@ -87,7 +87,7 @@ class Uneven(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.many, self.few = nn.Parameter(torch.ones(800)), nn.Parameter(torch.ones(200))
+        self.many, self.few = (nn.Parameter(torch.ones(n, dtype=torch.float32)) for n in (800, 200))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.001 * (self.many * x[:800]).sum() + 10.0 * (self.few * x[800:]).sum()
@@ -101,7 +101,7 @@ def test_a_bucket_is_clipped_to_its_share_of_the_norm(world: sc.World) -> None:
     optimizer = sc.optim.SGD(ddp.parameters(), state, lr=0.0, max_norm=1.0)
     for _ in range(24):  # DDP's first step has one bucket, whose measurement has to fade
         optimizer.zero_grad()
-        ddp(torch.ones(1000)).backward()
+        ddp(torch.ones(1000, dtype=torch.float32)).backward()
     assert len(state.buckets()) == 2
     norm = float(ddp.module.few.grad.norm())
     assert norm == pytest.approx(((0.2 + 1.0) / 2) ** 0.5, rel=0.02), "a fifth of the elements, all of the norm"

@@ -213,7 +213,7 @@ def test_other_shapes_are_refused_at_loading_into_a_registered_state_that_never_
     source = sparse()
     trained(source)
     checkpoint = source.state_dict()
-    checkpoint["residual.2.weight"] = torch.zeros(3, 3)
+    checkpoint["residual.2.weight"] = torch.zeros(3, 3, dtype=torch.float32)
     state = sparse()
     ddp = wrap(mlp(), state)
     with pytest.raises(sc.StateError, match=r"'2.weight'.*\(3, 3\).*\(10, 16\)"):
@@ -234,7 +234,7 @@ def test_a_foreign_checkpoint_is_refused_by_name_and_nothing_changes(world: sc.W
     name = "2.weight"
     key = f"{kind}.{name}"
     if damage == "extra":
-        checkpoint[f"{kind}.9.weight"] = torch.zeros(2)
+        checkpoint[f"{kind}.9.weight"] = torch.zeros(2, dtype=torch.float32)
         name = "9.weight"
     elif damage == "missing":
         del checkpoint[key]

@@ -35,7 +35,7 @@ def mesh(world: sc.World) -> DeviceMesh:
 
 def split(mesh: DeviceMesh) -> DistributedDataParallel:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(8, 16), Scaled(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(8, 16, dtype=torch.float32), Scaled(), nn.Linear(16, 4, dtype=torch.float32))
     # One parameter that is a DTensor and one that is not: torch changes their order.
     model = parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     return DistributedDataParallel(model, device_mesh=mesh["data"], bucket_cap_mb=0.0005)
@@ -46,7 +46,7 @@ def losses(ddp: DistributedDataParallel, mesh: DeviceMesh, optimizer: torch.opti
     for step in range(steps):
         torch.manual_seed(100 * step + mesh.get_local_rank("data"))
         optimizer.zero_grad()
-        loss = ddp(torch.randn(4, 8)).square().mean()
+        loss = ddp(torch.randn(4, 8, dtype=torch.float32)).square().mean()
         loss.backward()
         optimizer.step()
         found.append(float(loss.detach()))

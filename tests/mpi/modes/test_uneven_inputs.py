@@ -69,7 +69,7 @@ def test_uneven_inputs_equal_plain_ddp(world: sc.World, accumulate: bool) -> Non
 
 def test_two_models_join_together(world: sc.World) -> None:
     first, second = sparse(), sparse(0.3)
-    a, b = wrap(mlp(), first), wrap(zoo.seeded(nn.Linear, 12, 3), second)
+    a, b = wrap(mlp(), first), wrap(zoo.seeded(nn.Linear, 12, 3, dtype=torch.float32), second)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (a, b)]
     with Join([a, b]):
         for step in range(3 + 2 * world.rank):

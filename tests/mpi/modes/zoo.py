@@ -21,10 +21,10 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(12, 12, bias=False)
-        self.second = nn.Linear(12, 12, bias=False)
+        self.first = nn.Linear(12, 12, bias=False, dtype=torch.float32)
+        self.second = nn.Linear(12, 12, bias=False, dtype=torch.float32)
         self.second.weight = self.first.weight
-        self.head = nn.Linear(12, 3)
+        self.head = nn.Linear(12, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.second(self.first(x).tanh()).tanh())
@@ -35,8 +35,8 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = nn.Linear(12, 3)
-        self.a, self.b, self.c = (nn.Linear(12, 3) for _ in range(3))
+        self.trunk = nn.Linear(12, 3, dtype=torch.float32)
+        self.a, self.b, self.c = (nn.Linear(12, 3, dtype=torch.float32) for _ in range(3))
         self.use = "abc"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,10 +48,10 @@ class Pictures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.cube = nn.Conv3d(2, 2, 2)
-        self.head = nn.Linear(8, 3)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1, dtype=torch.float32)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6, dtype=torch.float32)
+        self.cube = nn.Conv3d(2, 2, 2, dtype=torch.float32)
+        self.head = nn.Linear(8, 3, dtype=torch.float32)
         self.conv.to(memory_format=torch.channels_last)
         self.depthwise.to(memory_format=torch.channels_last)
         self.cube.to(memory_format=torch.channels_last_3d)
@@ -68,10 +68,10 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transposed = nn.Parameter(torch.randn(3, 12).t())
-        self.gaps = nn.Parameter(torch.randn(3, 6)[:, ::2])
-        self.scalar = nn.Parameter(torch.tensor(0.5))
-        self.one = nn.Parameter(torch.ones(1, 1))
+        self.transposed = nn.Parameter(torch.randn(3, 12, dtype=torch.float32).t())
+        self.gaps = nn.Parameter(torch.randn(3, 6, dtype=torch.float32)[:, ::2])
+        self.scalar = nn.Parameter(torch.tensor(0.5, dtype=torch.float32))
+        self.one = nn.Parameter(torch.ones(1, 1, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ((x @ self.transposed).tanh() @ self.gaps) * self.scalar + self.one
@@ -82,8 +82,13 @@ class Normalized(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
-        self.register_buffer("calls", torch.zeros(1))
+        self.body = nn.Sequential(
+            nn.Linear(12, 16, dtype=torch.float32),
+            nn.BatchNorm1d(16, dtype=torch.float32),
+            nn.Tanh(),
+            nn.Linear(16, 3, dtype=torch.float32),
+        )
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
@@ -96,8 +101,8 @@ class Recomputing(nn.Module):
     def __init__(self, *, reentrant: bool, repeat: int = 1) -> None:
         super().__init__()
         self.reentrant, self.repeat = reentrant, repeat
-        self.block = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
-        self.head = nn.Linear(12, 3)
+        self.block = nn.Sequential(nn.Linear(12, 12, dtype=torch.float32), nn.Tanh())
+        self.head = nn.Linear(12, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.requires_grad_()
@@ -123,8 +128,8 @@ class Empty(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(0, 3))
-        self.inner = nn.Linear(12, 3)
+        self.nothing = nn.Parameter(torch.zeros(0, 3, dtype=torch.float32))
+        self.inner = nn.Linear(12, 3, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x) + self.nothing.sum()

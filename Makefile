@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab faults chaos bench bench-peers readme fuzz clean
+.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab faults chaos bench bench-peers readme fuzz fuzz-asan clean
 
 install: $(STAMP)
 
@@ -85,6 +85,23 @@ readme: install
 
 fuzz: install
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# the same with memory errors and undefined behaviour of the C++ kernels made fatal, and the kernels' own tests
+ASAN := .venvs/asan
+fuzz-asan: install $(ASAN)/.installed
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 \
+	  $(ASAN)/bin/python -m pytest -p no:cacheprovider tests/fuzz tests/kernels/test_hostile.py tests/kernels/test_codecs.py \
+	  tests/kernels/test_bodies.py tests/kernels/test_paths.py $(FUZZ)
+
+# its own copy of the package, built with the sanitizers; everything else comes from the first environment
+$(ASAN)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(ASAN)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(ASAN)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"
+	$(ASAN)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --config-settings=cmake.define.SPARSECOMM_SANITIZE=ON .
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venvs build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

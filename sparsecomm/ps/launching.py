@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import os
+import signal
+from typing import NoReturn
 
 from sparsecomm.errors import LaunchError
 from sparsecomm.launch.detect import detect
@@ -42,7 +45,21 @@ def open_mailbox(fault_tolerant: bool | None, timeout: float) -> Mailbox:
             f"the launcher started {launch.size} processes, MPI sees {world}: it belongs to another MPI than "
             "mpi4py uses"
         )
+    if problem is None:
+        _die_visibly()
     return MPIMailbox()
+
+
+def _die_visibly() -> None:
+    """Makes `os._exit` kill this process if the status is not 0, because ULFM notices no end with such a status."""
+    pid, plain_exit = os.getpid(), os._exit
+
+    def exit_at_once(status: int) -> NoReturn:
+        if status and os.getpid() == pid:
+            os.kill(pid, signal.SIGKILL)
+        plain_exit(status)
+
+    os._exit = exit_at_once
 
 
 def open_window(nbytes: int) -> Window:

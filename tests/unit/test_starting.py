@@ -59,8 +59,7 @@ def test_what_is_done_in_time_goes_on() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["mpirun", "ulfm"])
-@pytest.mark.parametrize("how", ["end", "sleep"])
+@pytest.mark.parametrize(("launcher", "how"), [("mpirun", "end"), ("ulfm", "sleep")])
 def test_a_rank_that_does_not_come_is_named_after_the_timeout(launcher: str, how: str) -> None:
     command = [*launch_line(launcher, 3), LATE, how, *(["600"] if how == "sleep" else [])]
     job = run_job(command, deadline=90.0, env={"SPARSECOMM_TIMEOUT": "5"})
@@ -78,10 +77,7 @@ def test_a_rank_that_torchs_store_waits_for_is_named_too() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "trial", [Trial("ddp", ulfm=True, victim=1, at=2.0), Trial("ps", ulfm=True, victim=2, at=1.5)], ids=lambda t: t.kind
-)
-def test_a_job_ends_when_a_rank_is_killed_while_it_starts(trial: Trial) -> None:
+def test_a_job_ends_when_a_rank_is_killed_while_it_starts() -> None:
     """`make faults` kills a hundred. Under plain mpirun the launcher itself ends the job."""
-    code, said = run(trial)
+    code, said = run(Trial("ps", ulfm=True, victim=2, at=1.5))
     assert code is not None, f"hung\n{said}"

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab faults chaos bench bench-peers readme fuzz fuzz-asan clean
+.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab dtypes faults chaos bench bench-peers readme fuzz fuzz-asan clean
 
 install: $(STAMP)
 
@@ -56,12 +56,17 @@ test-rdma: install .venvs/vng/bin/vng
 	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
 	@touch $@
 
-# 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
+# the MPI suite at two ranks with another default dtype of torch: ten minutes
+dtypes: install
+	SPARSECOMM_TEST_DTYPE=float64 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"
+	SPARSECOMM_TEST_DTYPE=bfloat16 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"
+
 # every way in which a rank can leave, under three launchers; 100 kills from the launch on: an hour and a half
 faults: install
 	SPARSECOMM_TEST_FAULTS=all $(BIN)/python -m pytest tests/unit/test_leaving.py
 	$(BIN)/python tests/kills.py --trials 100 --seed 1
 
+# 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
 chaos: install
 	$(BIN)/python tests/ps/chaos.py --workers 100 --servers 30 --seed 1
 	$(BIN)/python tests/ps/chaos.py --grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,12 @@ def trained(config: sc.SparseConfig, default: torch.dtype) -> torch.Tensor:
     loaded = again.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) and saved[name].dtype == loaded[name].dtype for name in saved)
     return flat(ddp)
+
+
+def test_the_default_is_the_one_that_was_asked_for(world: sc.World) -> None:
+    """Without this, `make dtypes` could pass under float32."""
+    asked = os.environ.get("SPARSECOMM_TEST_DTYPE", "float32")
+    assert str(torch.get_default_dtype()) == f"torch.{asked}"
 
 
 def assert_the_same(config: sc.SparseConfig, other: torch.dtype) -> None:

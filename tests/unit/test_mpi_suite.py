@@ -1,4 +1,7 @@
-"""Runs tests/mpi under mpirun with one to four ranks; `make test-mpi` does so on three MPIs."""
+"""Runs tests/mpi under mpirun with one to four ranks; `make test-mpi` does so on three MPIs.
+
+Part of it also runs under other default dtypes of torch; `make dtypes` runs all of it under these.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,44 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, mpirun_command, run_job
 
 DEADLINE = float(os.environ.get("SPARSECOMM_SUITE_DEADLINE", "600"))  # seconds
-SUITE = ROOT / "tests" / "mpi" / os.environ.get("SPARSECOMM_SUITE_PATH", "")
+MPI = ROOT / "tests" / "mpi"
+SUITE = MPI / os.environ.get("SPARSECOMM_SUITE_PATH", "")
+QUICK = (
+    "test_default_dtype.py::test_the_default_is_the_one_that_was_asked_for",
+    "test_training.py",
+    "modes/test_half_precision.py",
+    "modes/test_momentum_modes.py",
+    "modes/test_optim_modes.py",
+)
+"""Compressors, methods, feedback and optimizers, in seconds."""
+
+
+def passed(ranks: int, *paths: Path, **env: str) -> str:
+    """Runs files, folders or tests of the suite on `ranks` ranks; returns how many tests passed on each."""
+    pytest_args = ["-x", "-q", "--color=no", "-p", "no:cacheprovider", *paths]
+    command = [*mpirun_command(ranks, tag=True), sys.executable, "-m", "pytest", *pytest_args]
+    job = run_job(command, deadline=DEADLINE, env={"SPARSECOMM_TIMEOUT": "60"} | env)
+    assert job.code == 0, job
+    found = re.findall(r"(\d+) passed", job.out)
+    assert len(found) == ranks, job
+    return found[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(DEADLINE + 30)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_mpi_suite_passes(ranks: int, record_property: Callable[[str, object], None]) -> None:
-    pytest_args = ["-x", "-q", "--color=no", "-p", "no:cacheprovider", SUITE]
-    command = [*mpirun_command(ranks, tag=True), sys.executable, "-m", "pytest", *pytest_args]
-    job = run_job(command, deadline=DEADLINE, env={"SPARSECOMM_TIMEOUT": "60"})
-    assert job.code == 0, job
-    passed = re.findall(r"(\d+) passed", job.out)
-    assert len(passed) == ranks, job
-    record_property("passed", passed[0])
+    record_property("passed", passed(ranks, SUITE))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE + 30)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_quick_part_passes_under_another_default_dtype(dtype: str) -> None:
+    passed(2, *(MPI / name for name in QUICK), SPARSECOMM_TEST_DTYPE=dtype)

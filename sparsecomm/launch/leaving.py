@@ -116,7 +116,10 @@ class Leaving:
             # Rank 0 probably has the same error and ends the job before P ranks have printed the same message.
             time.sleep(_FIRST_WORD)
         assert self._old is not None
-        self._old[0](kind, error, trace)
+        if str(error).startswith(_CALLBACK) and self._engine.failure is not None:
+            # torch wraps the error of a hook in its text and a stack of threads that tell the user nothing.
+            error = self._engine.failure.with_traceback(trace)
+        self._old[0](type(error), error, trace)
         if os.getpid() == self._pid and not self._left:  # a forked child may fail without ending the job
             alike = isinstance(error, ConfigError)  # on all ranks, probably
             self._end_the_job(f"failed with {_told(error)}", 1, linger=0.0 if alike else _LINGER)

@@ -56,7 +56,7 @@ test-rdma: install .venvs/vng/bin/vng
 	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
 	@touch $@
 
-# the MPI suite at two ranks with another default dtype of torch: ten minutes
+# the MPI suite at two ranks with another default dtype of torch: five minutes
 dtypes: install
 	SPARSECOMM_TEST_DTYPE=float64 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"
 	SPARSECOMM_TEST_DTYPE=bfloat16 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"

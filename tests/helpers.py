@@ -80,7 +80,10 @@ class Cluster:
         self.size, self.numel = size, numel
         self.world = SimulatedWorld(size, nodes)
         shape = layout(numel) if shapes is None else shapes
-        self.buckets = [BucketMemory(bucket, shape, torch.zeros(numel) if residual else None) for _ in range(size)]
+        self.buckets = [
+            BucketMemory(bucket, shape, torch.zeros(numel, dtype=torch.float32) if residual else None)
+            for _ in range(size)
+        ]
         self.arenas = [Arena() for _ in range(size)]
 
     @property
@@ -242,14 +245,14 @@ def payload_of(
     """Encodes nnz random values at random positions: rank 1 of 2, bucket 3, step 7."""
     g = torch.Generator().manual_seed(seed)
     indices = torch.randperm(numel, generator=g)[:nnz].sort().values.to(torch.uint32)
-    values = torch.randn(nnz, generator=g) * scale
+    values = torch.randn(nnz, generator=g, dtype=torch.float32) * scale
     blank = replace(
         blank_header(1, 2, 3, 7, numel, method_named("allgather").number),
         index_codec=index_codec,
         value_codec=value_codec,
     )
     out = torch.zeros(max_payload_bytes(index_codec, value_codec, nnz, numel), dtype=torch.uint8)
-    error = torch.empty(nnz)
+    error = torch.empty(nnz, dtype=torch.float32)
     encode_payload(blank, indices, values, out, error)
     header = read_header(out)
     return Sent(header, out[: HEADER_BYTES + header.body_bytes].clone(), indices, values, error)

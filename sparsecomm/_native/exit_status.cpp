@@ -24,7 +24,7 @@ void note(PyObject* code) {
 int init_and_note(PyObject* self, PyObject* args, PyObject* kwargs) {
   const int failed = plain_init(self, args, kwargs);
   PyObject* code = reinterpret_cast<PySystemExitObject*>(self)->code;
-  if (!failed && code) note(code);
+  if (!failed) note(code ? code : Py_None);
   return failed;
 }
 
@@ -33,14 +33,22 @@ PyObject* exit_and_note(PyObject* module, PyObject* const* args, Py_ssize_t coun
   return plain_exit(module, args, count);
 }
 
+// A class has copied its base's function when it was made, so that existing subclasses need the new one, too.
+void hook(PyObject* type) {
+  auto* fields = reinterpret_cast<PyTypeObject*>(type);
+  if (fields->tp_init == plain_init) fields->tp_init = init_and_note;
+  PyObject* subclasses = PyObject_CallMethod(type, "__subclasses__", nullptr);
+  for (Py_ssize_t i = 0; subclasses && i < PyList_GET_SIZE(subclasses); ++i) hook(PyList_GET_ITEM(subclasses, i));
+  Py_XDECREF(subclasses);
+}
+
 }  // namespace
 
 void watch_exit_status(unsigned long thread) {
   watched_thread = thread;
   if (plain_init) return;
-  auto* type = reinterpret_cast<PyTypeObject*>(PyExc_SystemExit);
-  plain_init = type->tp_init;
-  type->tp_init = init_and_note;
+  plain_init = reinterpret_cast<PyTypeObject*>(PyExc_SystemExit)->tp_init;
+  hook(PyExc_SystemExit);
   PyObject* exit = PySys_GetObject("exit");
   if (!exit || !PyCFunction_Check(exit)) return;
   PyMethodDef* method = reinterpret_cast<PyCFunctionObject*>(exit)->m_ml;
@@ -49,6 +57,6 @@ void watch_exit_status(unsigned long thread) {
   method->ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(exit_and_note));
 }
 
-PyObject* noted_exit_status() { return Py_NewRef(noted ? noted : Py_None); }
+PyObject* noted_exit_status() { return noted ? PyTuple_Pack(1, noted) : PyTuple_New(0); }
 
 }  // namespace sc

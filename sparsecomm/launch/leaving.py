@@ -44,7 +44,7 @@ class Leaving:
         self._left = False
         main = threading.main_thread().ident or 0
         self._main = _outermost(sys._current_frames().get(main))
-        self._joined_by = threading.get_ident()
+        self._joined_by = threading.current_thread()
         self._old: tuple[Any, Any, Any] | None = None
         if self._size > 1:
             self._old = sys.excepthook, threading.excepthook, os._exit
@@ -57,9 +57,15 @@ class Leaving:
 
     def restore(self) -> None:
         """Gives back the hooks of Python that this object has replaced."""
-        if self._old is not None:
-            sys.excepthook, threading.excepthook, os._exit = self._old
-            self._old = None
+        if self._old is None:
+            return
+        if sys.excepthook == self._uncaught:  # else the script has set one of its own, which may call ours
+            sys.excepthook = self._old[0]
+        if threading.excepthook == self._uncaught_in_thread:
+            threading.excepthook = self._old[1]
+        if os._exit == self._exit_at_once:
+            os._exit = self._old[2]
+        self._left = True
 
     def close_engine(self, *, exiting: bool) -> None:
         """Ends the engine. Ends the job instead if this rank must not leave in peace.
@@ -69,9 +75,8 @@ class Leaving:
         Args:
             exiting: Whether Python is exiting.
         """
-        status = self._exit_status() if exiting and self._size > 1 else 0
-        if status:
-            self._end_the_job(f"exited with status {status}", status)
+        if exiting and self._size > 1 and not self._left and not self._returned():
+            self._end_unless_well()
         label = self._engine.last_label
         if not self._engine.close():
             self._end_the_job(f"ended while {label} was in flight", 1)
@@ -81,18 +86,23 @@ class Leaving:
         self._left = True
         self._engine.transport.depart(Note(self._rank, NoteKind.ENDED, f"it ended normally{self._where()}"))
 
-    def _exit_status(self) -> int:
-        """Returns the status with which Python exits. SystemExit is the only exception that reaches no hook."""
-        if self._main is None or _has_returned(self._main):
-            return 0
+    def _returned(self) -> bool:
+        return self._main is None or _has_returned(self._main)
+
+    def _end_unless_well(self) -> None:
+        """Ends the job unless the SystemExit that ends Python has status 0. No hook of Python sees that exception."""
         try:
             from sparsecomm import _core
         except ImportError:
-            return 0
-        code = _core.noted_exit_status()
-        if code is None:
-            return 0
-        return code if isinstance(code, int) else 1
+            return
+        noted = _core.noted_exit_status()
+        if not noted:
+            self._end_the_job("was ended by an exception", 1)
+            return
+        (code,) = noted
+        status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+        if status:
+            self._end_the_job(f"exited with status {status}", status)
 
     def _where(self) -> str:
         return f" after {self._engine.last_label}" if self._engine.last_label else " before its first exchange"
@@ -100,14 +110,14 @@ class Leaving:
     def _end_the_job(self, how: str, status: int, *, linger: float = _LINGER) -> None:
         """Tells the others how this rank leaves, gives them time to fail, and ends the job."""
         self._left = True
-        self._print(f"rank {self._rank} of {self._size} {how}; ending the job on all ranks")
-        sys.stdout.flush()
-        self._engine.leave(Note(self._rank, NoteKind.FAILED, f"it {how}{self._where()}"))
         blamed = self._engine.failure
+        self._print(f"rank {self._rank} of {self._size} {how}; ending the job on all ranks")
+        with contextlib.suppress(Exception):  # a script may have replaced or closed it
+            sys.stdout.flush()
+        self._engine.leave(Note(self._rank, NoteKind.FAILED, f"it {how}{self._where()}"))
         if isinstance(blamed, RankLeft):
-            time.sleep(_ORIGIN if blamed.failed else 0.0)
-        elif not self._engine.transport.blocking:  # else the others read notes only when the connection breaks
-            time.sleep(linger)
+            linger = _ORIGIN if blamed.failed else 0.0
+        time.sleep(linger)
         self._engine.transport.abort(status)
 
     def _uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -116,7 +126,8 @@ class Leaving:
             # Rank 0 probably has the same error and ends the job before P ranks have printed the same message.
             time.sleep(_FIRST_WORD)
         assert self._old is not None
-        if str(error).startswith(_CALLBACK) and self._engine.failure is not None:
+        wrapped = error.args and isinstance(error.args[0], str) and error.args[0].startswith(_CALLBACK)
+        if wrapped and self._engine.failure is not None:
             # torch wraps the error of a hook in its text and a stack of threads that tell the user nothing.
             error = self._engine.failure.with_traceback(trace)
         self._old[0](type(error), error, trace)
@@ -128,12 +139,12 @@ class Leaving:
         """Ends the job if the thread trains. Another thread, a logger say, may fail alone."""
         assert self._old is not None
         self._old[1](args)
-        thread = args.thread.ident if args.thread is not None else 0
-        trains = thread == self._joined_by or thread in self._engine.submitters
-        silent = args.exc_value is None or isinstance(args.exc_value, SystemExit)
+        error, thread = args.exc_value, args.thread
+        trains = thread is not None and (thread is self._joined_by or thread in self._engine.submitters)
+        silent = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
         if trains and not silent and os.getpid() == self._pid and not self._left:
-            assert args.exc_value is not None
-            self._end_the_job(f"failed in a thread with {_told(args.exc_value)}", 1)
+            assert error is not None
+            self._end_the_job(f"failed in a thread with {_told(error)}", 1)
 
     def _exit_at_once(self, status: int) -> NoReturn:
         """Says goodbye in `os._exit`, after which nothing else of Python runs."""
@@ -144,19 +155,22 @@ class Leaving:
             if status:
                 self._print(f"rank {self._rank} of {self._size} called os._exit({status})")
             self._engine.leave(Note(self._rank, kind, f"it called os._exit({status}){self._where()}"))
-            if not self._engine.transport.blocking:
-                time.sleep(_LINGER)
+            time.sleep(_LINGER)
         self._old[2](status)
         raise AssertionError("os._exit does not return")
 
     @staticmethod
     def _print(text: str) -> None:
-        print(f"sparsecomm: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # a script may have replaced or closed it
+            print(f"sparsecomm: {text}", file=sys.stderr, flush=True)
 
 
 def _told(error: BaseException) -> str:
     """Returns kind and message of an exception, without the stack that torch adds to an error of a hook."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:
+        return f"{type(error).__name__}, which cannot be printed"
     if text.startswith(_CALLBACK):
         return text.removeprefix(_CALLBACK).split(_CALLBACK_STACK)[0]
     return f"{type(error).__name__}: {text}"

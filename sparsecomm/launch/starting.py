@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import sys
@@ -33,7 +34,9 @@ def deadline(seconds: float, launch: Launch, call: str) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        if not done.wait(seconds):
+        if done.wait(seconds):
+            return
+        try:
             print(
                 f"sparsecomm: rank {launch.rank} of {launch.size}: {call} has waited {seconds:g} s for other ranks "
                 f"(SPARSECOMM_TIMEOUT sets the limit in seconds); {who_is_missing(launch)}; ending this rank",
@@ -41,6 +44,7 @@ def deadline(seconds: float, launch: Launch, call: str) -> Iterator[None]:
                 flush=True,
             )
             sys.stdout.flush()
+        finally:
             os._exit(1)
 
     watcher = threading.Thread(target=watch, name="sparsecomm-start", daemon=True)
@@ -67,7 +71,8 @@ def who_is_missing(launch: Launch) -> str:
 
 
 def _address(launch: Launch, rank: int) -> str:
-    return f"\0sparsecomm/{os.getuid()}/{launch.job}/{rank}"
+    job = hashlib.sha256(launch.job.encode(errors="replace")).hexdigest()[:16]  # an address has 107 bytes at most
+    return f"\0sparsecomm/{os.getuid()}/{job}/{rank}"
 
 
 def _show_presence(launch: Launch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
 import struct
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from sparsecomm.errors import LaunchError
 
@@ -21,6 +23,8 @@ __all__ = ["init_from_environment", "init_over_mpi", "init_solo", "leave_torch"]
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _NOTE_BYTES = 4096
+_worlds = itertools.count()
+"""Numbers the worlds that this process joins one after the other."""
 
 
 def _backend() -> str:
@@ -41,7 +45,11 @@ def leave_torch() -> None:
 
 def init_from_environment(timeout: float) -> None:
     """Brings up the world that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT define. Collective."""
-    dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    # torchrun's store still has the addresses of a world that was shut down before, and torch would connect to them.
+    fresh = PrefixStore(f"sparsecomm/{next(_worlds)}", store)
+    dist.init_process_group(_backend(), store=fresh, rank=rank, world_size=size, timeout=limit)
 
 
 def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:

@@ -23,6 +23,7 @@ from sparsecomm.transport import Engine, Transport
 __all__ = ["World", "call_at_end", "default_timeout", "init", "is_initialized", "shutdown", "world"]
 
 _DEFAULT_TIMEOUT = 300.0  # seconds
+_LONGEST = 1e7  # seconds; the libraries underneath count in integers
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def default_timeout() -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < 1e7:
+    if not 0 < value < _LONGEST:
         raise ConfigError(f"SPARSECOMM_TIMEOUT = {text!r} is not a positive number of seconds")
     return value
 
@@ -146,8 +147,8 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
             )
         return _owned.world
     limit = default_timeout() if timeout is None else timeout
-    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and limit > 0):
-        raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and 0 < limit < _LONGEST):
+        raise ConfigError(f"timeout must be a positive number of seconds below 1e7, got {timeout!r}")
     launch = _launch()
     joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
     with deadline(limit, launch, "sparsecomm.init()"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sparsecomm.errors import CommTimeout, RankLeft, TransportError
 from sparsecomm.transport.base import Request, Transport
@@ -53,7 +53,7 @@ class Attendance:
         if self._overdue is None or self._overdue[0] is not late:
             self._overdue = (late, self._say_overdue(late), now + min(_GRACE, self._timeout))
         _, mine, until = self._overdue
-        if now < until and any(rank not in self._notes for rank in mine.awaits):
+        if now < until and self._unheard(mine):
             return None
         return late, self._timed_out(late, mine)
 
@@ -66,12 +66,12 @@ class Attendance:
             return error
         if isinstance(error, CommTimeout):  # of a transport whose requests cannot be polled
             mine = self._say_overdue(running)
-            self._await_notes(mine.awaits)
+            self._await_notes(lambda: not self._unheard(mine))
             note = self._missing(running, float("inf"))
             return self._timed_out(running, mine) if note is None else self._has_left(running, note)
         peers = [request.peer for request in list(running.waiting)[:1] if request.peer is not None]  # of the failed one
         peers += self._peers(running)
-        self._await_notes(peers)
+        self._await_notes(lambda: bool(self._notes.keys() & set(peers)))
         note = next((self._notes[rank] for rank in peers if rank in self._notes), None)
         if note is None or not note.left:
             return error
@@ -87,10 +87,14 @@ class Attendance:
                 self._notes[note.rank] = note
                 self._heard[note.rank] = now
 
-    def _await_notes(self, ranks: Iterable[int]) -> None:
-        """Waits up to a second until one of the ranks has said something."""
-        wanted, until = set(ranks), time.monotonic() + _GRACE
-        while not wanted & self._notes.keys() and time.monotonic() < until:
+    def _unheard(self, mine: Note) -> set[int]:
+        """Returns the ranks that keep an overdue collective waiting and have said nothing."""
+        return late_ranks(mine, self._notes) - self._notes.keys()
+
+    def _await_notes(self, enough: Callable[[], bool]) -> None:
+        """Waits up to a second until there are enough notes."""
+        until = time.monotonic() + _GRACE
+        while not enough() and time.monotonic() < until:
             self._listen(time.monotonic())
             time.sleep(_PAUSE)
 

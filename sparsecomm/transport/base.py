@@ -89,7 +89,7 @@ class Transport(Protocol):
         """Returns the world rank of a rank of this transport."""
 
     def tell(self, note: Note) -> None:
-        """Tells the ranks that this one has exchanged messages with. Waits at most a second until the note has left."""
+        """Tells the ranks that may wait for this one. Waits at most a second until the note has left."""
         return
 
     def notes(self) -> Iterable[Note]:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -68,7 +69,7 @@ class Engine:
         transport: The transport.
         timeout: Seconds that a collective may take from its start.
         last_label: Label of the collective that was submitted last; empty before the first one.
-        submitters: Identifiers of the threads that have submitted collectives.
+        submitters: Threads that have submitted collectives.
     """
 
     def __init__(self, transport: Transport, *, timeout: float = 300.0) -> None:
@@ -87,7 +88,7 @@ class Engine:
         self._attendance = Attendance(transport, timeout)
         self._farewell: Note | None = None
         self.last_label = ""
-        self.submitters: set[int] = set()
+        self.submitters: WeakSet[threading.Thread] = WeakSet()
         self._turned = 0.0  # time of the last turn
         self._look_every = min(LISTEN, timeout / 10)
         self._looked = 0.0
@@ -111,7 +112,7 @@ class Engine:
         if self._closing or not self._thread.is_alive():
             raise TransportError(f"{task.label}: submitted after the engine of rank {self.transport.rank} was closed")
         self.last_label = task.label
-        self.submitters.add(threading.get_ident())
+        self.submitters.add(threading.current_thread())
         self._inbox.put(task, patient=task.patient)
 
     def call(

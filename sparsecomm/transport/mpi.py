@@ -16,13 +16,14 @@ from typing_extensions import override
 
 from sparsecomm.errors import LaunchError, TransportError
 from sparsecomm.transport.base import Request, Transport
-from sparsecomm.transport.notes import NOTE_BYTES, Note, NoteKind
+from sparsecomm.transport.notes import Note, NoteKind
 
 __all__ = ["MPITransport", "import_mpi", "init_mpi", "mpi_initialized_here", "ulfm_problem"]
 
 # MPI counts are C ints in most libraries, so larger messages travel in pieces of this many bytes.
 _PIECE = 1 << 30
 _NOTE_TAG = 0  # no collective uses it
+_SMALL_WORLD = 64  # ranks; in larger ones a note does not make new connections to all of them
 _LEAVING = 1.0  # seconds for notes to leave, and for the other ranks to end together with this one
 
 
@@ -190,7 +191,7 @@ class MPITransport(Transport):
     def tell(self, note: Note) -> None:
         data = torch.frombuffer(bytearray(note.encode()), dtype=torch.uint8)
         sending = []
-        for peer in self._peers:
+        for peer in self._told(note):
             with contextlib.suppress(self.MPI.Exception):  # it is dead
                 sending.append(self._comm.Isend((self._views(data)[0][0], self.MPI.BYTE), peer, _NOTE_TAG))
         until = time.monotonic() + _LEAVING
@@ -198,6 +199,12 @@ class MPITransport(Transport):
             sending = [request for request in sending if not self._sent(request)]
             time.sleep(1e-3 if sending else 0.0)
         self._unsent = (sending, data)  # MPI still reads the memory of those
+
+    def _told(self, note: Note) -> set[int]:
+        """Returns the ranks to tell. In a large world an end without an error is told to those that this rank knows."""
+        if note.kind is not NoteKind.FAILED and self.size > _SMALL_WORLD and self._peers:
+            return self._peers
+        return set(range(self.size)) - {self.rank}
 
     def _sent(self, request: Any) -> bool:
         """Returns whether a note has left, or never will."""
@@ -210,12 +217,12 @@ class MPITransport(Transport):
     def notes(self) -> Iterable[Note]:
         deaths = self._deaths() if self._survives else []
         found: list[Note] = []
-        buffer = bytearray(NOTE_BYTES)
         with contextlib.suppress(self.MPI.Exception):  # another death, which the next call finds
             while self._comm.Iprobe(self.MPI.ANY_SOURCE, _NOTE_TAG, self.status):
                 source, length = self.status.Get_source(), self.status.Get_count(self.MPI.BYTE)
+                buffer = bytearray(length)
                 self._comm.Recv((buffer, self.MPI.BYTE), source, _NOTE_TAG)
-                found.append(Note.decode(bytes(buffer[:length])))
+                found.append(Note.decode(bytes(buffer)))
         return found + deaths  # a rank's own words come before the news of its death
 
     def _deaths(self) -> list[Note]:

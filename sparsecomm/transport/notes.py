@@ -17,7 +17,7 @@ __all__ = ["NOTE_BYTES", "Note", "NoteKind", "late_ranks", "listed"]
 
 NOTE_BYTES = 4096
 """Most bytes of an encoded note."""
-_TEXT = 600  # most characters of a text; even if each takes 6 bytes, the note is short enough
+_TEXT = 600  # most characters of a text; fewer if they take more than 6 bytes each
 _AWAITED = 16  # most ranks that a note names
 _MALFORMED = "is no note"
 
@@ -56,8 +56,12 @@ class Note:
 
     def encode(self) -> bytes:
         """Returns the note as at most `NOTE_BYTES` bytes of JSON. Cuts a text that is too long."""
-        fields = asdict(self) | {"text": self.text[:_TEXT], "awaits": self.awaits[:_AWAITED]}
-        return json.dumps(fields).encode()
+        text, fields = self.text[:_TEXT], asdict(self) | {"awaits": self.awaits[:_AWAITED]}
+        data = json.dumps(fields | {"text": text}).encode()
+        while len(data) > NOTE_BYTES:
+            text = text[: len(text) * 3 // 4]
+            data = json.dumps(fields | {"text": text}).encode()
+        return data
 
     @classmethod
     def decode(cls, data: bytes) -> Note:

@@ -16,9 +16,11 @@ from sparsecomm.transport.notes import NOTE_BYTES, Note, NoteKind, late_ranks, l
 
 KINDS = st.sampled_from(list(NoteKind))
 RANKS = st.integers(0, 2**31)
+LONG = st.characters(min_codepoint=0x10000)
+"""Characters that take 12 bytes in JSON."""
 
 
-@given(RANKS, KINDS, st.text(max_size=2000), st.lists(RANKS, max_size=50))
+@given(RANKS, KINDS, st.text(max_size=2000) | st.text(LONG, min_size=500, max_size=2000), st.lists(RANKS, max_size=50))
 def test_a_note_is_short_and_comes_back(rank: int, kind: NoteKind, text: str, awaits: list[int]) -> None:
     note = Note(rank, kind, text, tuple(awaits))
     data = note.encode()

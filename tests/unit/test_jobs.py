@@ -151,6 +151,13 @@ def test_a_killed_rank_ends_the_job(collective: str) -> None:
     assert job.seconds < 80, job
 
 
+def test_a_second_world_under_torchrun_does_not_meet_the_first_in_the_store() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = run_job([*torchrun, INITIALIZED, "again"], deadline=90.0, env={"SPARSECOMM_TIMEOUT": "30"})
+    assert job.code == 0, job
+    assert sorted(job.out.split("\n")) == ["", "ok 0", "ok 1"], job
+
+
 @pytest.mark.parametrize("what", ["twice", "own_torch", "again", "fork", "loader"])
 def test_init_under_mpirun(what: str) -> None:
     job = run_job([*mpirun_command(2), *STRICT, INITIALIZED, what], deadline=60.0)

@@ -25,6 +25,11 @@ WAYS = {
     "exit_builtin": BY_STATUS,
     "raise_exit": BY_STATUS,
     "exit_inside": BY_STATUS,
+    "exit_by_own_class": BY_STATUS,
+    "before_the_first_step": r"rank 1 has left: it exited with status 3 before its first exchange",
+    "raise_at_length": "rank 1 has left: it failed with ValueError: \U0001f600",
+    "raise_without_words": "rank 1 has left: it failed with Mute, which cannot be printed",
+    "raise_past_the_hooks": "rank 1 has left: it was ended by an exception",
     "exit_with_words": r"rank 1 has left: it exited with status 1",
     "raise_error": BY_ERROR,
     "caught_exit": r"rank 1 has left: it failed with KeyboardInterrupt",
@@ -38,9 +43,7 @@ WAYS = {
 """What the others say of each way."""
 SUDDEN = {"kill", "terminate", "crash"}
 """Ways in which a rank can say nothing. The launcher may end the others before they notice."""
-SAID_ITSELF = (
-    r"sparsecomm: rank 1 of 3 (exited with|failed with ValueError|failed with Keyb|failed in a thread|called os\._exit)"
-)
+SAID_ITSELF = r"sparsecomm: rank 1 of 3 (exited with|failed with|failed in a thread|was ended|called os\._exit)"
 """Under torchrun, which may end the others when rank 1 has ended and before they know."""
 SAID_BY_LAUNCHER = {
     "mpirun": r"process rank 1 .*(on\s+signal|exiting)|process rank 1",
@@ -50,6 +53,7 @@ SHORT = {
     ("mpirun", "return_from_script"),
     ("mpirun", "exit_main"),
     ("mpirun", "thread"),
+    ("mpirun", "raise_at_length"),
     ("ulfm", "raise_exit"),
     ("ulfm", "end_at_once"),
     ("ulfm", "kill"),

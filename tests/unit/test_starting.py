@@ -53,6 +53,10 @@ def test_a_process_is_seen_as_long_as_it_lives() -> None:
     assert "ranks 1, 2 did not" in who_is_missing(some_launch())
 
 
+def test_a_long_name_of_a_job_fits_into_an_address() -> None:
+    assert "ranks 1, 2 did not" in who_is_missing(some_launch(job="x" * 500))
+
+
 def test_what_is_done_in_time_goes_on() -> None:
     with deadline(0.2, some_launch(size=1), "x"):
         pass

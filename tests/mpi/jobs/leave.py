@@ -20,7 +20,34 @@ import sparsecomm as sc
 LEAVER, STEP, STATUS = 1, 5, 3
 
 
+class OwnExit(SystemExit):
+    """Made before sc.init()."""
+
+
+def exit_by_own_class() -> None:
+    raise OwnExit(STATUS)
+
+
 def raise_error() -> None:
+    raise ValueError("the dog ate the batch")
+
+
+def raise_at_length() -> None:
+    """The message takes 12 bytes a character in JSON."""
+    raise ValueError("\U0001f600" * 600)
+
+
+def raise_without_words() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    raise Mute
+
+
+def raise_past_the_hooks() -> None:
+    """Other software sets a hook of its own after sc.init()."""
+    sys.excepthook = lambda *args: None
     raise ValueError("the dog ate the batch")
 
 
@@ -66,7 +93,7 @@ def main(how: str) -> int:
     ddp = DistributedDataParallel(torch.nn.Linear(8, 4))
     ddp.register_comm_hook(sc.SparseState(sc.TopK(density=0.1), collective="allgather"), sc.sparse_hook)
     for step in range(50):
-        if world.rank == LEAVER and step == STEP:
+        if world.rank == LEAVER and step == (0 if how == "before_the_first_step" else STEP):
             print(f"leaving at {time.time()}", flush=True)
             inside = globals().get(how)
             if inside is None:

@@ -71,9 +71,13 @@ class Attendance:
             return self._timed_out(running, mine) if note is None else self._has_left(running, note)
         peers = [request.peer for request in list(running.waiting)[:1] if request.peer is not None]  # of the failed one
         peers += self._peers(running)
-        self._await_notes(lambda: bool(self._notes.keys() & set(peers)))
-        note = next((self._notes[rank] for rank in peers if rank in self._notes), None)
-        if note is None or not note.left:
+
+        def gone() -> list[Note]:  # any rank, if the transport failed before it could wait for one
+            return [note for rank, note in self._notes.items() if note.left and (not peers or rank in peers)]
+
+        self._await_notes(lambda: bool(gone()))
+        note = next(iter(gone()), None)
+        if note is None:
             return error
         left = self._has_left(running, note)
         left.__cause__ = error

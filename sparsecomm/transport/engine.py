@@ -306,10 +306,7 @@ class Engine:
             try:
                 ready = running.ready(tries)
             except Exception as error:
-                cause: BaseException = error
-                with contextlib.suppress(Exception):  # the transport may be past telling why
-                    cause = self._attendance.explain(running, error)
-                self._fail(running, cause)
+                self._fail(running, self._explained(running, error))
                 return True
             if ready:
                 moved = True
@@ -352,9 +349,15 @@ class Engine:
         except AgreedError as agreed:
             self._end(running, running.task.on_error, agreed.cause)
         except BaseException as error:
-            self._fail(running, error)
+            self._fail(running, self._explained(running, error))
             return False
         return True
+
+    def _explained(self, running: Running, error: BaseException) -> BaseException:
+        """Returns the error to report for an error of the transport: that a rank has left, if that is why."""
+        with contextlib.suppress(Exception):  # the transport may be past telling why
+            return self._attendance.explain(running, error)
+        return error
 
     def _fail(self, failed: Running | None, error: BaseException) -> None:
         """Fails one task with `error` and all others in flight with an error that refers to it. Breaks the engine."""

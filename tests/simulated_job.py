@@ -15,10 +15,23 @@ from sparsecomm.ps.server.rules import Rules
 from sparsecomm.ps.server.server import Server
 from sparsecomm.ps.worker.link import Link, Steps
 
-__all__ = ["SimulatedJob"]
+__all__ = ["Flat", "SimulatedJob", "sgd"]
 
 _TURNS = 5  # per second
 _STUCK = 100  # turns without any progress, longer than servers keep deferred messages
+
+
+class Flat(torch.nn.Module):
+    """A model of one flat parameter."""
+
+    def __init__(self, numel: int, name: str = "weight", start: float = 0.0) -> None:
+        super().__init__()
+        self.register_parameter(name, torch.nn.Parameter(torch.full((numel,), start, dtype=torch.float32)))
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD with rate 1, so that an update subtracts the gradient."""
+    return torch.optim.SGD(parameters, lr=1.0)
 
 
 class SimulatedJob:

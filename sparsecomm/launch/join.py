@@ -57,14 +57,6 @@ class JoinResult:
     made_torch: bool = False
 
 
-def _leave_mpi() -> None:
-    from sparsecomm.transport.mpi import import_mpi, mpi_initialized_here, ulfm_problem
-
-    # After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
-    if mpi_initialized_here() and ulfm_problem() is not None:
-        import_mpi().Finalize()
-
-
 def _join_solo(joining: JoinRequest) -> JoinResult:
     """Makes a world of one."""
     if not dist.is_initialized():
@@ -75,7 +67,7 @@ def _join_solo(joining: JoinRequest) -> JoinResult:
 
 def _join_mpi(joining: JoinRequest) -> JoinResult:
     """Initializes MPI, checks that it belongs to the launcher, and duplicates the communicator. Collective."""
-    from sparsecomm.transport.mpi import MPITransport, import_mpi, init_mpi
+    from sparsecomm.transport.mpi import MPITransport, import_mpi, init_mpi, leave_mpi
 
     launch, MPI = joining.launch, import_mpi()
     if MPI.Is_finalized():
@@ -85,7 +77,7 @@ def _join_mpi(joining: JoinRequest) -> JoinResult:
         )
     if not MPI.Is_initialized():
         init_mpi()
-        joining.teardown.callback(_leave_mpi)
+        joining.teardown.callback(leave_mpi)
     level = MPI.Query_thread()
     if level < MPI.THREAD_SERIALIZED:
         raise LaunchError(

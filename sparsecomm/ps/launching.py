@@ -27,7 +27,7 @@ def open_mailbox(fault_tolerant: bool | None, timeout: float) -> Mailbox:
         LaunchError: If ULFM is demanded and absent, or the launcher belongs to another MPI than mpi4py uses.
     """
     from sparsecomm.transport.mailbox.mpi import MPIMailbox
-    from sparsecomm.transport.mpi import import_mpi, init_mpi, mpi_initialized_here, ulfm_problem
+    from sparsecomm.transport.mpi import import_mpi, init_mpi, leave_mpi, ulfm_problem
 
     problem, launch = ulfm_problem(), detect()
     if fault_tolerant and problem is not None:
@@ -36,9 +36,7 @@ def open_mailbox(fault_tolerant: bool | None, timeout: float) -> Mailbox:
     if not MPI.Is_initialized():
         with deadline(timeout, launch, "sparsecomm.ps.run()"):
             init_mpi()
-        # After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
-        if problem is not None:
-            atexit.register(lambda: MPI.Finalize() if mpi_initialized_here() else None)
+        atexit.register(leave_mpi)
     world = MPI.COMM_WORLD.Get_size()
     if world != launch.size:
         raise LaunchError(

@@ -18,7 +18,7 @@ from sparsecomm.errors import LaunchError, TransportError
 from sparsecomm.transport.base import Request, Transport
 from sparsecomm.transport.notes import Note, NoteKind
 
-__all__ = ["MPITransport", "import_mpi", "init_mpi", "mpi_initialized_here", "ulfm_problem"]
+__all__ = ["MPITransport", "failed_ranks", "import_mpi", "init_mpi", "leave_mpi", "ulfm_problem"]
 
 # MPI counts are C ints in most libraries, so larger messages travel in pieces of this many bytes.
 _PIECE = 1 << 30
@@ -45,21 +45,18 @@ def import_mpi() -> Any:
     return MPI
 
 
-def init_mpi() -> Any:
-    """Initializes MPI if it is not initialized, and returns mpi4py's MPI. Collective.
+def init_mpi() -> None:
+    """Initializes MPI, which must not be initialized yet. Collective.
 
     MPI_Init waits for all ranks. mpi4py would hold the interpreter's lock during that, and no other thread could watch
     over the time, so this calls the library itself, which releases the lock.
     """
-    MPI = import_mpi()
-    if not MPI.Is_initialized():
-        provided = ctypes.c_int()
-        code = ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, int(MPI.THREAD_MULTIPLE), ctypes.byref(provided))
-        if code != MPI.SUCCESS:
-            raise LaunchError(f"MPI_Init_thread failed: {MPI.Get_error_string(code)}")
-        for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
-            comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does when it initializes MPI
-    return MPI
+    MPI, provided = import_mpi(), ctypes.c_int()
+    code = ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, int(MPI.THREAD_MULTIPLE), ctypes.byref(provided))
+    if code != MPI.SUCCESS:
+        raise LaunchError(f"MPI_Init_thread failed: {MPI.Get_error_string(code)}")
+    for comm in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does when it initializes MPI
 
 
 def ulfm_problem() -> str | None:
@@ -75,10 +72,24 @@ def ulfm_problem() -> str | None:
     return None
 
 
-def mpi_initialized_here() -> bool:
-    """Returns whether MPI is initialized in this process and not finalized."""
+def leave_mpi() -> None:
+    """Finalizes MPI if it is initialized. Collective, except under ULFM.
+
+    After a death MPI_Finalize hung in about one job in three, and a rank may die in it. ULFM can do without it.
+    """
     MPI = import_mpi()
-    return bool(MPI.Is_initialized() and not MPI.Is_finalized())
+    if MPI.Is_initialized() and not MPI.Is_finalized() and ulfm_problem() is not None:
+        MPI.Finalize()
+
+
+def failed_ranks(comm: Any) -> frozenset[int]:
+    """Returns the ranks of a communicator that are known to be dead (ULFM)."""
+    failed = comm.Get_failed()
+    ours = comm.Get_group()
+    dead = frozenset(failed.Translate_ranks(list(range(failed.Get_size())), ours))
+    failed.Free()
+    ours.Free()
+    return dead
 
 
 class _MPIRequest(Request):
@@ -227,11 +238,7 @@ class MPITransport(Transport):
 
     def _deaths(self) -> list[Note]:
         """Returns a note for every rank that has died since the last call. Acknowledges the deaths (ULFM)."""
-        failed = self._comm.Get_failed()
-        ours = self._comm.Get_group()
-        dead = frozenset(failed.Translate_ranks(list(range(failed.Get_size())), ours))
-        failed.Free()
-        ours.Free()
+        dead = failed_ranks(self._comm)
         new, self._dead = dead - self._dead, dead
         if new:
             self._comm.Ack_failed()  # without it no probe of any source succeeds

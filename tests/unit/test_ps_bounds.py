@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import SimulatedJob
+from simulated_job import Flat, SimulatedJob, sgd
 
 import sparsecomm as sc
 from sparsecomm.errors import TransportError
@@ -24,18 +24,8 @@ NUMEL = 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
 
 
-class Flat(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(NUMEL))
-
-
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
 def training(link: Link, steps: int = 4) -> Steps[sc.ps.Worker]:
-    model = Flat()
+    model = Flat(NUMEL)
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     yield from worker.connecting()
     for _ in range(worker.clock, steps):
@@ -147,7 +137,7 @@ def test_a_joiner_cannot_keep_windows_closed() -> None:
 
 def test_pushes_far_ahead_of_the_others() -> None:
     guest = Guest()
-    model = Flat()
+    model = Flat(NUMEL)
     worker = sc.ps.Worker(model, sc.Dense(), link=guest.job.links[1])
     part, first = worker._parts[0], guest.shard.clocks[guest.rank]
     for clock in range(first, first + 32):

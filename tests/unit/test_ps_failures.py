@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_job import SimulatedJob
+from simulated_job import Flat, SimulatedJob, sgd
 
 import sparsecomm as sc
 from sparsecomm.ps.protocol import messages as ms
@@ -22,22 +22,12 @@ STEPS, NUMEL = 6, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
 
 
-class Flat(torch.nn.Module):
-    def __init__(self, numel: int = NUMEL, name: str = "weight", start: float = 0.0) -> None:
-        super().__init__()
-        self.register_parameter(name, torch.nn.Parameter(torch.full((numel,), start)))
-
-
 def gradient(worker: int, step: int) -> torch.Tensor:
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step))
 
 
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
 def training(link: Link, acknowledged: dict[int, int] | None = None, model: Any = None) -> Steps[torch.Tensor]:
-    model = Flat() if model is None else model
+    model = Flat(NUMEL) if model is None else model
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     try:
         yield from worker.connecting()
@@ -266,9 +256,9 @@ def refused(job: SimulatedJob, tasks: list[Steps[Any]]) -> str:
     ("other", "text"),
     [
         (lambda: Flat(NUMEL + 1), "parameter 0 is 'weight' (61,), not 'weight' (60,)"),
-        (lambda: Flat(name="bias"), "parameter 0 is 'bias' (60,), not 'weight' (60,)"),
-        (lambda: torch.nn.Sequential(Flat(), Flat()), "parameter 0 is '0.weight' (60,), not 'weight' (60,)"),
-        (lambda: Flat(start=1.0), "build the model from the same seed on every worker"),
+        (lambda: Flat(NUMEL, name="bias"), "parameter 0 is 'bias' (60,), not 'weight' (60,)"),
+        (lambda: torch.nn.Sequential(Flat(NUMEL), Flat(NUMEL)), "parameter 0 is '0.weight' (60,), not 'weight' (60,)"),
+        (lambda: Flat(NUMEL, start=1.0), "build the model from the same seed on every worker"),
     ],
 )
 def test_a_worker_with_another_model_is_refused_and_the_rest_train(other: Callable[[], Any], text: str) -> None:
@@ -315,14 +305,14 @@ def test_a_model_without_parameters_or_of_another_dtype() -> None:
     with pytest.raises(sc.ConfigError, match="has no trainable parameters"):
         sc.ps.Worker(torch.nn.ReLU(), link=link)
     with pytest.raises(sc.ConfigError, match="float64"):
-        sc.ps.Worker(Flat().double(), link=link)
+        sc.ps.Worker(Flat(NUMEL).double(), link=link)
     with pytest.raises(sc.ConfigError, match="cannot be pushed"):
-        sc.ps.Worker(Flat(), collective="dense", link=link)
+        sc.ps.Worker(Flat(NUMEL), collective="dense", link=link)
 
 
 def test_a_worker_outside_of_run() -> None:
     with pytest.raises(sc.LaunchError, match=r"sparsecomm\.ps\.run"):
-        sc.ps.Worker(Flat())
+        sc.ps.Worker(Flat(NUMEL))
 
 
 @pytest.mark.parametrize("bound", [-1, 1.5, True])
@@ -341,7 +331,7 @@ class Hostile:
         self.job = SimulatedJob(2, 1, optimizer=sgd, mode=sc.ps.Asynchronous())
         self.mailbox = self.job.mailboxes.by_rank[1]
         self.task = training(self.job.links[0])
-        worker = sc.ps.Worker(Flat(), sc.TopK(0.1), link=self.job.links[1])
+        worker = sc.ps.Worker(Flat(NUMEL), sc.TopK(0.1), link=self.job.links[1])
         self.worker = worker
         self.sent: list[torch.Tensor] = []
         steps = worker.connecting()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import SimulatedJob
+from simulated_job import Flat, SimulatedJob, sgd
 from simulated_mailbox import SimulatedMailboxes
 
 import sparsecomm as sc
@@ -24,25 +24,15 @@ STEPS, NUMEL = 12, 60
 MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
 
 
-class Flat(torch.nn.Module):
-    def __init__(self, numel: int = NUMEL, start: float = 0.0) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.full((numel,), start))
-
-
 def gradient(worker: int, step: int) -> torch.Tensor:
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step))
-
-
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
 
 
 def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL) -> Steps[sc.ps.Worker]:
     """Trains until the clock is STEPS; begins after `after` turns."""
     for _ in range(after):
         yield "the turn in which it begins"
-    model = Flat(numel, start)
+    model = Flat(numel, start=start)
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     yield from worker.connecting()
     assert worker.residual().count_nonzero() == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import SimulatedJob
+from simulated_job import Flat, SimulatedJob, sgd
 
 import sparsecomm as sc
 from sparsecomm.errors import CommTimeout
@@ -16,16 +16,6 @@ from sparsecomm.ps.report import waits_for
 from sparsecomm.ps.worker.link import Steps
 
 NUMEL = 12
-
-
-class Flat(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(NUMEL))
-
-
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
 
 
 class Late:
@@ -45,7 +35,7 @@ class Late:
         self.job.serve()
 
     def _train(self, rank: int, steps: int) -> Steps[None]:
-        model = Flat()
+        model = Flat(NUMEL)
         self.workers[rank] = worker = sc.ps.Worker(model, sc.Dense(), link=self.job.links[rank], overlap=False)
         yield from worker.connecting()
         for _ in range(steps):
@@ -100,7 +90,7 @@ def test_windows_are_not_open_before_all_have_come() -> None:
 def test_the_worker_that_owes_the_first_values() -> None:
     job = SimulatedJob(2, 1, optimizer=sgd)
     job.mailboxes.tamper = lambda source, _, message: None if int(message[5]) == Kind.INIT else message
-    workers = [sc.ps.Worker(Flat(), link=link) for link in job.links]
+    workers = [sc.ps.Worker(Flat(NUMEL), link=link) for link in job.links]
     steps = [worker.connecting() for worker in workers]
     for _ in range(10):
         for each in steps:
@@ -134,7 +124,7 @@ def test_a_server_that_does_not_answer_is_late_itself() -> None:
 
 def test_servers_wait_for_other_servers_at_the_end() -> None:
     job = SimulatedJob(1, 2, optimizer=sgd)
-    worker = sc.ps.Worker(Flat(), link=job.links[0])
+    worker = sc.ps.Worker(Flat(NUMEL), link=job.links[0])
 
     def steps() -> Steps[None]:
         yield from worker.connecting()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import SimulatedJob
+from simulated_job import SimulatedJob, sgd
 
 import sparsecomm as sc
 from sparsecomm.ps.worker.link import Link, Steps
@@ -57,10 +57,6 @@ def finish(job: SimulatedJob) -> None:
     for _ in range(5):
         job.serve()
     assert all(s.finished for s in job.servers if s.mailbox.rank not in job.mailboxes.dead)
-
-
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
 
 
 def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

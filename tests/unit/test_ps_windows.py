@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_job import SimulatedJob
+from simulated_job import Flat, SimulatedJob, sgd
 from simulated_mailbox import SimulatedWindow
 
 import sparsecomm as sc
@@ -22,18 +22,8 @@ from sparsecomm.ps.worker.window import read_board
 NUMEL, STEPS = 300, 6
 
 
-class Flat(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(NUMEL))
-
-
-def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
 def training(link: Link) -> Steps[tuple[list[torch.Tensor], sc.ps.Worker]]:
-    model = Flat()
+    model = Flat(NUMEL)
     worker = sc.ps.Worker(model, sc.TopK(0.1), link=link)
     yield from worker.connecting()
     seen = []
@@ -155,7 +145,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
     job = SimulatedJob(1, 1, optimizer=sgd, mode=sc.ps.Asynchronous(), windows=True)
 
     def task(link: Link) -> Steps[sc.ps.Worker]:
-        model = Flat()
+        model = Flat(NUMEL)
         worker = sc.ps.Worker(model, sc.Dense(), link=link)
         yield from worker.connecting()
         window = worker._puller._window
@@ -191,7 +181,7 @@ def test_a_choice_explains_its_costs(density: float | None) -> None:
         from dataclasses import replace
 
         sparse = None if density is None else sc.TopK(density)
-        worker = sc.ps.Worker(Flat(), link=replace(link, pull_by="auto", sparse=sparse))
+        worker = sc.ps.Worker(Flat(NUMEL), link=replace(link, pull_by="auto", sparse=sparse))
         yield from worker.connecting()
         worker.model.weight.grad = torch.ones(NUMEL)
         yield from worker.stepping()

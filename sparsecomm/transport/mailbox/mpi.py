@@ -11,7 +11,7 @@ from typing_extensions import override
 from sparsecomm.errors import TransportError
 from sparsecomm.transport.base import Traffic
 from sparsecomm.transport.mailbox.base import Mailbox
-from sparsecomm.transport.mpi import import_mpi, ulfm_problem
+from sparsecomm.transport.mpi import failed_ranks, import_mpi, ulfm_problem
 
 __all__ = ["MPIMailbox"]
 
@@ -122,13 +122,10 @@ class MPIMailbox(Mailbox):
     def _look(self) -> None:
         """Updates the set of dead ranks. Acknowledges the deaths, so that probes of any source work again."""
         self._looked = monotonic()
-        group = self._comm.Get_failed()
-        if group.Get_size() > len(self._lost):
+        dead = failed_ranks(self._comm)
+        if dead - self._lost:
             self._comm.Ack_failed()
-            ours = self._comm.Get_group()
-            self._lost |= set(group.Translate_ranks(list(range(group.Get_size())), ours))
-            ours.Free()
-        group.Free()
+            self._lost |= dead
 
     def _failed(self, error: Any, action: str) -> None:
         """Records the death of a rank. Raises TransportError for any other failure."""

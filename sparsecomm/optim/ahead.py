@@ -13,6 +13,8 @@ from sparsecomm.ddp import SparseState, Waiting
 
 __all__ = ["StepAhead"]
 
+_LEAST = 1e-3  # a rate that falls by more in one step is not followed
+
 _current: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[StepAhead]] = weakref.WeakKeyDictionary()
 
 
@@ -23,6 +25,10 @@ class StepAhead:
     same direction again and again. So gradients are taken at x - lr * a * r instead, with this rank's residual r and
     the alignment a of the residuals: the least-squares estimate of where x will be once all ranks have sent their
     residuals (step-ahead error feedback, Xu and Huang 2020, who have a = 1).
+
+    A residual holds updates that the rate multiplies only when they are applied, which may be many steps later. So
+    that they count with the rate of the step that computed them, residuals are multiplied by the old rate over the new
+    one whenever the rate changes. `residual_lr` in a group is the rate for which they are scaled.
 
     Parameters are ahead only from a forward pass in training mode to the end of the backward pass, when the state is
     given the last bucket. A pass in evaluation mode, `state_dict` and `load_state_dict` of the model bring them back,
@@ -98,6 +104,7 @@ class StepAhead:
         if moved:
             torch._foreach_copy_(self._saved, moved)
         for group, found in waiting:
+            _follow_rate(group, found)
             _subtract(found, float(group["lr"]))
         self._at_step = self._state.step
 
@@ -127,6 +134,18 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _follow_rate(group: dict[str, Any], found: Sequence[Waiting]) -> None:
+    """Scales the residuals so that the product of rate and residual stays the same when the rate changes, in place."""
+    lr = float(group["lr"])
+    before = group.setdefault("residual_lr", lr)
+    # A schedule may end at a rate of nothing, or at one of rounding errors; what waits must stay finite.
+    if lr == before or lr <= _LEAST * before:
+        return
+    if found:
+        torch._foreach_mul_([w.residual for w in found], before / lr)
+    group["residual_lr"] = lr
 
 
 def _subtract(found: Sequence[Waiting], lr: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def flat(model: torch.nn.Module) -> torch.Tensor:
 
 
 def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float32)
     out: torch.Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
     return out
 
@@ -76,18 +77,37 @@ def test_weight_decay_is_close_to_that_of_torch() -> None:
     torch.testing.assert_close(flat(ours), flat(plain), rtol=0.02, atol=2e-3)
 
 
-def test_gradients_are_taken_where_the_residual_is_applied() -> None:
-    """One rank knows everything that is held back, so training follows AdamW however little is sent."""
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize(
+    "rate",
+    [
+        pytest.param(lambda step: 1.0, id="constant"),
+        pytest.param(lambda step: 0.9**step, id="decaying"),
+        pytest.param(lambda step: step / 12, id="rising"),
+        pytest.param(lambda step: 1.0 if step < 6 else 0.05, id="dropping"),
+    ],
+)
+def test_gradients_are_taken_where_the_residual_is_applied(optimizer: str, rate: Callable[[int], float]) -> None:
+    """One rank knows everything that is held back, so training follows dense however little is sent.
+
+    What waits counts with the rate at which it was computed, not with that at which it is sent.
+    """
     ours, plain = small_model(), small_model()
     state = state_of(ours, density=0.1)
     seen = []
     ours[0].register_forward_hook(lambda *_: seen.append(flat(ours)))
-    options = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.0}
-    train(ours, state, sc.optim.AdamW(ours.parameters(), state, **options), range(12))
-    optimizer = torch.optim.AdamW(plain.parameters(), **options)
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0}
+    options |= {"betas": (0.8, 0.95)} if optimizer == "AdamW" else {"momentum": 0.8}
+    runs = [(ours, state, getattr(sc.optim, optimizer)(ours.parameters(), state, **options))]
+    runs.append((plain, None, getattr(torch.optim, optimizer)(plain.parameters(), **options)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(run[2], rate) for run in runs]
     for step in range(12):
-        torch.testing.assert_close(seen[step], flat(plain), rtol=1e-4, atol=1e-5)
-        train(plain, None, optimizer, range(step, step + 1))
+        expected = flat(plain)
+        for run in runs:
+            train(*run, range(step, step + 1))
+        torch.testing.assert_close(seen[step], expected, rtol=1e-4, atol=1e-5)
+        for schedule in schedules:
+            schedule.step()
     assert not torch.allclose(flat(ours), flat(plain), rtol=1e-4, atol=1e-5), "the averaged parameters lag behind"
 
 

@@ -13,7 +13,7 @@ import sparsecomm as sc
 
 def test_weight_decay_does_not_pass_through_sgds_momentum() -> None:
     settings = study_gpt.parse(["--optimizer", "sgd", "--lr", "0.5", "--momentum", "0.9", "--weight-decay", "0.1"])
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2, dtype=torch.float32)
     optimizer = optimizers.make_optimizer(settings, model, None)
     weight, bias = (p.detach().double().clone() for p in (model.weight, model.bias))
     velocity = torch.zeros_like(weight)
@@ -31,7 +31,7 @@ def test_weight_decay_does_not_pass_through_sgds_momentum() -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_momentum_is_applied_once(name: str) -> None:
     flags = ["--optimizer", name, "--beta1" if name == "adamw" else "--momentum", "0.7"]
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2, dtype=torch.float32)
 
     def inner(feedback: str) -> float:
         settings = study_gpt.parse([*flags, "--feedback", feedback])
@@ -47,7 +47,7 @@ def test_momentum_is_applied_once(name: str) -> None:
 def test_adam_before_compression_leaves_decoupled_sgd_after_it() -> None:
     settings = study_gpt.parse(["--feedback", "adam", "--beta1", "0.5", "--clip", "2"])
     assert compression.make_feedback(settings) == sc.AdamCorrection(beta1=0.5, beta2=0.95, clip_norm=2.0)
-    optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2), None)
+    optimizer = optimizers.make_optimizer(settings, torch.nn.Linear(2, 2, dtype=torch.float32), None)
     assert isinstance(optimizer, optimizers.DecoupledSGD)
     assert [g["decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     assert all(g["momentum"] == 0.0 and g["weight_decay"] == 0.0 for g in optimizer.param_groups)
@@ -76,7 +76,7 @@ def test_feedback_and_schedules() -> None:
 def test_ahead_takes_the_settings_of_dense(name: str) -> None:
     flags = ["--optimizer", name, "--feedback", "ahead", "--weight-decay", "0.2", "--clip", "2", "--lr", "0.5"]
     settings = study_gpt.parse(flags)
-    model = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2, dtype=torch.float32)
     sc.init()
     state = sc.SparseState(sc.TopK(0.5), model=model)
     optimizer = optimizers.make_optimizer(settings, model, state)

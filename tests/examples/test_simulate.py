@@ -30,7 +30,7 @@ def test_nothing_is_lost_in_what_is_inferred() -> None:
     method = simulate.Method(switches(ranks=2), model)
     random = torch.Generator().manual_seed(0)
     for step in range(3):
-        grads = torch.randn(2, model.at.numel(), generator=random)
+        grads = torch.randn(2, model.at.numel(), generator=random, dtype=torch.float32)
         before = method.residual.clone()
         added = simulate.Method(switches(ranks=2), model)
         added.momentum, added.second = method.momentum.clone(), method.second.clone()

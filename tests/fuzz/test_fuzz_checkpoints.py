@@ -58,7 +58,7 @@ def content_of(rng: random.Random, version: int = 3, shards: int = 1, index: int
         for name, dtype in rng.sample(sorted(_DTYPES.items()), 3):
             state[name] = torch.randint(0, 100, rng.choice([(n,), (n, 1), (0,), (2, 3)])).to(dtype)
         states.append(state | {"number": rng.random(), "text": "µ", "none": None, "count": 2**40})
-    return Content(Facts(saved, index, spec.start, spec.end), torch.randn(spec.numel), states)
+    return Content(Facts(saved, index, spec.start, spec.end), torch.randn(spec.numel, dtype=torch.float32), states)
 
 
 def file_of(content: Content) -> bytes:

@@ -116,7 +116,10 @@ def assert_sane(header: Header) -> None:
 def decodes(header: Header, body: torch.Tensor) -> bool:
     """Decodes; returns whether that was accepted, having checked what came out."""
     room = header.nnz if header.body_bytes == body.numel() else 0  # a receiver has compared the lengths before
-    indices, values = torch.full((room,), 2**32 - 1, dtype=torch.uint32), torch.full((room,), float("nan"))
+    indices, values = (
+        torch.full((room,), 2**32 - 1, dtype=torch.uint32),
+        torch.full((room,), float("nan"), dtype=torch.float32),
+    )
     try:
         decode_body(header, body, indices, values)
     except WireError as error:
@@ -215,7 +218,7 @@ def test_random_bytes_as_indices_and_values(count: Count, seed: int) -> None:
         assert not nnz or int(positions[-1]) < numel
 
     def values(codec: ValueCodec, data: torch.Tensor, nnz: int, scale: float) -> None:
-        out = torch.empty(nnz)
+        out = torch.empty(nnz, dtype=torch.float32)
         kernels.decode_values(codec, data, nnz, scale, out)
         assert bool(out.isfinite().all())
 

@@ -63,7 +63,7 @@ def test_value_codecs(codec: ValueCodec) -> None:
         for kind in KINDS:
             values = vector(kind, n, n)
             cases.check_value_codec("cuda", codec, values if kind == "nonfinite" else torch.nan_to_num(values))
-    cases.check_value_codec("cuda", codec, torch.tensor([3.4e38, -3.4028234e38, 1e-45, -0.0]))
+    cases.check_value_codec("cuda", codec, torch.tensor([3.4e38, -3.4028234e38, 1e-45, -0.0], dtype=torch.float32))
 
 
 def test_hostile_bytes_get_the_references_verdict() -> None:
@@ -76,7 +76,9 @@ def test_hostile_bytes_get_the_references_verdict() -> None:
 
 def test_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(KernelError, match="one device, got cpu, cuda"):
-        kernels.accumulate_dense(torch.zeros(4), torch.zeros(4, device="cuda"))
+        kernels.accumulate_dense(
+            torch.zeros(4, dtype=torch.float32), torch.zeros(4, device="cuda", dtype=torch.float32)
+        )
 
 
 def test_more_than_two_to_the_31_elements() -> None:
@@ -85,11 +87,14 @@ def test_more_than_two_to_the_31_elements() -> None:
     if torch.cuda.mem_get_info()[0] < 9 * n:
         pytest.skip(f"needs {9 * n / 2**30:.0f} GiB of free GPU memory")
     places = [0, 5, 2**31 - 1, 2**31, 2**31 + 1, n - 1]
-    values = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, 6.0], device="cuda")
+    values = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0, 6.0], device="cuda", dtype=torch.float32)
     for k, expected in ((6, places), (2, places[-2:])):
-        residual = torch.zeros(n, device="cuda")
+        residual = torch.zeros(n, device="cuda", dtype=torch.float32)
         residual[places] = values
-        indices, found = torch.empty(6, dtype=torch.uint32, device="cuda"), torch.empty(6, device="cuda")
+        indices, found = (
+            torch.empty(6, dtype=torch.uint32, device="cuda"),
+            torch.empty(6, device="cuda", dtype=torch.float32),
+        )
         got = kernels.exact_topk(None, residual, k, indices, found)
         assert got.stored == k
         assert indices[:k].cpu().to(torch.int64).tolist() == expected

@@ -72,7 +72,7 @@ def exchanged(size: int, device: str, fetched: list[int]) -> list[torch.Tensor]:
     arenas = [Arena(pinned=device == "cuda") for _ in range(size)]
     memories = [Arena(device) for _ in range(size)]
     for bucket in cluster.buckets:
-        bucket.residual = torch.zeros(n, device=device)
+        bucket.residual = torch.zeros(n, device=device, dtype=torch.float32)
     for step in range(3):
         grads = [gradient("normal", n, torch.float32, r).to(device) for r in range(size)]
         options = {"value_codec": ValueCodec.FP16, "feedback": None}

@@ -61,7 +61,7 @@ def agree(device: str, call: Callable[[Put], tuple[Any, ...]], *, offset: int = 
 
 
 def room_for(put: Put, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return put(torch.zeros(n, dtype=torch.uint32)), put(torch.zeros(n))
+    return put(torch.zeros(n, dtype=torch.uint32)), put(torch.zeros(n, dtype=torch.float32))
 
 
 def check_select(device: str, n: int, kind: str, seed: int) -> None:
@@ -93,10 +93,10 @@ def check_topk(device: str, n: int, kind: str, seed: int, k: int) -> None:
 
 
 def check_cut(device: str, count: int, kind: str, k: int) -> None:
-    chosen, taken = (3 * torch.arange(count)).to(torch.uint32), vector(kind, count, k)
+    chosen, taken = (3 * torch.arange(count, dtype=torch.int64)).to(torch.uint32), vector(kind, count, k)
 
     def call(put: Put) -> tuple[Any, ...]:
-        indices, values, residual = put(chosen), put(taken), put(torch.zeros(3 * count + 1))
+        indices, values, residual = put(chosen), put(taken), put(torch.zeros(3 * count + 1, dtype=torch.float32))
         left = kernels.cut_topk(indices, values, count, k, residual)
         return left, indices[:left], values[:left], residual
 
@@ -109,7 +109,7 @@ def check_adding(device: str, n: int, chunk: int, seed: int) -> None:
     some = positions(n, n // 3, seed)
 
     def call(put: Put) -> tuple[Any, ...]:
-        one, two, norms = put(before), put(before), put(torch.zeros(-(-n // chunk)))
+        one, two, norms = put(before), put(before), put(torch.zeros(-(-n // chunk), dtype=torch.float32))
         counts = (
             kernels.accumulate_dense(put(grad), one, scale=0.5),
             kernels.accumulate_norms(put(grad), two, chunk, norms, scale=0.5),
@@ -164,7 +164,11 @@ def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> N
 
     def sparse(put: Put) -> tuple[Any, ...]:
         out = put(torch.zeros(kernels.max_value_bytes(codec, n), dtype=torch.uint8))
-        error, same, back = put(torch.zeros(n)), put(values), put(torch.zeros(n))
+        error, same, back = (
+            put(torch.zeros(n, dtype=torch.float32)),
+            put(values),
+            put(torch.zeros(n, dtype=torch.float32)),
+        )
         size, scale = kernels.encode_values(codec, put(values), out, error)
         kernels.encode_values(codec, same, out, same)
         kernels.decode_values(codec, out[:size], n, scale, back)
@@ -172,7 +176,7 @@ def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> N
 
     def dense(put: Put) -> tuple[Any, ...]:
         out = put(torch.zeros(kernels.packed_bytes(codec, n), dtype=torch.uint8))
-        error, back = put(torch.zeros(n)), put(torch.ones(n))
+        error, back = put(torch.zeros(n, dtype=torch.float32)), put(torch.ones(n, dtype=torch.float32))
         kernels.pack_dense(codec, put(values), out, error)
         kernels.unpack_dense(codec, out, back, add=True)
         return out, error, back
@@ -214,18 +218,32 @@ def check_hostile_indices(device: str, codec: IndexCodec, rounds: int) -> int:
 
 def check_hostile_values(device: str) -> None:
     """Checks that bad lengths, scales and values get the reference's verdict."""
-    nan, cases = octets(torch.tensor([1.0, math.nan])), []
+    nan, cases = octets(torch.tensor([1.0, math.nan], dtype=torch.float32)), []
     cases.append((ValueCodec.FP32, nan, 2, 1.0))
     cases.append((ValueCodec.FP32, nan[:7], 2, 1.0))
     cases.append((ValueCodec.FP16, torch.zeros(4, dtype=torch.uint8), 2, -1.0))
     cases.append((ValueCodec.FP16, torch.full((4,), 255, dtype=torch.uint8), 2, 1.0))
-    cases.append((ValueCodec.INT8, torch.cat([octets(torch.tensor([-1.0])), torch.ones(2, dtype=torch.uint8)]), 2, 1.0))
-    cases.append((ValueCodec.INT8, torch.cat([octets(torch.tensor([1.0])), torch.full((2,), 128).byte()]), 2, 1.0))
+    cases.append(
+        (
+            ValueCodec.INT8,
+            torch.cat([octets(torch.tensor([-1.0], dtype=torch.float32)), torch.ones(2, dtype=torch.uint8)]),
+            2,
+            1.0,
+        )
+    )
+    cases.append(
+        (
+            ValueCodec.INT8,
+            torch.cat([octets(torch.tensor([1.0], dtype=torch.float32)), torch.full((2,), 128, dtype=torch.uint8)]),
+            2,
+            1.0,
+        )
+    )
     for codec, data, nnz, scale in cases:
 
         def call(put: Put, codec=codec, data=data, nnz=nnz, scale=scale) -> tuple[Any, ...]:
             try:
-                kernels.decode_values(codec, put(data), nnz, scale, put(torch.zeros(nnz)))
+                kernels.decode_values(codec, put(data), nnz, scale, put(torch.zeros(nnz, dtype=torch.float32)))
             except WireError as error:
                 return error.field, str(error.value), error.reason
             return ("nothing wrong",)

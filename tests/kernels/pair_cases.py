@@ -42,7 +42,7 @@ Made = tuple[Said, torch.Tensor]
 
 def pairs(nnz: int, numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns about nnz positions, and finite values of a kind that the seed chooses."""
-    everything = torch.arange(numel).to(torch.uint32)
+    everything = torch.arange(numel, dtype=torch.int64).to(torch.uint32)
     indices = everything if nnz == numel else positions(numel, nnz, seed, clustered=seed % 3 == 0)
     kind = ("normal", "wide", "zeros", "denormal")[seed % 4]
     return indices, torch.nan_to_num(vector(kind, indices.numel(), seed))
@@ -83,7 +83,7 @@ def check_encode(device: str, codecs: tuple[IndexCodec, ValueCodec], nnz: int, n
     def call(put: Put) -> tuple[Any, ...]:
         out = torch.zeros(HEAD + most, dtype=torch.uint8, pin_memory=device == "cuda")
         mine = put(values)
-        error = mine if seed % 2 else put(torch.zeros(values.numel()))
+        error = mine if seed % 2 else put(torch.zeros(values.numel(), dtype=torch.float32))
         form = Said(0, index_codec, value_codec, values.numel(), numel)
         sizes = kernels.encode_pairs(form, put(indices), mine, out, error, head=HEAD)
         return *sizes, out[HEAD : HEAD + sizes[0] + sizes[1]], error
@@ -99,7 +99,7 @@ def check_decode(
 
     def call(put: Put) -> tuple[Any, ...]:
         indices = put(torch.full((total + 2 * edge,), 7, dtype=torch.int64).to(torch.uint32))
-        values = put(torch.full((total + 2 * edge,), 7.0))
+        values = put(torch.full((total + 2 * edge,), 7.0, dtype=torch.float32))
         room = indices[edge : total + edge], values[edge : total + edge]
         failed: tuple[Any, ...] = ()
         parts = []

@@ -21,11 +21,11 @@ many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 def decoded(said: Said, body: torch.Tensor, positions: torch.Tensor | None) -> tuple[str, torch.Tensor, torch.Tensor]:
     """Returns the error of decoding a payload, if any, and the pairs."""
-    indices, values = torch.zeros(said.nnz, dtype=torch.uint32), torch.zeros(said.nnz)
+    indices, values = torch.zeros(said.nnz, dtype=torch.uint32), torch.zeros(said.nnz, dtype=torch.float32)
     try:
         kernels.decode_pairs([said], [body], indices, values, known=None if positions is None else (0, positions))
     except WireError as error:
-        return str(error), torch.empty(0), torch.empty(0)
+        return str(error), torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
     return "", indices.to(torch.int64), values
 
 
@@ -51,7 +51,7 @@ def test_damaged_payloads_are_refused_in_the_references_words(
         said.index_bytes += rng.randrange(2)
     elif damage == 4:
         said.index_bytes = rng.randrange(body.numel() + 9)
-    positions = torch.arange(said.nnz).to(torch.uint32) if known else None
+    positions = torch.arange(said.nnz, dtype=torch.int64).to(torch.uint32) if known else None
     mine = decoded(said, body, positions)
     truth = by_reference(path, lambda: decoded(said, body, positions))
     assert mine[0] == truth[0]
@@ -67,5 +67,8 @@ def test_no_pairs_are_no_excuse_for_bytes(path: str, index_codec: IndexCodec) ->
     said.index_bytes = 5
     with pytest.raises(WireError):
         kernels.decode_pairs(
-            [said], [torch.full((5,), 255, dtype=torch.uint8)], torch.empty(0).to(torch.uint32), torch.empty(0)
+            [said],
+            [torch.full((5,), 255, dtype=torch.uint8)],
+            torch.empty(0, dtype=torch.float32).to(torch.uint32),
+            torch.empty(0, dtype=torch.float32),
         )

@@ -39,7 +39,7 @@ def encode(codec: IndexCodec, indices: torch.Tensor, numel: int) -> torch.Tensor
 
 
 def decode(codec: IndexCodec, data: torch.Tensor, nnz: int, numel: int) -> torch.Tensor:
-    out = torch.full((nnz,), 2**32 - 1).to(torch.uint32)
+    out = torch.full((nnz,), 2**32 - 1, dtype=torch.int64).to(torch.uint32)
     kernels.decode_indices(codec, data, nnz, numel, out)
     return out
 
@@ -51,7 +51,7 @@ def index_lists(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     nnz = draw(st.one_of(st.integers(0, min(most, 300)), st.just(most)))
     indices = positions(numel, nnz, draw(seeds), clustered=draw(st.booleans()))
     if indices.numel() and draw(st.booleans()):
-        indices = torch.cat([indices[:-1], torch.tensor([numel - 1]).to(torch.uint32)])
+        indices = torch.cat([indices[:-1], torch.tensor([numel - 1], dtype=torch.int64).to(torch.uint32)])
         indices = torch.from_numpy(np.unique(indices.numpy()))
     return indices, numel
 
@@ -81,7 +81,7 @@ GOLDEN = {  # positions 2, 9 of 10; worked by hand in docs/wire-format.md
 
 @pytest.mark.parametrize("codec", SPARSE)
 def test_bytes_are_those_of_the_document(path: str, codec: IndexCodec) -> None:
-    indices = torch.tensor([2, 9]).to(torch.uint32)
+    indices = torch.tensor([2, 9], dtype=torch.int64).to(torch.uint32)
     assert bytes(encode(codec, indices, 10).numpy()) == bytes.fromhex(GOLDEN[codec])
 
 
@@ -150,8 +150,8 @@ def test_values_equal_the_reference_and_the_error_is_what_rounding_drops(
     def run() -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor]:
         out, error, back = (
             torch.empty(kernels.max_value_bytes(codec, n), dtype=torch.uint8),
-            torch.empty(n),
-            torch.empty(n),
+            torch.empty(n, dtype=torch.float32),
+            torch.empty(n, dtype=torch.float32),
         )
         size, scale = kernels.encode_values(codec, values, out, error)
         kernels.decode_values(codec, out[:size], n, scale, back)

@@ -32,12 +32,12 @@ def test_packing_equals_the_reference_and_loses_nothing(
     values = vector(kind, n, seed) * factor
     nbytes = kernels.packed_bytes(codec, n)
     mine, truth = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    error, expected = torch.full((n,), 7.0), torch.full((n,), 7.0)
+    error, expected = torch.full((n,), 7.0, dtype=torch.float32), torch.full((n,), 7.0, dtype=torch.float32)
     kernels.pack_dense(codec, values, mine, error)
     by_reference(path, lambda: kernels.pack_dense(codec, values, truth, expected))
     assert same_bits(mine, truth)
     assert same_bits(error + 0.0, expected + 0.0)
-    read = torch.full((n,), 7.0)
+    read = torch.full((n,), 7.0, dtype=torch.float32)
     kernels.unpack_dense(codec, mine, read)
     finite = values.isfinite()
     assert torch.equal(read.isfinite(), finite), "finite stays finite, and only that"
@@ -51,7 +51,7 @@ def test_packing_equals_the_reference_and_loses_nothing(
 
 @pytest.mark.parametrize("codec", [ValueCodec.FP16, ValueCodec.BF16])
 def test_the_ends_of_the_range_survive(path: str, codec: ValueCodec) -> None:
-    values = torch.tensor([MAX32, -MAX32, 1.0, 0.0, -0.0, 2.0**-140])
+    values = torch.tensor([MAX32, -MAX32, 1.0, 0.0, -0.0, 2.0**-140], dtype=torch.float32)
     for part in (values, values[2:].clone(), values[5:].clone()):
         out, error = torch.empty(kernels.packed_bytes(codec, part.numel()), dtype=torch.uint8), torch.empty_like(part)
         kernels.pack_dense(codec, part, out, error)
@@ -63,22 +63,24 @@ def test_the_ends_of_the_range_survive(path: str, codec: ValueCodec) -> None:
 
 
 def test_odd_addresses_are_read(path: str) -> None:
-    values = torch.arange(20.0)
+    values = torch.arange(20.0, dtype=torch.float32)
     for codec in (ValueCodec.FP32, ValueCodec.FP16, ValueCodec.BF16):
         room = torch.zeros(kernels.packed_bytes(codec, 20) + 1, dtype=torch.uint8)
         kernels.pack_dense(codec, values, room[1:])
-        read = torch.empty(20)
+        read = torch.empty(20, dtype=torch.float32)
         kernels.unpack_dense(codec, room[1:], read)
         assert torch.equal(read, values)
 
 
 def test_unfit_arguments_are_refused(path: str) -> None:
-    values = torch.ones(4)
+    values = torch.ones(4, dtype=torch.float32)
     with pytest.raises(KernelError, match="INT8"):
         kernels.packed_bytes(ValueCodec.INT8, 4)
     with pytest.raises(KernelError, match=r"out has 8 bytes, 4 values as FP16 need 12"):
         kernels.pack_dense(ValueCodec.FP16, values, torch.empty(8, dtype=torch.uint8))
     with pytest.raises(KernelError, match="error has 3 elements"):
-        kernels.pack_dense(ValueCodec.BF16, values, torch.empty(8, dtype=torch.uint8), torch.empty(3))
+        kernels.pack_dense(
+            ValueCodec.BF16, values, torch.empty(8, dtype=torch.uint8), torch.empty(3, dtype=torch.float32)
+        )
     with pytest.raises(KernelError, match=r"data has 7 bytes, 4 values as BF16 need 8"):
         kernels.unpack_dense(ValueCodec.BF16, torch.empty(7, dtype=torch.uint8), values)

@@ -128,7 +128,7 @@ def test_bad_values_are_refused_by_field(
 ) -> None:
     def field_of() -> str:
         with pytest.raises(WireError) as caught:
-            kernels.decode_values(codec, data, nnz, scale, torch.empty(nnz))
+            kernels.decode_values(codec, data, nnz, scale, torch.empty(nnz, dtype=torch.float32))
         return caught.value.field
 
     assert field_of() == field == by_reference(path, field_of)
@@ -147,7 +147,7 @@ VALUE_BYTES = {  # 1.0, -0.5, 3.0 by hand
 @pytest.mark.parametrize("codec", ValueCodec)
 def test_value_bytes_are_those_worked_by_hand(path: str, codec: ValueCodec) -> None:
     out = torch.empty(16, dtype=torch.uint8)
-    size, scale = kernels.encode_values(codec, torch.tensor([1.0, -0.5, 3.0]), out)
+    size, scale = kernels.encode_values(codec, torch.tensor([1.0, -0.5, 3.0], dtype=torch.float32), out)
     want, want_scale = VALUE_BYTES[codec]
     assert bytes(out[:size].numpy()) == bytes.fromhex(want)
     assert scale == want_scale
@@ -156,8 +156,12 @@ def test_value_bytes_are_those_worked_by_hand(path: str, codec: ValueCodec) -> N
 @pytest.mark.parametrize("codec", ValueCodec)
 def test_the_largest_floats_saturate(path: str, codec: ValueCodec) -> None:
     top = torch.finfo(torch.float32).max
-    values = torch.tensor([top, -top, top / 2])
-    out, error, back = torch.empty(16, dtype=torch.uint8), torch.empty(3), torch.empty(3)
+    values = torch.tensor([top, -top, top / 2], dtype=torch.float32)
+    out, error, back = (
+        torch.empty(16, dtype=torch.uint8),
+        torch.empty(3, dtype=torch.float32),
+        torch.empty(3, dtype=torch.float32),
+    )
     size, scale = kernels.encode_values(codec, values, out, error)
     kernels.decode_values(codec, out[:size], 3, scale, back)
     assert torch.equal(values - back, error)
@@ -165,7 +169,7 @@ def test_the_largest_floats_saturate(path: str, codec: ValueCodec) -> None:
 
 
 def test_a_nonzero_count_is_exact_at_the_end_of_the_index_space(path: str) -> None:
-    last = torch.tensor([0, 2**32 - 2, 2**32 - 1]).to(torch.uint32)
+    last = torch.tensor([0, 2**32 - 2, 2**32 - 1], dtype=torch.int64).to(torch.uint32)
     for codec in (IndexCodec.RAW, IndexCodec.BITPACK, IndexCodec.RICE):
         out = torch.empty(kernels.max_index_bytes(codec, 3, 2**32), dtype=torch.uint8)
         data, got = out[: kernels.encode_indices(codec, last, 2**32, out)], torch.empty_like(last)
@@ -178,18 +182,18 @@ def test_encoding_refuses_what_is_not_ascending(path: str) -> None:
     for wrong in ([1, 1], [2, 1], [3, 10]):
         for codec in (IndexCodec.RAW, IndexCodec.BITPACK, IndexCodec.RICE, IndexCodec.BITMAP):
             with pytest.raises(KernelError, match=r"indices\[1\]"):
-                kernels.encode_indices(codec, torch.tensor(wrong).to(torch.uint32), 10, out)
+                kernels.encode_indices(codec, torch.tensor(wrong, dtype=torch.int64).to(torch.uint32), 10, out)
 
 
 def test_scratch_is_reused_and_can_be_released(path: str) -> None:
     kernels.release_scratch()
     start = kernels.scratch_bytes()
-    grad = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    room = torch.empty(1000, dtype=torch.uint32), torch.empty(1000)
-    kernels.exact_topk(grad, torch.zeros(100_000), 1000, *room)
+    grad = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    room = torch.empty(1000, dtype=torch.uint32), torch.empty(1000, dtype=torch.float32)
+    kernels.exact_topk(grad, torch.zeros(100_000, dtype=torch.float32), 1000, *room)
     held = kernels.scratch_bytes()
     for _ in range(3):
-        kernels.exact_topk(grad, torch.zeros(100_000), 1000, *room)
+        kernels.exact_topk(grad, torch.zeros(100_000, dtype=torch.float32), 1000, *room)
         assert kernels.scratch_bytes() == held
     assert held - start < 100_000 * 4
     kernels.release_scratch()

@@ -32,7 +32,10 @@ def test_norms_equal_the_reference_and_the_residual_is_that_of_accumulate_dense(
         n = min(n, 4097)
     grad, before = vector(kind, n, seed, dtype, offset=offset), vector("normal", n, seed + 1, offset=offset)
     mine, truth, plain = before.clone(), before.clone(), before.clone()
-    out, expected = torch.full((-(-n // chunk),), -1.0), torch.full((-(-n // chunk),), -1.0)
+    out, expected = (
+        torch.full((-(-n // chunk),), -1.0, dtype=torch.float32),
+        torch.full((-(-n // chunk),), -1.0, dtype=torch.float32),
+    )
     got = kernels.accumulate_norms(grad, mine, chunk, out, scale=scale)
     want = by_reference(path, lambda: kernels.accumulate_norms(grad, truth, chunk, expected, scale=scale))
     assert got == want == kernels.accumulate_dense(grad, plain, scale=scale)
@@ -55,4 +58,9 @@ def test_norms_equal_the_reference_and_the_residual_is_that_of_accumulate_dense(
 )
 def test_unfit_tensors_are_refused(path: str, chunk: int, norms: int, grad: int, words: str) -> None:
     with pytest.raises(KernelError, match=words):
-        kernels.accumulate_norms(torch.zeros(grad), torch.zeros(10), chunk, torch.zeros(norms))
+        kernels.accumulate_norms(
+            torch.zeros(grad, dtype=torch.float32),
+            torch.zeros(10, dtype=torch.float32),
+            chunk,
+            torch.zeros(norms, dtype=torch.float32),
+        )

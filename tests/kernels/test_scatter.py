@@ -40,7 +40,7 @@ def test_scatter_reduce_adds_in_order(
     kernels.scatter_reduce(mine, parts, scale=scale)
     by_reference(path, lambda: kernels.scatter_reduce(truth, parts, scale=scale))
     assert same_bits(mine, truth)
-    plain = torch.zeros(n)
+    plain = torch.zeros(n, dtype=torch.float32)
     for indices, values in parts:
         plain[indices.to(torch.int64)] += values
     assert same_bits(mine + 0.0, (plain * torch.tensor(scale, dtype=torch.float32)).to(dtype) + 0.0)

@@ -18,7 +18,7 @@ many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 def empty(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(n, dtype=torch.uint32), torch.empty(n)
+    return torch.empty(n, dtype=torch.uint32), torch.empty(n, dtype=torch.float32)
 
 
 def accumulated(grad: torch.Tensor, residual: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +119,8 @@ def test_cut_topk_equals_the_reference_and_gives_the_rest_back(path: str, n: int
     values = vector(kind, n, seed)
     values = values[(values != 0.0) & torch.isfinite(values)].clone()
     count = values.numel()
-    indices = (3 * torch.arange(count)).to(torch.uint32)
-    residual = torch.zeros(3 * count + 1)
+    indices = (3 * torch.arange(count, dtype=torch.int64)).to(torch.uint32)
+    residual = torch.zeros(3 * count + 1, dtype=torch.float32)
     mine = indices.clone(), values.clone(), residual.clone()
     truth = indices.clone(), values.clone(), residual.clone()
     got = kernels.cut_topk(mine[0], mine[1], count, k, mine[2])
@@ -151,12 +151,16 @@ def test_large_vectors_take_the_fast_way_and_agree(path: str, kind: str, share: 
 def test_unfit_tensors_are_refused_by_name(path: str) -> None:
     out = empty(4)
     with pytest.raises(KernelError, match="4"):
-        kernels.accumulate_select(torch.zeros(3), torch.zeros(4), 1.0, *out)
+        kernels.accumulate_select(torch.zeros(3, dtype=torch.float32), torch.zeros(4, dtype=torch.float32), 1.0, *out)
     with pytest.raises(KernelError, match="float64"):
-        kernels.accumulate_select(torch.zeros(4, dtype=torch.float64), torch.zeros(4), 1.0, *out)
+        kernels.accumulate_select(torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float32), 1.0, *out)
     with pytest.raises(KernelError):
-        kernels.accumulate_select(torch.zeros(8)[::2], torch.zeros(4), 1.0, *out)
+        kernels.accumulate_select(
+            torch.zeros(8, dtype=torch.float32)[::2], torch.zeros(4, dtype=torch.float32), 1.0, *out
+        )
     with pytest.raises(KernelError):
-        kernels.accumulate_select(torch.zeros(4), torch.zeros(4), float("nan"), *out)
+        kernels.accumulate_select(
+            torch.zeros(4, dtype=torch.float32), torch.zeros(4, dtype=torch.float32), float("nan"), *out
+        )
     with pytest.raises(KernelError):
-        kernels.exact_topk(torch.zeros(8), torch.zeros(8), 5, *out)
+        kernels.exact_topk(torch.zeros(8, dtype=torch.float32), torch.zeros(8, dtype=torch.float32), 5, *out)

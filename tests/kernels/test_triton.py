@@ -82,12 +82,12 @@ def test_index_codecs(codec: IndexCodec, numel: int) -> None:
             indices = cases.positions(numel, min(nnz, numel), nnz, clustered=clustered)
             cases.check_index_codec("cpu", codec, indices, numel)
     if numel <= 5_000:
-        cases.check_index_codec("cpu", codec, torch.arange(numel).to(torch.uint32), numel)
+        cases.check_index_codec("cpu", codec, torch.arange(numel, dtype=torch.int64).to(torch.uint32), numel)
 
 
 @interpreted
 def test_all_positions_take_no_bytes() -> None:
-    cases.check_index_codec("cpu", IndexCodec.DENSE, torch.arange(300).to(torch.uint32), 300)
+    cases.check_index_codec("cpu", IndexCodec.DENSE, torch.arange(300, dtype=torch.int64).to(torch.uint32), 300)
 
 
 @interpreted
@@ -97,7 +97,7 @@ def test_value_codecs(codec: ValueCodec) -> None:
         for kind in KINDS:
             values = vector(kind, n, n)
             cases.check_value_codec("cpu", codec, values if kind == "nonfinite" else torch.nan_to_num(values))
-    cases.check_value_codec("cpu", codec, torch.tensor([3.4e38, -3.4028234e38, 1e-45, -0.0]))
+    cases.check_value_codec("cpu", codec, torch.tensor([3.4e38, -3.4028234e38, 1e-45, -0.0], dtype=torch.float32))
 
 
 @interpreted
@@ -114,7 +114,7 @@ def test_unfit_tensors_are_refused_by_name() -> None:
     kernels.set_path("triton")
     try:
         with pytest.raises(KernelError, match="float64"):
-            kernels.accumulate_dense(torch.zeros(4, dtype=torch.float64), torch.zeros(4))
+            kernels.accumulate_dense(torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float32))
         assert kernels.crc32c(b"123456789") == 0xE3069283
     finally:
         kernels.set_path(None)

@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_neighbours_in_memory_become_one() -> None:
-    whole, other = torch.arange(10.0), torch.arange(3.0)
+    whole, other = torch.arange(10.0, dtype=torch.float32), torch.arange(3.0, dtype=torch.float32)
     parts = [whole[:2], whole[2:2], whole[2:5], other[:1], whole[5:], whole[:0]]
     assert [run.tolist() for run in runs(parts)] == [[0, 1, 2, 3, 4], [0], [5, 6, 7, 8, 9]]
     assert joined([whole[:4], whole[4:]], other).data_ptr() == whole.data_ptr()

@@ -28,7 +28,7 @@ seeds = st.integers(0, 2**31)
 def vector(kind: str, n: int, seed: int, dtype: torch.dtype = torch.float32, *, offset: int = 0) -> torch.Tensor:
     """Returns a vector of n elements that begins `offset` elements into its storage, so that it is not aligned."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n + offset, generator=g)
+    x = torch.randn(n + offset, generator=g, dtype=torch.float32)
     if kind == "zeros":
         x.zero_()
         x[::3] = -0.0
@@ -48,7 +48,7 @@ def vector(kind: str, n: int, seed: int, dtype: torch.dtype = torch.float32, *, 
         x[torch.randint(0, n + offset, (max(n // 10, 1),), generator=g)] = float("nan")
         x[torch.randint(0, n + offset, (max(n // 10, 1),), generator=g)] = float("-inf")
     elif kind == "wide":
-        x *= torch.exp(20 * torch.randn(n + offset, generator=g))
+        x *= torch.exp(20 * torch.randn(n + offset, generator=g, dtype=torch.float32))
     elif kind == "tail":  # a strided sample of it is misleading
         x[:: max(n // 64, 1)] = 0.0
     return x.to(dtype)[offset:]

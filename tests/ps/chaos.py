@@ -212,7 +212,7 @@ def check_shard(
 def pushes_of(worker: int, trial: Trial, rank: int | None = None, steps: range = range(STEPS)) -> torch.Tensor:
     """Computes the pushes of a worker in these steps, shape (len(steps), NUMEL)."""
     layout = ModelLayout.of(Model())
-    out = torch.zeros(len(steps), NUMEL)
+    out = torch.zeros(len(steps), NUMEL, dtype=torch.float32)
     rank = worker if rank is None else rank
     config = SparseConfig.of(TopK(DENSITY), {})
     for shard in range(trial.servers):

@@ -27,7 +27,7 @@ def say(text: str) -> None:
 def train(world: sc.World) -> None:
     """Runs a dense step and then steps at density 10%. Replicas must agree bit for bit, and nothing may be lost."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(256, 64)
+    model = torch.nn.Linear(256, 64, dtype=torch.float32)
     ddp = DistributedDataParallel(model)
     state = sc.SparseState(sc.TopK(0.1), collective="allgather", value_codec="fp32", dense_steps=1)
     ddp.register_comm_hook(state, sc.sparse_hook)
@@ -35,7 +35,7 @@ def train(world: sc.World) -> None:
     total = torch.zeros_like(model.weight)  # of this rank's gradients, which depend on the data alone
     applied = torch.zeros_like(model.weight)
     for _ in range(STEPS):
-        batch = torch.randn(8, 256)
+        batch = torch.randn(8, 256, dtype=torch.float32)
         ddp.zero_grad()
         ddp(batch).sum().backward()
         total += batch.sum(0).expand_as(total)

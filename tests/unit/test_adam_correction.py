@@ -16,14 +16,16 @@ def losses(model: torch.nn.Module, steps: range) -> list[torch.Tensor]:
     out = []
     for step in steps:
         g = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 6, generator=g)
+        x = torch.randn(8, 6, generator=g, dtype=torch.float32)
         out.append((model(x) - x.sum(1, keepdim=True)).square().mean())
     return out
 
 
 def small_model() -> torch.nn.Module:
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 5, dtype=torch.float32), torch.nn.Tanh(), torch.nn.Linear(5, 1, dtype=torch.float32)
+    )
 
 
 def train(model: torch.nn.Module, state: sc.SparseState | None, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -118,11 +120,11 @@ class Broken(sc.TopK):
 @pytest.mark.parametrize("grad_survives", [True, False])
 def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, grad_survives: bool) -> None:
     n = 6
-    bucket = BucketMemory(0, BucketLayout(("w",), ((n,),), ((1,),)), residual=torch.arange(6.0))
-    bucket.velocity = torch.arange(6.0) / 7 if beta1 else torch.zeros(n)
-    bucket.second_moment = torch.arange(6.0) / 5
+    bucket = BucketMemory(0, BucketLayout(("w",), ((n,),), ((1,),)), residual=torch.arange(6.0, dtype=torch.float32))
+    bucket.velocity = torch.arange(6.0, dtype=torch.float32) / 7 if beta1 else torch.zeros(n, dtype=torch.float32)
+    bucket.second_moment = torch.arange(6.0, dtype=torch.float32) / 5
     before = [t.clone() for t in (bucket.residual, bucket.velocity, bucket.second_moment) if t is not None]
-    grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])
+    grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0], dtype=torch.float32)
     feedback = sc.AdamCorrection(beta1=beta1)
     with pytest.raises(ValueError, match="broken"):
         take_some(
@@ -135,8 +137,11 @@ def test_a_selection_that_fails_leaves_the_moments_as_they_were(beta1: float, gr
 def test_second_moments_are_resharded_as_means_and_stay_positive() -> None:
     def saved(rank: int) -> dict[str, torch.Tensor]:
         numbers = {"step": 3, "rank": rank, "world_size": 2, "moment_steps": 3}
-        memories = {f"{kind}.w": torch.full((2,), rank + 1.0) for kind in ("residual", "velocity", "second_moment")}
-        return {**{k: torch.tensor(v) for k, v in numbers.items()}, **memories}
+        memories = {
+            f"{kind}.w": torch.full((2,), rank + 1.0, dtype=torch.float32)
+            for kind in ("residual", "velocity", "second_moment")
+        }
+        return {**{k: torch.tensor(v, dtype=torch.int64) for k, v in numbers.items()}, **memories}
 
     one = sc.reshard([saved(0), saved(1)], 1)[0]
     assert one["second_moment.w"].tolist() == [1.5, 1.5]

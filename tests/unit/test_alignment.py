@@ -21,15 +21,17 @@ ALIGNED = sc.MomentumCorrection(momentum=0.0, masking=False, aligned=True)
 def aligned_cluster(size: int, numel: int) -> Cluster:
     cluster = Cluster(size, numel)
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(numel)
+        bucket.velocity = torch.zeros(numel, dtype=torch.float32)
     return cluster
 
 
 def mixed(size: int, numel: int, common: float, seed: int) -> list[torch.Tensor]:
     """Gradients with a common part and noise of each rank."""
     g = torch.Generator().manual_seed(seed)
-    shared = torch.randn(numel, generator=g)
-    return [common * shared + (1.0 - common) * torch.randn(numel, generator=g) for _ in range(size)]
+    shared = torch.randn(numel, generator=g, dtype=torch.float32)
+    return [
+        common * shared + (1.0 - common) * torch.randn(numel, generator=g, dtype=torch.float32) for _ in range(size)
+    ]
 
 
 @given(
@@ -92,7 +94,7 @@ def test_nan_on_one_rank_changes_no_alignment() -> None:
 
 
 def pairs(values: dict[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(list(values), dtype=torch.uint32), torch.tensor(list(values.values()))
+    return torch.tensor(list(values), dtype=torch.uint32), torch.tensor(list(values.values()), dtype=torch.float32)
 
 
 def test_residuals_that_agree_are_taken_for_sent() -> None:
@@ -115,7 +117,7 @@ def test_residuals_of_noise_tell_nothing() -> None:
 
 def test_an_empty_bucket_is_not_measured() -> None:
     cluster = aligned_cluster(2, 0)
-    cluster.step([torch.zeros(0), torch.zeros(0)], plan(0, feedback=ALIGNED))
+    cluster.step([torch.zeros(0, dtype=torch.float32), torch.zeros(0, dtype=torch.float32)], plan(0, feedback=ALIGNED))
     assert [b.alignment.count for b in cluster.buckets] == [0, 0]
 
 

@@ -85,7 +85,7 @@ def test_an_overflow_leaves_all_memory_as_it_was(dense: bool, nesterov: bool | N
     cluster = Cluster(3, N)
     if nesterov is not None:
         for bucket in cluster.buckets:
-            bucket.velocity = torch.zeros(N)
+            bucket.velocity = torch.zeros(N, dtype=torch.float32)
     for step in range(3):
         cluster.step(
             [gradient("normal", N, torch.float32, 10 * step + r) for r in range(3)], plan(N, step=step, **feedback)
@@ -117,7 +117,7 @@ def test_settling_late_is_settling_at_once(dense: bool, masking: bool | None, co
     for cluster in (late, once):
         if masking is not None:
             for bucket in cluster.buckets:
-                bucket.velocity = torch.zeros(N)
+                bucket.velocity = torch.zeros(N, dtype=torch.float32)
     for step in range(4):
         chosen = plan(N, step=step, dense=dense, value_codec=codec, unused=((8, 16),) if step == 2 else (), **feedback)
         pairs = []
@@ -145,7 +145,7 @@ def test_a_step_taken_back_can_be_taken_again_with_nothing_lost(dense: bool, mas
     cluster = Cluster(2, N)
     if masking is not None:
         for bucket in cluster.buckets:
-            bucket.velocity = torch.zeros(N)
+            bucket.velocity = torch.zeros(N, dtype=torch.float32)
     grads = [gradient("normal", N, torch.float32, r) for r in range(2)]
     cluster.step([g.clone() for g in grads], plan(N, step=0, **feedback))
     left = total(cluster.residuals)
@@ -165,7 +165,7 @@ def test_a_step_taken_back_can_be_taken_again_with_nothing_lost(dense: bool, mas
 
 
 def test_only_scalers_are_taken_for_scalers() -> None:
-    for wrong in (1024.0, "cpu", object(), torch.tensor(2.0)):
+    for wrong in (1024.0, "cpu", object(), torch.tensor(2.0, dtype=torch.float32)):
         with pytest.raises(sc.ConfigError, match="GradScaler"):
             sc.SparseState(sc.TopK(0.1), scaler=wrong)  # type: ignore[arg-type]
 

@@ -39,14 +39,14 @@ def test_bytes_and_error_are_those_of_the_payload(
 ) -> None:
     x = gradient(kind, numel, torch.float32, seed)
     k = max(1, round(share * numel))
-    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k)
+    indices, values = torch.empty(k, dtype=torch.uint32), torch.empty(k, dtype=torch.float32)
     nnz = kernels.exact_topk(None, x.clone(), k, indices, values).stored
     coded = ratio.code(x, indices[:nnz], values[:nnz], value_codec, index_codec)
 
     header = read_header(coded.payload)
     assert coded.payload.numel() == HEADER_BYTES + coded.index_bytes + coded.value_bytes
     assert (header.index_bytes, header.value_bytes, header.nnz) == (coded.index_bytes, coded.value_bytes, nnz)
-    got_indices, got_values = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz)
+    got_indices, got_values = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz, dtype=torch.float32)
     decode_body(header, coded.payload[HEADER_BYTES:].clone(), got_indices, got_values)
     back = torch.zeros(numel, dtype=torch.float64)
     back[got_indices.long()] = got_values.double()
@@ -77,7 +77,7 @@ def test_rows_are_consistent(result: dict[str, Any]) -> None:
 
 
 def test_random_k_contracts_by_its_density(result: dict[str, Any]) -> None:
-    x = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(3), dtype=torch.float32)
     assert ratio._random_k(x, 5_000) == pytest.approx(0.05, rel=0.1)
     assert all(row["delta"] > 2 * row["delta_random"] for row in result["rows"])
 

@@ -107,9 +107,15 @@ def test_a_sparse_exchange_costs_log_rounds_of_headers_and_one_body_to_each(size
 def test_a_dense_exchange_costs_headers_and_the_allreduce(size: int, residual: bool, codec: ValueCodec) -> None:
     numel = 320
     bare = SimulatedWorld(size)
-    bare.run(lambda channel: dense_allreduce(channel, DenseSum(torch.ones(numel), codec), Arena(), "key"))
+    bare.run(
+        lambda channel: dense_allreduce(
+            channel, DenseSum(torch.ones(numel, dtype=torch.float32), codec), Arena(), "key"
+        )
+    )
     cluster = Cluster(size, numel, residual=residual)
-    reports = cluster.step([torch.ones(numel) for _ in range(size)], plan(numel, dense=True, value_codec=codec))
+    reports = cluster.step(
+        [torch.ones(numel, dtype=torch.float32) for _ in range(size)], plan(numel, dense=True, value_codec=codec)
+    )
     for rank, (traffic, report) in enumerate(zip(cluster.world.traffic, reports, strict=True)):
         assert traffic.messages_sent == rounds(size) + bare.traffic[rank].messages_sent
         assert traffic.bytes_sent == HEADER_BYTES * (size - 1) + bare.traffic[rank].bytes_sent

@@ -66,7 +66,7 @@ situations = st.builds(
 
 def shapes_of(*shapes: tuple[int, ...]) -> BucketLayout:
     """A bucket with parameters of these shapes."""
-    return BucketLayout.of([(f"p{i}", torch.empty(shape)) for i, shape in enumerate(shapes)])
+    return BucketLayout.of([(f"p{i}", torch.empty(shape, dtype=torch.float32)) for i, shape in enumerate(shapes)])
 
 
 LAYOUT = shapes_of((4,), (8, 9), (2, 2, 6), (20,))
@@ -138,7 +138,7 @@ def test_any_k_of_any_bucket(numel: int, k: int, size: int) -> None:
     cluster.step(applied, replace(mode("tree", numel), k=k))
     assert all(same_bits(applied[0], other) for other in applied[1:])
     if numel:
-        assert_conserved(grads, [torch.zeros(numel)] * size, applied[0], cluster.residuals)
+        assert_conserved(grads, [torch.zeros(numel, dtype=torch.float32)] * size, applied[0], cluster.residuals)
 
 
 # --- signs --------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_signs_take_a_bit_an_element() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_signs_of_nothing_are_headers_only(size: int) -> None:
     cluster = Cluster(size, N)
-    grads = [torch.zeros(N) for _ in range(size)]
+    grads = [torch.zeros(N, dtype=torch.float32) for _ in range(size)]
     reports = cluster.step(grads, mode("sign"))
     assert all(bool((g == 0).all()) for g in grads)
     assert {r.bytes_sent for r in reports} == {88 * (size - 1)}
@@ -252,8 +252,8 @@ def test_powersgd_conserves_and_replicas_agree(
 def test_powersgd_finds_a_matrix_of_its_rank(size: int, codec: ValueCodec) -> None:
     shapes = shapes_of((30, 40), (7,))
     g = torch.Generator().manual_seed(0)
-    low = torch.randn(30, 2, generator=g) @ torch.randn(2, 40, generator=g)
-    flat = torch.cat([low.flatten(), torch.arange(7.0)])
+    low = torch.randn(30, 2, generator=g, dtype=torch.float32) @ torch.randn(2, 40, generator=g, dtype=torch.float32)
+    flat = torch.cat([low.flatten(), torch.arange(7.0, dtype=torch.float32)])
     cluster = Cluster(size, shapes.numel, shapes=shapes)
     for step in range(4):
         grads = [flat * (r + 1) for r in range(size)]
@@ -269,14 +269,17 @@ def test_powersgd_learns_the_subspace_from_step_to_step() -> None:
     """Without feedback, each step approximates the same matrix better, since Q starts from the last step."""
     shapes = shapes_of((40, 50))
     g = torch.Generator().manual_seed(1)
-    u, v = torch.linalg.qr(torch.randn(40, 40, generator=g))[0], torch.linalg.qr(torch.randn(50, 40, generator=g))[0]
-    matrix = u @ torch.diag(0.8 ** torch.arange(40.0)) @ v.t()
+    u, v = (
+        torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float32))[0],
+        torch.linalg.qr(torch.randn(50, 40, generator=g, dtype=torch.float32))[0],
+    )
+    matrix = u @ torch.diag(0.8 ** torch.arange(40.0, dtype=torch.float32)) @ v.t()
     cluster, errors = Cluster(2, 2000, shapes=shapes), []
     for step in range(8):
         grads = [matrix.flatten().clone() for _ in range(2)]
         cluster.step(grads, mode("powersgd", 2000, step, compressor=PowerSGD(3), feedback=None))
         errors.append(float((grads[0] - matrix.flatten()).norm()))
-    best = float((0.8 ** torch.arange(3.0, 40.0)).norm())
+    best = float((0.8 ** torch.arange(3.0, 40.0, dtype=torch.float32)).norm())
     assert errors[0] > 1.1 * best
     assert errors[-1] < 1.01 * best
 
@@ -299,19 +302,27 @@ def test_a_rank_with_other_factors_is_noticed_and_all_start_anew(size: int) -> N
 
 def test_orthonormal_vectors_replace_what_depends_on_others() -> None:
     g = torch.Generator().manual_seed(0)
-    vectors, spare = torch.randn(4, 9, generator=g), torch.randn(4, 9, generator=g)
+    vectors, spare = (
+        torch.randn(4, 9, generator=g, dtype=torch.float32),
+        torch.randn(4, 9, generator=g, dtype=torch.float32),
+    )
     vectors[1], vectors[3] = 2 * vectors[0], 0.0
     made = vectors.clone()
     orthonormal(made, lambda: spare)
-    torch.testing.assert_close(made @ made.t(), torch.eye(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made @ made.t(), torch.eye(4, dtype=torch.float32), atol=1e-6, rtol=0)
     orthonormal(vectors)
     assert [float(v.norm().round()) for v in vectors] == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_a_transposed_parameter_is_a_matrix_by_its_slowest_dimension() -> None:
-    layout = BucketLayout.of([("w", torch.empty(9, 30).t())])
+    layout = BucketLayout.of([("w", torch.empty(9, 30, dtype=torch.float32).t())])
     assert layout.slowest(0) == 9
-    assert BucketLayout.of([("c", torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last))]).slowest(0) == 8
+    assert (
+        BucketLayout.of(
+            [("c", torch.empty(8, 3, 5, 5, dtype=torch.float32).to(memory_format=torch.channels_last))]
+        ).slowest(0)
+        == 8
+    )
 
 
 # --- all ----------------------------------------------------------------------------------------------------------
@@ -431,7 +442,7 @@ def test_a_damaged_message_is_an_error_and_nothing_is_half_applied(
 ) -> None:
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
         "lost": lambda message: None,
-        "flipped": lambda message: message.index_fill(0, torch.tensor([message.numel() // 2]), 0x5A),
+        "flipped": lambda message: message.index_fill(0, torch.tensor([message.numel() // 2], dtype=torch.int64), 0x5A),
         "cut": lambda message: message[:-1].clone(),
     }
     for nth in range(12):
@@ -464,7 +475,7 @@ def test_momentum_correction_conserves_the_accumulated_velocities(name: str) -> 
     options = MomentumCorrection(momentum=0.5, masking=False)
     cluster = Cluster(3, N, shapes=LAYOUT)
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(N)
+        bucket.velocity = torch.zeros(N, dtype=torch.float32)
     came_in, went_out = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     velocity = [torch.zeros(N, dtype=torch.float64) for _ in range(3)]
     for step in range(5):
@@ -496,7 +507,7 @@ def test_changing_the_collective_on_the_way_loses_nothing(names: list[str]) -> N
 def test_a_buckets_numbers_may_be_anything_at_all(name: str) -> None:
     for size in (1, 2):
         cluster = Cluster(size, 0, shapes=shapes_of((0,)))
-        grads = [torch.zeros(0) for _ in range(size)]
+        grads = [torch.zeros(0, dtype=torch.float32) for _ in range(size)]
         cluster.step(grads, mode(name, 0))
 
 

@@ -122,7 +122,7 @@ def test_a_ring_of_many_blocks_equals_the_plain_order_of_summation(ranks: int, w
     work, _, world = summed(ring_allreduce, data, segment=segment, wire=wire, keep=False)
     blocks = -(-numel // (ranks * segment))
     if wire == ValueCodec.FP32:
-        expected = torch.empty(numel)
+        expected = torch.empty(numel, dtype=torch.float32)
         for b in range(blocks):
             first, past = numel * b // blocks, numel * (b + 1) // blocks
             for c in range(ranks):
@@ -139,7 +139,7 @@ def test_a_ring_of_many_blocks_equals_the_plain_order_of_summation(ranks: int, w
 @pytest.mark.parametrize("wire", WIRES)
 def test_messages_and_bytes_are_those_of_the_papers(ranks: int, wire: ValueCodec) -> None:
     numel, width = 64 * 105, 4 if wire == ValueCodec.FP32 else 2
-    data = [torch.ones(numel)] * ranks
+    data = [torch.ones(numel, dtype=torch.float32)] * ranks
     rounds = ranks.bit_length() - 1
     core = 1 << rounds
     scales = 4 if wire == ValueCodec.FP16 else 0
@@ -161,7 +161,10 @@ def test_messages_and_bytes_are_those_of_the_papers(ranks: int, wire: ValueCodec
 def test_nothing_is_allocated_after_the_first_time(algorithm: Algorithm, wire: ValueCodec) -> None:
     ranks, numel = 5, 1000
     world, arenas = SimulatedWorld(ranks), [Arena() for _ in range(ranks)]
-    work, errors = [torch.ones(numel) for _ in range(ranks)], [torch.empty(numel) for _ in range(ranks)]
+    work, errors = (
+        [torch.ones(numel, dtype=torch.float32) for _ in range(ranks)],
+        [torch.empty(numel, dtype=torch.float32) for _ in range(ranks)],
+    )
 
     def make(channel: Any) -> Any:
         dense = DenseSum(work[channel.rank], wire, error=errors[channel.rank])
@@ -181,7 +184,9 @@ def test_a_long_ring_needs_buffers_for_its_segments_only(wire: ValueCodec) -> No
         arenas = [arena, *(Arena() for _ in range(ranks - 1))]
         ring = functools.partial(ring_allreduce, segment=segment)
         SimulatedWorld(ranks).run(
-            lambda c, n=numel, a=arenas, ring=ring: ring(c, DenseSum(torch.ones(n), wire), a[c.rank], 0)
+            lambda c, n=numel, a=arenas, ring=ring: ring(
+                c, DenseSum(torch.ones(n, dtype=torch.float32), wire), a[c.rank], 0
+            )
         )
         assert arena.allocated_bytes <= 1.25 * 8 * (ranks - 1) * (4 * segment + 4)
 
@@ -203,7 +208,8 @@ def test_a_lost_message_is_noticed_and_a_shortened_one_named(algorithm: Algorith
 
         world.tamper = tamper
         outcomes = world.run(
-            lambda c: algorithm(c, DenseSum(torch.ones(100), wire), Arena(), 0), return_exceptions=True
+            lambda c: algorithm(c, DenseSum(torch.ones(100, dtype=torch.float32), wire), Arena(), 0),
+            return_exceptions=True,
         )
         assert any(isinstance(o, CommTimeout if lost else TransportError) for o in outcomes), outcomes
 
@@ -214,10 +220,10 @@ def test_bad_arguments_are_refused_with_their_value(algorithm: Algorithm) -> Non
     for options, kind, words in (
         ({"wire": ValueCodec.INT8}, KernelError, "INT8"),
         ({"scale": 0.0}, ConfigError, r"0\.0"),
-        ({"error": torch.empty(3)}, ConfigError, r"\(3,\)"),
+        ({"error": torch.empty(3, dtype=torch.float32)}, ConfigError, r"\(3,\)"),
     ):
         with pytest.raises(kind, match=words):
-            world.run(lambda c, o=options: algorithm(c, DenseSum(torch.ones(10), **o), Arena(), 0))
+            world.run(lambda c, o=options: algorithm(c, DenseSum(torch.ones(10, dtype=torch.float32), **o), Arena(), 0))
 
 
 @given(st.integers(0, 1 << 28), st.integers(1, 1024), st.sampled_from(WIRES), st.booleans())

@@ -103,7 +103,10 @@ def exchanged(how: Any) -> list[torch.Tensor]:
     cluster, out = Cluster(3, 1500), []
     memories = [Arena() for _ in range(3)]
     for step in range(2):
-        grads = [torch.randn(1500, generator=torch.Generator().manual_seed(10 * step + r)) for r in range(3)]
+        grads = [
+            torch.randn(1500, generator=torch.Generator().manual_seed(10 * step + r), dtype=torch.float32)
+            for r in range(3)
+        ]
 
         def make(channel: Any, grads: list[torch.Tensor] = grads) -> Any:
             r = channel.rank
@@ -125,7 +128,7 @@ def test_a_collective_that_works_on_the_host_gets_the_whole_gradient_there() -> 
     averages = []
     for kind in (Lane, Elsewhere):
         cluster = Cluster(2, 200)
-        grads = [torch.arange(200.0) * (r + 1) for r in range(2)]
+        grads = [torch.arange(200.0, dtype=torch.float32) * (r + 1) for r in range(2)]
         lanes = [kind(CPU, side_of(CPU), Arena(), Arena()) for _ in range(2)]
 
         def make(channel: Any, cluster: Any = cluster, grads: Any = grads, lanes: Any = lanes) -> Any:
@@ -144,11 +147,11 @@ def test_other_devices_are_refused_by_name() -> None:
     assert device_problem(CPU, "no triton") is None
     assert "no triton" in str(device_problem(torch.device("cuda"), "no triton"))
     with pytest.raises(ConfigError, match=r"rank 1, bucket 2: gradients on meta .*CUDA"):
-        check_gradient(torch.empty(3, device="meta"), [], "rank 1, bucket 2")
+        check_gradient(torch.empty(3, device="meta", dtype=torch.float32), [], "rank 1, bucket 2")
 
 
 def test_a_residual_moves_to_the_device_that_asks_for_it() -> None:
-    layout = sc.feedback.BucketLayout.of([("w", torch.zeros(4))])
+    layout = sc.feedback.BucketLayout.of([("w", torch.zeros(4, dtype=torch.float32))])
     store = sc.feedback.ResidualStore()
     store.bucket(layout).fill_(2.0)
     assert store.bucket(layout, "meta").device.type == "meta"

@@ -1,4 +1,4 @@
-"""No tensor of the package has the dtype that a script made torch's default; nor has a tensor or layer of tests/mpi."""
+"""No tensor of the package has the dtype that a script made torch's default; nor has a tensor or layer of the tests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import sparsecomm as sc
 MAKERS = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "tensor", "zeros"}
 TENSORS = {f"torch.{maker}" for maker in MAKERS}
 TYPES = {name: value for name, value in vars(nn).items() if inspect.isclass(value)}
-LAYERS = {f"nn.{name}" for name, value in TYPES.items() if "dtype" in inspect.signature(value).parameters}
+MADE = [name for name, value in TYPES.items() if "dtype" in inspect.signature(value).parameters]
+LAYERS = {f"{package}nn.{name}" for name in MADE for package in ("", "torch.")}
 FILES = sorted(Path(sc.__file__).parent.rglob("*.py"))
-SUITE = sorted(path for path in (ROOT / "tests" / "mpi").rglob("*.py") if path.parent.name != "jobs")
+SUITE = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.parent.name != "jobs")
 
 
 def undecided(source: str, makers: Set[str] = TENSORS) -> list[str]:
@@ -42,6 +43,6 @@ def test_every_new_tensor_says_its_dtype(path: Path) -> None:
     assert undecided(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", SUITE, ids=lambda path: path.stem)
-def test_every_tensor_and_layer_of_the_mpi_suite_says_its_dtype(path: Path) -> None:
+@pytest.mark.parametrize("path", SUITE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_tensor_and_layer_of_the_tests_says_its_dtype(path: Path) -> None:
     assert undecided(path.read_text(), TENSORS | LAYERS) == []

@@ -124,7 +124,7 @@ def test_an_overflow_in_a_16_bit_step_restores_the_residual() -> None:
 def test_ranks_that_disagree_on_how_values_travel_say_so() -> None:
     cluster = Cluster(3, 10)
     plans = [plan(10, dense=True, value_codec=c) for c in (ValueCodec.FP32, ValueCodec.FP16, ValueCodec.FP32)]
-    for outcome in cluster.exchange([torch.ones(10) for _ in range(3)], plans):
+    for outcome in cluster.exchange([torch.ones(10, dtype=torch.float32) for _ in range(3)], plans):
         assert isinstance(outcome, CollectiveMismatch)
         assert "rank 1: value_codec = FP16" in str(outcome)
 
@@ -183,7 +183,10 @@ def test_an_empty_residual_is_not_touched_and_the_sum_is_made_in_place() -> None
 def test_a_step_that_the_optimizer_skips_leaves_an_empty_residual_empty(emptied: bool) -> None:
     cluster = Cluster(2, 30, residual=emptied)
     if emptied:
-        cluster.step([torch.ones(30), torch.ones(30)], plan(30, dense=True, value_codec=ValueCodec.FP32))
+        cluster.step(
+            [torch.ones(30, dtype=torch.float32), torch.ones(30, dtype=torch.float32)],
+            plan(30, dense=True, value_codec=ValueCodec.FP32),
+        )
     grads = [gradient("normal", 30, torch.float32, r) for r in range(2)]
     cluster.step(grads, plan(30, dense=True, step=1, value_codec=ValueCodec.FP32), final=False)
     for bucket in cluster.buckets:
@@ -196,7 +199,9 @@ def test_nan_is_reported_where_other_buckets_depend_on_it(emptied: bool) -> None
     """A GradScaler skips the whole step, so the elements that other buckets have sent must come back."""
     cluster = Cluster(3, 40, residual=emptied)
     if emptied:
-        cluster.step([torch.ones(40) for _ in range(3)], plan(40, dense=True, value_codec=ValueCodec.FP32))
+        cluster.step(
+            [torch.ones(40, dtype=torch.float32) for _ in range(3)], plan(40, dense=True, value_codec=ValueCodec.FP32)
+        )
     grads = [gradient("normal", 40, torch.float32, r) for r in range(3)]
     grads[1][7] = float("inf")
     reports = cluster.step(grads, plan(40, dense=True, step=1, value_codec=ValueCodec.FP32), final=False)

@@ -95,7 +95,7 @@ def test_dense_without_residual_is_non_finite_in_the_same_bits_on_all_ranks(
 def test_every_element_bad_on_every_rank() -> None:
     cluster = filled(3, 40)
     before = [r.clone() for r in cluster.residuals]
-    grads = [torch.full((40,), float("nan")) for _ in range(3)]
+    grads = [torch.full((40,), float("nan"), dtype=torch.float32) for _ in range(3)]
     reports = cluster.step(grads, plan(40))
     assert [r.nonfinite for r in reports] == [40] * 3
     assert all(same_bits(r, b) for r, b in zip(cluster.residuals, before, strict=True))

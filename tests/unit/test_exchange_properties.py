@@ -80,7 +80,7 @@ def test_dense_steps_conserve_and_replicas_agree(situation: Situation, residual:
     cluster = Cluster(situation.size, situation.numel, residual=residual)
     for b in cluster.residuals:
         b.copy_(gradient("normal", situation.numel, torch.float32, situation.seed))
-    zeros = [torch.zeros(situation.numel)] * situation.size
+    zeros = [torch.zeros(situation.numel, dtype=torch.float32)] * situation.size
     for step in range(2):
         grads = situation.grads(step)
         before = [r.clone() for r in cluster.residuals] or zeros
@@ -164,16 +164,16 @@ def test_without_feedback_a_dense_step_after_a_sparse_one_is_the_plain_mean(size
 @pytest.mark.parametrize("numel", [1, 2, 4])
 def test_buckets_smaller_than_the_world_work(size: int, dense: bool, numel: int) -> None:
     cluster = Cluster(size, numel)
-    grads = [torch.full((numel,), float(r + 1)) for r in range(size)]
+    grads = [torch.full((numel,), float(r + 1), dtype=torch.float32) for r in range(size)]
     cluster.step(grads, plan(numel, density=1.0, dense=dense))
     for g in grads:
-        torch.testing.assert_close(g, torch.full((numel,), (size + 1) / 2))
+        torch.testing.assert_close(g, torch.full((numel,), (size + 1) / 2, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_all_zero_gradients_send_headers_only(size: int) -> None:
     cluster = Cluster(size, 1000)
-    grads = [torch.zeros(1000) for _ in range(size)]
+    grads = [torch.zeros(1000, dtype=torch.float32) for _ in range(size)]
     reports = cluster.step(grads, plan(1000))
     assert all(bool((g == 0).all()) for g in grads)
     assert [r.nnz for r in reports] == [0] * size
@@ -183,16 +183,18 @@ def test_all_zero_gradients_send_headers_only(size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_one_rank_with_nothing_to_say(size: int) -> None:
     cluster = Cluster(size, 100)
-    grads = [torch.zeros(100) if r == 1 else torch.ones(100) for r in range(size)]
+    grads = [
+        torch.zeros(100, dtype=torch.float32) if r == 1 else torch.ones(100, dtype=torch.float32) for r in range(size)
+    ]
     reports = cluster.step(grads, plan(100, density=1.0))
     assert reports[1].nnz == 0
     assert reports[0].nnz == 100
-    torch.testing.assert_close(grads[1], torch.full((100,), (size - 1) / size))
+    torch.testing.assert_close(grads[1], torch.full((100,), (size - 1) / size, dtype=torch.float32))
 
 
 def test_equal_magnitudes_go_to_the_lowest_indices() -> None:
     cluster = Cluster(2, 100)
-    grads = [torch.ones(100), -torch.ones(100)]
+    grads = [torch.ones(100, dtype=torch.float32), -torch.ones(100, dtype=torch.float32)]
     cluster.step(grads, plan(100, density=0.1))
     for residual, sign in zip(cluster.residuals, (1.0, -1.0), strict=True):
         assert residual.tolist() == [0.0] * 10 + [sign] * 90
@@ -202,9 +204,9 @@ def test_what_a_rank_keeps_back_arrives_later() -> None:
     """With constant gradients and one element per step, every element is applied in full over time."""
     numel, size = 8, 3
     cluster = Cluster(size, numel)
-    applied = torch.zeros(numel)
+    applied = torch.zeros(numel, dtype=torch.float32)
     for step in range(400):
-        grads = [torch.arange(1.0, numel + 1) * (r + 1) for r in range(size)]
+        grads = [torch.arange(1.0, numel + 1, dtype=torch.float32) * (r + 1) for r in range(size)]
         cluster.step(grads, plan(numel, density=1 / numel, step=step))
         applied += grads[0]
-    torch.testing.assert_close(applied / 400, torch.arange(1.0, numel + 1) * 2, rtol=0.1, atol=0.0)
+    torch.testing.assert_close(applied / 400, torch.arange(1.0, numel + 1, dtype=torch.float32) * 2, rtol=0.1, atol=0.0)

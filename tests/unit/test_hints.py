@@ -43,7 +43,9 @@ class Training:
     """
 
     def __init__(self, feedback: object = None, compressor: sc.Compressor | None = None, **options: Any) -> None:
-        self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 2))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(6, 5, dtype=torch.float32), torch.nn.Linear(5, 2, dtype=torch.float32)
+        )
         compressor = sc.TopK(0.1) if compressor is None else compressor
         options = {"feedback": feedback, "collective": "allgather", **options}
         self.state = sc.SparseState(compressor, model=self.model, **options)
@@ -51,7 +53,7 @@ class Training:
     def backward(self, scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss) -> None:
         """One backward pass and its exchange."""
         self.model.zero_grad()
-        scale(self.model(torch.randn(4, 6)).square().mean()).backward()
+        scale(self.model(torch.randn(4, 6, dtype=torch.float32)).square().mean()).backward()
         sc.allreduce_gradients(self.model, self.state)
 
     def step(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -233,11 +235,11 @@ def test_the_hook_is_there_until_our_optimizer_has_stepped() -> None:
     before = len(_global_optimizer_post_hooks)
     training = Training(sc.ErrorFeedback())
     ours = torch.optim.SGD(training.model.parameters(), 0.1)
-    critic = torch.nn.Linear(3, 1)
+    critic = torch.nn.Linear(3, 1, dtype=torch.float32)
     theirs = torch.optim.Adam(critic.parameters())
     for _ in range(3):
         training.backward()
-        critic(torch.ones(1, 3)).sum().backward()
+        critic(torch.ones(1, 3, dtype=torch.float32)).sum().backward()
         theirs.step()  # of a GAN's other half nothing is said
         assert len(_global_optimizer_post_hooks) == before + 1
     training.step(ours)
@@ -257,9 +259,9 @@ def test_the_search_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hints, "_PATIENCE", 3)
     before = len(_global_optimizer_post_hooks)
     training = Training(sc.ErrorFeedback())
-    critic = torch.nn.Linear(3, 1)
+    critic = torch.nn.Linear(3, 1, dtype=torch.float32)
     theirs = torch.optim.Adam(critic.parameters())
-    critic(torch.ones(1, 3)).sum().backward()
+    critic(torch.ones(1, 3, dtype=torch.float32)).sum().backward()
     for _ in range(4):
         training.step(theirs)
     assert len(_global_optimizer_post_hooks) == before

@@ -63,7 +63,7 @@ class Toy(Method):
     @override
     def communicate(self, agreement: Agreement) -> CollectiveSteps[bool]:
         exchange, taken, k = self.exchange, self._taken, self.exchange.plan.k
-        mine = torch.zeros(2 * k + 1)
+        mine = torch.zeros(2 * k + 1, dtype=torch.float32)
         mine[0] = taken.nnz
         mine[1 : 1 + taken.nnz] = taken.indices.to(torch.int64).float()
         mine[1 + k : 1 + k + taken.nnz] = taken.values

@@ -20,7 +20,7 @@ N = 80
 def with_velocity(size: int, numel: int = N) -> Cluster:
     cluster = Cluster(size, numel)
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(numel)
+        bucket.velocity = torch.zeros(numel, dtype=torch.float32)
     return cluster
 
 
@@ -163,7 +163,7 @@ def test_memory_of_held_spans_is_neither_sent_nor_changed(dense: bool) -> None:
 def test_an_average_beyond_float16_is_skipped_and_kept(dense: bool) -> None:
     cluster = Cluster(2, 4)
     for residual in cluster.residuals:
-        residual.copy_(torch.tensor([60000.0, 1.0, 0.0, -5.0]))
+        residual.copy_(torch.tensor([60000.0, 1.0, 0.0, -5.0], dtype=torch.float32))
     before = [r.clone() for r in cluster.residuals]
     grads = [torch.tensor([60000.0, 1.0, 2.0, 3.0], dtype=torch.float16) for _ in range(2)]
     cluster.step(grads, plan(4, density=0.5, dense=dense))

@@ -19,12 +19,12 @@ class Inner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.module = nn.Linear(6, 3)
+        self.module = nn.Linear(6, 3, dtype=torch.float32)
 
 
 def plain() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Inner())
+    return nn.Sequential(nn.Linear(4, 6, dtype=torch.float32), nn.Tanh(), Inner())
 
 
 def checkpointed() -> nn.Module:

@@ -15,7 +15,9 @@ import sparsecomm as sc
 
 def small_model() -> torch.nn.Module:
     torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 5, dtype=torch.float32), torch.nn.Tanh(), torch.nn.Linear(5, 1, dtype=torch.float32)
+    )
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:

@@ -135,8 +135,8 @@ def test_momentum_correction_conserves_and_masks(
 ) -> None:
     n, cluster = 40, Cluster(size, 40)
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(n)
-    velocities = [torch.zeros(n) for _ in range(size)]
+        bucket.velocity = torch.zeros(n, dtype=torch.float32)
+    velocities = [torch.zeros(n, dtype=torch.float32) for _ in range(size)]
     feedback = MomentumCorrection(momentum, nesterov=nesterov)
     for step in range(4):
         grads = [gradient("normal", n, torch.float32, 100 * step + r) for r in range(size)]
@@ -212,8 +212,8 @@ def test_what_is_put_aside_comes_back_and_scales_cancel(
 def test_the_chunks_with_the_largest_summed_norms_are_sent_whole() -> None:
     """The middle chunk is the largest of no single rank, but the largest of the sum. The last chunk is short."""
     cluster = Cluster(2, 10)
-    a = torch.tensor([9.0, 0, 0, 0, 4, -4, 0, 0, 1, 1])
-    b = torch.tensor([0.0, 0, 0, 0, 3, -4, 2, 0, 5, 5])
+    a = torch.tensor([9.0, 0, 0, 0, 4, -4, 0, 0, 1, 1], dtype=torch.float32)
+    b = torch.tensor([0.0, 0, 0, 0, 3, -4, 2, 0, 5, 5], dtype=torch.float32)
     grads = [a.clone(), b.clone()]
     how = plan(10, compressor=sc.ChunkTopK(0.34, chunk=4), collective="chunked")
     reports = cluster.step(grads, how)
@@ -222,7 +222,7 @@ def test_the_chunks_with_the_largest_summed_norms_are_sent_whole() -> None:
     assert cluster.residuals[0].tolist() == [9, 0, 0, 0, 0, 0, 0, 0, 1, 1]
     assert cluster.residuals[1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 5, 5]
     assert [r.nnz for r in reports] == [4, 4]
-    grads = [torch.zeros(10), torch.zeros(10)]
+    grads = [torch.zeros(10, dtype=torch.float32), torch.zeros(10, dtype=torch.float32)]
     reports = cluster.step(grads, plan(10, compressor=sc.ChunkTopK(0.34, chunk=4), collective="chunked", step=1))
     assert grads[0].tolist() == [0] * 8 + [3, 3], "the short chunk's norm of 12 is the largest now"
     assert [r.nnz for r in reports] == [2, 2]
@@ -230,12 +230,13 @@ def test_the_chunks_with_the_largest_summed_norms_are_sent_whole() -> None:
 
 def test_equal_norms_go_to_the_lowest_chunks_and_zeros_are_not_sent() -> None:
     cluster = Cluster(3, 40)
-    grads = [torch.ones(40) for _ in range(3)]
+    grads = [torch.ones(40, dtype=torch.float32) for _ in range(3)]
     cluster.step(grads, plan(40, compressor=sc.ChunkTopK(0.3, chunk=4), collective="chunked"))
     assert grads[0].tolist() == [1.0] * 12 + [0.0] * 28
     cluster = Cluster(3, 40)
     reports = cluster.step(
-        [torch.zeros(40) for _ in range(3)], plan(40, compressor=sc.ChunkTopK(1.0, chunk=4), collective="chunked")
+        [torch.zeros(40, dtype=torch.float32) for _ in range(3)],
+        plan(40, compressor=sc.ChunkTopK(1.0, chunk=4), collective="chunked"),
     )
     assert [r.nnz for r in reports] == [0, 0, 0]
 
@@ -245,13 +246,13 @@ def test_a_chunk_longer_than_the_bucket_is_the_bucket() -> None:
     assert compressor.k_for(100, 0) == compressor.capacity(100, 100) == 100
     assert compressor.k_for(0, 0) == 0
     cluster = Cluster(2, 100)
-    grads = [torch.ones(100), torch.full((100,), 3.0)]
+    grads = [torch.ones(100, dtype=torch.float32), torch.full((100,), 3.0, dtype=torch.float32)]
     cluster.step(grads, plan(100, compressor=compressor, collective="chunked"))
     assert grads[0].tolist() == [2.0] * 100
 
 
 def test_norms_that_overflow_are_the_largest() -> None:
-    norms = torch.tensor([1.0, float("inf"), 3.0, float("inf")])
+    norms = torch.tensor([1.0, float("inf"), 3.0, float("inf")], dtype=torch.float32)
     assert largest_chunks(norms, 2).tolist() == [1, 3]
 
 
@@ -261,9 +262,9 @@ def test_places_pack_and_unpack(numel: int, width: int, seed: int) -> None:
     total_chunks = -(-numel // width)
     chosen = torch.randperm(total_chunks, generator=g)[: int(torch.randint(total_chunks + 1, (1,), generator=g))]
     places = Places(chosen.sort().values, width, numel)
-    source = torch.arange(1.0, numel + 1)
+    source = torch.arange(1.0, numel + 1, dtype=torch.float32)
     expected = [float(i + 1) for i in range(numel) if i // width in chosen.tolist()]
-    packed = torch.empty(places.count)
+    packed = torch.empty(places.count, dtype=torch.float32)
     places.gather(source, packed)
     assert packed.tolist() == expected == (places.positions() + 1.0).tolist()
     into = torch.zeros(numel, dtype=torch.bfloat16)
@@ -305,8 +306,10 @@ def test_a_known_sample_so_that_it_is_the_same_on_all_machines_and_in_all_versio
 def test_positions_depend_on_seed_step_and_bucket_and_a_resumed_step_has_the_same() -> None:
     def sent(seed: int, step: int, name: str) -> list[int]:
         cluster = Cluster(2, 1000)
-        cluster.buckets = [BucketMemory(0, layout(1000, name), torch.zeros(1000)) for _ in range(2)]
-        grads = [torch.ones(1000) for _ in range(2)]
+        cluster.buckets = [
+            BucketMemory(0, layout(1000, name), torch.zeros(1000, dtype=torch.float32)) for _ in range(2)
+        ]
+        grads = [torch.ones(1000, dtype=torch.float32) for _ in range(2)]
         cluster.step(grads, plan(1000, compressor=sc.RandomK(0.02, seed=seed), collective="shared_index", step=step))
         return grads[0].nonzero().flatten().tolist()
 
@@ -347,10 +350,14 @@ def test_the_leader_changes_with_the_step_and_all_send_what_they_have_there(size
 
 def test_a_leader_with_nothing_sends_nothing() -> None:
     cluster = Cluster(3, 50)
-    grads = [torch.zeros(50), torch.ones(50), torch.ones(50)]
+    grads = [
+        torch.zeros(50, dtype=torch.float32),
+        torch.ones(50, dtype=torch.float32),
+        torch.ones(50, dtype=torch.float32),
+    ]
     reports = cluster.step(grads, plan(50, compressor=sc.CyclicTopK(0.5), collective="shared_index", step=0))
     assert [r.nnz for r in reports] == [0, 0, 0]
-    grads = [torch.zeros(50) for _ in range(3)]
+    grads = [torch.zeros(50, dtype=torch.float32) for _ in range(3)]
     cluster.step(grads, plan(50, compressor=sc.CyclicTopK(0.5), collective="shared_index", step=1))
     assert grads[0].tolist() == pytest.approx([2 / 3] * 25 + [0.0] * 25)
 

@@ -91,12 +91,12 @@ def test_nan_anywhere_is_nan_everywhere_and_residuals_are_as_before(
 @each
 def test_a_sum_that_overflows_is_skipped_by_all(compressor: Compressor) -> None:
     cluster = Cluster(4, N)
-    grads = [torch.full((N,), 1.5e38) for _ in range(4)]
+    grads = [torch.full((N,), 1.5e38, dtype=torch.float32) for _ in range(4)]
     sent = [g.clone() for g in grads]
     reports = cluster.step(grads, plan_of(compressor, value_codec=ValueCodec.FP32))
     assert [r.skipped for r in reports] == [1] * 4
     assert all(bool(g.isnan().all()) for g in grads)
-    assert_restored(cluster.residuals, [torch.zeros(N)] * 4, sent)
+    assert_restored(cluster.residuals, [torch.zeros(N, dtype=torch.float32)] * 4, sent)
 
 
 @each
@@ -395,7 +395,7 @@ def test_select_by_itself_takes_what_it_says(
     before = residual.clone()
     k = compressor.k_for(numel, 0)
     room = compressor.capacity(k, numel)
-    out = SelectionBuffers(torch.empty(room, dtype=torch.uint32), torch.empty(room))
+    out = SelectionBuffers(torch.empty(room, dtype=torch.uint32), torch.empty(room, dtype=torch.float32))
     done = compressor.select(grad, residual, k, SelectorMemory(), out, scale=scale)
     indices = out.indices[: done.nnz].long()
     assert done.nonfinite == bad

@@ -29,7 +29,7 @@ def training(link: Link, steps: int = 4) -> Steps[sc.ps.Worker]:
     worker = sc.ps.Worker(model, sc.Dense(), link=link)
     yield from worker.connecting()
     for _ in range(worker.clock, steps):
-        model.weight.grad = torch.ones(NUMEL)
+        model.weight.grad = torch.ones(NUMEL, dtype=torch.float32)
         yield from worker.stepping()
     yield from worker.leaving()
     return worker
@@ -141,9 +141,9 @@ def test_pushes_far_ahead_of_the_others() -> None:
     worker = sc.ps.Worker(model, sc.Dense(), link=guest.job.links[1])
     part, first = worker._parts[0], guest.shard.clocks[guest.rank]
     for clock in range(first, first + 32):
-        payload, _ = part.encode(part.take(torch.ones(NUMEL), clock), clock)
+        payload, _ = part.encode(part.take(torch.ones(NUMEL, dtype=torch.float32), clock), clock)
         assert guest.say(Kind.PUSH, payload, clock=clock)[0][0] == Kind.ACK
-    payload, _ = part.encode(part.take(torch.ones(NUMEL), first + 32), first + 32)
+    payload, _ = part.encode(part.take(torch.ones(NUMEL, dtype=torch.float32), first + 32), first + 32)
     refused(guest.say(Kind.PUSH, payload, clock=first + 32), "32 pushes of this worker wait for others in open rounds")
     guest.leave()
 

@@ -29,7 +29,11 @@ Checkpoints = sc.ps.Checkpoints
 
 def network(hidden: int = 5) -> torch.nn.Module:
     torch.manual_seed(3)
-    return torch.nn.Sequential(torch.nn.Linear(7, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 3))
+    return torch.nn.Sequential(
+        torch.nn.Linear(7, hidden, dtype=torch.float32),
+        torch.nn.Tanh(),
+        torch.nn.Linear(hidden, 3, dtype=torch.float32),
+    )
 
 
 def task(link: Link, steps: int, hidden: int = 5) -> Steps[torch.Tensor]:
@@ -40,7 +44,7 @@ def task(link: Link, steps: int, hidden: int = 5) -> Steps[torch.Tensor]:
     for step in range(first, steps):
         model.zero_grad()
         g = torch.Generator().manual_seed(100 * worker.rank + step)
-        model(torch.randn(4, 7, generator=g)).square().mean().backward()
+        model(torch.randn(4, 7, generator=g, dtype=torch.float32)).square().mean().backward()
         yield from worker.stepping()
     yield from worker.leaving()
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
@@ -242,7 +246,9 @@ class Code:
 
 
 def old_format(path: Path) -> None:
-    torch.save({"format": 1, "version": 4, "model": "1", "span": [0, 1], "values": torch.zeros(1)}, path)
+    torch.save(
+        {"format": 1, "version": 4, "model": "1", "span": [0, 1], "values": torch.zeros(1, dtype=torch.float32)}, path
+    )
 
 
 def replaced(make: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -453,7 +459,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, monkey
 def test_state_that_a_file_cannot_hold_is_an_event(tmp_path: Path) -> None:
     def odd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-        optimizer.state[parameters[0]]["history"] = [torch.zeros(1)]
+        optimizer.state[parameters[0]]["history"] = [torch.zeros(1, dtype=torch.float32)]
         return optimizer
 
     run = Run(1, 4, Checkpoints(folder=tmp_path, every=2), optimizer=odd)

@@ -23,7 +23,7 @@ MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
 
 
 def gradient(worker: int, step: int) -> torch.Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step))
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step), dtype=torch.float32)
 
 
 def training(link: Link, acknowledged: dict[int, int] | None = None, model: Any = None) -> Steps[torch.Tensor]:

@@ -34,12 +34,12 @@ class Net(torch.nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(5)
         for name, shape in SHAPES.items():
-            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=g)))
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=g, dtype=torch.float32)))
 
 
 def gradient(worker: int, step: int, name: str) -> torch.Tensor:
     g = torch.Generator().manual_seed(1000 * worker + 10 * step + NAMES.index(name))
-    return torch.randn(SHAPES[name], generator=g)
+    return torch.randn(SHAPES[name], generator=g, dtype=torch.float32)
 
 
 def set_gradients(model: torch.nn.Module, worker: int, step: int, has: Has) -> None:
@@ -286,7 +286,10 @@ SPEC = ModelLayout(tuple(f"p{i}" for i in range(11)), ((2,),) * 11).shard(0, 1)
 
 def payload(values: dict[int, float]) -> torch.Tensor:
     at = sorted(values)
-    pairs = torch.tensor(at, dtype=torch.int64).to(torch.uint32), torch.tensor([values[i] for i in at])
+    pairs = (
+        torch.tensor(at, dtype=torch.int64).to(torch.uint32),
+        torch.tensor([values[i] for i in at], dtype=torch.float32),
+    )
     return encode(Origin(PUSH, SPEC, 0, 2, 3), pairs, Codecs(ValueCodec.FP32, None), Arena())[0]
 
 

@@ -48,7 +48,7 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for i, shape in enumerate(((5, 3), (7,), (2, 2), (20,))):
-            self.register_parameter(f"p{i}", torch.nn.Parameter(torch.zeros(shape)))
+            self.register_parameter(f"p{i}", torch.nn.Parameter(torch.zeros(shape, dtype=torch.float32)))
 
 
 def momentum(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -340,7 +340,7 @@ def resealed(payload: torch.Tensor) -> torch.Tensor:
 class Large(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1 << 20))
+        self.weight = torch.nn.Parameter(torch.zeros(1 << 20, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("index_codec", list(IndexCodec), ids=lambda c: c.name)

@@ -25,7 +25,7 @@ MODES = [sc.ps.Synchronous(), sc.ps.StaleSynchronous(1), sc.ps.Asynchronous()]
 
 
 def gradient(worker: int, step: int) -> torch.Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step))
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(100 * worker + step), dtype=torch.float32)
 
 
 def training(link: Link, after: int = 0, start: float = 0.0, numel: int = NUMEL) -> Steps[sc.ps.Worker]:

@@ -39,7 +39,7 @@ class Late:
         self.workers[rank] = worker = sc.ps.Worker(model, sc.Dense(), link=self.job.links[rank], overlap=False)
         yield from worker.connecting()
         for _ in range(steps):
-            model.weight.grad = torch.ones(NUMEL)
+            model.weight.grad = torch.ones(NUMEL, dtype=torch.float32)
             yield from worker.stepping()
 
     def server(self, index: int = 0) -> str:

@@ -24,7 +24,7 @@ class Network(torch.nn.Module):
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(5))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6, dtype=torch.float32) for _ in range(5))
         self.used = [0, 1, 2, 4] if kind == "unused" else [0, 1, 2, 3, 4]
         if kind == "shared":
             self.layers[2].weight = self.layers[1].weight
@@ -39,7 +39,7 @@ class Network(torch.nn.Module):
 
 def loss_of(model: torch.nn.Module, worker: int, step: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(100 * worker + step)
-    loss: torch.Tensor = model(torch.randn(3, 6, generator=g)).square().sum()
+    loss: torch.Tensor = model(torch.randn(3, 6, generator=g, dtype=torch.float32)).square().sum()
     return loss
 
 

@@ -30,7 +30,7 @@ def test_the_table_names_every_kind_of_message() -> None:
 
 def test_every_kind_of_message_is_handled() -> None:
     job = SimulatedJob(1, 1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
-    worker = sc.ps.Worker(torch.nn.Linear(2, 2), link=job.links[0])
+    worker = sc.ps.Worker(torch.nn.Linear(2, 2, dtype=torch.float32), link=job.links[0])
     handled = {*job.servers[0]._handlers, *worker._client.on_answer, Kind.REJECT}
     assert handled == set(Kind)
 

@@ -149,7 +149,7 @@ def test_a_thousandth_costs_a_two_hundredth_of_dense_push_and_pull() -> None:
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(numel))
+            self.weight = torch.nn.Parameter(torch.zeros(numel, dtype=torch.float32))
 
     def task(link: Link) -> Steps[sc.ps.WorkerMetrics]:
         model = Flat()
@@ -157,7 +157,9 @@ def test_a_thousandth_costs_a_two_hundredth_of_dense_push_and_pull() -> None:
         yield from worker.connecting()
         before = worker.metrics()
         for step in range(4):
-            model.weight.grad = torch.randn(numel, generator=torch.Generator().manual_seed(10 * worker.rank + step))
+            model.weight.grad = torch.randn(
+                numel, generator=torch.Generator().manual_seed(10 * worker.rank + step), dtype=torch.float32
+            )
             yield from worker.stepping()
         after = worker.metrics()
         yield from worker.leaving()

@@ -29,7 +29,7 @@ def training(link: Link) -> Steps[tuple[list[torch.Tensor], sc.ps.Worker]]:
     seen = []
     for step in range(STEPS):
         g = torch.Generator().manual_seed(100 * worker.rank + step)
-        model.weight.grad = torch.randn(NUMEL, generator=g)
+        model.weight.grad = torch.randn(NUMEL, generator=g, dtype=torch.float32)
         yield from worker.stepping()
         seen.append(model.weight.detach().clone())
     yield from worker.leaving()
@@ -69,14 +69,14 @@ def board(numel: int = NUMEL) -> tuple[SimulatedWindow, Board, Shard]:
     window = SimulatedWindow(memories, 0)
     spec = ModelLayout(("weight",), ((numel,),)).shard(0, 1)
     shard = Shard(spec, Rules(optimizer=sgd, workers=(0, 1), world=3))
-    shard.start(torch.zeros(numel))
+    shard.start(torch.zeros(numel, dtype=torch.float32))
     made = Board(window, numel)
     made.show(shard)
     return window, made, shard
 
 
 def read(window: SimulatedWindow, slowest: int | None = None) -> tuple[int | None, torch.Tensor, int, int]:
-    out, torn = torch.full((NUMEL,), -1.0), [0]
+    out, torn = torch.full((NUMEL,), -1.0, dtype=torch.float32), [0]
     steps = read_board(window, 0, out, slowest, "server rank 0", torn)
     yields = 0
     while True:
@@ -103,7 +103,7 @@ def test_a_read_that_meets_updates_is_done_again(updates: int) -> None:
     window.during = update
     version, out, torn, _ = read(window)
     assert (version, torn) == (updates, updates)
-    assert torch.equal(out, torch.full((NUMEL,), float(updates)))
+    assert torch.equal(out, torch.full((NUMEL,), float(updates), dtype=torch.float32))
 
 
 def test_a_read_that_always_meets_updates_is_given_up() -> None:
@@ -130,7 +130,7 @@ def test_an_update_that_is_not_finished_is_not_read() -> None:
 
 def test_a_reader_waits_for_the_slowest_worker() -> None:
     window, made, shard = board()
-    steps = read_board(window, 0, torch.empty(NUMEL), 1, "server rank 0", [0])
+    steps = read_board(window, 0, torch.empty(NUMEL, dtype=torch.float32), 1, "server rank 0", [0])
     assert next(steps) == "workers that are behind, at server rank 0"
     shard.clocks = {0: 1, 1: 0}
     made.show(shard)
@@ -161,7 +161,7 @@ def test_after_too_many_torn_reads_the_server_is_asked() -> None:
         yield from worker.pulling()
         window.during = None
         assert (worker.metrics().torn, worker.metrics().fallbacks) == (8, 1)
-        assert torch.equal(model.weight.detach(), torch.full((NUMEL,), 8.0))
+        assert torch.equal(model.weight.detach(), torch.full((NUMEL,), 8.0, dtype=torch.float32))
         assert worker.versions == (8,)
         yield from worker.leaving()
         return worker
@@ -183,7 +183,7 @@ def test_a_choice_explains_its_costs(density: float | None) -> None:
         sparse = None if density is None else sc.TopK(density)
         worker = sc.ps.Worker(Flat(NUMEL), link=replace(link, pull_by="auto", sparse=sparse))
         yield from worker.connecting()
-        worker.model.weight.grad = torch.ones(NUMEL)
+        worker.model.weight.grad = torch.ones(NUMEL, dtype=torch.float32)
         yield from worker.stepping()
         yield from worker.leaving()
         return worker

@@ -23,9 +23,13 @@ def world_of(size: int, seed: int = 0, *, velocity: bool = False, step: int = 5,
     out = []
     for rank in range(size):
         made = Checkpoint(step, rank, size)
-        made.memories["residual"] = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
+        made.memories["residual"] = {
+            n: torch.randn(s, generator=g, dtype=torch.float32) * unit for n, s in SHAPES.items()
+        }
         if velocity:
-            made.memories["velocity"] = {n: torch.randn(s, generator=g) * unit for n, s in SHAPES.items()}
+            made.memories["velocity"] = {
+                n: torch.randn(s, generator=g, dtype=torch.float32) * unit for n, s in SHAPES.items()
+            }
         out.append(made.to_dict())
     return out
 
@@ -90,10 +94,14 @@ def test_parameters_that_only_some_ranks_have_residuals_of(old: int, new: int) -
         world = world_of(old)
         for rank in range(old):
             if bare >> rank & 1:
-                world[rank]["residual.a.bias"] = torch.empty(0)
-        full = [d["residual.a.bias"] if d["residual.a.bias"].numel() else torch.zeros(3) for d in world]
+                world[rank]["residual.a.bias"] = torch.empty(0, dtype=torch.float32)
+        full = [
+            d["residual.a.bias"] if d["residual.a.bias"].numel() else torch.zeros(3, dtype=torch.float32) for d in world
+        ]
         made = sc.reshard(world, new)
-        got = [d["residual.a.bias"] if d["residual.a.bias"].numel() else torch.zeros(3) for d in made]
+        got = [
+            d["residual.a.bias"] if d["residual.a.bias"].numel() else torch.zeros(3, dtype=torch.float32) for d in made
+        ]
         torch.testing.assert_close(torch.stack(got).sum(0) / new, torch.stack(full).sum(0) / old)
 
 
@@ -134,7 +142,7 @@ def test_checkpoints_of_different_models_are_refused_by_name(new: int) -> None:
 def test_checkpoints_of_different_shapes_are_refused_by_name(new: int, shape: tuple[int, ...]) -> None:
     """(3, 1) would broadcast in silence."""
     world = world_of(2)
-    world[1]["residual.a.weight"] = torch.ones(shape)
+    world[1]["residual.a.weight"] = torch.ones(shape, dtype=torch.float32)
     with pytest.raises(sc.StateError, match=r"a\.weight"):
         sc.reshard(world, new)
 
@@ -143,10 +151,10 @@ def test_checkpoints_of_different_shapes_are_refused_by_name(new: int, shape: tu
     "value",
     [
         torch.zeros(3, 4, dtype=torch.float64),
-        torch.full((3, 4), torch.nan),
+        torch.full((3, 4), torch.nan, dtype=torch.float32),
         "text",
         None,
-        torch.zeros(3, 4).to_sparse(),
+        torch.zeros(3, 4, dtype=torch.float32).to_sparse(),
     ],
     ids=["float64", "nan", "str", "None", "sparse"],
 )

@@ -97,10 +97,12 @@ def test_submitting_after_the_end_is_refused(engine: Engine) -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_selection_that_fails_leaves_velocity_and_held_residual_as_they_were(nesterov: bool) -> None:
     layout = BucketLayout(("w",), ((6,),), ((1,),))
-    bucket = BucketMemory(0, layout, residual=torch.arange(6.0), velocity=torch.arange(6.0) / 7)
+    bucket = BucketMemory(
+        0, layout, residual=torch.arange(6.0, dtype=torch.float32), velocity=torch.arange(6.0, dtype=torch.float32) / 7
+    )
     before = bucket.residual.clone(), bucket.velocity.clone()  # type: ignore[union-attr]
     feedback = MomentumCorrection(momentum=0.5, nesterov=nesterov)
-    grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0])
+    grad = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 5.0], dtype=torch.float32)
     with pytest.raises(ValueError, match="broken"):
         take_some(bucket, Incoming(grad, feedback, unused=((3, 5),)), Raising("broken"), 1, Arena())
     torch.testing.assert_close(bucket.residual, before[0])
@@ -112,14 +114,20 @@ def run_steps(
 ) -> tuple[sc.SparseState, list[torch.Tensor], list[torch.Tensor]]:
     """Three steps of two buckets in a world of one; in step `poisoned` bucket 0 holds an infinity."""
     sc.init()
-    parameters = [torch.nn.Parameter(torch.zeros(40)), torch.nn.Parameter(torch.zeros(50))]
+    parameters = [
+        torch.nn.Parameter(torch.zeros(40, dtype=torch.float32)),
+        torch.nn.Parameter(torch.zeros(50, dtype=torch.float32)),
+    ]
     state = sc.SparseState(
         sc.TopK(density=0.2), model=torch.nn.ParameterList(parameters), scaler=scaler, collective="allgather"
     )
     generator = torch.Generator().manual_seed(3)
-    applied, given = [torch.zeros(40), torch.zeros(50)], [torch.zeros(40), torch.zeros(50)]
+    applied, given = (
+        [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)],
+        [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)],
+    )
     for step in range(3):
-        grads = [torch.randn(p.numel(), generator=generator) for p in parameters]
+        grads = [torch.randn(p.numel(), generator=generator, dtype=torch.float32) for p in parameters]
         scaled = [g * float(scaler.get_scale()) for g in grads]
         if step == poisoned:
             scaled[0][5] = float("inf")
@@ -145,7 +153,7 @@ def test_an_overflow_in_one_bucket_loses_nothing_of_the_others(poisoned: int) ->
 
 def test_a_failed_bucket_leaves_nothing_in_flight_and_the_next_step_works() -> None:
     sc.init()
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, dtype=torch.float32), torch.nn.Linear(4, 4, dtype=torch.float32))
     state = sc.SparseState(sc.TopK(density=0.5), model=model)
     for step in range(6):
         for p in model.parameters():

@@ -88,7 +88,7 @@ def test_dense_sends_everything() -> None:
 
 def test_densities_of_other_number_types_are_refused_or_taken_whole() -> None:
     with pytest.raises(ConfigError):
-        TopK(torch.tensor(0.1))  # type: ignore[arg-type]
+        TopK(torch.tensor(0.1, dtype=torch.float32))  # type: ignore[arg-type]
     assert isinstance(TopK(1).density, float)
 
 

@@ -33,7 +33,7 @@ class Scene:
         self.cluster = Cluster(size, N, bucket=4)
         self.feedback = {"feedback": MomentumCorrection(0.9)} if momentum else {}
         for bucket in self.cluster.buckets if momentum else ():
-            bucket.velocity = torch.zeros(N)
+            bucket.velocity = torch.zeros(N, dtype=torch.float32)
         self.collective = collective
         for step in range(warm):
             self.cluster.step([self.grad(step, r) for r in range(size)], self.plan(step))
@@ -240,7 +240,7 @@ def test_an_average_out_of_the_range_of_halves_skips_the_step_everywhere(collect
     reports = scene.cluster.exchange(grads, scene.plan(1))
     assert [r.skipped for r in reports] == [1] * 3
     for r in scene.cluster.residuals:
-        torch.testing.assert_close(r, torch.full((N,), 60000.0))
+        torch.testing.assert_close(r, torch.full((N,), 60000.0, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("skipped", [False, True])

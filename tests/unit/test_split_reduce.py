@@ -128,7 +128,7 @@ def test_ssar_without_rounding_is_the_allgather_to_the_bit(situation: Situation,
 def test_nothing_to_send_anywhere(size: int, collective: str) -> None:
     cluster = Cluster(size, 1000)
     for step in range(2):
-        grads = [torch.zeros(1000) for _ in range(size)]
+        grads = [torch.zeros(1000, dtype=torch.float32) for _ in range(size)]
         reports = cluster.step(grads, plan(1000, step=step, collective=collective))
         assert all(bool((g == 0).all()) for g in grads)
         assert [r.nnz for r in reports] == [0] * size
@@ -139,9 +139,12 @@ def test_nothing_to_send_anywhere(size: int, collective: str) -> None:
 def test_one_rank_with_nothing_to_send(size: int, collective: str) -> None:
     cluster = Cluster(size, 100)
     for step in range(2):
-        grads = [torch.zeros(100) if r == 1 else torch.ones(100) for r in range(size)]
+        grads = [
+            torch.zeros(100, dtype=torch.float32) if r == 1 else torch.ones(100, dtype=torch.float32)
+            for r in range(size)
+        ]
         cluster.step(grads, plan(100, density=1.0, step=step, collective=collective))
-        torch.testing.assert_close(grads[1], torch.full((100,), (size - 1) / size))
+        torch.testing.assert_close(grads[1], torch.full((100,), (size - 1) / size, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 16])
@@ -202,7 +205,7 @@ def test_momentum_correction_conserves_the_accumulated_velocities(
     options = MomentumCorrection(momentum=momentum, nesterov=nesterov, masking=False)
     cluster = Cluster(size, n)
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(n)
+        bucket.velocity = torch.zeros(n, dtype=torch.float32)
     came_in, went_out = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     velocity = [torch.zeros(n, dtype=torch.float64) for _ in range(size)]
     for step in range(5):
@@ -292,7 +295,7 @@ def test_a_rank_with_other_regions_is_noticed_and_all_make_new_ones(size: int) -
 def test_ranks_with_different_k_are_told_so(size: int) -> None:
     cluster = Cluster(size, 100)
     plans = [plan(100, density=0.2 if r else 0.1, collective="split_reduce") for r in range(size)]
-    outcomes = cluster.exchange([torch.ones(100) for _ in range(size)], plans)
+    outcomes = cluster.exchange([torch.ones(100, dtype=torch.float32) for _ in range(size)], plans)
     for outcome in outcomes:
         assert isinstance(outcome, CollectiveMismatch)
         assert "rank 0: k = 10" in str(outcome)

@@ -39,7 +39,9 @@ def _world() -> None:
 def model_of(**layers: nn.Module) -> nn.Module:
     """A model whose gradients are given, never computed."""
     torch.manual_seed(1)
-    return nn.ModuleDict(layers or {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3)})
+    return nn.ModuleDict(
+        layers or {"a": nn.Linear(4, 6, dtype=torch.float32), "b": nn.Linear(6, 3, dtype=torch.float32)}
+    )
 
 
 def trained(model: nn.Module | None = None, steps: int = 3, **options: Any) -> sc.SparseState:
@@ -121,7 +123,15 @@ ODD: list[Any] = [
     {"a": 1},
     {"a": {"b": []}},
 ]
-ODD += [object(), torch, sc.TopK(0.1), complex(1, 2), torch.float32, torch.Size([3]), [torch.zeros(2)]]
+ODD += [
+    object(),
+    torch,
+    sc.TopK(0.1),
+    complex(1, 2),
+    torch.float32,
+    torch.Size([3]),
+    [torch.zeros(2, dtype=torch.float32)],
+]
 
 
 def tensors(t: torch.Tensor, rng: random.Random) -> list[torch.Tensor]:
@@ -210,7 +220,11 @@ def test_mutations_are_refused_by_name_or_load_whole(known: bool, monkeypatch: p
     assert time.process_time() - start < 60.0
 
 
-@pytest.mark.parametrize("given", [None, [], "text", 3, torch.zeros(3), [("step", torch.tensor(1))]], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [None, [], "text", 3, torch.zeros(3, dtype=torch.float32), [("step", torch.tensor(1, dtype=torch.int64))]],
+    ids=repr,
+)
 @pytest.mark.parametrize(
     "call", [lambda d: trained().load_state_dict(d), lambda d: sc.reshard([d], 2)], ids=["load", "reshard"]
 )
@@ -223,18 +237,30 @@ def test_what_is_no_dict_is_refused(given: Any, call: Callable[[Any], None]) -> 
     ("change", "expected"),
     [
         (
-            {"step": torch.tensor(1.0)},
+            {"step": torch.tensor(1.0, dtype=torch.float32)},
             r"'step' must be one whole number >= 0 as int64, got a float32 tensor of shape \(\): 1\.0",
         ),
-        ({"step": torch.tensor(2**53 + 1)}, r"'step' must be one whole number"),
-        ({"rank": torch.tensor(4)}, r"rank 0 of 1 was given the checkpoint of rank 4 of 1"),
-        ({"moment_steps": torch.tensor(9)}, r"moment_steps = 9 are more than its step 3"),
+        ({"step": torch.tensor(2**53 + 1, dtype=torch.int64)}, r"'step' must be one whole number"),
+        ({"rank": torch.tensor(4, dtype=torch.int64)}, r"rank 0 of 1 was given the checkpoint of rank 4 of 1"),
+        ({"moment_steps": torch.tensor(9, dtype=torch.int64)}, r"moment_steps = 9 are more than its step 3"),
         ({"moment_steps": None}, r"has second_moment, but no moment_steps"),
-        ({"residual.a.weight": torch.zeros(6, 4, device="meta")}, r"residual of 'a\.weight' is on the meta device"),
+        (
+            {"residual.a.weight": torch.zeros(6, 4, device="meta", dtype=torch.float32)},
+            r"residual of 'a\.weight' is on the meta device",
+        ),
         ({"residual.a.weight": {"nested": [1]}}, r"residual of 'a\.weight' must be a float32 tensor, got dict"),
-        ({"velocity.a.weight": torch.zeros(4, 6)}, r"velocity of 'a\.weight'.*different shapes.*\(4, 6\)"),
-        ({"velocity.a.bias": torch.full((6,), math.nan)}, r"velocity of 'a\.bias' holds non-finite"),
-        ({"second_moment.a.bias": torch.full((6,), -1.0)}, r"second_moment of 'a\.bias' holds negative"),
+        (
+            {"velocity.a.weight": torch.zeros(4, 6, dtype=torch.float32)},
+            r"velocity of 'a\.weight'.*different shapes.*\(4, 6\)",
+        ),
+        (
+            {"velocity.a.bias": torch.full((6,), math.nan, dtype=torch.float32)},
+            r"velocity of 'a\.bias' holds non-finite",
+        ),
+        (
+            {"second_moment.a.bias": torch.full((6,), -1.0, dtype=torch.float32)},
+            r"second_moment of 'a\.bias' holds negative",
+        ),
         ({"selector.12": torch.zeros(3, dtype=torch.float64)}, r"'selector\.12' does not name a layout"),
         ({"alignment.zz": torch.ones(6, dtype=torch.float64)}, r"has the alignment of 'zz', unknown here"),
         ({"alignment.a.bias": torch.full((6,), 1.5, dtype=torch.float64)}, r"'alignment\.a\.bias' must hold ranks"),
@@ -252,7 +278,11 @@ def test_an_entry_is_refused_by_name(change: Saved, expected: str) -> None:
 
 @pytest.mark.parametrize("key", ["moment_steps", "alignment.a.bias"])
 def test_the_checkpoint_of_another_run_is_found_among_those_to_reshard(key: str) -> None:
-    world = [ahead().state_dict() | {"rank": torch.tensor(rank), "world_size": torch.tensor(2)} for rank in range(2)]
+    world = [
+        ahead().state_dict()
+        | {"rank": torch.tensor(rank, dtype=torch.int64), "world_size": torch.tensor(2, dtype=torch.int64)}
+        for rank in range(2)
+    ]
     assert len(sc.reshard(world, 3)) == 3
     world[1][key] = world[1][key] - 1 if key == "moment_steps" else world[1][key] * 2
     with pytest.raises(sc.StateError, match=rf"different runs.*{re.escape(key.partition('.')[2])}.*rank"):
@@ -303,16 +333,18 @@ def test_a_mismatch_says_which_prefix_is_missing() -> None:
 
 
 def test_a_mismatch_names_parameters_of_the_same_shapes_in_the_same_order() -> None:
-    saved = trained(model_of(encoder=nn.Linear(4, 6), lower=nn.Linear(6, 3))).state_dict()
-    state = trained(model_of(first=nn.Linear(4, 6), second=nn.Linear(6, 3)))
+    saved = trained(
+        model_of(encoder=nn.Linear(4, 6, dtype=torch.float32), lower=nn.Linear(6, 3, dtype=torch.float32))
+    ).state_dict()
+    state = trained(model_of(first=nn.Linear(4, 6, dtype=torch.float32), second=nn.Linear(6, 3, dtype=torch.float32)))
     with pytest.raises(sc.StateError, match=r"same shapes: 'encoder\.bias' may be 'first\.bias'"):
         state.load_state_dict(saved)
     with pytest.raises(sc.StateError, match=r"it lacks the residual of[^;]*$"):
-        trained(model_of(first=nn.Linear(5, 6))).load_state_dict(saved)
+        trained(model_of(first=nn.Linear(5, 6, dtype=torch.float32))).load_state_dict(saved)
 
 
 def test_a_mismatch_of_many_names_stays_readable() -> None:
-    saved = trained(model_of(**{f"l{i:03}": nn.Linear(2, 2) for i in range(300)})).state_dict()
+    saved = trained(model_of(**{f"l{i:03}": nn.Linear(2, 2, dtype=torch.float32) for i in range(300)})).state_dict()
     with pytest.raises(sc.StateError, match=r"'l000\.bias'.* and 592 more") as caught:
         trained().load_state_dict(saved)
     assert len(str(caught.value)) < 1000
@@ -321,7 +353,11 @@ def test_a_mismatch_of_many_names_stays_readable() -> None:
 @pytest.mark.parametrize("when", ["the model is known", "the model comes later"])
 def test_a_grown_model_loads_what_the_checkpoint_has(when: str) -> None:
     saved = trained(feedback=sc.MomentumCorrection()).state_dict()
-    grown = model_of(a=nn.Linear(4, 6), b=nn.Linear(6, 3), c=nn.Linear(3, 2))
+    grown = model_of(
+        a=nn.Linear(4, 6, dtype=torch.float32),
+        b=nn.Linear(6, 3, dtype=torch.float32),
+        c=nn.Linear(3, 2, dtype=torch.float32),
+    )
     state = trained(grown, feedback=sc.MomentumCorrection())
     before = state.state_dict()
     with pytest.raises(sc.StateError, match=r"lacks the residual of 'c\.bias', 'c\.weight'; strict=False"):
@@ -344,7 +380,7 @@ def test_a_grown_model_loads_what_the_checkpoint_has(when: str) -> None:
 
 def test_what_a_shrunk_model_loses_is_told_and_the_rest_is_loaded() -> None:
     saved = trained(feedback=sc.ErrorFeedback()).state_dict()
-    state = trained(model_of(a=nn.Linear(4, 6)), feedback=sc.ErrorFeedback())
+    state = trained(model_of(a=nn.Linear(4, 6, dtype=torch.float32)), feedback=sc.ErrorFeedback())
     lost = torch.cat([saved[k].reshape(-1) for k in ("residual.b.bias", "residual.b.weight")]).norm()
     before = state.state_dict()
     with pytest.raises(sc.StateError, match=r"has the residual of 'b\.bias', 'b\.weight', unknown here; strict=False"):
@@ -360,7 +396,7 @@ def test_what_a_shrunk_model_loses_is_told_and_the_rest_is_loaded() -> None:
 
 
 def test_a_warning_made_an_error_leaves_the_state_as_it_was() -> None:
-    state = trained(model_of(a=nn.Linear(4, 6)))
+    state = trained(model_of(a=nn.Linear(4, 6, dtype=torch.float32)))
     before = state.state_dict()
     saved = trained().state_dict()
     with warnings.catch_warnings():
@@ -373,7 +409,11 @@ def test_a_warning_made_an_error_leaves_the_state_as_it_was() -> None:
 def test_moments_of_adam_start_again_if_the_model_has_grown() -> None:
     """They count their steps together: a new parameter's second moment of zero would seem to be well measured."""
     saved = trained().state_dict()
-    grown = model_of(a=nn.Linear(4, 6), b=nn.Linear(6, 3), c=nn.Linear(3, 2))
+    grown = model_of(
+        a=nn.Linear(4, 6, dtype=torch.float32),
+        b=nn.Linear(6, 3, dtype=torch.float32),
+        c=nn.Linear(3, 2, dtype=torch.float32),
+    )
     state = trained(grown)
     with pytest.warns(UserWarning, match=r"moments of Adam correction start again, since 'c\.bias', 'c\.weight'"):
         state.load_state_dict(saved, strict=False)
@@ -390,6 +430,6 @@ def test_strictness_changes_nothing_for_the_same_model() -> None:
 
 
 def test_other_shapes_are_refused_even_so() -> None:
-    saved = trained(model_of(a=nn.Linear(4, 5))).state_dict()
+    saved = trained(model_of(a=nn.Linear(4, 5, dtype=torch.float32))).state_dict()
     with pytest.raises(sc.StateError, match=r"residual of 'a\.(weight|bias)' in the checkpoint has shape"):
         trained().load_state_dict(saved, strict=False)

@@ -22,10 +22,12 @@ class Selecting:
 
     def __init__(self, compressor: Compressor, numel: int = N, k: int = K, *, feedback: bool = True) -> None:
         self.compressor, self.k, self.feedback = compressor, k, feedback
-        self.residual = torch.zeros(numel)
+        self.residual = torch.zeros(numel, dtype=torch.float32)
         self.memory = SelectorMemory()
         capacity = compressor.capacity(k, numel)
-        self.out = SelectionBuffers(torch.empty(capacity, dtype=torch.uint32), torch.empty(capacity))
+        self.out = SelectionBuffers(
+            torch.empty(capacity, dtype=torch.uint32), torch.empty(capacity, dtype=torch.float32)
+        )
 
     def step(self, grad: torch.Tensor) -> int:
         """Selects, checks that nothing was lost or left twice, and returns the count."""
@@ -73,8 +75,8 @@ def test_awkward_gradients_never_overflow_the_count(kind: str) -> None:
 
 def test_zeros_are_never_selected_even_after_a_quiet_start() -> None:
     selecting = Selecting(ThresholdTopK(K / N))
-    assert selecting.step(torch.zeros(N)) == 0
-    assert selecting.step(torch.zeros(N)) == 0
+    assert selecting.step(torch.zeros(N, dtype=torch.float32)) == 0
+    assert selecting.step(torch.zeros(N, dtype=torch.float32)) == 0
     assert selecting.step(gradient("normal", N, torch.float32, 1)) == K
 
 

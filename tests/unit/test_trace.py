@@ -125,7 +125,7 @@ def test_the_profiler_names_stages(tmp_path: Path) -> None:
         for profiled in (True, False):
             name = "select" if profiled else "apply"
             with Stage(name, BucketReport(bucket=0, step=0, numel=1), profiled=profiled):
-                torch.ones(3).sum()
+                torch.ones(3, dtype=torch.float32).sum()
     seen = {e.key for e in profiler.key_averages()}
     assert "sparsecomm::select" in seen
     assert "sparsecomm::apply" not in seen

@@ -174,7 +174,7 @@ def test_momentum_is_zeroed_on_all_ranks_of_a_node_where_its_leader_selected(mas
     options = MomentumCorrection(0.5, masking=masking)
     cluster = Cluster(4, N, nodes=(0, 0, 1, 1))
     for bucket in cluster.buckets:
-        bucket.velocity = torch.zeros(N)
+        bucket.velocity = torch.zeros(N, dtype=torch.float32)
     grads = [gradient("normal", N, torch.float32, r) for r in range(4)]
     first, second = grads[0] + grads[1], grads[2] + grads[3]
     cluster.step([g.clone() for g in grads], how(N, feedback=options))
@@ -279,7 +279,7 @@ def test_a_step_that_the_optimizer_skips_is_taken_back_whole(skipped: bool, mome
     cluster = scene.cluster
     feedback = {"feedback": MomentumCorrection(0.9)} if momentum else {}
     for bucket in cluster.buckets if momentum else ():
-        bucket.velocity = torch.ones(N)
+        bucket.velocity = torch.ones(N, dtype=torch.float32)
     options = how(N, 1, **feedback)
     cluster.world.run(
         lambda c: exchange(
@@ -303,7 +303,7 @@ def test_ranks_that_disagree_are_told_so() -> None:
         ({"value_codec": ValueCodec.INT8}, "value_codec = INT8"),
         ({"feedback": MomentumCorrection(0.5)}, "nodes"),
     ):
-        scene.cluster.buckets[3].velocity = torch.zeros(N)
+        scene.cluster.buckets[3].velocity = torch.zeros(N, dtype=torch.float32)
         plans = [how(N, 1)] * 5
         plans[3] = replace(plans[3], **change)
         outcomes = scene.cluster.exchange(scene.grads, plans)
@@ -340,7 +340,7 @@ def test_a_damaged_message_is_an_error_and_nothing_is_half_applied(source: int, 
     """Damages each message in turn: from a rank to its leader, back, and between leaders."""
     changes: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
         "lost": lambda message: None,
-        "flipped": lambda message: message.index_fill(0, torch.tensor([message.numel() // 2]), 0x5A),
+        "flipped": lambda message: message.index_fill(0, torch.tensor([message.numel() // 2], dtype=torch.int64), 0x5A),
         "cut": lambda message: message[:-1].clone(),
     }
     for nth in range(12):

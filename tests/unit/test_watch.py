@@ -61,7 +61,7 @@ def gradients(size: int, step: int, numel: int = N) -> list[torch.Tensor]:
 
 def by_place(cluster: Cluster, ages: Any, rank: int = 0) -> torch.Tensor:
     """Ages in the order of the elements."""
-    out = torch.zeros(len(ages))
+    out = torch.zeros(len(ages), dtype=torch.float32)
     out[watch_of(cluster, rank)._drawn] = torch.from_numpy(ages)
     return out
 
@@ -80,7 +80,7 @@ def by_place(cluster: Cluster, ages: Any, rank: int = 0) -> torch.Tensor:
 def test_ages_are_those_of_the_elements_that_have_not_left(
     kind: tuple[Compressor, str], codec: ValueCodec, size: int, skips: list[bool], first: int
 ) -> None:
-    cluster, ages = watched(size), torch.zeros(size, N)
+    cluster, ages = watched(size), torch.zeros(size, N, dtype=torch.float32)
     final = [False] * first + skips  # also more steps than the watch has rows
     for step, skipped in enumerate(final):
         grads = gradients(size, step)
@@ -125,8 +125,8 @@ class Units:
 def test_norms_are_in_the_units_of_the_residual(units: Units) -> None:
     cluster = watched(1)
     if not isinstance(units.feedback, ErrorFeedback):
-        cluster.buckets[0].velocity = torch.zeros(N)
-        cluster.buckets[0].second_moment = torch.zeros(N)
+        cluster.buckets[0].velocity = torch.zeros(N, dtype=torch.float32)
+        cluster.buckets[0].second_moment = torch.zeros(N, dtype=torch.float32)
     grad = gradients(1, 0)[0]
     cluster.step([grad * 1024.0], plan(N, feedback=units.feedback, grad_scale=1024.0))
     found = seen(cluster)
@@ -218,14 +218,16 @@ def test_the_places_depend_on_the_layout_alone() -> None:
 
 def test_tensors_of_a_gpu_give_the_same_ages_as_arrays_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     host, gpu = Watch(layout(N)), Watch(layout(N))
-    residual, grad = torch.zeros(N), torch.ones(N)
+    residual, grad = torch.zeros(N, dtype=torch.float32), torch.ones(N, dtype=torch.float32)
     for watch in (host, gpu):
         watch.began(grad, 1.0, residual)
     for name in ("_source", "_aged", "_table", "_ages", "_numbers"):
         setattr(gpu, name, torch.as_tensor(getattr(gpu, name)))
     gpu._rows = list(gpu._table)
     for step in range(150):
-        residual.copy_((torch.rand(N, generator=torch.Generator().manual_seed(step)) > 0.02).float())
+        residual.copy_(
+            (torch.rand(N, generator=torch.Generator().manual_seed(step), dtype=torch.float32) > 0.02).float()
+        )
         for watch in (host, gpu):
             watch.began(grad, 1.0, residual)
             if step % 3 == 0:

@@ -26,10 +26,10 @@ def part_of(
     """The bytes of a part, its positions and its decoded values."""
     g = torch.Generator().manual_seed(seed)
     indices = torch.randperm(span, generator=g)[:nnz].sort().values.to(torch.uint32)
-    values = torch.randn(nnz, generator=g)
+    values = torch.randn(nnz, generator=g, dtype=torch.float32)
     codecs = Codecs(value_codec, index_codec)
     out = torch.zeros(max_part_bytes(nnz, span, codecs), dtype=torch.uint8)
-    error = torch.empty(nnz)
+    error = torch.empty(nnz, dtype=torch.float32)
     written = encode_part(indices, values, span, codecs, out, error)
     return out[:written].clone(), indices, values - error
 
@@ -39,7 +39,7 @@ def decoded(data: torch.Tensor, span: int) -> tuple[torch.Tensor, torch.Tensor]:
     body = data[PART_HEADER_BYTES:]
     if body.numel() != header.body_bytes:
         raise WireError("length", body.numel(), f"not {header.body_bytes}")
-    pairs = (torch.empty(header.nnz, dtype=torch.uint32), torch.empty(header.nnz))
+    pairs = (torch.empty(header.nnz, dtype=torch.uint32), torch.empty(header.nnz, dtype=torch.float32))
     decode_part(header, body, span, *pairs)
     return pairs
 

@@ -43,7 +43,7 @@ def test_payloads_decode_to_what_was_encoded_minus_what_rounding_dropped(
     header = read_header(sent.data)
     assert (header.nnz, header.numel) == (nnz, numel)
     assert sent.data.numel() == HEADER_BYTES + header.body_bytes <= max_payload_bytes(*codec, nnz, numel)
-    indices, values = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz)
+    indices, values = torch.empty(nnz, dtype=torch.uint32), torch.empty(nnz, dtype=torch.float32)
     decode_body(header, sent.body, indices, values)
     assert torch.equal(indices, sent.indices)
     assert torch.equal(values + sent.error, sent.values)
@@ -76,7 +76,7 @@ def test_a_decoding_error_names_sender_and_bucket() -> None:
     sent = payload_of(IndexCodec.RAW, ValueCodec.FP32, 100, 5, 0)
     lie = replace(sent.header, numel=int(sent.indices[-1]))
     with pytest.raises(WireError, match="from rank 1 for bucket 3: indices") as caught:
-        decode_body(lie, sent.body, torch.empty(5, dtype=torch.uint32), torch.empty(5))
+        decode_body(lie, sent.body, torch.empty(5, dtype=torch.uint32), torch.empty(5, dtype=torch.float32))
     assert caught.value.value == int(sent.indices[-1])
 
 
@@ -121,7 +121,7 @@ def test_the_worked_payload_is_the_documents() -> None:
     hexadecimal = re.sub(r"^ *\d+  ", "", block, flags=re.MULTILINE)
     data = torch.tensor(list(bytes.fromhex(hexadecimal)), dtype=torch.uint8)
     header = read_header(data)
-    indices, values = torch.empty(2, dtype=torch.uint32), torch.empty(2)
+    indices, values = torch.empty(2, dtype=torch.uint32), torch.empty(2, dtype=torch.float32)
     decode_body(header, data[HEADER_BYTES:], indices, values)
     assert (header.rank, header.world, header.step, header.bucket, header.numel) == (1, 2, 7, 3, 10)
     assert (indices.tolist(), values.tolist()) == ([2, 9], [1.5, -0.25])

@@ -36,7 +36,7 @@ def written(values: torch.Tensor, spans: Spans) -> tuple[Header, torch.Tensor]:
 
 def decoded(data: torch.Tensor) -> torch.Tensor:
     header, body = read_header(data), data[HEADER_BYTES:]
-    out = torch.zeros(header.numel)
+    out = torch.zeros(header.numel, dtype=torch.float32)
     add_signs(header, body, read_spans(header, body), out)
     return out
 
@@ -44,7 +44,7 @@ def decoded(data: torch.Tensor) -> torch.Tensor:
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[torch.Tensor, Spans]:
     numel = draw(st.integers(1, 300) | st.sampled_from([65536, 65544, 140_001]))
-    values = torch.randn(numel, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))), dtype=torch.float32)
     cuts = sorted(draw(st.sets(st.integers(0, numel), max_size=6)))
     spans = [(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
     for start, end in spans:
@@ -86,7 +86,9 @@ def resealed(data: torch.Tensor) -> torch.Tensor:
     return sealed(data)
 
 
-GOOD = torch.cat([torch.ones(4), torch.zeros(6), -torch.ones(11)])
+GOOD = torch.cat(
+    [torch.ones(4, dtype=torch.float32), torch.zeros(6, dtype=torch.float32), -torch.ones(11, dtype=torch.float32)]
+)
 SPANS = [(4, 8), (8, 10)]
 
 

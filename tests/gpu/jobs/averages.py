@@ -26,7 +26,10 @@ class Sum(nn.Module):
         self.parts = nn.ParameterList(torch.zeros(n, dtype=dtype) for n in (longest, 300, 5000))
 
     def forward(self, weights: list[torch.Tensor]) -> torch.Tensor:
-        return sum(((p * w).sum() for p, w in zip(self.parts, weights, strict=True)), torch.zeros(()).to(weights[0]))
+        return sum(
+            ((p * w).sum() for p, w in zip(self.parts, weights, strict=True)),
+            torch.zeros((), dtype=torch.float32).to(weights[0]),
+        )
 
 
 def main() -> None:
@@ -41,7 +44,10 @@ def main() -> None:
     averages = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 * step + world.rank)
-        weights = [torch.randn(p.shape, generator=generator).to(dtype).to(device) for p in ddp.module.parts]
+        weights = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float32).to(dtype).to(device)
+            for p in ddp.module.parts
+        ]
         ddp.zero_grad()
         ddp(weights).backward()
         averages.append([p.grad.cpu() for p in ddp.module.parts])

@@ -110,8 +110,12 @@ def main() -> None:
         module.launch = only_note
     # Nothing is computed, so results are meaningless, and decoders may refuse the bytes that they "read".
     n, k, path = 70_000, 100, triton_path
-    residual, values, out = torch.zeros(n), torch.zeros(k), torch.zeros(8 * n, dtype=torch.uint8)
-    indices = torch.arange(k).to(torch.uint32)
+    residual, values, out = (
+        torch.zeros(n, dtype=torch.float32),
+        torch.zeros(k, dtype=torch.float32),
+        torch.zeros(8 * n, dtype=torch.uint8),
+    )
+    indices = torch.arange(k, dtype=torch.int64).to(torch.uint32)
     for dtype in GRAD_DTYPES:
         grad, scale = torch.zeros(n, dtype=dtype), 0.5 if dtype is torch.float16 else 1.0
         path.accumulate_select(grad, residual, 1.0, indices, values, scale)
@@ -120,12 +124,12 @@ def main() -> None:
         path.accumulate_dense(grad, residual, scale)
         path.scatter_reduce(grad, [(indices, values)], scale)
     path.exact_topk(None, residual, k, indices, values)
-    path.accumulate_norms(grad, residual, 1000, torch.empty(70))
+    path.accumulate_norms(grad, residual, 1000, torch.empty(70, dtype=torch.float32))
     path.scatter_add(residual, indices, values)
     path.cut_topk(indices, values, k, 50, residual)
     for codec in IndexCodec:
         with suppress(SparseCommError):
-            path.encode_indices(codec, torch.arange(k).to(torch.uint32), n, out)
+            path.encode_indices(codec, torch.arange(k, dtype=torch.int64).to(torch.uint32), n, out)
         with suppress(SparseCommError):
             path.decode_indices(codec, torch.zeros(4 * k if codec == 1 else n // 8, dtype=torch.uint8), k, n, indices)
     for value_codec in ValueCodec:

@@ -31,13 +31,13 @@ def parse() -> argparse.Namespace:
 def train(options: argparse.Namespace, number: int) -> None:
     """Trains, the same in every job."""
     torch.manual_seed(1)
-    model = torch.nn.Linear(6, 6)
+    model = torch.nn.Linear(6, 6, dtype=torch.float32)
     worker = sc.ps.Worker(model, sc.TopK(density=1.0), value_codec="fp32")
     ends = [(worker.versions, model.weight.tolist())]
     for step in range(worker.versions[0], options.steps):
         model.zero_grad()
         g = torch.Generator().manual_seed(10 * step + number)
-        model(torch.randn(4, 6, generator=g)).square().mean().backward()
+        model(torch.randn(4, 6, generator=g, dtype=torch.float32)).square().mean().backward()
         worker.step()
     ends.append((worker.versions, model.weight.tolist()))
     if number == 0:

@@ -34,7 +34,9 @@ class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(7)
-        self.tensors = torch.nn.ParameterList(torch.nn.Parameter(torch.randn(s, generator=g)) for s in SIZES)
+        self.tensors = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.randn(s, generator=g, dtype=torch.float32)) for s in SIZES
+        )
 
 
 class PlainSGD:
@@ -60,7 +62,7 @@ class PlainSGD:
 
 def gradient(worker: int, step: int, numel: int) -> torch.Tensor:
     """Returns the random gradient of a worker's step, flat."""
-    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * worker + step))
+    return torch.randn(numel, generator=torch.Generator().manual_seed(1000 * worker + step), dtype=torch.float32)
 
 
 def parse() -> argparse.Namespace:
@@ -140,7 +142,7 @@ def train(options: argparse.Namespace, worker: int, size: int) -> None:
         for p in model.parameters():
             losses.append((p * flat[at : at + p.numel()].view(p.shape)).sum())
             at += p.numel()
-        sum(losses, torch.zeros(())).backward()  # pushes begin to leave in here
+        sum(losses, torch.zeros((), dtype=torch.float32)).backward()  # pushes begin to leave in here
         client.step()
         log[0], log[1] = client.metrics().acknowledged // options.servers, step + 1
         time.sleep(options.pause)

@@ -19,14 +19,14 @@ NUMEL = 2_000_000
 class Flat(torch.nn.Module):
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(numel))
+        self.weight = torch.nn.Parameter(torch.zeros(numel, dtype=torch.float32))
 
 
 def torn_or_not(rank: int, size: int) -> tuple[sc.ps.WorkerMetrics, str]:
     """One worker pushes, the others only pull, as fast as they can."""
     model = Flat(NUMEL)
     worker = sc.ps.Worker(model, sc.Dense())
-    model.weight.grad = torch.full((NUMEL,), -float(size))
+    model.weight.grad = torch.full((NUMEL,), -float(size), dtype=torch.float32)
     last = -1.0
     for _ in range(40):
         if rank == 0:
@@ -47,7 +47,7 @@ def synchronous(rank: int, size: int) -> torch.Tensor:
     worker = sc.ps.Worker(model, sc.TopK(0.1))
     for step in range(10):
         g = torch.Generator().manual_seed(100 * rank + step)
-        model.weight.grad = torch.randn(1000, generator=g)
+        model.weight.grad = torch.randn(1000, generator=g, dtype=torch.float32)
         worker.step()
     return model.weight.detach().clone()
 

@@ -80,7 +80,7 @@ def _seconds(
 ) -> tuple[float, float]:
     """Returns the median seconds of a step (forward and backward) and of its backward alone."""
     torch.manual_seed(0)
-    layers = [layer for _ in range(_DEPTH) for layer in (nn.Linear(width, width), nn.Tanh())]
+    layers = [layer for _ in range(_DEPTH) for layer in (nn.Linear(width, width, dtype=torch.float32), nn.Tanh())]
     ddp = DistributedDataParallel(nn.Sequential(*layers).to(device), process_group=dist.new_group(backend="gloo"))
     ddp.register_comm_hook(state, hook)
     x = torch.randn(batch, width, device=device, dtype=torch.float32)

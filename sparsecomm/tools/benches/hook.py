@@ -266,7 +266,7 @@ def _overlap(
 ) -> dict[str, Any]:
     def model() -> DistributedDataParallel:
         torch.manual_seed(0)
-        inner = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(layers)))
+        inner = torch.nn.Sequential(*(torch.nn.Linear(width, width, dtype=torch.float32) for _ in range(layers)))
         return DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
 
     plain, sparse = model(), model()

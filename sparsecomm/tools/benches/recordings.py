@@ -166,13 +166,25 @@ class _ByteGPT(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(_CONTEXT, width)
+        self.tokens, self.positions = (
+            nn.Embedding(256, width, dtype=torch.float32),
+            nn.Embedding(_CONTEXT, width, dtype=torch.float32),
+        )
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
         block = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+            dtype=torch.float32,
         )
-        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(
+            block, layers, nn.LayerNorm(width, dtype=torch.float32), enable_nested_tensor=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps bytes, int64 (batch, time), to logits of the next bytes, (batch, time, 256)."""
@@ -186,17 +198,17 @@ class _TextCNN(nn.Module):
 
     def __init__(self, classes: int, width: int = 128) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(256, 16)
+        self.tokens = nn.Embedding(256, 16, dtype=torch.float32)
         self.layers = nn.Sequential(
-            nn.Conv1d(16, width, 7),
+            nn.Conv1d(16, width, 7, dtype=torch.float32),
             nn.ReLU(),
             nn.MaxPool1d(3),
-            nn.Conv1d(width, 2 * width, 5),
+            nn.Conv1d(width, 2 * width, 5, dtype=torch.float32),
             nn.ReLU(),
-            nn.Conv1d(2 * width, 2 * width, 3),
+            nn.Conv1d(2 * width, 2 * width, 3, dtype=torch.float32),
             nn.ReLU(),
         )
-        self.head = nn.Linear(2 * width, classes)
+        self.head = nn.Linear(2 * width, classes, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps bytes, int64 (batch, time), to logits of packages, (batch, classes)."""
@@ -207,15 +219,15 @@ class _TextCNN(nn.Module):
 def _image_cnn() -> nn.Module:
     """Returns two convolutions and two linear layers for 8 x 8 images, 85k parameters."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
+        nn.Conv2d(1, 32, 3, padding=1, dtype=torch.float32),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(32, 64, 3, padding=1, dtype=torch.float32),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64 * 16, 64),
+        nn.Linear(64 * 16, 64, dtype=torch.float32),
         nn.ReLU(),
-        nn.Linear(64, 10),
+        nn.Linear(64, 10, dtype=torch.float32),
     )
 
 

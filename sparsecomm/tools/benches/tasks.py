@@ -92,26 +92,26 @@ def _mlp() -> nn.Module:
     """Returns six square layers of width 2048 and a head, 25.2M parameters."""
     layers: list[nn.Module] = []
     for _ in range(6):
-        linear = nn.Linear(2048, 2048)
+        linear = nn.Linear(2048, 2048, dtype=torch.float32)
         nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(2048, _CLASSES))
+    return nn.Sequential(*layers, nn.Linear(2048, _CLASSES, dtype=torch.float32))
 
 
 def _cnn() -> nn.Module:
     """Returns three convolutions and a head for 16 x 16 images, 0.3M parameters."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
+        nn.Conv2d(1, 32, 3, padding=1, dtype=torch.float32),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1, dtype=torch.float32),
         nn.ReLU(),
-        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1, dtype=torch.float32),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(128 * 16, 100),
+        nn.Linear(128 * 16, 100, dtype=torch.float32),
         nn.ReLU(),
-        nn.Linear(100, _CLASSES),
+        nn.Linear(100, _CLASSES, dtype=torch.float32),
     )
 
 
@@ -120,12 +120,24 @@ class _ByteGPT(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
-        block = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        self.tokens, self.positions = (
+            nn.Embedding(256, width, dtype=torch.float32),
+            nn.Embedding(context, width, dtype=torch.float32),
         )
-        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, 256, bias=False)
+        block = nn.TransformerEncoderLayer(
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+            dtype=torch.float32,
+        )
+        self.blocks = nn.TransformerEncoder(
+            block, layers, nn.LayerNorm(width, dtype=torch.float32), enable_nested_tensor=False
+        )
+        self.head = nn.Linear(width, 256, bias=False, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps bytes, int64 (batch, time), to logits of the next bytes, (batch, time, 256)."""

@@ -30,9 +30,12 @@ from task import Task, draw
 from torch import Tensor
 from transfer_cells import RATES
 
+from sparsecomm.optim.adamw import beta1_for
+
 TASKS = ("code", "prose", "cnn", "lstm", "tied")
 NEWEST = 0.05  # weight of a step in the running means of an alignment
 EPS = 1e-8
+BETA1 = 0.9
 
 
 def make_task(name: str, words: Sequence[str]) -> tuple[Task, Settings]:
@@ -42,7 +45,9 @@ def make_task(name: str, words: Sequence[str]) -> tuple[Task, Settings]:
         options.fail(f"{model.needs} is missing: python bench/convergence/{study_data.__name__}.py makes it")
     flags = [w for k, v in model.flags.items() if v is not True for w in ("--" + k.replace("_", "-"), str(v))]
     module: Any = importlib.import_module(model.script.removesuffix(".py"))
-    settings = module.parse([*flags, "--judge", "test", "--lr", str(RATES[name, "adamw"][0]), "--beta1", "0.9", *words])
+    settings = module.parse(
+        [*flags, "--judge", "test", "--lr", str(RATES[name, "adamw"][0]), "--beta1", str(BETA1), *words]
+    )
     if name == "cnn":
         return module.FashionTask(settings, module.load_fashion(study_data.FASHION)), settings
     corpus = text_task.load(settings)
@@ -120,6 +125,7 @@ class Method:
         shape = (self.ranks, model.at.numel())
         self.momentum, self.second, self.residual = (torch.zeros(shape) for _ in range(3))
         self.exact = torch.zeros(shape[1])
+        self.lr = 0.0  # the rate for which the residuals are scaled
         self.gradients, self.residuals = Agreement(model.part), Agreement(model.part)
 
     def ahead(self, x: Tensor, rank: int, lr: float) -> Tensor:
@@ -136,10 +142,17 @@ class Method:
         alignment = float(self.gradients.mean.sum() / (self.gradients.each.sum() + 1e-30)) if step else 1.0
         return float(self.s.clip / math.sqrt(min(1.0, max(1 / self.ranks, alignment))))
 
+    def follow(self, lr: float) -> None:
+        """Scales the residuals to a new rate."""
+        if self.s.follow and self.lr:
+            self.residual *= self.lr / lr
+        self.lr = lr
+
     def update(self, grads: Tensor, step: int, density: float) -> Tensor:
         """Adds the updates of all gradients, shape (P, n), to the residuals. Returns the average of what is sent."""
         short = self.s.short or self.s.moment == "exact"
-        beta1, beta2 = 0.9, ADAM_BETA2 if short else ADAM_BETA2 ** (1 / self.ranks)
+        beta1 = beta1_for(BETA1, density) if self.s.shorter and self.ranks > 1 else BETA1
+        beta2 = ADAM_BETA2 if short else ADAM_BETA2 ** (1 / self.ranks)
         grads *= (self._max_norm(step) / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
         self.momentum.lerp_(grads, 1 - beta1)
         self.second.lerp_(grads.square(), 1 - beta2)
@@ -185,16 +198,17 @@ def simulate(switches: argparse.Namespace, task: Task, settings: Settings) -> tu
     momentum, second = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(switches.steps):
         lr = rate(settings, step)
+        method.follow(lr)
         for rank in range(switches.ranks):
             at = x if switches.dense else method.ahead(x, rank, lr)
             grads[rank] = model.gradient(at, rank, step)
         if switches.dense:
             g = grads.mean(0)
             g *= min(1.0, switches.clip / (float(g.norm()) + 1e-6))
-            momentum.lerp_(g, 0.1)
+            momentum.lerp_(g, 1 - BETA1)
             second.lerp_(g.square(), 1 - ADAM_BETA2)
             corrected = (second / (1 - ADAM_BETA2 ** (step + 1))).sqrt() + EPS
-            update, sent = momentum / (1 - 0.9 ** (step + 1)) / corrected, sent + 1.0
+            update, sent = momentum / (1 - BETA1 ** (step + 1)) / corrected, sent + 1.0
         else:
             density = density_at(switches, step)
             update, sent = method.update(grads, step, density), sent + density
@@ -223,6 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--moment", choices=("own", "average", "exact"), default="average", help="second moment")
     parser.add_argument("--ahead", choices=("0", "1", "aligned"), default="aligned", help="weight of the residual")
     parser.add_argument("--no-infer", dest="infer", action="store_false", help="send without inferring")
+    parser.add_argument(
+        "--no-follow", dest="follow", action="store_false", help="residuals stay as they are when the rate changes"
+    )
+    parser.add_argument(
+        "--whole-beta1", dest="shorter", action="store_false", help="first moments average over as much as dense's"
+    )
     parser.add_argument("--task-flags", default="", help="more options of the task's script, in one word")
     switches = parser.parse_args(arguments)
     torch.set_num_threads(1)

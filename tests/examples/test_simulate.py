@@ -11,7 +11,7 @@ import torch
 
 def switches(**changes: object) -> argparse.Namespace:
     base: dict[str, object] = {"dense": False, "ranks": 1, "steps": 4, "density": 1.0, "fall": 0.0, "clip": 1.0}
-    base |= {"clip_by": "alignment", "short": False}
+    base |= {"clip_by": "alignment", "short": False, "follow": True, "shorter": True}
     return argparse.Namespace(**{**base, "moment": "average", "ahead": "aligned", "infer": True, **changes})
 
 
@@ -27,12 +27,12 @@ def test_one_rank_that_sends_everything_is_dense() -> None:
 def test_nothing_is_lost_in_what_is_inferred() -> None:
     task, settings = simulate.make_task("lstm", ["--steps", "4", "--global-batch", "4", "--held-out", "1"])
     model = simulate.FlatModel(task, settings, 2)
-    method = simulate.Method(switches(ranks=2), model)
+    method = simulate.Method(switches(ranks=2, shorter=False), model)
     random = torch.Generator().manual_seed(0)
     for step in range(3):
         grads = torch.randn(2, model.at.numel(), generator=random, dtype=torch.float32)
         before = method.residual.clone()
-        added = simulate.Method(switches(ranks=2), model)
+        added = simulate.Method(switches(ranks=2, shorter=False), model)
         added.momentum, added.second = method.momentum.clone(), method.second.clone()
         added.gradients.mean, added.gradients.each = method.gradients.mean.clone(), method.gradients.each.clone()
         everything = added.update(grads.clone(), step, 1.0)

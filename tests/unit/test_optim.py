@@ -237,6 +237,18 @@ def test_a_second_moment_averages_over_the_gradients_of_all_ranks(
     assert feedback.beta2 == pytest.approx(own, rel=1e-12)
 
 
+@pytest.mark.parametrize(("ranks", "density", "own"), [(1, 0.01, 0.9), (2, 1.0, 0.9), (8, 0.01, 1 - 0.1**0.505)])
+def test_a_first_moment_is_shorter_where_updates_wait(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, density: float, own: float
+) -> None:
+    model = small_model()
+    state = state_of(model, density)
+    monkeypatch.setattr(sc.SparseState, "group_size", lambda _: ranks)
+    sc.optim.AdamW(model.parameters(), state, betas=(0.9, 0.95))
+    assert isinstance(state.config.feedback, sc.AdamCorrection)
+    assert state.config.feedback.beta1 == pytest.approx(own)
+
+
 def test_frozen_parameters_stay() -> None:
     model = small_model()
     model[0].weight.requires_grad_(False)

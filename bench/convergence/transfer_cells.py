@@ -42,7 +42,7 @@ def warm_up(method: str, density: float, steps: int) -> int:
     if method == "topk":
         return 0
     if method == "ahead" and steps > min(STEPS):  # so that the whole run sends about 1% of dense's bytes
-        return steps // 20 if density >= 0.01 else steps // 5
+        return steps // 20 if density >= 0.01 else 2 * steps // 7
     return steps // 2
 
 

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab dtypes faults chaos bench bench-peers readme fuzz fuzz-asan clean
+.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab dtypes faults chaos bench bench-peers readme fuzz fuzz-asan fuzz-million clean
 
 install: $(STAMP)
 
@@ -35,12 +35,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# these on two cores; what starts jobs of its own, or measures, needs them to itself
-PARALLEL := tests/kernels tests/fuzz
+# These run two at a time. What starts jobs of several ranks, or measures, needs both cores. tests/jobs runs tests/mpi.
+PARALLEL := tests/kernels tests/fuzz tests/unit
 
 unit: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL)
-	$(BIN)/python -m pytest $(PARALLEL:%=--ignore=%)
+	$(BIN)/python -m pytest $(PARALLEL:%=--ignore=%) --ignore=tests/mpi
 
 test-lab: install
 	$(BIN)/python -m pytest tests/lab
@@ -56,14 +56,17 @@ test-rdma: install .venvs/vng/bin/vng
 	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
 	@touch $@
 
-# the MPI suite at two ranks with another default dtype of torch: five minutes
+# everything that runs two at a time, and the MPI suite at two ranks, with other default dtypes of torch: 20 minutes
 dtypes: install
-	SPARSECOMM_TEST_DTYPE=float64 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"
-	SPARSECOMM_TEST_DTYPE=bfloat16 $(BIN)/python -m pytest "tests/unit/test_mpi_suite.py::test_the_mpi_suite_passes[2]"
+	for dtype in float64 bfloat16; do \
+	  export SPARSECOMM_TEST_DTYPE=$$dtype; \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) && \
+	  $(BIN)/python -m pytest "tests/jobs/test_mpi_suite.py::test_the_mpi_suite_passes[2]" || exit 1; \
+	done
 
 # every way in which a rank can leave, under three launchers; 100 kills from the launch on: an hour and a half
 faults: install
-	SPARSECOMM_TEST_FAULTS=all $(BIN)/python -m pytest tests/unit/test_leaving.py
+	SPARSECOMM_TEST_FAULTS=all $(BIN)/python -m pytest tests/jobs/test_leaving.py
 	$(BIN)/python tests/kills.py --trials 100 --seed 1
 
 # 100 small parameter-server jobs with a worker killed and 30 with a server killed, at random moments; prints its seeds
@@ -89,7 +92,12 @@ readme: install
 	$(BIN)/python bench/readme.py $(lastword $(sort $(wildcard bench/results/*_peers.json)))
 
 fuzz: install
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest tests/fuzz tests/kernels
+
+# A million hostile payloads and checkpoints with memory errors made fatal, messages to servers, and rendezvous folders.
+fuzz-million:
+	$(MAKE) fuzz-asan FUZZ="--hypothesis-profile=deep -k 'not reference'"
+	SPARSECOMM_HOSTILE=100000 $(BIN)/python -m pytest tests/unit/test_ps_hostile.py tests/unit/test_ps_rendezvous.py
 
 # the same with memory errors and undefined behaviour of the C++ kernels made fatal, and the kernels' own tests
 ASAN := .venvs/asan

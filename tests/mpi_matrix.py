@@ -93,9 +93,9 @@ def library(python: Path) -> str:
 
 def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], report: Path) -> bool:
     """Runs the tests on one MPI and writes a JUnit report; returns whether pytest finished and all tests passed."""
-    unit = ROOT / "tests" / "unit"
-    suite = [f"{unit / 'test_mpi_suite.py'}::test_the_mpi_suite_passes[{n}]" for n in ranks]
-    files = [str(unit / f"{name}.py") for name in others]
+    tests = ROOT / "tests"
+    suite = [f"{tests / 'jobs' / 'test_mpi_suite.py'}::test_the_mpi_suite_passes[{n}]" for n in ranks]
+    files = [str(path) for name in others for path in tests.rglob(f"{name}.py")]
     options = ["-q", "-p", "no:cacheprovider", f"--timeout={DEADLINE + 60}"]
     options += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
     report.unlink(missing_ok=True)

@@ -8,12 +8,12 @@ import mpi_matrix
 import pytest
 
 REPORT = """<testsuites><testsuite>
-<testcase classname="tests.unit.test_mpi_suite" name="test_the_mpi_suite_passes[1]">
+<testcase classname="tests.jobs.test_mpi_suite" name="test_the_mpi_suite_passes[1]">
   <properties><property name="passed" value="486"/></properties></testcase>
-<testcase classname="tests.unit.test_mpi_suite" name="test_the_mpi_suite_passes[2]"><failure>x</failure></testcase>
-<testcase classname="tests.unit.test_jobs" name="test_a"/>
-<testcase classname="tests.unit.test_jobs" name="test_b"><error>x</error></testcase>
-<testcase classname="tests.unit.test_jobs" name="test_c"><skipped/></testcase>
+<testcase classname="tests.jobs.test_mpi_suite" name="test_the_mpi_suite_passes[2]"><failure>x</failure></testcase>
+<testcase classname="tests.jobs.test_jobs" name="test_a"/>
+<testcase classname="tests.jobs.test_jobs" name="test_b"><error>x</error></testcase>
+<testcase classname="tests.jobs.test_jobs" name="test_c"><skipped/></testcase>
 <testcase classname="tests.unit.test_doctor" name="test_d[n]"/>
 <testcase classname="" name="pytest"><error>interrupted</error></testcase>
 </testsuite></testsuites>"""

@@ -99,7 +99,7 @@ def run(python: Path, ranks: Sequence[int], only: str, others: Sequence[str], re
     options = ["-q", "-p", "no:cacheprovider", f"--timeout={DEADLINE + 60}"]
     options += [f"--junitxml={report}", "-o", "junit_family=xunit1"]
     report.unlink(missing_ok=True)
-    environ = variables(python) | {"SPARSECOMM_SUITE_PATH": only}
+    environ = variables(python) | {"SPARSECOMM_SUITE_PATH": only, "SPARSECOMM_SUITE_WHOLE": "1"}
     command = [str(python), "-m", "pytest", *options, *suite, *files]
     return subprocess.run(command, env=environ, cwd=ROOT, check=False).returncode == 0
 

@@ -32,7 +32,8 @@ class GPTConfig:
 
 
 SIZES: dict[str, tuple[int, int, int, str]] = {  # name: layers, heads, width, norm
-    "short": (2, 4, 112, "rms"),  # about 0.3 M parameters
+    "micro": (2, 2, 64, "layer"),  # about 0.14 M parameters
+    "short": (2, 4, 112, "rms"),  # about 0.3 M
     "tiny": (4, 4, 128, "layer"),  # about 0.8 M
     "demo": (4, 4, 256, "layer"),  # about 3.2 M
     "25m": (8, 8, 512, "layer"),  # about 25.4 M

@@ -32,6 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = os.path.join(folder.name, "pytest")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps every second case of each test function if SPARSECOMM_SUITE_HALF is 0 (from the first one on) or 1.
+
+    A function with one case is in both halves.
+    """
+    half = os.environ.get("SPARSECOMM_SUITE_HALF", "")
+    if not half:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(item) for of_one in cases.values() for item in (of_one[int(half) :: 2] or of_one)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 @pytest.fixture(scope="session")
 def world() -> sc.World:
     """The world of all ranks; stays up until the process ends."""

@@ -63,6 +63,8 @@ def cells(task: str, optimizer: str, steps: int) -> Iterator[Cell]:
         for density, ranks in product(DENSITIES, RANKS):
             falling = warm_up(method, density, steps)
             settings = {**dense.settings, **({"warmup_kind": "exp", "warmup_steps": falling} if falling else {})}
+            if method == "ahead" and ranks > 2:  # an allgather sends P - 1 copies
+                settings["collective"] = "split_reduce"
             yield replace(dense, method=method, density=density, ranks=ranks, settings=settings, grid={})
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomm.errors import ConfigError, LaunchError, TransportError
+from sparsecomm.launch.detect import detect
 from sparsecomm.ps.addresses import Address, claim, read_addresses, remove, write
 from sparsecomm.transport.mailbox import Mailbox
 from sparsecomm.transport.mailbox.tcp import TOKEN_BYTES, ListeningMailbox, TCPMailbox
@@ -97,7 +98,7 @@ def _own_host() -> str:
 
 def _job_name() -> str:
     """Returns a name that the servers of a job share. With it a job ignores the files of an earlier one."""
-    return os.environ.get("PMIX_NAMESPACE") or os.environ.get("PMI_JOBID") or str(os.getppid())
+    return detect().job or str(os.getppid())
 
 
 @dataclass(frozen=True)

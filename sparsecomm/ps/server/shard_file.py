@@ -27,6 +27,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.errors import StateError, WireError
 from sparsecomm.ps.server.saved import Facts, SavedVersion, is_count
+from sparsecomm.runtime.kinds import tensor_problem
 from sparsecomm.wire import Record
 
 __all__ = ["Content", "State", "load", "read_facts", "write"]
@@ -134,8 +135,7 @@ class _Tensors:
     def add(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         """Adds a tensor and returns its entry in the table."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-        if not plain or tensor.device.type != "cpu" or dtype not in _DTYPES:
+        if tensor_problem(tensor) is not None or tensor.device.type != "cpu" or dtype not in _DTYPES:
             raise StateError(
                 f"the optimizer's state has {name!r}, a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}: "
                 f"checkpoints hold plain tensors on the CPU of {', '.join(_DTYPES)}"

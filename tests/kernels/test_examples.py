@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from sparsecomm import kernels
 
 
+@pytest.fixture
+def _float32() -> Iterator[None]:
+    """Examples are for torch's own default dtype, whatever the suite runs with."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("_float32")
 @pytest.mark.parametrize("module", ["select", "checksum", "codecs", "combine", "dense", "pairs", "sizes"])
 def test_docstrings(path: str, module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"sparsecomm.kernels.{module}"))

@@ -120,7 +120,7 @@ class Units:
         Units(MomentumCorrection(0.9, nesterov=True), lambda g: 1.9 * g),
         Units(AdamCorrection(), lambda g: g.sign()),
     ],
-    ids=str,
+    ids=lambda units: str(units.feedback),
 )
 def test_norms_are_in_the_units_of_the_residual(units: Units) -> None:
     cluster = watched(1)

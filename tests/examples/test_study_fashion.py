@@ -70,6 +70,7 @@ def test_split_and_size(tmp_path: Path) -> None:
         (gzip.compress(b"\0\0\x08\3\0\0\0\1"), "deny"),
         (gzip.compress(idx(np.zeros(3, np.uint8))[:-1]), r"holds 2 bytes, which its dimensions \[3\] deny"),
     ],
+    ids=["text", "kind", "short", "cut", "sizes"],
 )
 def test_damaged_files(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gz"

@@ -35,12 +35,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# Two files at a time, since most tests wait for processes to start or end. The MPI suite itself keeps both cores busy.
-TOGETHER := -n 2 --dist loadfile --ignore=tests/mpi --deselect tests/jobs/test_mpi_suite.py
+# These run two files at a time. What starts jobs of several ranks, or hosts, needs both cores. tests/jobs runs tests/mpi.
+PARALLEL := tests/kernels tests/fuzz tests/unit
 
 unit: install
-	$(BIN)/python -m pytest $(TOGETHER)
-	$(BIN)/python -m pytest tests/jobs/test_mpi_suite.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL:%=--ignore=%) --ignore=tests/mpi
 
 test-lab: install
 	$(BIN)/python -m pytest tests/lab
@@ -56,11 +56,11 @@ test-rdma: install .venvs/vng/bin/vng
 	.venvs/vng/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt virtme-ng
 	@touch $@
 
-# the suite with other default dtypes of torch: 40 minutes
+# the suite's part without jobs, and the MPI suite at two ranks, with other default dtypes of torch: 20 minutes
 dtypes: install
 	for dtype in float64 bfloat16; do \
 	  export SPARSECOMM_TEST_DTYPE=$$dtype; \
-	  $(BIN)/python -m pytest $(TOGETHER) && \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile $(PARALLEL) && \
 	  $(BIN)/python -m pytest "tests/jobs/test_mpi_suite.py::test_the_mpi_suite_passes[2]" || exit 1; \
 	done
 

@@ -16,8 +16,9 @@ TENSORS = {f"torch.{maker}" for maker in MAKERS}
 TYPES = {name: value for name, value in vars(nn).items() if inspect.isclass(value)}
 MADE = [name for name, value in TYPES.items() if "dtype" in inspect.signature(value).parameters]
 LAYERS = {f"{package}nn.{name}" for name in MADE for package in ("", "torch.")}
-# Jobs are scripts of users, who need not say it.
-FILES = sorted(p for top in ("sparsecomm", "tests") for p in (ROOT / top).rglob("*.py") if p.parent.name != "jobs")
+SCRIPTS = set((ROOT / "tests").glob("*/jobs/*.py"))
+"""What tests start as a user's script, which need not say it."""
+FILES = sorted({p for top in ("sparsecomm", "tests") for p in (ROOT / top).rglob("*.py")} - SCRIPTS)
 
 
 def undecided(source: str, makers: Set[str] = TENSORS) -> list[str]:

@@ -116,10 +116,8 @@ def assert_sane(header: Header) -> None:
 def decodes(header: Header, body: torch.Tensor) -> bool:
     """Decodes; returns whether that was accepted, having checked what came out."""
     room = header.nnz if header.body_bytes == body.numel() else 0  # a receiver has compared the lengths before
-    indices, values = (
-        torch.full((room,), 2**32 - 1, dtype=torch.uint32),
-        torch.full((room,), float("nan"), dtype=torch.float32),
-    )
+    indices = torch.full((room,), 2**32 - 1, dtype=torch.uint32)
+    values = torch.full((room,), float("nan"), dtype=torch.float32)
     try:
         decode_body(header, body, indices, values)
     except WireError as error:

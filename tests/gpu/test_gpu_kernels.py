@@ -91,10 +91,8 @@ def test_more_than_two_to_the_31_elements() -> None:
     for k, expected in ((6, places), (2, places[-2:])):
         residual = torch.zeros(n, device="cuda", dtype=torch.float32)
         residual[places] = values
-        indices, found = (
-            torch.empty(6, dtype=torch.uint32, device="cuda"),
-            torch.empty(6, device="cuda", dtype=torch.float32),
-        )
+        indices = torch.empty(6, dtype=torch.uint32, device="cuda")
+        found = torch.empty(6, device="cuda", dtype=torch.float32)
         got = kernels.exact_topk(None, residual, k, indices, found)
         assert got.stored == k
         assert indices[:k].cpu().to(torch.int64).tolist() == expected

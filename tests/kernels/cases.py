@@ -164,11 +164,9 @@ def check_value_codec(device: str, codec: ValueCodec, values: torch.Tensor) -> N
 
     def sparse(put: Put) -> tuple[Any, ...]:
         out = put(torch.zeros(kernels.max_value_bytes(codec, n), dtype=torch.uint8))
-        error, same, back = (
-            put(torch.zeros(n, dtype=torch.float32)),
-            put(values),
-            put(torch.zeros(n, dtype=torch.float32)),
-        )
+        error = put(torch.zeros(n, dtype=torch.float32))
+        same = put(values)
+        back = put(torch.zeros(n, dtype=torch.float32))
         size, scale = kernels.encode_values(codec, put(values), out, error)
         kernels.encode_values(codec, same, out, same)
         kernels.decode_values(codec, out[:size], n, scale, back)

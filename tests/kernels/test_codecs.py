@@ -148,11 +148,9 @@ def test_values_equal_the_reference_and_the_error_is_what_rounding_drops(
     values = torch.where(torch.isfinite(values), values, torch.zeros_like(values)).contiguous()
 
     def run() -> tuple[torch.Tensor, float, torch.Tensor, torch.Tensor]:
-        out, error, back = (
-            torch.empty(kernels.max_value_bytes(codec, n), dtype=torch.uint8),
-            torch.empty(n, dtype=torch.float32),
-            torch.empty(n, dtype=torch.float32),
-        )
+        out = torch.empty(kernels.max_value_bytes(codec, n), dtype=torch.uint8)
+        error = torch.empty(n, dtype=torch.float32)
+        back = torch.empty(n, dtype=torch.float32)
         size, scale = kernels.encode_values(codec, values, out, error)
         kernels.decode_values(codec, out[:size], n, scale, back)
         return out[:size], scale, error, back

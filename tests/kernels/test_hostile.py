@@ -157,11 +157,9 @@ def test_value_bytes_are_those_worked_by_hand(path: str, codec: ValueCodec) -> N
 def test_the_largest_floats_saturate(path: str, codec: ValueCodec) -> None:
     top = torch.finfo(torch.float32).max
     values = torch.tensor([top, -top, top / 2], dtype=torch.float32)
-    out, error, back = (
-        torch.empty(16, dtype=torch.uint8),
-        torch.empty(3, dtype=torch.float32),
-        torch.empty(3, dtype=torch.float32),
-    )
+    out = torch.empty(16, dtype=torch.uint8)
+    error = torch.empty(3, dtype=torch.float32)
+    back = torch.empty(3, dtype=torch.float32)
     size, scale = kernels.encode_values(codec, values, out, error)
     kernels.decode_values(codec, out[:size], 3, scale, back)
     assert torch.equal(values - back, error)

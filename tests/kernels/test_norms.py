@@ -32,10 +32,8 @@ def test_norms_equal_the_reference_and_the_residual_is_that_of_accumulate_dense(
         n = min(n, 4097)
     grad, before = vector(kind, n, seed, dtype, offset=offset), vector("normal", n, seed + 1, offset=offset)
     mine, truth, plain = before.clone(), before.clone(), before.clone()
-    out, expected = (
-        torch.full((-(-n // chunk),), -1.0, dtype=torch.float32),
-        torch.full((-(-n // chunk),), -1.0, dtype=torch.float32),
-    )
+    out = torch.full((-(-n // chunk),), -1.0, dtype=torch.float32)
+    expected = torch.full((-(-n // chunk),), -1.0, dtype=torch.float32)
     got = kernels.accumulate_norms(grad, mine, chunk, out, scale=scale)
     want = by_reference(path, lambda: kernels.accumulate_norms(grad, truth, chunk, expected, scale=scale))
     assert got == want == kernels.accumulate_dense(grad, plain, scale=scale)

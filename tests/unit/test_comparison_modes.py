@@ -269,10 +269,8 @@ def test_powersgd_learns_the_subspace_from_step_to_step() -> None:
     """Without feedback, each step approximates the same matrix better, since Q starts from the last step."""
     shapes = shapes_of((40, 50))
     g = torch.Generator().manual_seed(1)
-    u, v = (
-        torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float32))[0],
-        torch.linalg.qr(torch.randn(50, 40, generator=g, dtype=torch.float32))[0],
-    )
+    u = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float32))[0]
+    v = torch.linalg.qr(torch.randn(50, 40, generator=g, dtype=torch.float32))[0]
     matrix = u @ torch.diag(0.8 ** torch.arange(40.0, dtype=torch.float32)) @ v.t()
     cluster, errors = Cluster(2, 2000, shapes=shapes), []
     for step in range(8):
@@ -302,10 +300,8 @@ def test_a_rank_with_other_factors_is_noticed_and_all_start_anew(size: int) -> N
 
 def test_orthonormal_vectors_replace_what_depends_on_others() -> None:
     g = torch.Generator().manual_seed(0)
-    vectors, spare = (
-        torch.randn(4, 9, generator=g, dtype=torch.float32),
-        torch.randn(4, 9, generator=g, dtype=torch.float32),
-    )
+    vectors = torch.randn(4, 9, generator=g, dtype=torch.float32)
+    spare = torch.randn(4, 9, generator=g, dtype=torch.float32)
     vectors[1], vectors[3] = 2 * vectors[0], 0.0
     made = vectors.clone()
     orthonormal(made, lambda: spare)

@@ -161,10 +161,8 @@ def test_messages_and_bytes_are_those_of_the_papers(ranks: int, wire: ValueCodec
 def test_nothing_is_allocated_after_the_first_time(algorithm: Algorithm, wire: ValueCodec) -> None:
     ranks, numel = 5, 1000
     world, arenas = SimulatedWorld(ranks), [Arena() for _ in range(ranks)]
-    work, errors = (
-        [torch.ones(numel, dtype=torch.float32) for _ in range(ranks)],
-        [torch.empty(numel, dtype=torch.float32) for _ in range(ranks)],
-    )
+    work = [torch.ones(numel, dtype=torch.float32) for _ in range(ranks)]
+    errors = [torch.empty(numel, dtype=torch.float32) for _ in range(ranks)]
 
     def make(channel: Any) -> Any:
         dense = DenseSum(work[channel.rank], wire, error=errors[channel.rank])

@@ -122,10 +122,8 @@ def run_steps(
         sc.TopK(density=0.2), model=torch.nn.ParameterList(parameters), scaler=scaler, collective="allgather"
     )
     generator = torch.Generator().manual_seed(3)
-    applied, given = (
-        [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)],
-        [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)],
-    )
+    applied = [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)]
+    given = [torch.zeros(40, dtype=torch.float32), torch.zeros(50, dtype=torch.float32)]
     for step in range(3):
         grads = [torch.randn(p.numel(), generator=generator, dtype=torch.float32) for p in parameters]
         scaled = [g * float(scaler.get_scale()) for g in grads]

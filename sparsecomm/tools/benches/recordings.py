@@ -22,6 +22,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, exchange
 from sparsecomm.feedback import BucketLayout, BucketMemory
 from sparsecomm.runtime.arena import Arena
+from sparsecomm.tools.benches.tasks import transformer
 from sparsecomm.transport import Channel, CollectiveSteps, SimulatedWorld
 from sparsecomm.types import ValueCodec
 
@@ -166,25 +167,11 @@ class _ByteGPT(nn.Module):
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.tokens, self.positions = (
-            nn.Embedding(256, width, dtype=torch.float32),
-            nn.Embedding(_CONTEXT, width, dtype=torch.float32),
-        )
+        self.tokens = nn.Embedding(256, width, dtype=torch.float32)
+        self.positions = nn.Embedding(_CONTEXT, width, dtype=torch.float32)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
-        block = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-            dtype=torch.float32,
-        )
-        self.blocks = nn.TransformerEncoder(
-            block, layers, nn.LayerNorm(width, dtype=torch.float32), enable_nested_tensor=False
-        )
+        self.blocks = transformer(width, layers, heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps bytes, int64 (batch, time), to logits of the next bytes, (batch, time, 256)."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsecomm.errors import ConfigError
 
-__all__ = ["TASKS", "Task", "task"]
+__all__ = ["TASKS", "Task", "task", "transformer"]
 
 _CLASSES, _LATENT = 10, 16
 _HELD_OUT = 2**20  # step number of the held-out batch, which no run reaches
@@ -115,28 +115,22 @@ def _cnn() -> nn.Module:
     )
 
 
+def transformer(width: int, layers: int, heads: int) -> nn.TransformerEncoder:
+    """Returns the blocks of a GPT: float32, batches first, a norm before each part and one at the end."""
+    block = nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.float32
+    )
+    return nn.TransformerEncoder(block, layers, nn.LayerNorm(width, dtype=torch.float32), enable_nested_tensor=False)
+
+
 class _ByteGPT(nn.Module):
     """A causal transformer over bytes, 0.8M parameters."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64) -> None:
         super().__init__()
-        self.tokens, self.positions = (
-            nn.Embedding(256, width, dtype=torch.float32),
-            nn.Embedding(context, width, dtype=torch.float32),
-        )
-        block = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-            dtype=torch.float32,
-        )
-        self.blocks = nn.TransformerEncoder(
-            block, layers, nn.LayerNorm(width, dtype=torch.float32), enable_nested_tensor=False
-        )
+        self.tokens = nn.Embedding(256, width, dtype=torch.float32)
+        self.positions = nn.Embedding(context, width, dtype=torch.float32)
+        self.blocks = transformer(width, layers, heads)
         self.head = nn.Linear(width, 256, bias=False, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -110,11 +110,9 @@ def main() -> None:
         module.launch = only_note
     # Nothing is computed, so results are meaningless, and decoders may refuse the bytes that they "read".
     n, k, path = 70_000, 100, triton_path
-    residual, values, out = (
-        torch.zeros(n, dtype=torch.float32),
-        torch.zeros(k, dtype=torch.float32),
-        torch.zeros(8 * n, dtype=torch.uint8),
-    )
+    residual = torch.zeros(n, dtype=torch.float32)
+    values = torch.zeros(k, dtype=torch.float32)
+    out = torch.zeros(8 * n, dtype=torch.uint8)
     indices = torch.arange(k, dtype=torch.int64).to(torch.uint32)
     for dtype in GRAD_DTYPES:
         grad, scale = torch.zeros(n, dtype=dtype), 0.5 if dtype is torch.float16 else 1.0

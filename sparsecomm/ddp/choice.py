@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sparsecomm.exchange.auto import Candidate, Chooser
+from sparsecomm.ddp.model import Averaging
+from sparsecomm.exchange.auto import NATIVE, Candidate, Chooser
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
+from sparsecomm.exchange.method import method_named
+from sparsecomm.feedback import BucketMemory, ErrorFeedback
 from sparsecomm.launch import World
 from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import Sizes
 
-__all__ = ["MethodChoice"]
+__all__ = ["MethodChoice", "sums_gradients"]
+
+
+def sums_gradients(config: SparseConfig) -> bool:
+    """Returns whether a dense exchange sums gradients, as a process group can, and not finished updates."""
+    return config.feedback is None or isinstance(config.feedback, ErrorFeedback)
 
 
 class MethodChoice:
@@ -26,24 +34,25 @@ class MethodChoice:
         """Forgets all measurements, because the options or the step have changed."""
         self._chooser = None
 
-    def begin(self, config: SparseConfig, here: World, ranks: tuple[int, ...] | None, step: int, *, last: bool) -> None:
+    def begin(self, config: SparseConfig, here: World, averaging: Averaging, step: int, *, last: bool) -> None:
         """Advances the measurements at the hand-over of a bucket. Collective in steps that measure or decide.
 
         Args:
             config: options of the state.
             here: this process.
-            ranks: world ranks that average; None for the whole world.
+            averaging: the ranks that average.
             step: training step.
             last: whether the bucket is the last of its step.
 
         Raises:
             SparseCommError: on every rank, if an exchange of measurements failed.
         """
+        ranks = averaging.ranks
         size = here.size if ranks is None else len(ranks)
         if config.method is not None or config.compressor.is_dense or size == 1 or step < config.dense_steps:
             return
         if self._chooser is None or self._chooser.size != size:
-            self._chooser = Chooser(config, size)
+            self._chooser = Chooser(config, size, native="cpu" in averaging.devices and sums_gradients(config))
 
         def call(label: str, make: Callable[[Channel], CollectiveSteps[Any]]) -> Any:
             return here.engine.call(label, make, group=ranks)
@@ -52,27 +61,34 @@ class MethodChoice:
         if last:
             self._chooser.handed_over()
 
-    def choose(self, config: SparseConfig, index: int, k: int, numel: int, step: int, size: int) -> Candidate:
+    def choose(
+        self, config: SparseConfig, bucket: BucketMemory, k: int, step: int, size: int, *, staged: bool
+    ) -> Candidate:
         """Returns the method and the value codec that exchange a bucket.
 
         Args:
             config: options of the state.
-            index: bucket number.
+            bucket: memory of the bucket.
             k: elements to select.
-            numel: elements of the bucket.
             step: training step.
-            size: world size.
+            size: number of ranks.
+            staged: whether the bucket is on a GPU whose process group can sum it there. A dense sum of this package
+                would go through the host.
         """
-        dense = Candidate("dense", config.dense_values)
+        numel = bucket.layout.numel
+        if config.method == NATIVE.method:
+            return NATIVE
+        by_group = staged and config.method is None and sums_gradients(config)
+        dense = NATIVE if by_group else Candidate("dense", config.dense_values)
         if config.compressor.is_dense or step < config.dense_steps or numel < config.dense_below:
             return dense
         if self._chooser is not None:
-            return self._chooser.choose(index, numel, k)
+            return self._chooser.choose(bucket.index, numel, k)
         method = config.method
         if method is None:  # "auto" on a GPU goes by bytes; a single rank sends nothing
             sizes = Sizes(k, numel, size, config.values, config.indices)
             method = choose_collective(sizes, dense_codec=config.dense_values)
-        return dense if method == "dense" else Candidate(method, config.values)
+        return Candidate(method, config.values) if method_named(method).compresses else dense
 
     def finished(self, report: BucketReport, candidate: Candidate) -> None:
         """Notes the duration of an exchange. Called on the engine's thread."""

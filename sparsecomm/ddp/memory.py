@@ -16,7 +16,16 @@ from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import AdamCorrection, Alignment, BucketLayout, BucketMemory, Feedback, ResidualStore, Watch
+from sparsecomm.feedback import (
+    AdamCorrection,
+    Alignment,
+    BucketLayout,
+    BucketMemory,
+    Empty,
+    Feedback,
+    ResidualStore,
+    Watch,
+)
 from sparsecomm.runtime.kinds import check_plain
 from sparsecomm.types import ValueCodec
 
@@ -58,7 +67,7 @@ class _Known:
     @property
     def is_dense(self) -> bool:
         """Whether its last exchange was dense; in 16 bits that leaves a residual too, but only of rounding."""
-        return self.equipped is not None and self.equipped[1] == "dense"
+        return self.equipped is not None and not method_named(self.equipped[1]).compresses
 
 
 class Memories:
@@ -138,11 +147,23 @@ class Memories:
         if method_named(collective).needs_residual or moments or rounds or residuals.has(bucket.layout):
             residual = residuals.bucket(bucket.layout, home)
             if residual is not bucket.residual:
-                bucket.residual, bucket.residual_is_zero = residual, False
+                bucket.residual, bucket.empty = residual, Empty.UNKNOWN
         for kind in ("velocity", "second_moment"):
             setattr(bucket, kind, self._stores[kind].bucket(bucket.layout, home) if kind in moments else None)
         version = sum(store.version for store in self._stores.values())
         known.equipped = (config, collective, home, version)
+
+    def nothing_waits(self) -> bool:
+        """Returns whether all ranks know that nothing waits in any bucket on any of them. The same on all ranks."""
+        newest = max((known.step for known in self.known.values()), default=0)
+        # A rebuild of DDP's buckets may leave numbers behind that are not in use any more.
+        return all(known.bucket.empty is Empty.EVERYWHERE for known in self.known.values() if known.step >= newest - 1)
+
+    def doubt(self, index: int) -> None:
+        """Notes that a bucket's exchange has failed: ranks may not know any more what waits on others."""
+        known = self.known.get(index)
+        if known is not None and known.bucket.empty is Empty.EVERYWHERE:
+            known.bucket.empty = Empty.HERE
 
     def finish_step(self, *, skipped: bool) -> None:
         """Makes the last exchanged step of all buckets final, or undoes it if the optimizer skips it."""

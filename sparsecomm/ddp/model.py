@@ -16,7 +16,22 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
 from sparsecomm.runtime.names import localized, named_plainly
 
-__all__ = ["ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
+__all__ = ["Averaging", "ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
+
+
+@dataclass(frozen=True, slots=True)
+class Averaging:
+    """The ranks that average the gradients of a model.
+
+    Attributes:
+        ranks: their ranks in the world, in the order of their process group; None for the whole world in order.
+        group: their process group; None for the default one.
+        devices: types of the devices on which the process group can sum.
+    """
+
+    ranks: tuple[int, ...] | None
+    group: dist.ProcessGroup | None
+    devices: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +41,12 @@ class Wrappers:
     Attributes:
         ddps: DDP models whose comm hook has this state; several if the script wrapped one model several times.
         members: world ranks of the process group, in its order.
-        ranks: `members` as the engine takes them; None for the whole world in order.
+        averaging: the same ranks, as the engine and torch.distributed take them.
     """
 
     ddps: list[DistributedDataParallel]
     members: tuple[int, ...]
-    ranks: tuple[int, ...] | None
+    averaging: Averaging
 
 
 @dataclass(slots=True)
@@ -43,7 +58,7 @@ class WrappedModel:
         shapes: parameter shapes by name, frozen parameters included.
         trainable: names of the parameters that require a gradient.
         numel: elements of all parameters.
-        ranks: world ranks of the process group; None for the whole world.
+        averaging: the ranks that average.
         rank: this rank within the group.
         size: number of ranks in the group.
         may_skip: whether DDP accepts parameters that a step does not use.
@@ -54,7 +69,7 @@ class WrappedModel:
     shapes: dict[str, tuple[int, ...]]
     trainable: set[str]
     numel: int
-    ranks: tuple[int, ...] | None
+    averaging: Averaging
     rank: int
     size: int
     may_skip: bool
@@ -89,7 +104,7 @@ class WrappedModel:
             shapes={name: () if p.is_nested else tuple(p.shape) for name, p in named},  # refused later, by name
             trainable={name for name, p in named if p.requires_grad},
             numel=sum(p.numel() for _, p in named),
-            ranks=wrappers.ranks,
+            averaging=wrappers.averaging,
             rank=members.index(rank),
             size=len(members),
             may_skip=not ddps or any(d.find_unused_parameters or d.static_graph for d in ddps),
@@ -244,7 +259,14 @@ def find_wrappers(
     if here.rank not in members:
         of = f", ranks {list(members)}" if members else ""
         raise ConfigError(f"rank {here.rank} is not in the process group of its SparseState{of}")
-    return Wrappers(ddps, members, None if members == tuple(range(here.size)) else members)
+    ranks = None if members == tuple(range(here.size)) else members
+    return Wrappers(ddps, members, Averaging(ranks, group, _devices(group)))
+
+
+def _devices(group: dist.ProcessGroup | None) -> frozenset[str]:
+    """Returns the types of the devices for which a process group has a backend."""
+    found = dist.group.WORLD if group is None else group
+    return frozenset() if found is None else frozenset(d.type for d in found._device_types)
 
 
 def _registered(state: object) -> list[DistributedDataParallel]:

@@ -17,6 +17,7 @@ from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories, Waiting
 from sparsecomm.ddp.model import ModelLookup
+from sparsecomm.ddp.native import NativeSums
 from sparsecomm.ddp.scaling import LossScaling
 from sparsecomm.ddp.submission import StateParts, Submission
 from sparsecomm.ddp.unused import note_use, watch_use
@@ -88,6 +89,7 @@ class SparseState:
             self._recorder,
             self._hints,
             self._alarm,
+            NativeSums(),
         )
         self._fusion = Fusion()
         self._exchanged = False  # whether a bucket was handed over since the last load

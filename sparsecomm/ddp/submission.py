@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 import torch
 
-from sparsecomm.ddp.choice import MethodChoice
+from sparsecomm.collectives import dense_ring_bytes
+from sparsecomm.ddp.choice import MethodChoice, sums_gradients
 from sparsecomm.ddp.convergence import ConvergenceAlarm
 from sparsecomm.ddp.fusion import Batch
 from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories
-from sparsecomm.ddp.model import ModelLookup, WrappedModel, Wrappers
+from sparsecomm.ddp.model import Averaging, ModelLookup, WrappedModel, Wrappers
+from sparsecomm.ddp.native import NativeSum, NativeSums
 from sparsecomm.ddp.scaling import LossScaling
+from sparsecomm.errors import ConfigError
 from sparsecomm.exchange import Plan, blank_header, report_failure
-from sparsecomm.exchange.auto import Candidate
+from sparsecomm.exchange.agree import agree
+from sparsecomm.exchange.auto import NATIVE, Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory
+from sparsecomm.feedback import BucketMemory, Empty
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
-from sparsecomm.transport import Channel, CollectiveSteps, Task
+from sparsecomm.transport import Channel, CollectiveSteps, Outside, Task
+from sparsecomm.wire import HEADER_BYTES, write_header
 
 __all__ = ["StateParts", "Submission", "SubmittingState"]
 
@@ -54,6 +63,7 @@ class StateParts:
         recorder: adds up reports.
         hints: looks at the optimizer, and at the end of the run.
         alarm: warns if compression may slow convergence.
+        native: sums that torch.distributed has in flight.
     """
 
     lookup: ModelLookup
@@ -64,6 +74,7 @@ class StateParts:
     recorder: Recorder
     hints: Hints
     alarm: ConvergenceAlarm
+    native: NativeSums
 
 
 class Submission:
@@ -87,6 +98,9 @@ class Submission:
         self._key = (id(owner), batch.index)
         self._label = f"bucket {batch.index} of step {step}"
         self._vector: torch.Tensor | None = None
+        self._ranks: tuple[int, ...] | None = None  # world ranks that average; None for all
+        self._began = 0.0
+        self._outside: Outside | None = None
 
     def start(self) -> None:
         """Prepares the batch and submits it; returns at once. Collective, in the same order on all ranks.
@@ -99,31 +113,43 @@ class Submission:
         parts, batch = self._parts, self._batch
         parts.recorder.submitted(self._step, last=batch.last)
         try:
-            wrappers, ranks = self._look_up()
+            wrappers, averaging = self._look_up()
+            self._ranks = averaging.ranks
             if batch.device.type != "cuda":  # on a GPU "auto" goes by bytes, without measuring
-                parts.choice.begin(self._owner.config, self._here, ranks, self._step, last=batch.last)
+                parts.choice.begin(self._owner.config, self._here, averaging, self._step, last=batch.last)
         except Exception as error:
             # A failed look-up leaves nobody to tell; a failed measurement has failed on all ranks.
-            self._fail(error)
-            return
+            self.fail(error)
+        else:
+            self._start_exchange(wrappers)
+        if batch.last and parts.native.used:
+            parts.native.step_handed_over()
+
+    def _start_exchange(self, wrappers: Wrappers | None) -> None:
+        """Prepares the batch and submits it, or has the process group sum it. Wrappers are given if looked up anew."""
+        parts = self._parts
         try:
             model = parts.lookup.attach(self._owner, self._here, wrappers)
             model.check_join()
             bucket, plan = self._prepare(model)
         except Exception as error:
-            self._submit_error(error, ranks)
-            return
-        self._submit(bucket, plan, model.ranks)
+            self._take_part_without(error)
+        else:
+            if self._is_native(bucket, Candidate(plan.collective, plan.value_codec)):
+                self._start_native(model, self._flat(self._lane.workspace))
+            else:
+                self._submit(bucket, plan)
 
-    def _look_up(self) -> tuple[Wrappers | None, tuple[int, ...] | None]:
-        """Returns the wrappers if they had to be looked up, and the world ranks that average (None: all)."""
+    def _look_up(self) -> tuple[Wrappers | None, Averaging]:
+        """Returns the wrappers if they had to be looked up, and the ranks that average."""
         parts, batch = self._parts, self._batch
         changed = parts.memories.has_changed(batch.index, tuple(id(p) for p in batch.parameters))
         if parts.lookup.must_look(self._step, changed=changed):
             wrappers = parts.lookup.find(self._owner, self._here)
-            return wrappers, wrappers.ranks
+            return wrappers, wrappers.averaging
         model = parts.lookup.model
-        return None, None if model is None else model.ranks
+        assert model is not None, "otherwise it must be looked up"
+        return None, model.averaging
 
     def _prepare(self, model: WrappedModel) -> tuple[BucketMemory, Plan]:
         """Checks the gradients and plans the exchange. Mutates the state's memories."""
@@ -133,10 +159,12 @@ class Submission:
         batch.check(prefix)
         bucket = parts.memories.bucket(batch.index, batch.parameters, batch.numel, model, prefix)
         k = config.compressor.k_for(batch.numel, self._step)
-        how = parts.choice.choose(config, batch.index, k, batch.numel, self._step, model.size)
+        how = self._choose(bucket, model, k)
+        if how == NATIVE and batch.device.type not in model.averaging.devices:
+            raise ConfigError(f"{prefix}: collective='native', but the process group has no backend for {batch.device}")
         parts.memories.equip(bucket, config, how.method, self._step, self._lane.home(how.method))
         if parts.hints.due:
-            sparse = how.method != "dense" and k < batch.numel and parts.choice.is_settled()
+            sparse = not how.is_dense and k < batch.numel and parts.choice.is_settled()
             parts.hints.at_bucket(model, sparse=sparse)
         scaled = parts.scaling.scaler is not None
         return bucket, Plan(
@@ -154,6 +182,11 @@ class Submission:
             final=not (scaled and parts.scaling.may_skip()),
         )
 
+    def _choose(self, bucket: BucketMemory, model: WrappedModel, k: int) -> Candidate:
+        """Returns the method that exchanges the batch, of which k elements would be selected."""
+        staged = self._batch.device.type == "cuda" and "cuda" in model.averaging.devices
+        return self._parts.choice.choose(self._owner.config, bucket, k, self._step, model.size, staged=staged)
+
     def _clip_norm(self, bucket: BucketMemory, model: WrappedModel) -> float | None:
         """Returns the norm to which this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
         feedback = self._owner.config.feedback
@@ -165,9 +198,46 @@ class Submission:
         share = self._parts.memories.share_of_norm(bucket, model, self._step)
         return norm * math.sqrt(share / bucket.alignment.of_gradients())
 
+    # --- to the process group -----------------------------------------------------------------------------------
+
+    def _is_native(self, bucket: BucketMemory, how: Candidate) -> bool:
+        """Returns whether the process group sums the batch. The same on all ranks, since they know the same."""
+        if how != NATIVE or bucket.empty is not Empty.EVERYWHERE or not bucket.layout.numel:
+            return False
+        final = not self._parts.scaling.may_skip()  # otherwise NaN in this bucket undoes the step in all others
+        return sums_gradients(self._owner.config) and (final or self._parts.memories.nothing_waits())
+
+    def _start_native(self, model: WrappedModel, vector: torch.Tensor, error: Exception | None = None) -> None:
+        """Has the process group sum the batch; with an error, in place of this rank's gradients."""
+        self._vector, self._began = vector, perf_counter()
+        engine = self._here.engine
+        # The process group has the same timeout, but cannot tell who is late.
+        deadline = time.monotonic() + max(0.9 * engine.timeout, engine.timeout - 2.0)
+        self._outside = Outside(self._label, self._ranks, self.fail, deadline)
+        engine.watch(self._outside)
+        one = NativeSum(self._batch.index, vector, self, error)
+        try:
+            self._parts.native.start(one, model.averaging.group, model.size)
+        except Exception as failure:
+            if self.release():
+                self.fail(failure)
+
+    def _take_part_without(self, error: Exception) -> None:
+        """Takes part in what the other ranks do with the batch, so that all of them learn of this rank's error."""
+        known, model = self._parts.memories.known.get(self._batch.index), self._parts.lookup.model
+        if known is not None and model is not None:
+            n, like = known.bucket.layout.numel, self._batch.parameters[0]
+            with contextlib.suppress(Exception):  # of the compressor, which then fails on all ranks
+                k = self._owner.config.compressor.k_for(n, self._step)
+                if self._is_native(known.bucket, self._choose(known.bucket, model, k)):
+                    nothing = torch.full((n,), math.nan, dtype=like.dtype, device=like.device)
+                    self._start_native(model, nothing, error)
+                    return
+        self.compare_notes(error, lambda: self._batch.finish(None), self.fail)
+
     # --- to the engine ------------------------------------------------------------------------------------------
 
-    def _submit(self, bucket: BucketMemory, plan: Plan, ranks: tuple[int, ...] | None) -> None:
+    def _submit(self, bucket: BucketMemory, plan: Plan) -> None:
         """Submits the exchange."""
         ready = self._lane.side.mark()  # covers the gradient and the preparation of the bucket's memory
 
@@ -176,32 +246,36 @@ class Submission:
             return self._lane.side.drive(steps, ready)
 
         def done(report: BucketReport) -> None:
-            self._finish(report, plan)
+            self._finish(report, Candidate(plan.collective, plan.value_codec))
 
         self._here.engine.submit(
             Task(
                 self._label,
                 run,
                 self._lane.in_order(done),
-                self._lane.in_order(self._fail),
-                group=ranks,
+                self._lane.in_order(self.fail),
+                group=self._ranks,
                 key=self._key,
                 patient=self._batch.is_small and not self._batch.last,
             )
         )
 
-    def _submit_error(self, cause: Exception, ranks: tuple[int, ...] | None) -> None:
-        """Submits this rank's error in place of the exchange, so that every rank fails with it."""
+    def compare_notes(
+        self, error: BaseException | None, done: Callable[[], None], fail: Callable[[BaseException], None]
+    ) -> None:
+        """Tells all ranks of this rank's error, if any; then calls `fail` if some rank has one, else `done`."""
         batch, step, arena = self._batch, self._step, self._lane.arena
 
         def tell(channel: Channel) -> CollectiveSteps[None]:
-            number = method_named("dense").number  # the others read only the error flag
+            number = method_named(NATIVE.method).number  # where others are in an exchange, they read the error alone
             header = blank_header(channel.rank, channel.size, batch.index, step, batch.numel, number)
-            return report_failure(channel, header, cause, arena)
+            if error is not None:
+                yield from report_failure(channel, header, error, arena)
+            payload = arena.get((batch.index, "failure"), HEADER_BYTES, torch.uint8)
+            write_header(header, payload)
+            yield from agree(channel, header, payload, arena, batch.index)
 
-        self._here.engine.submit(
-            Task(self._label, tell, lambda _: batch.finish(None), self._fail, group=ranks, key=self._key)
-        )
+        self._here.engine.submit(Task(self._label, tell, lambda _: done(), fail, group=self._ranks, key=self._key))
 
     # --- on the engine's thread ---------------------------------------------------------------------------------
 
@@ -210,10 +284,22 @@ class Submission:
         self._vector = self._batch.flat(arena)
         return self._vector
 
-    def _finish(self, report: BucketReport, plan: Plan) -> None:
+    def release(self) -> bool:
+        """Ends the engine's watch on the sum. Returns False if the engine has failed the batch meanwhile."""
+        return self._outside is not None and self._here.engine.release(self._outside)
+
+    def finish_native(self) -> None:
+        """Completes the futures of a batch that the process group has summed. Its bytes are those of a ring."""
+        model, n = self._parts.lookup.model, self._batch.numel
+        sent = dense_ring_bytes(n, 1 if model is None else model.size)
+        report = BucketReport(self._batch.index, self._step, n, n, sent, sent, sent)
+        report.wait_seconds = perf_counter() - self._began
+        self._finish(report, NATIVE)
+
+    def _finish(self, report: BucketReport, how: Candidate) -> None:
         """Notes the report and completes the futures, even if noting it fails."""
         try:
-            self._parts.choice.finished(report, Candidate(plan.collective, plan.value_codec))
+            self._parts.choice.finished(report, how)
             self._parts.recorder.finished(report, close=self._close_step)
         finally:
             self._batch.finish(self._vector)
@@ -226,8 +312,9 @@ class Submission:
             density = self._owner.config.compressor.density_at(self._step)
             parts.alarm.check(self._step, density, parts.memories.convergence)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Fails the futures. Called on the starting thread if nothing could be submitted."""
         self._owner.last_error = error
+        self._parts.memories.doubt(self._batch.index)
         self._parts.recorder.abandon(self._step)
         self._batch.fail(error)

@@ -33,10 +33,11 @@ class SparseConfig:
             `MomentumCorrection(...)` applies momentum first (DGC), `AdamCorrection(...)` computes Adam's update first,
             and both keep the rest. None drops it.
         collective: name of the exchange method. "auto" measures and takes the fastest (`SparseState.explain` gives its
-            reasons). With any compressor: "allgather", "dense", "split_reduce" (its bytes do not grow with the number
-            of ranks), "ssar" (as "split_reduce", but keeps all sums), "two_level" (dense inside a node, sparse between
-            nodes) or, for comparison, "tree". With `ChunkTopK`: "chunked". With `RandomK` and `CyclicTopK`:
-            "shared_index". With `Sign`: "sign". With `PowerSGD`: "powersgd".
+            reasons). With any compressor: "allgather", "dense", "native" (the allreduce of torch.distributed, as in
+            plain DDP), "split_reduce" (its bytes do not grow with the number of ranks), "ssar" (as "split_reduce", but
+            keeps all sums), "two_level" (dense inside a node, sparse between nodes) or, for comparison, "tree". With
+            `ChunkTopK`: "chunked". With `RandomK` and `CyclicTopK`: "shared_index". With `Sign`: "sign". With
+            `PowerSGD`: "powersgd".
         value_codec: "auto" (fp16 in sparse exchanges, fp32 in dense ones), "fp32", "fp16", "bf16" or "int8" (fp16 in
             dense exchanges). The rounding stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
@@ -113,8 +114,8 @@ class SparseConfig:
         return replace(changed, compressor=replace(changed.compressor, density=density))
 
     def _check_collective(self) -> None:
-        """Checks that the method works with the compressor; "dense" and "auto" work with any."""
-        if self.collective in ("auto", "dense"):
+        """Checks that the method works with the compressor; those that do not compress, and "auto", work with any."""
+        if self.collective == "auto" or not method_named(self.collective).compresses:
             return
         only, maker = self.compressor.collectives, type(self.compressor).__name__
         if only and self.collective not in only:

@@ -167,6 +167,7 @@ class Method(abc.ABC):
         must_match: further header fields that must be the same on all ranks, with the users' word for each.
         scope: compressors that it works with, and whether `auto` considers it.
         needs_residual: whether `take` works on a residual whatever the options are.
+        compresses: whether it sends less than all elements, so that some of them wait.
         on_device: whether it accepts a gradient on a GPU. Otherwise the whole gradient is copied to the host first.
         header: this rank's header; set by `encode`.
         payload: uint8, the header and the body, if any; set by `encode`.
@@ -179,6 +180,7 @@ class Method(abc.ABC):
     must_match: ClassVar[Mapping[str, str]] = {}
     scope: ClassVar[Scope] = Scope.GENERAL
     needs_residual: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
     on_device: ClassVar[bool] = False
     header: Header
     payload: torch.Tensor

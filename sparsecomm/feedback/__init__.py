@@ -4,7 +4,7 @@ from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, tak
 from sparsecomm.feedback.added import Incoming
 from sparsecomm.feedback.alignment import Alignment, Squares, is_due, sample_positions
 from sparsecomm.feedback.layout import BucketLayout
-from sparsecomm.feedback.memory import BucketMemory
+from sparsecomm.feedback.memory import BucketMemory, Empty
 from sparsecomm.feedback.options import AdamCorrection, ErrorFeedback, Feedback, MomentumCorrection
 from sparsecomm.feedback.residuals import ResidualStore, check_residuals
 from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, Taken, WholeTaken
@@ -16,6 +16,7 @@ __all__ = [
     "BucketLayout",
     "BucketMemory",
     "ChunkNorms",
+    "Empty",
     "ErrorFeedback",
     "Feedback",
     "GradientTaken",

@@ -7,7 +7,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.compress.base import Compressor, SelectionBuffers
 from sparsecomm.feedback.added import Added, Incoming, set_aside_and_correct
-from sparsecomm.feedback.memory import BucketMemory
+from sparsecomm.feedback.memory import BucketMemory, Empty
 from sparsecomm.feedback.options import ErrorFeedback
 from sparsecomm.feedback.taken import GradientTaken, PlacesTaken, SelectedTaken, WholeTaken
 from sparsecomm.runtime.arena import Arena
@@ -71,7 +71,7 @@ def take_all(
         result, exactly once.
     """
     feedback = incoming.feedback
-    if exact and memory.residual_is_zero and (feedback is None or isinstance(feedback, ErrorFeedback)):
+    if exact and memory.empty != Empty.UNKNOWN and (feedback is None or isinstance(feedback, ErrorFeedback)):
         return GradientTaken(Added(memory, incoming, incoming.grad))
     return WholeTaken(_add_to_residual(memory, incoming, arena, None))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sparsecomm.feedback.corrections import Correction, advance, rewind, work_space
-from sparsecomm.feedback.memory import BucketMemory
+from sparsecomm.feedback.memory import BucketMemory, Empty
 from sparsecomm.feedback.options import ErrorFeedback, Feedback
 from sparsecomm.feedback.watch import Hidden
 from sparsecomm.runtime.arena import Arena
@@ -145,7 +145,7 @@ def set_aside_and_correct(memory: BucketMemory, incoming: Incoming, arena: Arena
     """
     if incoming.feedback is None and memory.residual is not None:
         memory.residual.zero_()
-    memory.residual_is_zero = False
+    memory.empty = Empty.UNKNOWN
     added = Added(memory, incoming, incoming.grad)
     for name in ("residual", "velocity", "second_moment"):
         kept: torch.Tensor | None = getattr(memory, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from sparsecomm.feedback.alignment import Alignment
 from sparsecomm.feedback.layout import BucketLayout
 from sparsecomm.feedback.watch import Watch
 
-__all__ = ["BucketMemory", "PendingStep"]
+__all__ = ["BucketMemory", "Empty", "PendingStep"]
 
 
 class PendingStep(Protocol):
@@ -23,6 +24,14 @@ class PendingStep(Protocol):
 
     def undo(self) -> None:
         """Undoes the step."""
+
+
+class Empty(Enum):
+    """Ranks on which nothing is known to wait in a bucket: its residual is zero, or there is none."""
+
+    UNKNOWN = "none"
+    HERE = "this one"
+    EVERYWHERE = "all, and all of them know it"
 
 
 @dataclass(slots=True)
@@ -43,7 +52,7 @@ class BucketMemory:
         shared: object that the exchange method keeps for this bucket, the same on all ranks. It is lost when this
             memory is replaced or the options change.
         pending: the last exchanged step, while the optimizer may still skip it.
-        residual_is_zero: whether the residual is known to be zero everywhere.
+        empty: on which ranks nothing is known to wait in this bucket.
         watch: sees how long elements wait; None if nobody asks.
     """
 
@@ -58,7 +67,7 @@ class BucketMemory:
     age: int = 1
     shared: object = None
     pending: PendingStep | None = None
-    residual_is_zero: bool = False
+    empty: Empty = Empty.UNKNOWN
     watch: Watch | None = None
 
     def finish_step(self, *, skipped: bool = False) -> None:

@@ -18,6 +18,7 @@ import torch
 from sparsecomm import kernels
 from sparsecomm.compress.places import Places
 from sparsecomm.feedback.added import Added
+from sparsecomm.feedback.memory import Empty
 from sparsecomm.types import Pairs
 
 __all__ = ["GradientTaken", "PlacesTaken", "SelectedTaken", "Taken", "WholeTaken"]
@@ -28,10 +29,12 @@ class Taken(abc.ABC):
 
     Attributes:
         added: the gradient that was added to the memory in this step.
+        clears_all: whether all ranks know that nothing waits on any of them after this step; set by the method.
     """
 
     def __init__(self, added: Added) -> None:
         self.added = added
+        self.clears_all = False
 
     @property
     def nonfinite(self) -> int:
@@ -42,6 +45,11 @@ class Taken(abc.ABC):
     @abc.abstractmethod
     def nnz(self) -> int:
         """Number of elements that this rank sends."""
+
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether nothing waits on this rank once the step is final."""
+        return False
 
     @abc.abstractmethod
     def commit(self) -> None:
@@ -171,14 +179,21 @@ class WholeTaken(Taken):
         """Number of all elements."""
         return self.added.incoming.grad.numel()
 
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether nothing waits on this rank once the step is final."""
+        return self.rest is None and not self.added.set_aside_is_nonzero()
+
     def commit(self) -> None:
         """Replaces the residual by `rest`, and zeroes the momentum at `masked`."""
         memory = self.added.memory
         if memory.residual is not None:
             memory.residual.zero_() if self.rest is None else memory.residual.copy_(self.rest)
-            memory.residual_is_zero = self.rest is None and not self.added.set_aside_is_nonzero()
+            memory.empty = Empty.HERE if self.leaves_nothing else Empty.UNKNOWN
             if memory.watch is not None:
                 memory.watch.keep_whole(rest=self.rest is not None)
+        if self.clears_all:
+            memory.empty = Empty.EVERYWHERE
         if self.masked is not None:
             self._mask(self.masked)
         self.added.finish()
@@ -192,8 +207,15 @@ class GradientTaken(Taken):
         """Number of all elements of the gradient."""
         return self.added.incoming.grad.numel()
 
+    @property
+    def leaves_nothing(self) -> bool:
+        """True: the residual is zero before and after the step."""
+        return True
+
     def commit(self) -> None:
-        """Does nothing."""
+        """Notes whether nothing waits on any rank. Nothing else has changed."""
+        if self.clears_all:
+            self.added.memory.empty = Empty.EVERYWHERE
 
     def undo(self) -> None:
         """Does nothing, since the memory was not changed."""

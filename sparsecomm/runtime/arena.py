@@ -52,7 +52,8 @@ class Arena:
 
     def _grow(self, key: Hashable, numel: int, dtype: torch.dtype) -> torch.Tensor:
         old = self._buffers.get((key, dtype))
-        buffer = torch.empty(numel, dtype=dtype, device=self._device, pin_memory=self._pinned)
+        with torch.inference_mode(False):  # the engine is in it, and other threads may not write to what is made there
+            buffer = torch.empty(numel, dtype=dtype, device=self._device, pin_memory=self._pinned)
         self._buffers[(key, dtype)] = buffer
         self.allocations += 1
         self.allocated_bytes += buffer.nbytes - (0 if old is None else old.nbytes)

@@ -14,7 +14,7 @@ from sparsecomm.transport.engine import Engine
 from sparsecomm.transport.group import GroupSum
 from sparsecomm.transport.mailbox.base import Mailbox
 from sparsecomm.transport.simulated import SimulatedWorld
-from sparsecomm.transport.task import IN_FLIGHT, Task
+from sparsecomm.transport.task import IN_FLIGHT, Outside, Task
 
 __all__ = [
     "IN_FLIGHT",
@@ -25,6 +25,7 @@ __all__ = [
     "Engine",
     "GroupSum",
     "Mailbox",
+    "Outside",
     "Request",
     "SimulatedWorld",
     "SoloTransport",

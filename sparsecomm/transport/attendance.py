@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable
 from sparsecomm.errors import CommTimeout, RankLeft, TransportError
 from sparsecomm.transport.base import Request, Transport
 from sparsecomm.transport.notes import Note, NoteKind, late_ranks, listed
-from sparsecomm.transport.task import Running
+from sparsecomm.transport.task import Outside, Running
 
 __all__ = ["LISTEN", "Attendance"]
 
 LISTEN = 0.25
 """Most seconds between two looks for notes, while collectives are in flight."""
 _GRACE = 1.0  # seconds for what a rank sent before it ended, and for others to answer when a collective is overdue
+_OUTSIDE_GRACE = 5.0  # the same for a sum outside of the engine, of which is not known what it still waits for
 _PAUSE = 0.02  # seconds between two looks of a thread that can do nothing else
+
+
+InFlight = Running | Outside
 
 
 class Attendance:
@@ -24,24 +28,28 @@ class Attendance:
     Args:
         transport: The transport, which carries the notes.
         timeout: Seconds that a collective may take.
+
+    Attributes:
+        outside: Collectives outside of the engine. Any thread may add one, and remove it.
     """
 
     def __init__(self, transport: Transport, timeout: float) -> None:
         self._transport = transport
         self._timeout = timeout
+        self.outside: dict[Outside, None] = {}
         self._notes: dict[int, Note] = {}
         self._heard: dict[int, float] = {}  # time at which each note was heard
         # The first collective that is overdue, what was said of it, and until when others may answer.
-        self._overdue: tuple[Running, Note, float] | None = None
+        self._overdue: tuple[InFlight, Note, float] | None = None
 
-    def check(self, flying: Iterable[Running], now: float) -> tuple[Running, TransportError | CommTimeout] | None:
+    def check(self, flying: Iterable[Running], now: float) -> tuple[InFlight, TransportError | CommTimeout] | None:
         """Returns a collective that cannot end, with the error that says why. None while there is hope for all.
 
         Args:
-            flying: Collectives in flight.
+            flying: The engine's collectives in flight.
             now: Time, on the clock of `time.monotonic`.
         """
-        running = list(flying)
+        running: list[InFlight] = [*flying, *list(self.outside)]
         self._listen(now)
         for one in running:
             note = self._missing(one, now)
@@ -102,14 +110,15 @@ class Attendance:
             self._listen(time.monotonic())
             time.sleep(_PAUSE)
 
-    def _missing(self, running: Running, now: float) -> Note | None:
+    def _missing(self, running: InFlight, now: float) -> Note | None:
         """Returns the note of a rank that has left and without which the collective cannot end.
 
         A rank that has ended without an error has sent all that it owed to the collectives that it took part in.
         """
         for rank, note in self._notes.items():
-            failed, ranks = note.kind is NoteKind.FAILED, running.task.group
-            if not note.left or now - self._heard[rank] < (LISTEN if failed else _GRACE):
+            failed, ranks = note.kind is NoteKind.FAILED, running.ranks
+            grace = _OUTSIDE_GRACE if isinstance(running, Outside) else _GRACE
+            if not note.left or now - self._heard[rank] < (LISTEN if failed else grace):
                 continue
             if failed and (ranks is None or rank in ranks):
                 return note
@@ -118,21 +127,21 @@ class Attendance:
         return None
 
     @staticmethod
-    def _has_left(running: Running, note: Note) -> RankLeft:
+    def _has_left(running: InFlight, note: Note) -> RankLeft:
         hint = ""
         if note.kind is NoteKind.ENDED:
             hint = ", and this rank goes on: ranks with uneven inputs need DDP's Join (docs/ddp-modes.md)"
-        text = f"{running.task.label}: rank {note.rank} has left: {note.text}{hint}"
+        text = f"{running.label}: rank {note.rank} has left: {note.text}{hint}"
         return RankLeft(text, rank=note.rank, failed=note.kind is NoteKind.FAILED)
 
-    def _say_overdue(self, running: Running) -> Note:
+    def _say_overdue(self, running: InFlight) -> Note:
         """Tells the others that a collective takes too long and for whom this rank waits. Returns the note."""
         awaits = tuple(sorted(set(self._peers(running))))
-        note = Note(self._transport.rank, NoteKind.OVERDUE, running.task.label, awaits)
+        note = Note(self._transport.rank, NoteKind.OVERDUE, running.label, awaits)
         self._transport.tell(note)
         return note
 
-    def _timed_out(self, running: Running, mine: Note) -> CommTimeout:
+    def _timed_out(self, running: InFlight, mine: Note) -> CommTimeout:
         waiting = [request.describe() for request in self._incomplete(running)]
         late = late_ranks(mine, self._notes)
         if late:
@@ -143,16 +152,21 @@ class Attendance:
             blame = "all ranks wait in it, so messages between them are lost (is a link down?)"
         stuck = f"; this rank still waits for: {', '.join(waiting)}" if waiting else ""
         return CommTimeout(
-            f"rank {self._transport.rank}: {running.task.label} did not finish within {self._timeout:g} s; {blame}"
+            f"rank {self._transport.rank}: {running.label} did not finish within {self._timeout:g} s; {blame}"
             f"{stuck}. (SPARSECOMM_TIMEOUT sets the limit in seconds)"
         )
 
-    def _incomplete(self, running: Running) -> list[Request]:
+    def _incomplete(self, running: InFlight) -> list[Request]:
         """Returns the requests that are incomplete, as far as this transport can tell without waiting."""
+        if isinstance(running, Outside):
+            return []
         return [r for r in running.waiting if self._transport.blocking or not _done(r)]
 
-    def _peers(self, running: Running) -> list[int]:
-        """Returns the world ranks that the collective's incomplete requests wait for."""
+    def _peers(self, running: InFlight) -> list[int]:
+        """Returns the world ranks that the collective's incomplete requests wait for; outside the engine all others."""
+        if isinstance(running, Outside):
+            ranks = range(self._transport.size) if running.ranks is None else running.ranks
+            return [rank for rank in ranks if rank != self._transport.rank]
         return [r.peer for r in self._incomplete(running) if r.peer is not None]
 
 

@@ -41,7 +41,7 @@ from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Transport
 from sparsecomm.transport.inbox import HOLD, Inbox
 from sparsecomm.transport.notes import Note
-from sparsecomm.transport.task import Running, Task, TaskGroup
+from sparsecomm.transport.task import Outside, Running, Task, TaskGroup
 
 __all__ = ["Engine"]
 
@@ -140,6 +140,16 @@ class Engine:
             raise error
         return result
 
+    def watch(self, outside: Outside) -> None:
+        """Watches a collective outside of this engine, until it is released: fails it if it cannot end."""
+        self.last_label = outside.label
+        self.submitters.add(threading.current_thread())
+        self._attendance.outside[outside] = None
+
+    def release(self, outside: Outside) -> bool:
+        """Ends the watch on a collective. Returns whether it was watched; if not, it has been failed."""
+        return self._attendance.outside.pop(outside, self) is None
+
     @property
     def failure(self) -> BaseException | None:
         """The error that has broken the engine; None if nothing has."""
@@ -223,7 +233,7 @@ class Engine:
         """Moves submitted tasks to the backlogs of their groups.
 
         Args:
-            wait: Most seconds to sleep before that; None sleeps until there is a task.
+            wait: Most seconds to sleep before that; None sleeps for long, until there is a task.
 
         Returns:
             Whether the engine was asked to stop.
@@ -317,7 +327,7 @@ class Engine:
     def _look_for_trouble(self) -> bool:
         """Fails a collective that cannot end, because a rank has left or is late. Returns whether there is one."""
         now = time.monotonic()
-        if not self._active:
+        if not self._active and not self._attendance.outside:
             self._looked = now
         if now - self._looked < self._look_every:
             return False
@@ -325,7 +335,7 @@ class Engine:
         try:
             trouble = self._attendance.check(self._active, now)
         except Exception as error:
-            self._fail(next(iter(self._active)), error)
+            self._fail(next(iter(self._active), None), error)
             return True
         if trouble is not None:
             self._fail(*trouble)
@@ -359,10 +369,13 @@ class Engine:
             return self._attendance.explain(running, error)
         return error
 
-    def _fail(self, failed: Running | None, error: BaseException) -> None:
+    def _fail(self, failed: Running | Outside | None, error: BaseException) -> None:
         """Fails one task with `error` and all others in flight with an error that refers to it. Breaks the engine."""
         self._call_back()
         self._broken = error
+        for one in list(self._attendance.outside):
+            if self.release(one):
+                self._call(one.on_error, error if one is failed else self._after_failure(one.label), one.label)
         for victim in list(self._active):
             # Closing the generator lets the collective undo its changes. An error there must not leave others waiting.
             for request in victim.channel.pending if victim.channel is not None else ():

@@ -20,6 +20,7 @@ T = TypeVar("T")
 HOLD = 1e-3
 """Seconds that the reader sleeps while a sender is busy."""
 
+_NAP = 0.25  # seconds
 _PAUSE = 500e-6  # seconds without another item after which a sender is no longer busy
 _LONGEST = 50e-3  # seconds that a sender may be busy before its items no longer wait
 
@@ -59,13 +60,13 @@ class Inbox(Generic[T]):
         """Removes all items and returns them in order.
 
         Args:
-            wait: Most seconds to sleep before that; 0 does not sleep, None sleeps until there is an item. An item that
-                is not patient ends the sleep.
+            wait: Most seconds to sleep before that. An item that is not patient ends the sleep. 0 does not sleep; None
+                takes a nap of a quarter of a second, which any item ends.
         """
         if wait is None:
             self._asleep = True
             if not self._items:
-                self._bell.acquire()
+                self._bell.acquire(timeout=_NAP)
             self._asleep = False
         elif wait > 0.0:
             self._bell.acquire(timeout=wait)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsecomm.transport.base import Channel, CollectiveSteps, GroupTransport, Request, Transport
 
-__all__ = ["IN_FLIGHT", "Running", "Task", "TaskGroup"]
+__all__ = ["IN_FLIGHT", "Outside", "Running", "Task", "TaskGroup"]
 
 IN_FLIGHT = 32
 """Most collectives of a group in flight at once. Those submitted later wait in the group's backlog."""
@@ -60,6 +60,16 @@ class Running:
     steps: CollectiveSteps[Any] | None = None
     waiting: deque[Request] = field(default_factory=deque)
 
+    @property
+    def label(self) -> str:
+        """Name of the collective in errors."""
+        return self.task.label
+
+    @property
+    def ranks(self) -> tuple[int, ...] | None:
+        """World ranks that take part, in order; None for all ranks."""
+        return self.task.group
+
     def ready(self, tries: int) -> bool:
         """Tests up to `tries` times and returns whether all requests are complete.
 
@@ -74,6 +84,23 @@ class Running:
                 continue
             self.waiting.popleft()
         return True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outside:
+    """A collective in progress outside of the engine, in torch.distributed. The engine sees which ranks leave it.
+
+    Attributes:
+        label: Name of the collective in errors.
+        ranks: World ranks that take part, in order; None for all ranks.
+        on_error: Called on the engine's thread if the collective cannot end.
+        deadline: Time at which it is late, on the clock of `time.monotonic`.
+    """
+
+    label: str
+    ranks: tuple[int, ...] | None
+    on_error: Callable[[BaseException], None]
+    deadline: float = math.inf
 
 
 class TaskGroup:

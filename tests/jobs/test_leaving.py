@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from itertools import product
 
 import pytest
 from helpers import JOBS, Job, mpirun_command, run_job
@@ -50,17 +51,20 @@ SAID_BY_LAUNCHER = {
     "torchrun": r"rank\s*: 1|local_rank: 1|Signal \d+|RankLeft|receive of .* from rank 1 failed",
 }
 SHORT = {
-    ("mpirun", "return_from_script"),
-    ("mpirun", "exit_main"),
-    ("mpirun", "thread"),
-    ("mpirun", "raise_at_length"),
-    ("ulfm", "raise_exit"),
-    ("ulfm", "end_at_once"),
-    ("ulfm", "kill"),
-    ("torchrun", "return_from_script"),
+    ("mpirun", "allgather", "return_from_script"),
+    ("mpirun", "allgather", "exit_main"),
+    ("mpirun", "allgather", "thread"),
+    ("mpirun", "allgather", "raise_at_length"),
+    ("mpirun", "native", "return_from_script"),
+    ("mpirun", "native", "raise_error"),
+    ("ulfm", "allgather", "raise_exit"),
+    ("ulfm", "allgather", "end_at_once"),
+    ("ulfm", "allgather", "kill"),
+    ("torchrun", "allgather", "return_from_script"),
 }
 LAUNCHERS = ("mpirun", "ulfm", "torchrun")
-CASES = [(launcher, way) for launcher in LAUNCHERS for way in WAYS]
+COLLECTIVES = ("allgather", "native")
+CASES = [*product(LAUNCHERS, COLLECTIVES, WAYS)]
 if os.environ.get("SPARSECOMM_TEST_FAULTS") != "all":
     CASES = [case for case in CASES if case in SHORT]
 
@@ -83,9 +87,9 @@ def seconds_to_end(job: Job) -> float:
     return job.ended - float(left[1])
 
 
-@pytest.mark.parametrize(("launcher", "way"), CASES, ids=lambda value: str(value))
-def test_the_others_end_and_say_why(launcher: str, way: str) -> None:
-    job = run_job([*launch_line(launcher, 3), LEAVE, way], deadline=120.0)
+@pytest.mark.parametrize(("launcher", "collective", "way"), CASES, ids=lambda value: str(value))
+def test_the_others_end_and_say_why(launcher: str, collective: str, way: str) -> None:
+    job = run_job([*launch_line(launcher, 3), LEAVE, collective, way], deadline=120.0)
     assert job.code != 0, job
     said = WAYS[way]
     if way in SUDDEN and launcher != "ulfm":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sparsecomm as sc
+from sparsecomm.ddp.choice import sums_gradients
 from sparsecomm.exchange.auto import Candidate, Chooser, candidates, chooser
 from sparsecomm.exchange.auto.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
 from sparsecomm.exchange.auto.measure import _rings
@@ -51,8 +52,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def made(costs: Costs, density: float = 0.01, size: int = 4, **options: Any) -> Chooser:
-    chooser = Chooser(sc.SparseConfig(compressor=sc.TopK(density), **options), size)
+def made(costs: Costs, density: float = 0.01, size: int = 4, *, native: bool = False, **options: Any) -> Chooser:
+    chooser = Chooser(sc.SparseConfig(compressor=sc.TopK(density), **options), size, native=native)
     chooser.costs = costs
     return chooser
 
@@ -149,6 +150,24 @@ def test_what_is_not_clearly_faster_than_no_compression_is_not_worth_a_residual(
     assert chooser.chosen.name == wanted
     reason = "nothing was 2% faster" if wanted == "dense fp32" and sparse < 1.0 else ""
     assert reason in chooser.explain()
+
+
+@pytest.mark.parametrize("fastest", ["native", "dense fp32"])
+def test_plain_ddp_is_tried_beside_our_own_sum(clock: Clock, fastest: str) -> None:
+    chooser = made(replace(MEMORY, alpha=1e-6, beta=0.2e-9), native=True)
+    run(chooser, clock, range(LONG), lambda name: {fastest: 1.0}.get(name, 1.01))
+    assert {"native", "dense fp32"} <= {o.name for o in chooser.options}
+    assert len(chooser.options) <= MOST_OPTIONS
+    assert chooser.chosen is not None
+    assert chooser.chosen.name == fastest
+    assert chooser.chosen.is_plain
+
+
+def test_plain_ddp_is_no_candidate_where_updates_are_summed() -> None:
+    assert "native" not in {c.name for c in candidates(sc.preset("adamw"))}
+    assert not sums_gradients(sc.preset("adamw"))
+    assert not sums_gradients(sc.preset("dgc"))
+    assert sums_gradients(sc.SparseConfig())
 
 
 def test_a_tie_stays_with_the_prediction(clock: Clock) -> None:

@@ -342,4 +342,5 @@ def test_the_collective_kinds_are_those_of_the_document() -> None:
         "CHOOSING": 11,
         "PUSH": 12,
         "PULL": 13,
+        "NATIVE": 14,
     }

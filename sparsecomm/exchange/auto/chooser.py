@@ -31,6 +31,7 @@ from sparsecomm.exchange.auto.report import BucketRows, CandidateRow, ChooserRep
 from sparsecomm.exchange.auto.rule import choose_collective
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.costs import Costs, Estimate
+from sparsecomm.exchange.method import method_named
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import Sizes, ValueCodec
@@ -95,6 +96,7 @@ class Chooser:
     Args:
         config: options of the state.
         size: number of ranks.
+        native: whether the process group can sum the gradients.
 
     Attributes:
         config: options of the state.
@@ -107,9 +109,10 @@ class Chooser:
         measured: seconds of the last exchanges on this rank, by bucket number and candidate.
     """
 
-    def __init__(self, config: SparseConfig, size: int) -> None:
+    def __init__(self, config: SparseConfig, size: int, *, native: bool = False) -> None:
         self.config = config
         self.size = size
+        self._native = native
         self.costs: Costs | None = None
         self.table: dict[int, dict[Candidate, Estimate]] = {}
         self.options: list[Option] = []
@@ -200,7 +203,7 @@ class Chooser:
     def _rule_of_thumb(self, numel: int, k: int) -> Candidate:
         config = self.config
         method = choose_collective(self._sizes_of(numel, k, config.values), dense_codec=config.dense_values)
-        return Candidate(method, config.dense_values if method == "dense" else config.values)
+        return Candidate(method, config.values if method_named(method).compresses else config.dense_values)
 
     def _k_moved(self) -> bool:
         then, now = (sum(k for _, k in sizes.values()) for sizes in (self._predicted_sizes, self._last_sizes))
@@ -236,7 +239,8 @@ class Chooser:
         self._schedule = [option for _ in range(TURNS) for option in options for _ in range(TURN)]
 
     def _candidates(self) -> list[Candidate]:
-        return candidates(self.config, layered=self.costs is not None and self.costs.layered)
+        layered = self.costs is not None and self.costs.layered
+        return candidates(self.config, layered=layered, native=self._native)
 
     def _make_options(self) -> list[Option]:
         """Returns the options that are worth a trial, the fastest prediction first."""
@@ -254,10 +258,9 @@ class Chooser:
         options.sort(key=lambda o: o.predicted)
         most = REACH * options[0].predicted
         tried = [o for o in options if o.predicted <= most][:MOST_OPTIONS]
-        plain = next((o for o in options if o.is_plain), None)
-        if plain is not None and plain not in tried and plain.predicted <= PLAIN_REACH * options[0].predicted:
-            return [*tried[: MOST_OPTIONS - 1], plain]
-        return tried
+        plain = [o for o in options if o.is_plain and o.predicted <= PLAIN_REACH * options[0].predicted]
+        others = [o for o in tried if o not in plain][: MOST_OPTIONS - len(plain)]
+        return [o for o in options if o in plain or o in others]
 
     def _total(self, by_bucket: Mapping[int, Candidate]) -> float:
         return sum(self.table[index][candidate].seconds for index, candidate in by_bucket.items())
@@ -284,5 +287,5 @@ class Chooser:
         # Of options that are about as fast as the fastest: no compression, since it leaves no residual; else the
         # fastest prediction.
         level = [o for o in tried if fastest.measured >= _MARGIN * o.measured]
-        plain = [o for o in level if o.is_plain]
+        plain = sorted((o for o in level if o.is_plain), key=lambda o: o.measured)
         self.chosen, self.decided_at, self._schedule = (*plain, *level)[0], step, []

@@ -10,7 +10,7 @@ from sparsecomm.exchange.costs import Costs, Estimate
 from sparsecomm.exchange.method import Scope, method_named, methods
 from sparsecomm.types import Sizes, ValueCodec
 
-__all__ = ["BucketSizes", "Candidate", "best_of_each", "candidates", "predict"]
+__all__ = ["NATIVE", "BucketSizes", "Candidate", "best_of_each", "candidates", "predict"]
 
 BucketSizes = Mapping[int, tuple[int, int]]
 """Elements, and nonzeros to select, by bucket number."""
@@ -31,15 +31,18 @@ class Candidate:
     @property
     def is_dense(self) -> bool:
         """Whether nothing is compressed."""
-        return self.method == "dense"
+        return not method_named(self.method).compresses
 
     @property
     def name(self) -> str:
         """Name in tables, e.g. "allgather" or "dense fp16"."""
-        return f"{self.method} {self.values.name.lower()}" if self.is_dense else self.method
+        return f"{self.method} {self.values.name.lower()}" if self.method == "dense" else self.method
 
 
-def candidates(config: SparseConfig, *, layered: bool = False) -> list[Candidate]:
+NATIVE = Candidate("native", ValueCodec.FP32)
+
+
+def candidates(config: SparseConfig, *, layered: bool = False, native: bool = False) -> list[Candidate]:
     """Returns the candidates of "auto": sparse methods that work with any compressor, and dense methods.
 
     Dense methods in 16 bits are candidates only if feedback keeps their rounding and the value codec is "auto".
@@ -47,9 +50,12 @@ def candidates(config: SparseConfig, *, layered: bool = False) -> list[Candidate
     Args:
         config: options of the state.
         layered: whether several nodes have several ranks, which adds the method "two_level".
+        native: whether the process group can sum the gradients, which adds the method "native".
     """
     scopes = (Scope.GENERAL, Scope.NODES) if layered else (Scope.GENERAL,)
-    found = [Candidate(m.name, config.values) for m in methods().values() if m.scope in scopes and m.name != "dense"]
+    found = [Candidate(m.name, config.values) for m in methods().values() if m.scope in scopes and m.compresses]
+    if native:
+        found.append(NATIVE)
     dense = [config.dense_values]
     if config.feedback is not None and config.value_codec == "auto":
         dense = [ValueCodec.FP32, ValueCodec.FP16, ValueCodec.BF16]

@@ -34,6 +34,7 @@ class Dense(Method):
     has_body = False
     must_match: ClassVar = {"value_codec": "value_codec"}
     needs_residual = False
+    compresses = False
     on_device = True
 
     _work: torch.Tensor | None = None
@@ -61,16 +62,20 @@ class Dense(Method):
         """Headers have neither k nor a tag."""
         return HeaderRules(cls.number, cls.name.upper(), check_empty, must_match=cls.must_match, show=cls.show)
 
+    @property
+    def wire(self) -> ValueCodec:
+        """Codec of the values on the wire."""
+        return codec_for_sums(self.exchange.plan.value_codec)
+
     @override
     def take(self) -> WholeTaken | GradientTaken:
-        exact = codec_for_sums(self.exchange.plan.value_codec) == ValueCodec.FP32
-        self._taken = self.exchange.take_all(exact=exact)
+        self._taken = self.exchange.take_all(exact=self.wire == ValueCodec.FP32)
         return self._taken
 
     @override
     def encode(self) -> None:
         self.header = self.exchange.header()
-        self.header.value_codec = codec_for_sums(self.exchange.plan.value_codec)
+        self.header.value_codec = self.wire
         self.make_bare_payload()
 
     @override

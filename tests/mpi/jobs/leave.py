@@ -1,4 +1,4 @@
-"""leave.py HOW: training in which rank 1 leaves in step 5, in one of the ways in which a process can leave.
+"""leave.py COLLECTIVE HOW: training in which rank 1 leaves in step 5, in one of the ways in which a process can leave.
 
 `HOW` is one of the functions below, or one of the ways at the end of the file.
 """
@@ -91,7 +91,7 @@ def main(how: str) -> int:
     torch.set_num_threads(1)
     world = sc.init()
     ddp = DistributedDataParallel(torch.nn.Linear(8, 4))
-    ddp.register_comm_hook(sc.SparseState(sc.TopK(density=0.1), collective="allgather"), sc.sparse_hook)
+    ddp.register_comm_hook(sc.SparseState(sc.TopK(density=0.1), collective=sys.argv[1]), sc.sparse_hook)
     for step in range(50):
         if world.rank == LEAVER and step == (0 if how == "before_the_first_step" else STEP):
             print(f"leaving at {time.time()}", flush=True)
@@ -110,7 +110,7 @@ def in_a_thread() -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1]
+    chosen = sys.argv[2]
     if chosen == "return_from_script":
         main(chosen)
     elif chosen == "exit_builtin":

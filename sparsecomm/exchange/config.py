@@ -16,8 +16,10 @@ from sparsecomm.exchange.method import Scope, method_named, methods
 from sparsecomm.feedback import ErrorFeedback, Feedback
 from sparsecomm.types import IndexCodec, ValueCodec
 
-__all__ = ["SparseConfig"]
+__all__ = ["FUSE_BYTES", "SparseConfig"]
 
+FUSE_BYTES = 1 << 16
+"""Default of `SparseConfig.fuse_bytes`."""
 _VALUE_CODECS = {"auto": ValueCodec.FP16} | {c.name.lower(): c for c in ValueCodec}
 _INDEX_CODECS = {"auto": None} | {c.name.lower(): c for c in IndexCodec if c != IndexCodec.DENSE}
 
@@ -44,7 +46,7 @@ class SparseConfig:
         dense_below: buckets with fewer elements are exchanged densely.
         dense_steps: number of steps at the start in which all buckets are exchanged densely.
         fuse_bytes: consecutive buckets with fewer bytes of gradients are exchanged as one, once they have this many
-            bytes together; 0 to never fuse.
+            bytes together; 0 to never fuse. By default 64 KiB: below that an exchange costs more than its elements.
         inner_group: for "two_level", the torch process group of this rank's node (NCCL on GPUs) for the sum inside the
             node.
 
@@ -59,7 +61,7 @@ class SparseConfig:
     index_codec: str = "auto"
     dense_below: int = 0
     dense_steps: int = 0
-    fuse_bytes: int = 0
+    fuse_bytes: int = field(default_factory=lambda: FUSE_BYTES)
     inner_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:

@@ -230,14 +230,7 @@ class Engine:
                 self._call(task.on_error, error, task.label)
 
     def _take_new(self, wait: float | None) -> bool:
-        """Moves submitted tasks to the backlogs of their groups.
-
-        Args:
-            wait: Most seconds to sleep before that; None sleeps for long, until there is a task.
-
-        Returns:
-            Whether the engine was asked to stop.
-        """
+        """Moves submitted tasks to the groups' backlogs, after a sleep. Returns whether the engine was asked to stop."""
         stop = False
         for task in self._inbox.take(wait):
             if task is None:

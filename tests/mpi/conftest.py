@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import sparsecomm as sc
+from sparsecomm.exchange import config
 from sparsecomm.launch import detect
 
 _passed = pytest.StashKey[bool]()
@@ -53,6 +54,14 @@ def world() -> sc.World:
     """The world of all ranks; stays up until the process ends."""
     gc.freeze()  # a state searches live objects for its DDP model; leave it only those of the tests
     return sc.init(timeout=float(os.environ.get("SPARSECOMM_TIMEOUT", "60")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def several_buckets() -> Iterator[None]:
+    """Tiny models have several buckets; they stay apart unless a test says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "FUSE_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from sparsecomm.collectives.broadcast import broadcast, broadcast_bytes
 from sparsecomm.collectives.doubling import doubling_allreduce
 from sparsecomm.collectives.gather import allgather, allgatherv, allgatherv_direct
 from sparsecomm.collectives.halving import halving_allreduce
+from sparsecomm.collectives.link import agreed_maximum, link_between_hosts, measure_link, rings
 from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.collectives.reduce import reduce
 from sparsecomm.collectives.ring import ring_allreduce
@@ -19,6 +20,7 @@ from sparsecomm.collectives.ring import ring_allreduce
 __all__ = [
     "DenseAlgorithm",
     "DenseSum",
+    "agreed_maximum",
     "allgather",
     "allgatherv",
     "allgatherv_direct",
@@ -31,6 +33,9 @@ __all__ = [
     "dense_seconds",
     "doubling_allreduce",
     "halving_allreduce",
+    "link_between_hosts",
+    "measure_link",
     "reduce",
     "ring_allreduce",
+    "rings",
 ]

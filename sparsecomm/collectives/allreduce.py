@@ -8,7 +8,8 @@
                sides before this one is complete
 
 allreduce_costs.py holds the rule and its measured constants, one set for ranks that share memory and one for a
-network.
+network. The first sum of more than 8 KiB between the hosts of a group of ranks measures their link (link.py), and all
+later ones of the group use its figures.
 
 Values travel in 32 or 16 bits; sums are always float32. Segments in fp16 carry a power-of-two scale, so that neither
 end of the range is lost. A partial sum is rounded when it is sent on, and the finished sum once, by its owner, who
@@ -24,9 +25,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from sparsecomm.collectives.allreduce_costs import DenseAlgorithm, choose_dense, ring_segment
+from sparsecomm.collectives.allreduce_costs import UNMEASURED, DenseAlgorithm, choose_dense, ring_segment
 from sparsecomm.collectives.doubling import doubling_allreduce
 from sparsecomm.collectives.halving import halving_allreduce
+from sparsecomm.collectives.link import link_between_hosts
 from sparsecomm.collectives.partial_sums import DenseSum
 from sparsecomm.collectives.ring import ring_allreduce
 from sparsecomm.runtime.arena import Arena
@@ -45,8 +47,11 @@ def dense_allreduce(channel: Channel, dense: DenseSum, arena: Arena, key: Hashab
         arena: Arena that provides the buffers.
         key: Key of the buffers.
     """
-    algorithm = choose_dense(dense.work.numel(), channel.size, dense.wire, one_host=channel.one_host)
+    numel = dense.work.numel()
+    link = (yield from link_between_hosts(channel)) if numel > UNMEASURED else None
+    algorithm = choose_dense(numel, channel.size, dense.wire, one_host=channel.one_host, link=link)
     if algorithm == DenseAlgorithm.RING:
-        return ring_allreduce(channel, dense, arena, key, segment=ring_segment(one_host=channel.one_host))
+        yield from ring_allreduce(channel, dense, arena, key, segment=ring_segment(one_host=channel.one_host))
+        return
     run = doubling_allreduce if algorithm == DenseAlgorithm.DOUBLING else halving_allreduce
-    return run(channel, dense, arena, key)
+    yield from run(channel, dense, arena, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from sparsecomm.launch.leaving import Leaving
 from sparsecomm.launch.starting import deadline
 from sparsecomm.launch.torch_dist import leave_torch
 from sparsecomm.runtime.trace import close_timeline, open_timeline
-from sparsecomm.transport import Engine, Transport
+from sparsecomm.transport import Engine, Link, Transport
 
 __all__ = ["World", "call_at_end", "default_timeout", "init", "is_initialized", "shutdown", "world"]
 
@@ -121,6 +122,27 @@ def _given_nodes(nodes: Sequence[int] | None, size: int) -> tuple[int, ...] | No
     return tuple(nodes)
 
 
+def _given_link() -> Link | None:
+    """Returns the link between hosts from SPARSECOMM_LINK; None if that is not set.
+
+    Raises:
+        ConfigError: if the variable is not two positive numbers.
+    """
+    text = os.environ.get("SPARSECOMM_LINK")
+    if text is None:
+        return None
+    try:
+        alpha, beta = (float(x) for x in text.split(","))
+    except ValueError:
+        alpha = beta = math.nan
+    if not (0 < alpha < math.inf and 0 < beta < math.inf):
+        raise ConfigError(
+            f"SPARSECOMM_LINK = {text!r} is not two positive numbers, seconds per round of messages and per byte, such "
+            "as 1e-4,8e-9"
+        )
+    return Link(alpha, beta)
+
+
 def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) -> World:
     """Joins the world of this job and brings up torch.distributed if it is not up. Collective.
 
@@ -137,7 +159,8 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
 
     Raises:
         LaunchError: if the processes cannot find each other. The message says how to fix that.
-        ConfigError: if the timeout is not a positive number, or if `nodes` does not give the node of every rank.
+        ConfigError: if the timeout is not a positive number, if `nodes` does not give the node of every rank, or if
+            SPARSECOMM_LINK is not two positive numbers.
     """
     if _owned.world is not None:
         if _owned.pid != os.getpid():
@@ -149,7 +172,7 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     limit = default_timeout() if timeout is None else timeout
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and 0 < limit < _LONGEST):
         raise ConfigError(f"timeout must be a positive number of seconds below 1e7, got {timeout!r}")
-    launch = _launch()
+    launch, link = _launch(), _given_link()
     joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
     with deadline(limit, launch, "sparsecomm.init()"):
         joined = JOINS[launch.transport](joining)
@@ -165,7 +188,7 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
         local_size=joined.local_size,
         launcher=launch.launcher,
         nodes=transport.nodes,
-        engine=Engine(transport, timeout=limit),
+        engine=Engine(transport, timeout=limit, link=link),
     )
     _owned.pid = os.getpid()
     _owned.leaving = Leaving(_owned.world.engine)

@@ -8,7 +8,7 @@ ranks in one process.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,7 +21,9 @@ __all__ = [
     "AgreedError",
     "Channel",
     "CollectiveSteps",
+    "GroupLink",
     "GroupTransport",
+    "Link",
     "Request",
     "SoloTransport",
     "Traffic",
@@ -137,8 +139,44 @@ class Traffic:
     bytes_received: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Costs of messages between ranks.
+
+    Attributes:
+        alpha: Seconds that a round of messages takes beyond its bytes.
+        beta: Seconds per byte that every rank sends while it receives one.
+    """
+
+    alpha: float
+    beta: float
+
+
+@dataclass(slots=True)
+class GroupLink:
+    """The link between the hosts of a group of ranks, as far as it is known. One for each group, on every rank.
+
+    Attributes:
+        known: The measured link, the same on all ranks of the group; None before it is measured.
+        in_flight: Channels of the group's collectives in flight, in the order in which they started.
+    """
+
+    known: Link | None = None
+    in_flight: dict[Channel, None] = field(default_factory=dict)
+
+    def settled_for(self, channel: Channel) -> bool:
+        """Returns whether a collective in flight may go on: the link is known, or no earlier one may measure it."""
+        return self.known is not None or next(iter(self.in_flight), None) is channel
+
+
 class Channel:
     """A collective's view of a transport, with a tag and counters that no other collective uses.
+
+    Args:
+        transport: Transport of the ranks that take part.
+        tag: Tag of the messages.
+        link: Link of the group that the engine runs the collective in; None if that group has one host, and for
+            channels that no engine opened.
 
     Attributes:
         rank: This rank.
@@ -146,13 +184,14 @@ class Channel:
         one_host: Whether all ranks are known to share memory. The same on all ranks.
         nodes: Node of every rank. The same on all ranks.
         blocking: Whether `Request.test` waits.
+        link: Link of the group, or None.
         traffic: Messages and bytes that this collective has sent and received so far.
         pending: All requests that this collective has posted.
     """
 
-    __slots__ = ("_tag", "_transport", "blocking", "nodes", "one_host", "pending", "rank", "size", "traffic")
+    __slots__ = ("_tag", "_transport", "blocking", "link", "nodes", "one_host", "pending", "rank", "size", "traffic")
 
-    def __init__(self, transport: Transport, tag: int) -> None:
+    def __init__(self, transport: Transport, tag: int, link: GroupLink | None = None) -> None:
         self._transport = transport
         self._tag = tag
         self.rank = transport.rank
@@ -160,6 +199,7 @@ class Channel:
         self.one_host = transport.one_host
         self.nodes = transport.nodes
         self.blocking = transport.blocking
+        self.link = link
         self.traffic = Traffic()
         self.pending: list[Request] = []
 
@@ -186,11 +226,18 @@ class Channel:
     def among(self, ranks: Sequence[int]) -> Channel:
         """Returns a channel of some of the ranks, numbered from 0 in the given order. This rank must be one of them.
 
-        Both channels share their counters and their tag, so messages of both keep their order between two ranks.
+        Both channels share their counters and their tag, so messages of both keep their order between two ranks. The
+        new one has no link, because the link of the group is not that of some of its ranks.
         """
         part = Channel(GroupTransport(self._transport, ranks), self._tag)
         part.traffic, part.pending = self.traffic, self.pending
         return part
+
+    def uncounted(self) -> Channel:
+        """Returns a channel of the same ranks, with the same tag, whose messages `traffic` does not count."""
+        aside = Channel(self._transport, self._tag)
+        aside.pending = self.pending
+        return aside
 
 
 class SoloTransport(Transport):

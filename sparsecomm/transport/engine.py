@@ -38,7 +38,7 @@ import torch
 from sparsecomm.errors import ConfigError, SparseCommError, TransportError
 from sparsecomm.transport.attendance import LISTEN, Attendance
 from sparsecomm.transport.backoff import Backoff
-from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Transport
+from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Link, Transport
 from sparsecomm.transport.inbox import HOLD, Inbox
 from sparsecomm.transport.notes import Note
 from sparsecomm.transport.task import Outside, Running, Task, TaskGroup
@@ -64,6 +64,7 @@ class Engine:
     Args:
         transport: The transport. From now on only the engine's thread may use it.
         timeout: Seconds that a collective may take from its start.
+        link: Link between hosts, the same on all ranks. None has each group measure its own when it needs it.
 
     Attributes:
         transport: The transport.
@@ -72,11 +73,12 @@ class Engine:
         submitters: Threads that have submitted collectives.
     """
 
-    def __init__(self, transport: Transport, *, timeout: float = 300.0) -> None:
+    def __init__(self, transport: Transport, *, timeout: float = 300.0, link: Link | None = None) -> None:
         if not timeout > 0:
             raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self.transport = transport
         self.timeout = timeout
+        self._link = link
         self._inbox: Inbox[Task | None] = Inbox()
         self._active: dict[Running, None] = {}  # in order of submission
         self._waiting = 0  # tasks in backlogs
@@ -237,7 +239,7 @@ class Engine:
                 stop = True
                 continue
             if task.group not in self._groups:
-                self._groups[task.group] = TaskGroup(self.transport, task.group)
+                self._groups[task.group] = TaskGroup(self.transport, task.group, self._link)
             self._groups[task.group].backlog.append(task)
             self._waiting += 1
             self._urgent += not task.patient
@@ -288,7 +290,7 @@ class Engine:
     def _end(self, running: Running, callback: Callable[[Any], None], argument: Any) -> None:
         """Takes a task out of flight. Its callback is called later, together with those of other tasks."""
         del self._active[running]
-        running.group.in_flight -= 1
+        running.group.end(running)
         self._callbacks_due = min(
             self._callbacks_due, time.monotonic() + _CALLBACK_BATCH if running.task.patient else 0.0
         )

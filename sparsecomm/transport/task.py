@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsecomm.transport.base import Channel, CollectiveSteps, GroupTransport, Request, Transport
+from sparsecomm.transport.base import Channel, CollectiveSteps, GroupLink, GroupTransport, Link, Request, Transport
 
 __all__ = ["IN_FLIGHT", "Outside", "Running", "Task", "TaskGroup"]
 
@@ -112,6 +112,7 @@ class TaskGroup:
     Args:
         world: The world's transport.
         ranks: World ranks of the group, in order; None for all ranks.
+        link: Link between hosts; None to have it measured.
 
     Attributes:
         in_flight: Number of tasks in flight.
@@ -119,10 +120,12 @@ class TaskGroup:
         backlog: Tasks that have not started.
     """
 
-    def __init__(self, world: Transport, ranks: tuple[int, ...] | None) -> None:
+    def __init__(self, world: Transport, ranks: tuple[int, ...] | None, link: Link | None = None) -> None:
         self._world = world
+        self._given = link
         self._ranks = ranks
         self._transport: Transport | None = None
+        self._link: GroupLink | None = None
         self._started = 0
         self.in_flight = 0
         self.keys: set[Hashable] = set()
@@ -144,7 +147,19 @@ class TaskGroup:
         slot = 0
         if self._transport is None:
             self._transport = self._world if self._ranks is None else GroupTransport(self._world, self._ranks)
+            if len(set(self._transport.nodes)) > 1:
+                self._link = GroupLink(self._given)
         if self._ranks is not None:
             slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
         self._started += 1
-        return Channel(self._transport, slot * tags + 1 + self._started % (tags - 1))  # tag 0 is that of notes
+        tag = slot * tags + 1 + self._started % (tags - 1)  # tag 0 is that of notes
+        channel = Channel(self._transport, tag, self._link)
+        if self._link is not None:
+            self._link.in_flight[channel] = None
+        return channel
+
+    def end(self, running: Running) -> None:
+        """Takes a task out of flight."""
+        self.in_flight -= 1
+        if self._link is not None and running.channel is not None:
+            del self._link.in_flight[running.channel]

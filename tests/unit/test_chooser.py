@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import sparsecomm as sc
+from sparsecomm.collectives import rings
 from sparsecomm.ddp.choice import sums_gradients
 from sparsecomm.exchange.auto import Candidate, Chooser, candidates, chooser
 from sparsecomm.exchange.auto.chooser import MOST_OPTIONS, ROUNDS, TURN, TURNS, WATCHED
-from sparsecomm.exchange.auto.measure import _rings
 from sparsecomm.exchange.auto.predict import predict
 from sparsecomm.exchange.costs import Costs
 from sparsecomm.transport import Channel, CollectiveSteps, SoloTransport
@@ -119,10 +119,10 @@ def test_two_levels_compete_only_where_nodes_have_several_ranks_and_win_on_a_slo
 
 
 def test_rings_cross_between_nodes_where_they_can() -> None:
-    ring, inside = _rings((0, 0, 2, 2, 2))
+    ring, inside = rings((0, 0, 2, 2, 2))
     assert ring == [0, 2, 1, 3, 4]
     assert inside == {0: [0, 1], 2: [2, 3, 4]}
-    assert _rings((0, 1, 2, 3))[0] == [0, 1, 2, 3]
+    assert rings((0, 1, 2, 3))[0] == [0, 1, 2, 3]
 
 
 def test_real_steps_overrule_the_prediction_and_everybody_knows_when(clock: Clock) -> None:

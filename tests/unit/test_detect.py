@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from sparsecomm.errors import ConfigError, LaunchError
 from sparsecomm.launch import Launch, default_timeout, detect
+from sparsecomm.launch.world import _given_link
+from sparsecomm.transport import Link
 
 OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
@@ -122,3 +124,18 @@ def test_a_bad_timeout_is_refused_by_name_and_value(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError) as caught:
         default_timeout()
     assert f"SPARSECOMM_TIMEOUT = {text!r}" in str(caught.value)
+
+
+def test_the_environment_gives_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPARSECOMM_LINK", raising=False)
+    assert _given_link() is None
+    monkeypatch.setenv("SPARSECOMM_LINK", "1e-4, 8e-9")
+    assert _given_link() == Link(1e-4, 8e-9)
+
+
+@pytest.mark.parametrize("text", ["", "1e-4", "1e-4,0", "-1,8e-9", "nan,1", "1,inf", "fast,slow", "1,2,3"])
+def test_a_bad_link_is_refused_by_name_and_value(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SPARSECOMM_LINK", text)
+    with pytest.raises(ConfigError, match="SPARSECOMM_LINK") as caught:
+        _given_link()
+    assert repr(text) in str(caught.value)

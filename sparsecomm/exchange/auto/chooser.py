@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from sparsecomm.collectives import agreed_maximum
 from sparsecomm.exchange.auto.explain import explain
-from sparsecomm.exchange.auto.measure import agree_to_choose, agreed_maximum, measure
+from sparsecomm.exchange.auto.measure import agree_to_choose, measure
 from sparsecomm.exchange.auto.predict import BucketSizes, Candidate, best_of_each, candidates, predict
 from sparsecomm.exchange.auto.report import BucketRows, CandidateRow, ChooserReport, Decision, OptionRow
 from sparsecomm.exchange.auto.rule import choose_collective

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator
 from time import perf_counter
 
 import torch
 
 from sparsecomm import kernels
-from sparsecomm.collectives import allgather
+from sparsecomm.collectives import agreed_maximum, link_between_hosts, measure_link, rings
 from sparsecomm.compress import Compressor, SelectionBuffers, TopK
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.exchange.agree import agree
@@ -33,11 +32,10 @@ from sparsecomm.wire import (
     write_header,
 )
 
-__all__ = ["agree_to_choose", "agreed_maximum", "measure"]
+__all__ = ["agree_to_choose", "measure"]
 
 _ELEMENTS = 1 << 20
 _REPEATS = 5
-_SMALL, _MEDIUM, _LARGE = 64, 1 << 16, 1 << 19  # bytes; at 100 Mbit/s all messages together take 0.3 s
 _KEY = "choose"
 
 _CHOOSING = HeaderRules(11, "CHOOSING", check_pairs)
@@ -64,16 +62,24 @@ def measure(
         AgreedError: some rank is in another step or does not measure.
     """
     yield from agree_to_choose(channel, step, arena)
-    around, inside = _rings(channel.nodes)
-    alpha, beta = yield from _measure_link(channel, around, arena)
-    inner = yield from _measure_link(channel, inside[channel.nodes[channel.rank]], arena)
+    around, inside = rings(channel.nodes)
+    link = yield from link_between_hosts(channel)
+    if link is None:
+        link = yield from measure_link(channel, around)
+    inner = yield from measure_link(channel, inside[channel.nodes[channel.rank]])
     selector = TopK() if compressor.collectives or compressor.is_dense else compressor
-    mine = torch.tensor(
-        [alpha, beta, _exchange_seconds(arena), *_kernel_seconds(selector, density), *inner], dtype=torch.float64
-    )
-    *figures, inner_alpha, inner_beta = yield from agreed_maximum(channel, mine, arena)
+    mine = torch.tensor([_exchange_seconds(arena), *_kernel_seconds(selector, density)], dtype=torch.float64)
+    figures = yield from agreed_maximum(channel, mine, arena)
     beside = max(len(ranks) for ranks in inside.values())
-    return Costs(*figures, nodes=len(inside), beside=beside, inner_alpha=inner_alpha, inner_beta=inner_beta)
+    return Costs(
+        link.alpha,
+        link.beta,
+        *figures,
+        nodes=len(inside),
+        beside=beside,
+        inner_alpha=inner.alpha,
+        inner_beta=inner.beta,
+    )
 
 
 def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveSteps[None]:
@@ -86,50 +92,6 @@ def agree_to_choose(channel: Channel, step: int, arena: Arena) -> CollectiveStep
     payload = arena.get((_KEY, "payload"), HEADER_BYTES, torch.uint8)
     write_header(header, payload)
     yield from agree(channel, header, payload, arena, _KEY)
-
-
-def agreed_maximum(channel: Channel, mine: torch.Tensor, arena: Arena) -> CollectiveSteps[list[float]]:
-    """Returns the elementwise maximum of the float64 vectors of all ranks, the same on all ranks. Collective."""
-    blocks = [mine.view(torch.uint8)]
-    if channel.size > 1:
-        blocks = yield from allgather(channel, blocks[0], arena, (_KEY, "figures"))
-    figures: list[float] = torch.stack([b.clone().view(torch.float64) for b in blocks]).amax(0).tolist()
-    return figures
-
-
-def _rings(nodes: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
-    """Returns a ring of all ranks whose neighbours are on different nodes if possible, and the ranks of each node.
-
-    In this ring all ranks of a node use its link at once, as in an exchange between all ranks.
-    """
-    inside: dict[int, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        inside.setdefault(node, []).append(rank)
-    place = {rank: (i, ranks[0]) for ranks in inside.values() for i, rank in enumerate(ranks)}
-    return sorted(place, key=lambda rank: place[rank]), inside
-
-
-def _measure_link(channel: Channel, ring: Sequence[int], arena: Arena) -> CollectiveSteps[tuple[float, float]]:
-    """Returns seconds per round and per byte while every rank of a ring sends to the next one. Collective."""
-    if len(ring) == 1:
-        return 0.0, 0.0
-    place = ring.index(channel.rank)
-    before, after = ring[place - 1], ring[(place + 1) % len(ring)]
-    out = arena.get((_KEY, "out"), _LARGE, torch.uint8)
-    into = arena.get((_KEY, "into"), _LARGE, torch.uint8)
-    times = {}
-    for length, repeats in ((_SMALL, 24), (_MEDIUM, 6), (_LARGE, 4)):
-        samples = []
-        for _ in range(repeats):
-            start = perf_counter()
-            yield [
-                channel.irecv(into[:length], before),
-                channel.isend(out[:length], after),
-            ]
-            samples.append(perf_counter() - start)
-        times[length] = median(samples[1:])
-    beta = max(times[_LARGE] - times[_MEDIUM], times[_LARGE] / 8) / (_LARGE - _MEDIUM)
-    return times[_SMALL], beta
 
 
 def _best(task: Callable[[], object], repeats: int = _REPEATS) -> float:

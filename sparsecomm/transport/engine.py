@@ -232,7 +232,7 @@ class Engine:
                 self._call(task.on_error, error, task.label)
 
     def _take_new(self, wait: float | None) -> bool:
-        """Moves submitted tasks to the groups' backlogs, after a sleep. Returns whether the engine was asked to stop."""
+        """Moves submitted tasks to the backlogs, after a sleep. Returns whether the engine was asked to stop."""
         stop = False
         for task in self._inbox.take(wait):
             if task is None:

@@ -23,7 +23,18 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.method import Scope, methods
 from sparsecomm.tools.benches.compressors import compressor_for
 
-__all__ = ["METHODS", "Attached", "Run", "TrainingMethod", "load_plugins", "method", "runs_of", "silent_hook"]
+__all__ = [
+    "METHODS",
+    "POWER_START",
+    "Attached",
+    "Run",
+    "TrainingMethod",
+    "load_plugins",
+    "method",
+    "powersgd",
+    "runs_of",
+    "silent_hook",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +48,7 @@ class Attached:
         average: Called between backward and the optimizer, for methods that do not hook into backward.
         momentum: Momentum of the optimizer; 0 if the method applies momentum itself.
         settled: Returns whether the method has chosen its final behaviour; steps before that are not timed.
+        power: State of torch's PowerSGD hook; None for other methods.
     """
 
     model: nn.Module
@@ -45,6 +57,7 @@ class Attached:
     average: Callable[[], None] | None = None
     momentum: float = 0.9
     settled: Callable[[], bool] = lambda: True
+    power: powerSGD_hook.PowerSGDState | None = None
 
 
 Attach = Callable[[nn.Module, float], Attached]
@@ -235,16 +248,24 @@ def _int8(model: nn.Module, density: float) -> Attached:
     return Attached(ddp, lambda step: sent)
 
 
-_POWER_START = 2  # first compressed step, the least that torch accepts; before it, gradients are sent whole
+POWER_START = 2
+"""First step that PowerSGD compresses, the least that torch accepts. Before it, gradients are sent whole."""
 
 
-def _powersgd(model: nn.Module, rank: int) -> Attached:
+def powersgd(model: nn.Module, rank: int, start: int = POWER_START) -> Attached:
+    """Returns the model in DDP with torch's PowerSGD hook. Collective.
+
+    Args:
+        model: The model.
+        rank: Rank of the approximation of each matrix.
+        start: First step that is compressed, `POWER_START` at least.
+    """
     # One bucket holds the whole model, since with two it deadlocks on Gloo, where its callbacks wait for other futures.
     ddp = _ddp(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
-    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=_POWER_START)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
     ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     dense, low = _ring_bytes(_numel(model), 4), _ring_bytes(_low_rank_numel(model, rank), 4)
-    return Attached(ddp, lambda step: dense if step < _POWER_START else low)
+    return Attached(ddp, lambda step: dense if step < start else low, power=state)
 
 
 def _low_rank_numel(model: nn.Module, rank: int) -> int:
@@ -257,14 +278,14 @@ def _low_rank_numel(model: nn.Module, rank: int) -> int:
     return total
 
 
-@method("powersgd-r1", warmup=_POWER_START + 1)
+@method("powersgd-r1", warmup=POWER_START + 1)
 def _powersgd_1(model: nn.Module, density: float) -> Attached:
-    return _powersgd(model, 1)
+    return powersgd(model, 1)
 
 
-@method("powersgd-r4", warmup=_POWER_START + 1)
+@method("powersgd-r4", warmup=POWER_START + 1)
 def _powersgd_4(model: nn.Module, density: float) -> Attached:
-    return _powersgd(model, 4)
+    return powersgd(model, 4)
 
 
 # --- other packages -----------------------------------------------------------------------------------------------

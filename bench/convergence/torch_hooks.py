@@ -7,7 +7,7 @@ from typing import Any
 from options import Settings
 from torch import nn
 
-from sparsecomm.tools.benches.methods import METHODS, POWER_START, Attached, powersgd
+from sparsecomm.tools.benches.methods import METHODS, Attached, powersgd
 
 REGISTERED = {"none": "ddp-gloo", "fp16": "fp16", "silent": "ddp-silent"}  # --compressor: name in METHODS
 POWER_TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")
@@ -16,7 +16,7 @@ POWER_TENSORS = ("error_dict", "p_memory_dict", "q_memory_dict")
 def attach(settings: Settings, model: nn.Module) -> Attached:
     """Returns the model in DDP with the hook that ``--compressor`` names. Collective."""
     if settings.matrix_rank is not None:
-        return powersgd(model, settings.matrix_rank, start=max(POWER_START, settings.warmup_steps))
+        return powersgd(model, settings.matrix_rank, start=settings.warmup_steps)
     return METHODS[REGISTERED[settings.compressor]].attach(model, 1.0)
 
 

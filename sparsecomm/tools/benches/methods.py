@@ -25,7 +25,6 @@ from sparsecomm.tools.benches.compressors import compressor_for
 
 __all__ = [
     "METHODS",
-    "POWER_START",
     "Attached",
     "Run",
     "TrainingMethod",
@@ -248,18 +247,12 @@ def _int8(model: nn.Module, density: float) -> Attached:
     return Attached(ddp, lambda step: sent)
 
 
-POWER_START = 2
-"""First step that PowerSGD compresses, the least that torch accepts. Before it, gradients are sent whole."""
+_POWER_START = 2  # first compressed step, the least that torch accepts; before it, gradients are sent whole
 
 
-def powersgd(model: nn.Module, rank: int, start: int = POWER_START) -> Attached:
-    """Returns the model in DDP with torch's PowerSGD hook. Collective.
-
-    Args:
-        model: The model.
-        rank: Rank of the approximation of each matrix.
-        start: First step that is compressed, `POWER_START` at least.
-    """
+def powersgd(model: nn.Module, rank: int, start: int = _POWER_START) -> Attached:
+    """Attaches torch's PowerSGD hook, which approximates matrices at this rank from step `start` on. Collective."""
+    start = max(start, _POWER_START)
     # One bucket holds the whole model, since with two it deadlocks on Gloo, where its callbacks wait for other futures.
     ddp = _ddp(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
@@ -278,14 +271,12 @@ def _low_rank_numel(model: nn.Module, rank: int) -> int:
     return total
 
 
-@method("powersgd-r1", warmup=POWER_START + 1)
-def _powersgd_1(model: nn.Module, density: float) -> Attached:
-    return powersgd(model, 1)
+def _by_rank(rank: int) -> Attach:
+    return lambda model, density: powersgd(model, rank)
 
 
-@method("powersgd-r4", warmup=POWER_START + 1)
-def _powersgd_4(model: nn.Module, density: float) -> Attached:
-    return powersgd(model, 4)
+for _rank in (1, 4):
+    method(f"powersgd-r{_rank}", warmup=_POWER_START + 1)(_by_rank(_rank))
 
 
 # --- other packages -----------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_table_and_pictures(tmp_path: Path) -> None:
         f"code_{rate}.{kind}" for rate in ("100mbit", "1gbit") for kind in ("png", "svg")
     ]
     text = (tmp_path / "plots" / "code_1gbit.svg").read_text()
-    assert all(f"<!-- {name} -->" in text for name in ("dense", "fp16", "no exchange (limit)", "sparsecomm 1%"))
+    assert all(f"<!--  {name} -->" in text for name in ("dense", "fp16", "no exchange (limit)", "sparsecomm 1%"))
 
 
 @pytest.mark.slow

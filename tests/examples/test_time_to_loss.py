@@ -12,9 +12,11 @@ from typing import Any
 
 import launching
 import pytest
+import study_gpt
 import time_to_loss
 import time_to_loss_cells
 import transfer_cells
+from compression import make_state
 from convergence_runs import finished
 from convergence_study import Run, StudyError, load_study
 from helpers import mpirun_command
@@ -22,6 +24,7 @@ from rich.console import Console
 from run_log import Row, RunLog
 from time_to_loss import Plan, Way, do_runs, highest_first, in_lab, make_rows, make_runs, make_ways
 
+import sparsecomm as sc
 from sparsecomm.tools.benches import time_to_loss as command
 from sparsecomm.tools.cli.bench import run as bench
 from sparsecomm.tools.lab import Lab, LabError, missing
@@ -160,7 +163,18 @@ def test_every_method_has_the_settings_of_the_study() -> None:
         if cell.method == "ahead":
             assert cell.density is not None
             assert cell.settings["warmup_steps"] == transfer_cells.warm_up("ahead", cell.density, cell.total_steps)
-            assert cell.settings["collective"] == "auto"
+
+
+def test_ours_is_the_preset(tmp_path: Path) -> None:
+    way = Way("sparsecomm", 0.001)
+    run = make_runs(plan(tmp_path, ways=(LIMIT, DENSE, way), steps=None))["code", "1gbit", way, 0]
+    settings = study_gpt.parse(run.command(resume=False)[1:])
+    state = make_state(settings)
+    assert state is not None
+    preset = sc.preset("adamw", density=0.001, warmup_steps=transfer_cells.warm_up("ahead", 0.001, 3000))
+    # The optimizer replaces the feedback.
+    assert state.config.change(feedback=None) == preset.change(feedback=None)
+    assert (settings.optimizer, settings.feedback) == ("adamw", "ahead"), "sc.optim.AdamW"
 
 
 @pytest.mark.parametrize(

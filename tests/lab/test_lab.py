@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -114,6 +115,11 @@ def test_all_processes_of_a_pinned_host_run_on_its_core(name: str, monkeypatch: 
 def test_hosts_that_are_not_pinned_share_all_cores(name: str) -> None:
     with Lab(hosts=1, rate=None, name=name) as lab:
         assert lab.cores is Lab.find(name).cores is None
+        file = teardown.ROOT / name / teardown.STATE_FILE
+        state = json.loads(file.read_text())
+        assert state.pop("cores") is None
+        file.write_text(json.dumps(state))
+        assert Lab.find(name).cores is None, "a lab that was made before hosts could be pinned"
         assert cores_of_a_process(lab, 0) == set(CORES)
 
 

@@ -86,6 +86,9 @@ def run(
         rows = study.measure(plan, lab, Console(stderr=True))
     except ValueError as error:  # the study's errors
         raise ConfigError(str(error)) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
     facts = {"hosts": hosts, "cores_of_hosts": lab.cores, "seeds": seeds, "judge": "validation"}
     return {"meta": about | facts | {"smoothed_evaluations": study.SMOOTHED}, "rows": rows}
 

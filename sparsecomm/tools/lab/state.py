@@ -120,6 +120,7 @@ def load(name: str) -> State | None:
         if folder.exists() or folder.is_symlink():
             raise LabError(f"{folder} exists and is not a lab that sparsecomm made: use another name or remove it")
         return None
+    values.setdefault("cores", None)  # a lab of an earlier version may be up
     if set(values) != {field.name for field in fields(State)}:
         raise LabError(f"{folder / STATE_FILE} is damaged: remove the lab with `{remedy(name)}`")
     cores = values.pop("cores")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from convergence_runs import Runner, finished, locked
-from convergence_study import Conditions, Run, StudyError, check_data, make_run
+from convergence_study import MODELS, Conditions, Run, StudyError, check_data, make_run
 from rich.console import Console
 from run_log import RunLog
 from time_to_loss_cells import POWERSGD, STEPS, cell
@@ -76,7 +76,7 @@ class Plan:
         place: Facts of the machine and the hosts; with other facts, runs are repeated.
 
     Raises:
-        StudyError: A task is unknown.
+        StudyError: A task is unknown, or its batch cannot be shared out to the hosts.
     """
 
     tasks: tuple[str, ...]
@@ -90,6 +90,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         _check_names("task", self.tasks, STEPS)
+        for task in self.tasks:
+            batch = MODELS[task].flags["global_batch"]
+            if batch % self.hosts:
+                raise StudyError(
+                    f"hosts = {self.hosts}: they cannot share out a batch of {batch}, that of {task}, evenly"
+                )
 
 
 Key = tuple[str, str, Way, int]  # task, rate, method and density, seed

@@ -2,9 +2,9 @@
 
 `sparsecomm bench time-to-loss` is its command line.
 
-The target is the loss that dense training reaches at its end, with the same seed. A loss here is the mean of the last
-three evaluations, for dense as for the others. A mean comes later than its evaluations, so smoothing never makes a
-method look faster.
+The target is the loss that dense training reaches at its end, with the same seed, or a given share more: a method that
+ends a thousandth above dense never reaches dense's own. A loss here is the mean of the last three evaluations, for
+dense as for the others. A mean comes later than its evaluations, so smoothing never makes a method look faster.
 
 **Which runs are made.** A method of torch sums the same numbers at every rate, so its losses do not depend on the rate.
 It is trained with every seed at the highest rate, and at the others with the first seed alone, which gives the seconds
@@ -23,6 +23,7 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ class Plan:
         seeds: Seeds.
         steps: Number of updates of a run; None for the task's.
         out: Folder of the runs.
+        margins: Targets, each as the share by which it is above dense's loss at the end.
         place: Facts of the machine and the hosts; with other facts, runs are repeated.
 
     Raises:
-        StudyError: A task is unknown, or its batch cannot be shared out to the hosts.
+        StudyError: A margin is out of range, a task is unknown, or its batch cannot be shared out to the hosts.
     """
 
     tasks: tuple[str, ...]
@@ -86,10 +88,14 @@ class Plan:
     seeds: tuple[int, ...]
     steps: int | None
     out: Path
+    margins: tuple[float, ...]
     place: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         _check_names("task", self.tasks, STEPS)
+        wrong = [margin for margin in self.margins if not 0.0 <= margin < 1.0]
+        if wrong or not self.margins:
+            raise StudyError(f"margins must be in [0, 1), got {wrong[0] if wrong else 'none'}")
         for task in self.tasks:
             batch = MODELS[task].flags["global_batch"]
             if batch % self.hosts:
@@ -221,29 +227,27 @@ def measure(plan: Plan, lab: Lab, console: Console) -> list[dict[str, Any]]:
 
 
 def make_rows(plan: Plan, runs: Mapping[Key, Run], failures: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """Returns a row for each task, rate and method, from the finished runs."""
+    """Returns a row for each task, rate, margin and method, from the finished runs."""
     logs = {key: log for key, run in runs.items() if (log := finished(run)) is not None}
     rows = []
-    for task in plan.tasks:
-        for rate in plan.rates:
-            for way in plan.ways:
-                about = {"task": task, "rate": rate, "method": way.method, "density": way.density, "hosts": plan.hosts}
-                mine = [run.log for key, run in runs.items() if (key[0], key[2]) == (task, way)]
-                failed = [failures[path] for path in mine if path in failures]
-                try:
-                    rows.append(about | _figures(plan, logs, task, rate, way) | {"error": None})
-                except KeyError as absent:
-                    rows.append(
-                        about | {"error": failed[0] if failed else f"dense or a run of it is missing: {absent}"}
-                    )
+    for task, rate, margin, way in product(plan.tasks, plan.rates, plan.margins, plan.ways):
+        about = {"task": task, "rate": rate, "margin": margin, "method": way.method, "density": way.density}
+        about["hosts"] = plan.hosts
+        mine = [run.log for key, run in runs.items() if (key[0], key[2]) == (task, way)]
+        failed = [failures[path] for path in mine if path in failures]
+        try:
+            rows.append(about | _figures(plan, logs, task, rate, way, margin) | {"error": None})
+        except KeyError as absent:
+            rows.append(about | {"error": failed[0] if failed else f"this run, or dense's, is missing: {absent}"})
     return rows
 
 
-def _figures(plan: Plan, logs: Logs, task: str, rate: str, way: Way) -> dict[str, Any]:
+def _figures(plan: Plan, logs: Logs, task: str, rate: str, way: Way, margin: float) -> dict[str, Any]:
     """Returns the figures of a row. Raises KeyError if a run that they need is not finished."""
     pairs = [_log_and_clock(plan, logs, task, rate, way, seed) for seed in plan.seeds]
     dense = [_log_and_clock(plan, logs, task, rate, Way("dense"), seed)[0] for seed in plan.seeds]
-    targets = [smoothed(log)[-1][1] for log in dense]
+    dense_ends = [smoothed(log)[-1][1] for log in dense]
+    targets = [end * (1.0 + margin) for end in dense_ends]
     reached = [reach(log, clock, target) for (log, clock), target in zip(pairs, targets, strict=True)]
     ends = [smoothed(log)[-1][1] for log, _ in pairs]
     figures: dict[str, Any] = {"reached": sum(r is not None for r in reached), "seeds": len(plan.seeds)}
@@ -253,7 +257,7 @@ def _figures(plan: Plan, logs: Logs, task: str, rate: str, way: Way) -> dict[str
     figures |= {
         "target": statistics.mean(targets),
         "end_loss": statistics.mean(ends),
-        "end_over_dense": statistics.mean(end / target for end, target in zip(ends, targets, strict=True)) - 1.0,
+        "end_over_dense": statistics.mean(end / other for end, other in zip(ends, dense_ends, strict=True)) - 1.0,
         "all_steps": clocks[0].rows[-1].step,
         "step_seconds": statistics.mean(clock.rows[-1].seconds / clock.rows[-1].step for clock in clocks),
         "bytes_are": clocks[0].meta["bytes_are"],

@@ -43,6 +43,7 @@ def plan(out: Path, **changes: Any) -> Plan:
         "seeds": (0, 1),
         "steps": 10,
         "out": out,
+        "margins": (0.0,),
         "place": {"cpu": "a", "hosts": 2},
     }
     return Plan(**options | changes)
@@ -114,6 +115,17 @@ def test_figures_come_from_the_losses_and_the_clock_that_belong_to_them(tmp_path
         assert dense["step_seconds"] == pytest.approx(seconds / 10)
         assert ours["curve"][1] == [2, 1.0, 20, pytest.approx((4.0 + 9.0) / 2)]
         assert ours["end_over_dense"] == pytest.approx((1.0 + 4.5) / 2 - 1)
+
+
+def test_a_margin_is_a_share_of_the_loss_of_dense(tmp_path: Path) -> None:
+    made = plan(tmp_path, margins=(0.0, 0.25))
+    runs = make_runs(made)
+    put_all(runs)
+    rows = {(r["margin"], r["rate"], r["method"]): r for r in make_rows(made, runs, {})}
+    assert len(rows) == 2 * 2 * 4
+    dense = rows[0.25, "1gbit", "dense"]
+    assert (dense["target"], dense["steps"]) == (pytest.approx(2.5), 8), "the mean of 3, 2.5 and 2"
+    assert dense["end_over_dense"] == rows[0.0, "1gbit", "dense"]["end_over_dense"] == 0.0
 
 
 def test_rows_whose_runs_failed_say_why(tmp_path: Path) -> None:
@@ -206,6 +218,7 @@ def test_all_methods_by_default() -> None:
         (["--steps", "-1"], "steps = -1"),
         (["--hosts", "64"], "64 pinned hosts needs 64 cores"),
         (["--no-pin", "--tasks", "bert"], "task 'bert' does not exist; known are prose, cnn"),
+        (["--no-pin", "--margins", "0,-0.1"], "margins must be in [0, 1), got -0.1"),
         (["--no-pin", "--hosts", "3"], "hosts = 3: they cannot share out a batch of 16, that of prose, evenly"),
     ],
 )
@@ -232,12 +245,14 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     runs = make_runs(made)
     put_all(runs)
     rows = make_rows(made, runs, {})
-    rows[-1] = {key: rows[-1][key] for key in ("task", "rate", "method", "density", "hosts")} | {"error": "it broke"}
+    rows[-1] = {key: rows[-1][key] for key in ("task", "rate", "margin", "method", "density", "hosts")} | {
+        "error": "it broke"
+    }
     result = {"meta": {"hosts": 2, "cores_of_hosts": [0, 1]}, "rows": rows}
     out = io.StringIO()
     command.print_table(result, Console(file=out, width=160))
     lines = out.getvalue().splitlines()
-    assert any("code at 100mbit, 2 hosts with a core each, target 2.0000" in line for line in lines)
+    assert any("code at 100mbit, 2 hosts with a core each, to 2.0000, dense's end" in line for line in lines)
     limit = next(line for line in lines if line.startswith("│ limit"))
     assert "4.00" in limit, "four times as fast as dense"
     assert any("sparsecomm 0.01: it broke" in line for line in lines)

@@ -38,7 +38,8 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         ConfigError: Matplotlib is not installed.
     """
-    rows = [row for row in result["rows"] if not row["error"]]
+    least = min((row["margin"] for row in result["rows"]), default=0.0)  # curves do not depend on it
+    rows = [row for row in result["rows"] if not row["error"] and row["margin"] == least]
     files = []
     for task, rate in dict.fromkeys((row["task"], row["rate"]) for row in rows):
         group = [row for row in rows if (row["task"], row["rate"]) == (task, rate)]

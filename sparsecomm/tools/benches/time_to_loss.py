@@ -30,7 +30,11 @@ _STUDY = Path("bench") / "convergence" / "time_to_loss.py"
 _FEWEST_HOSTS = 2
 
 
-@bench("time-to-loss", keys=("task", "rate", "method", "density", "hosts"), measures=("seconds", "bytes", "steps"))
+@bench(
+    "time-to-loss",
+    keys=("task", "rate", "margin", "method", "density", "hosts"),
+    measures=("seconds", "bytes", "steps"),
+)
 def run(
     tasks: Sequence[str] = ("prose", "cnn", "prose-25m"),
     rates: Sequence[str] = ("100mbit", "1gbit", "10gbit"),
@@ -39,6 +43,7 @@ def run(
     densities: Sequence[float] = (0.01, 0.001),
     seeds: int = 3,
     steps: int = 0,
+    margins: Sequence[float] = (0.0, 0.01),
     pin: bool = True,
     out: str = "runs/time-to-loss",
 ) -> dict[str, Any]:
@@ -55,13 +60,14 @@ def run(
         densities: Densities of sparsecomm.
         seeds: Number of seeds.
         steps: Updates of a run; 0 takes the task's own number. Warm-ups are shortened alike.
+        margins: Targets, each as the share by which it is above dense's loss at the end.
         pin: Run each host on a core of its own, so that times show communication and not scheduling.
         out: Folder of the runs.
 
     Returns:
-        ``{"meta": {...}, "rows": [...]}`` with a row per task, rate and method: seconds, bytes (sent by rank 0) and
-        steps to the target, each the median over seeds, with _low and _high (None: a seed does not reach it); reached
-        (number of seeds that do), seeds, target, end_loss, end_over_dense (mean over seeds of the ratio, minus 1),
+        ``{"meta": {...}, "rows": [...]}`` with a row per task, rate, margin and method: seconds, bytes (sent by rank 0)
+        and steps to the target, each the median over seeds, with _low and _high (None: a seed does not reach it);
+        reached (number of seeds that do), seeds, target, end_loss, end_over_dense (mean over seeds of the ratio, minus 1),
         all_steps, step_seconds, bytes_are, numel, error, and curve, a list of [step, seconds, bytes, loss], mean over
         seeds.
 
@@ -81,6 +87,7 @@ def run(
             seeds=tuple(range(seeds)),
             steps=steps or None,
             out=Path(out).resolve(),
+            margins=tuple(dict.fromkeys(margins)),
             place={"hosts": hosts, "pinned": pin, "cpu": about["cpu"]},
         )
         rows = study.measure(plan, lab, Console(stderr=True))
@@ -124,11 +131,12 @@ def _load() -> Any:
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
-    """Prints a table per task and rate, and below it the errors of rows without figures."""
+    """Prints a table per task, rate and margin, and below it the errors of rows without figures."""
     out = console or Console()
     about = result["meta"]
-    for task, rate in dict.fromkeys((row["task"], row["rate"]) for row in result["rows"]):
-        group = [row for row in result["rows"] if (row["task"], row["rate"]) == (task, rate)]
+    for key in dict.fromkeys((row["task"], row["rate"], row["margin"]) for row in result["rows"]):
+        task, rate, margin = key
+        group = [row for row in result["rows"] if (row["task"], row["rate"], row["margin"]) == key]
         dense = next((row for row in group if row["method"] == "dense" and not row["error"]), None)
         rows = [_cells(row, dense) for row in group]
         columns = {
@@ -145,7 +153,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "s/step": ("step_seconds", ".4f"),
         }
         pinned = " with a core each" if about["cores_of_hosts"] else ""
-        target = f", target {dense['target']:.4f}" if dense else ""
+        above = f" + {margin:.1%}" if margin else ""
+        target = f", to {dense['target']:.4f}, dense's end{above}" if dense else ""
         out.print(table(f"{task} at {rate}, {about['hosts']} hosts{pinned}{target}", rows, columns))
         for row in rows:
             if row["error"]:

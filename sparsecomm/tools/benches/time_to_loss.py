@@ -67,9 +67,9 @@ def run(
     Returns:
         ``{"meta": {...}, "rows": [...]}`` with a row per task, rate, margin and method: seconds, bytes (sent by rank 0)
         and steps to the target, each the median over seeds, with _low and _high (None: a seed does not reach it);
-        reached (number of seeds that do), seeds, target, end_loss, end_over_dense (mean over seeds of the ratio, minus 1),
-        all_steps, step_seconds, bytes_are, numel, error, and curve, a list of [step, seconds, bytes, loss], mean over
-        seeds.
+        reached (number of seeds that do), seeds, target, end_loss, end_over_dense (mean over seeds of the ratio, minus
+        1), all_steps, step_seconds, bytes_are, numel, error, and curve, a list of [step, seconds, bytes, loss], mean
+        over seeds.
 
     Raises:
         ConfigError: An argument is not acceptable, data are missing, or there is no checkout.

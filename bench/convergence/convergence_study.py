@@ -7,7 +7,7 @@ import itertools
 import json
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ MODELS = {
     "cnn": light("study_fashion.py", {"global_batch": 64}, study_data.FASHION),
     "lstm": light("study_lstm.py", CODE),
     "tied": light("study_gpt.py", PROSE | {"size": "short"}, study_data.PROSE),
+    "prose-25m": replace(light("study_gpt.py", PROSE | {"size": "25m", "held_out": 8}, study_data.PROSE), steps=400),
 }
 METHODS = {
     "dense": Method(title="dense", flags={"compressor": "none"}),
@@ -74,6 +75,10 @@ METHODS = {
     "dgc": Method(title="DGC", flags={"compressor": "topk", "feedback": "dgc"}),
     "ahead": Method(title="step-ahead", flags={"compressor": "topk", "feedback": "ahead"}),
     "adam-topk": Method(title="Adam, then top-k", flags={"compressor": "topk", "feedback": "adam"}),
+    "fp16": Method(title="fp16", flags={"compressor": "fp16"}),
+    "powersgd-r4": Method(title="PowerSGD rank 4", flags={"compressor": "powersgd-r4"}),
+    "powersgd-r1": Method(title="PowerSGD rank 1", flags={"compressor": "powersgd-r1"}),
+    "silent": Method(title="no exchange", flags={"compressor": "silent"}),
     "drop": Method(title="top-k, rest dropped", flags={"compressor": "topk", "feedback": "none"}),
 }
 CHECKPOINTS = 4  # in a run; an interruption costs at most the steps between two of them
@@ -93,7 +98,7 @@ class Cell:
         model: Key of ``MODELS``.
         optimizer: "adamw" or "sgd".
         method: Key of ``METHODS``.
-        density: Density; None with "dense".
+        density: Density; None with methods that select no elements.
         settings: Options of the training script by name, with underscores for hyphens, e.g. ``{"lr": 3e-3}``.
         grid: Values that ``--tune`` tries, by name of a setting; every combination is run.
         seeds: Seeds of the reported runs.
@@ -139,11 +144,16 @@ class Conditions:
         judge: "validation" to tune, "test" to report.
         ranks: Number of processes of the cells that do not say it.
         steps: Number of updates in place of the model's. Longer cells and the density warm-up are scaled alike.
+        evaluations: Number of evaluations of a run in place of the model's.
+        place: Facts of the machine and the network on which times depend. Runs in another place are different runs.
+            Empty where only losses matter.
     """
 
     judge: str
     ranks: int
     steps: int | None = None
+    evaluations: int | None = None
+    place: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +218,7 @@ def make_run(
     Args:
         cell: Cell of the run.
         out: Folder of the study.
-        conditions: Judge, ranks and steps; runs that differ in any of them are different runs.
+        conditions: Judge, ranks, steps and place; runs that differ in any of them are different runs.
         seed: Seed of model and batches.
         point: Settings that replace those of the cell.
     """
@@ -223,9 +233,10 @@ def make_run(
     if cell.density is not None:
         flags["density"] = cell.density
     flags |= {"steps": total, "judge": conditions.judge}
-    flags["eval_every"] = max(1, total // MODELS[cell.model].evaluations)
+    flags["eval_every"] = max(1, total // (conditions.evaluations or MODELS[cell.model].evaluations))
     ranks = conditions.ranks if cell.ranks is None else cell.ranks
-    digest = hashlib.sha256(json.dumps([ranks, flags], sort_keys=True).encode()).hexdigest()[:8]
+    place = [dict(conditions.place)] if conditions.place else []
+    digest = hashlib.sha256(json.dumps([ranks, flags, *place], sort_keys=True).encode()).hexdigest()[:8]
     title = " ".join([f"{cell.name} seed {seed}", *(f"{name} {value}" for name, value in (point or {}).items())])
     folder = out / "runs" / f"{cell.name}.{digest}"
     return Run(cell=cell, title=title, flags=flags | {"seed": seed}, ranks=ranks, folder=folder)
@@ -261,7 +272,7 @@ def _check(cell: Cell) -> None:
             raise StudyError(f"{name} {value!r} is not one of {', '.join(choices)}")
     if cell.optimizer not in options.WEIGHT_DECAY:
         raise StudyError(f"{cell.name}: optimizer {cell.optimizer!r} is not one of {', '.join(options.WEIGHT_DECAY)}")
-    if (cell.density is None) != (cell.method == "dense"):
+    if (cell.density is None) == (METHODS[cell.method].flags["compressor"] in options.SPARSE):
         raise StudyError(f"{cell.name}: density is {cell.density}, but the method is {cell.method}")
     unknown = sorted({*cell.settings, *cell.grid} - SETTABLE)
     if unknown:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 SPARSE = ("topk", "threshold", "chunk", "random", "cyclic")
-COMPRESSORS = ("none", "dense", *SPARSE)
+POWERSGD = "powersgd-r"  # and the rank
+TORCH_HOOKS = ("fp16", f"{POWERSGD}4", f"{POWERSGD}1", "silent")
+COMPRESSORS = ("none", "dense", *SPARSE, *TORCH_HOOKS)
 # Settings that shape the trajectory or its log. A resumed run must repeat them.
 TRAJECTORY = (
     *("compressor", "density", "feedback", "warmup_steps", "warmup_kind", "warmup_densities", "value_codec"),
@@ -82,6 +84,13 @@ class Settings:
     def sparse(self) -> bool:
         """Whether the compressor selects elements."""
         return self.compressor in SPARSE
+
+    @property
+    def matrix_rank(self) -> int | None:
+        """The rank of PowerSGD's matrices; None with other compressors."""
+        if not self.compressor.startswith(POWERSGD):
+            return None
+        return int(self.compressor.removeprefix(POWERSGD))
 
     @property
     def updates_before(self) -> bool:
@@ -238,7 +247,8 @@ def _add_communication(parser: Parser) -> None:
         "--compressor",
         choices=COMPRESSORS,
         default="topk",
-        help="none: plain DDP; chunk, random and cyclic send the same elements from all ranks (default %(default)s)",
+        help="none: plain DDP; chunk, random and cyclic send the same elements from all ranks; fp16 and powersgd-r1, "
+        "-r4: torch's hooks; silent: a hook that sends nothing, to time the rest of a step (default %(default)s)",
     )
     how.add_argument("--density", type=_density, default=0.01, help="share sent (default %(default)s)")
     how.add_argument(
@@ -249,7 +259,12 @@ def _add_communication(parser: Parser) -> None:
         "optimizer; adam also turns gradients into AdamW's updates before compression, instead of the optimizer; "
         "ahead: sparsecomm.optim's AdamW or SGD; none drops them (default %(default)s)",
     )
-    how.add_argument("--warmup-steps", type=_count, default=0, help="steps of higher density (default none)")
+    how.add_argument(
+        "--warmup-steps",
+        type=_count,
+        default=0,
+        help="steps of higher density; with PowerSGD, steps that send whole gradients (default none)",
+    )
     how.add_argument(
         "--warmup-kind",
         choices=("steps", "exp"),
@@ -333,13 +348,13 @@ def _check_optimizer(parser: Parser, options: dict[str, Any]) -> None:
 
 def _check_communication(parser: Parser, settings: Settings) -> None:
     steps, stages = settings.warmup_steps, len(settings.warmup_densities)
-    if steps and not settings.sparse:
+    if steps and not settings.sparse and settings.matrix_rank is None:
         parser.error(f"--warmup-steps has no meaning with --compressor {settings.compressor}")
     if settings.feedback != "ef" and not settings.sparse:
         parser.error(f"--feedback {settings.feedback} has no meaning with --compressor {settings.compressor}")
     if settings.feedback == "adam" and settings.optimizer != "adamw":
         parser.error(f"--feedback adam has no meaning with --optimizer {settings.optimizer}")
-    if settings.warmup_kind == "steps" and steps % stages:
+    if settings.sparse and settings.warmup_kind == "steps" and steps % stages:
         parser.error(f"--warmup-steps {steps} is no multiple of its {stages} densities")
     if steps and settings.warmup_kind == "exp" and settings.warmup_densities[0] < settings.density:
         first = settings.warmup_densities[0]

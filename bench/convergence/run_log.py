@@ -9,6 +9,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+LABELS = {
+    "none": "dense fp32 (plain DDP)",
+    "dense": "dense (through sparsecomm)",
+    "fp16": "fp16 (torch's hook)",
+    "powersgd-r4": "PowerSGD rank 4 (torch's hook)",
+    "powersgd-r1": "PowerSGD rank 1 (torch's hook)",
+    "silent": "no exchange (a hook that sends nothing)",
+}
+
 
 class LogError(ValueError):
     """A log cannot be read or used; the message names it."""
@@ -50,10 +59,8 @@ class RunLog:
     def label(self) -> str:
         """Short name of the run for tables and legends."""
         compressor = str(self.meta["compressor"])
-        if compressor == "none":
-            return "dense fp32 (plain DDP)"
-        if compressor == "dense":
-            return "dense (through sparsecomm)"
+        if compressor in LABELS:
+            return LABELS[compressor]
         return f"{compressor} {float(self.meta['density']):.3g}".replace("topk", "top-k")
 
     @property

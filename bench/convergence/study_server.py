@@ -168,9 +168,10 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     settings = options.parse(parser, Settings, arguments)
     default = parser.get_default("collective")
     used = [name for name in FOREIGN if getattr(settings, name)]
-    if used or settings.collective != default or settings.compressor == "none":
+    without = settings.compressor in ("none", *options.TORCH_HOOKS)
+    if used or settings.collective != default or without:
         names = [*used, *(("collective",) if settings.collective != default else ())]
-        names += ["compressor none"] if settings.compressor == "none" else []
+        names += [f"compressor {settings.compressor}"] if without else []
         parser.error(f"--{names[0].replace('_', '-')} has no meaning with a parameter server")
     return settings
 

@@ -19,10 +19,11 @@ from typing import Any
 import checkpointing
 import torch
 import torch.distributed as dist
+import torch_hooks
 from checkpointing import CheckpointError
 from compression import make_state
 from optimizers import make_optimizer, rate
-from options import TRAJECTORY, Settings, script
+from options import TORCH_HOOKS, TRAJECTORY, Settings, script
 from run_log import Row, RunLog, plot
 from task import Batch, Task, draw, rank_batch
 from tensorboard_log import Scalars
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from train_report import Report
 
 import sparsecomm as sc
+from sparsecomm.tools.benches.methods import Attached
 
 # Within these steps a dense run sends as many bytes as a whole top-k run.
 EARLY_EVALS = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 24, 32})
@@ -46,6 +48,8 @@ class Trainer:
     """The training of one rank: settings, model, optimizer, log and progress.
 
     Attributes:
+        ddp: The model with the hook.
+        state: State of our hook; None for plain DDP and torch's hooks.
         step: Number of updates done.
         bytes_before: Bytes that the state's counter shows and that this run did not send, when it was resumed.
     """
@@ -55,7 +59,7 @@ class Trainer:
     size: int
     task: Task
     model: nn.Module
-    ddp: DDP
+    ddp: Attached
     optimizer: torch.optim.Optimizer
     state: sc.SparseState | None
     log: RunLog
@@ -68,19 +72,23 @@ class Trainer:
         return 2 * 4 * count_parameters(self.model) * (self.size - 1) // self.size
 
 
-def wrap(model: nn.Module, state: sc.SparseState | None) -> DDP:
-    """Wraps the model in DDP and registers the hook."""
-    ddp = DDP(model)
-    if state is not None:
-        ddp.register_comm_hook(state, sc.sparse_hook)
-    return ddp
+def wrap(settings: Settings, model: nn.Module, state: sc.SparseState | None) -> Attached:
+    """Returns the model in DDP with the hook. Collective.
+
+    Gradients are views of DDP's buckets with every method, since times are compared.
+    """
+    if state is None:
+        return torch_hooks.attach(settings, model)
+    ddp = DDP(model, gradient_as_bucket_view=True)
+    ddp.register_comm_hook(state, sc.sparse_hook)
+    return Attached(ddp, lambda step: state.last_step().bytes_sent, counted=True)
 
 
 def backward(trainer: Trainer) -> Tensor:
     """Computes the gradients of the next step and averages them over the ranks; returns the loss. Collective."""
     trainer.optimizer.zero_grad(set_to_none=True)
     inputs, targets = draw(trainer.task, trainer.settings, rank=trainer.rank, size=trainer.size, step=trainer.step)
-    loss: Tensor = trainer.ddp(inputs, targets)
+    loss: Tensor = trainer.ddp.model(inputs, targets)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss
 
@@ -128,9 +136,9 @@ def training_loss(trainer: Trainer, loss: Tensor) -> float:
 
 
 def bytes_sent(trainer: Trainer) -> int:
-    """Returns the gradient bytes that this rank has sent since step 0, counted, or computed for plain DDP."""
+    """Returns the gradient bytes that this rank has sent since step 0, after a step that is not in the log yet."""
     if trainer.state is None:
-        return trainer.dense_bytes * trainer.step
+        return trainer.log.rows[-1].bytes_sent + trainer.ddp.step_bytes(trainer.step - 1)
     return trainer.state.metrics().bytes_sent - trainer.bytes_before
 
 
@@ -174,7 +182,8 @@ def save(trainer: Trainer, folder: Path) -> None:
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
     }
-    own = {"bytes_sent": bytes_sent(trainer), "comm": trainer.state.state_dict() if trainer.state else {}}
+    comm = trainer.state.state_dict() if trainer.state else torch_hooks.state_dict(trainer.ddp)
+    own = {"bytes_sent": trainer.log.rows[-1].bytes_sent, "comm": comm}
     checkpointing.save(folder, trainer.step, rank=trainer.rank, shared=shared, own=own)
 
 
@@ -189,7 +198,9 @@ def restore(trainer: Trainer, shared: dict[str, Any], own: dict[str, Any]) -> No
     trainer.optimizer.load_state_dict(shared["optimizer"])
     trainer.log.rows[:] = [Row(**row) for row in shared["rows"]]
     trainer.step = trainer.log.rows[-1].step
-    if trainer.state is not None:
+    if trainer.state is None:
+        torch_hooks.load_state_dict(trainer.ddp, own["comm"])
+    else:
         trainer.state.load_state_dict(own["comm"])
         trainer.bytes_before = trainer.state.metrics().bytes_sent - own["bytes_sent"]
 
@@ -228,14 +239,14 @@ def read_checkpoint(
 
 def describe(settings: Settings, size: int, task: Task, parameters: int) -> dict[str, Any]:
     """Returns the log's ``meta``."""
-    counted = "computed as a ring allreduce" if settings.compressor == "none" else "counted"
+    computed = settings.compressor in ("none", *TORCH_HOOKS)
     return {
         **asdict(settings),
         "warmup_densities": list(settings.warmup_densities),
         "world_size": size,
         "parameters": parameters,
         "dense_bytes_per_step": 2 * 4 * parameters * (size - 1) // size,
-        "bytes_are": counted,
+        "bytes_are": "computed as a ring allreduce" if computed else "counted",
         **task.facts,
         "versions": {
             "python": platform.python_version(),
@@ -258,7 +269,7 @@ def make_trainer(settings: Settings, world: sc.World, task: Task) -> Trainer:
         size=world.size,
         task=task,
         model=model,
-        ddp=wrap(model, state),
+        ddp=wrap(settings, model, state),
         optimizer=make_optimizer(settings, model, state),
         state=state,
         log=RunLog(meta, [first]),
@@ -319,6 +330,9 @@ def finish(trainer: Trainer, report: Report) -> int:
         trainer.log.write(Path(settings.log))
     if trainer.rank == 0 and settings.plot:
         report.say("plots: {} and {}".format(*plot([trainer.log], Path(settings.plot))))
+    if settings.compressor == "silent":
+        report.say("replicas are not compared: every rank has trained on its own gradients")
+        return 0
     digest, agree = replicas_digest(trainer)
     verdict = "agree" if agree else "DISAGREE"
     report.say(f"replicas {verdict}: parameters' SHA-256 {digest}... on rank 0 of {trainer.size}")

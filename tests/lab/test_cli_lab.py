@@ -57,6 +57,27 @@ def test_a_lab_for_one_run_goes_with_it(name: str, capfd: pytest.CaptureFixture[
     assert gone(name)
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a host each needs two cores")
+def test_pinned_hosts_are_shown_with_their_cores(name: str, forks: Forks, capfd: pytest.CaptureFixture[str]) -> None:
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
+    maker = forks.start(f"app(['lab', 'up', '--hosts', '2', '--pin', '--name', {name!r}])")
+    assert maker.wait() == 0
+    assert f"on cores {', '.join(cores)}" in maker.output.read_text()
+    shown = [line.split() for line in call("status").output.splitlines() if line.strip().startswith(f"{name}-h")]
+    assert [line[2] for line in shown] == cores
+    script = ["--", "/bin/sh", "-c", "echo $(hostname) $(grep Cpus_allowed_list /proc/self/status | cut -f 2)"]
+    assert call("run", "--name", name, *script).exit_code == 0
+    expected = [f"{name}-h{i} {core}" for i, core in enumerate(cores)]
+    assert sorted(capfd.readouterr().out.splitlines()) == expected
+    assert call("down", "--name", name).exit_code == 0
+    assert call("run", "--pin", "--hosts", "2", "--name", name, *script).exit_code == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == expected
+    assert gone(name)
+    too_many = call("run", "--pin", "--hosts", "64", "--name", name, *script)
+    assert too_many.exit_code == 1
+    assert f"needs 64 cores, one for each, and this process may use {len(os.sched_getaffinity(0))}" in too_many.output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_signals_end_a_run_and_its_lab(name: str, number: signal.Signals, forks: Forks) -> None:
     process = forks.start(f"app(['lab', 'run', '--hosts', '2', '--name', {name!r}, '--', 'sleep', '94'])")

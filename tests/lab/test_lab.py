@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,12 @@ def entered(lab: Lab, host: int, *command: str) -> str:
     """Returns the output of a command on a host."""
     line = ["/bin/sh", str(teardown.ROOT / lab.name / "enter"), lab.hosts[host], *command]
     return subprocess.run(line, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def cores_of_a_process(lab: Lab, host: int) -> set[int]:
+    """Returns the cores that a process on a host may use."""
+    code = "import os; print(*os.sched_getaffinity(0))"
+    return set(map(int, entered(lab, host, sys.executable, "-c", code).split()))
 
 
 def test_a_lab_is_hosts_on_one_network_and_the_machine_stays_as_it_was(name: str) -> None:
@@ -77,6 +84,50 @@ def test_ranks_are_spread_over_hosts_in_turn(name: str) -> None:
     assert done.returncode == 0, done
     expected = [f"{lab.hosts[rank % 4]} {rank} a b {lab.addresses[0]} {lab.interface}" for rank in range(5)]
     assert sorted(done.stdout.splitlines()) == sorted(expected)
+
+
+CORES = sorted(os.sched_getaffinity(0))
+needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="a host each needs two cores")
+WHERE = "import os, socket; print(socket.gethostname(), *os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])"
+
+
+@needs_two_cores
+def test_all_processes_of_a_pinned_host_run_on_its_core(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    where = [sys.executable, "-c", WHERE]
+    with Lab(hosts=2, rate=None, name=name, pin=True) as lab:
+        assert lab.cores == tuple(CORES[:2])
+        done = lab.mpirun(where, ranks=4, timeout=60)
+        assert done.returncode == 0, done
+        lines = [f"{host} {core} 1" for host, core in zip(lab.hosts, CORES, strict=False)]
+        assert sorted(done.stdout.splitlines()) == sorted(2 * lines)
+        child = f"import subprocess; subprocess.run({where!r}, check=True)"
+        inherited = lab.mpirun([sys.executable, "-c", child], env={"OMP_NUM_THREADS": "3"}, timeout=60)
+        lines = [line.removesuffix("1") + "3" for line in lines]
+        assert sorted(inherited.stdout.splitlines()) == lines, "the user's number of threads takes precedence"
+        assert cores_of_a_process(lab, 1) == {CORES[1]}
+        found = Lab.find(name)
+        assert found.cores == lab.cores
+        assert repr(found) == repr(lab) == f"Lab(hosts=2, rate=None, name={name!r}, pin=True)"
+        assert next(one.cores for one in survey() if one.name == name) == lab.cores
+
+
+def test_hosts_that_are_not_pinned_share_all_cores(name: str) -> None:
+    with Lab(hosts=1, rate=None, name=name) as lab:
+        assert lab.cores is Lab.find(name).cores is None
+        file = teardown.ROOT / name / teardown.STATE_FILE
+        state = json.loads(file.read_text())
+        assert state.pop("cores") is None
+        file.write_text(json.dumps(state))
+        assert Lab.find(name).cores is None, "a lab that was made before hosts could be pinned"
+        assert cores_of_a_process(lab, 0) == set(CORES)
+
+
+def test_fewer_cores_than_pinned_hosts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 3})
+    assert Lab(hosts=2, pin=True).cores == (3, 5), "those that this process may use"
+    with pytest.raises(LabError, match=r"3 pinned hosts needs 3 cores.* may use 2"):
+        Lab(hosts=3, pin=True)
 
 
 def test_ddp_with_the_hook_trains_across_hosts(name: str) -> None:

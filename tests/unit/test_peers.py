@@ -24,6 +24,7 @@ from sparsecomm.tools.cli.bench import run as bench
 from sparsecomm.tools.lab import missing
 
 PLUGINS = Path(__file__).with_name("plugins")
+PINNED = sorted(os.sched_getaffinity(0))[:2] if len(os.sched_getaffinity(0)) > 1 else []
 FIGURES = {
     "step_seconds": float,
     "step_spread": float,
@@ -85,6 +86,7 @@ def test_a_registered_method_appears_by_itself(monkeypatch: pytest.MonkeyPatch) 
         (["--rates", "1gbit,fast"], "rate = 'fast'"),
         (["--hosts", "1"], "hosts = 1"),
         (["--hosts", "65"], "65"),
+        (["--hosts", "64", "--pin"], "64 pinned hosts needs 64 cores"),
         (["--steps", "3"], "steps = 3: 4 at least"),
         (["--rounds", "0"], "rounds = 0"),
         (["--task-name", "llm"], "task 'llm' does not exist"),
@@ -200,12 +202,13 @@ def test_peers_between_two_real_hosts(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"
     command = [sys.executable, "-m", "sparsecomm", "bench", "peers", "--hosts", "2", "--rates", "50mbit"]
     command += ["--methods", "ddp-gloo,sparsecomm-topk", "--density", "0.01", "--task-name", "cnn", "--steps", "6"]
-    command += ["--rounds", "1", "--loss-steps", "0", "--json", file]
+    command += ["--rounds", "1", "--loss-steps", "0", "--json", file, *(["--pin"] if PINNED else [])]
     job = run_job(command, deadline=120.0)
     assert job.code == 0, str(job)
     result = json.loads(file.read_text())
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["none", "ddp-gloo", "sparsecomm-topk"]
+    assert result["meta"]["cores_of_hosts"] == (PINNED or None)
     for row in rows.values():
         assert_figures(row)
         assert row["rate"] == "50mbit"

@@ -23,7 +23,17 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.method import Scope, methods
 from sparsecomm.tools.benches.compressors import compressor_for
 
-__all__ = ["METHODS", "Attached", "Run", "TrainingMethod", "load_plugins", "method", "runs_of", "silent_hook"]
+__all__ = [
+    "METHODS",
+    "Attached",
+    "Run",
+    "TrainingMethod",
+    "load_plugins",
+    "method",
+    "powersgd",
+    "runs_of",
+    "silent_hook",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,7 @@ class Attached:
         average: Called between backward and the optimizer, for methods that do not hook into backward.
         momentum: Momentum of the optimizer; 0 if the method applies momentum itself.
         settled: Returns whether the method has chosen its final behaviour; steps before that are not timed.
+        power: State of torch's PowerSGD hook; None for other methods.
     """
 
     model: nn.Module
@@ -45,6 +56,7 @@ class Attached:
     average: Callable[[], None] | None = None
     momentum: float = 0.9
     settled: Callable[[], bool] = lambda: True
+    power: powerSGD_hook.PowerSGDState | None = None
 
 
 Attach = Callable[[nn.Module, float], Attached]
@@ -238,13 +250,15 @@ def _int8(model: nn.Module, density: float) -> Attached:
 _POWER_START = 2  # first compressed step, the least that torch accepts; before it, gradients are sent whole
 
 
-def _powersgd(model: nn.Module, rank: int) -> Attached:
+def powersgd(model: nn.Module, rank: int, start: int = _POWER_START) -> Attached:
+    """Attaches torch's PowerSGD hook, which approximates matrices at this rank from step `start` on. Collective."""
+    start = max(start, _POWER_START)
     # One bucket holds the whole model, since with two it deadlocks on Gloo, where its callbacks wait for other futures.
     ddp = _ddp(model, bucket_cap_mb=1 + 4 * _numel(model) // 2**20)
-    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=_POWER_START)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=start)
     ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     dense, low = _ring_bytes(_numel(model), 4), _ring_bytes(_low_rank_numel(model, rank), 4)
-    return Attached(ddp, lambda step: dense if step < _POWER_START else low)
+    return Attached(ddp, lambda step: dense if step < start else low, power=state)
 
 
 def _low_rank_numel(model: nn.Module, rank: int) -> int:
@@ -257,14 +271,12 @@ def _low_rank_numel(model: nn.Module, rank: int) -> int:
     return total
 
 
-@method("powersgd-r1", warmup=_POWER_START + 1)
-def _powersgd_1(model: nn.Module, density: float) -> Attached:
-    return _powersgd(model, 1)
+def _by_rank(rank: int) -> Attach:
+    return lambda model, density: powersgd(model, rank)
 
 
-@method("powersgd-r4", warmup=_POWER_START + 1)
-def _powersgd_4(model: nn.Module, density: float) -> Attached:
-    return _powersgd(model, 4)
+for _rank in (1, 4):
+    method(f"powersgd-r{_rank}", warmup=_POWER_START + 1)(_by_rank(_rank))
 
 
 # --- other packages -----------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def run(
     rounds: int = 2,
     task_name: str = "mlp",
     plugins: Sequence[str] = (),
+    pin: bool = False,
 ) -> dict[str, Any]:
     """Compares training methods between hosts with links of given rates. Needs root; starts mpirun itself.
 
@@ -61,6 +62,7 @@ def run(
         rounds: Repetitions of each run.
         task_name: Model to train: mlp (25.2M parameters), cnn or gpt.
         plugins: Modules that register more methods, importable on all hosts.
+        pin: Run each host on a core of its own, so that exposed time is communication and not scheduling.
 
     Returns:
         ``{"meta": {...}, "rows": [...]}`` with a row per rate and run: method, rate, density, world, task, numel,
@@ -71,7 +73,7 @@ def run(
 
     Raises:
         ConfigError: An argument is not acceptable; raised before anything runs.
-        LabError: This machine cannot make such hosts.
+        LabError: This machine cannot make such hosts, or has too few cores to pin them.
     """
     load_plugins(plugins)
     chosen, runs = task(task_name), runs_of(methods, densities)
@@ -82,7 +84,8 @@ def run(
     runs = [_FLOOR, *(r for r in runs if r != _FLOOR)]
     by_rate = {rate: steps or steps_for(_bits(rate), hosts, _numel(chosen)) for rate in sorted(rates, key=_bits)}
     fastest = max(rates, key=_bits)
-    return _measure(chosen, runs, by_rate, fastest, hosts, loss_steps, rounds, plugins)
+    lab = Lab(hosts=hosts, rate=fastest, name=f"peers{os.getpid() % 10000}", pin=pin)
+    return _measure(lab, chosen, runs, by_rate, loss_steps, rounds, plugins)
 
 
 def _refuse(rates: Sequence[str], hosts: int, steps: int, loss_steps: int, rounds: int) -> None:
@@ -186,23 +189,23 @@ def _reason(errors: str, code: int, limit: float) -> str:
 
 
 def _measure(
+    lab: Lab,
     chosen: Task,
     runs: Sequence[Run],
     by_rate: Mapping[str, int],
-    fastest: str,
-    hosts: int,
     loss_steps: int,
     rounds: int,
     plugins: Sequence[str],
 ) -> dict[str, Any]:
-    """Runs all methods in a lab behind a progress bar and returns the result."""
-    numel = _numel(chosen)
+    """Runs all methods in a lab behind a progress bar and returns the result. Makes the lab, at its fastest rate."""
+    numel, hosts, fastest = _numel(chosen), len(lab.hosts), lab.rate
+    assert fastest is not None
     base = ["--task", chosen.name, "--plugins", ",".join(plugins)]
     jobs = rounds * len(by_rate) + (1 if loss_steps else 0)
     samples: dict[tuple[str, Run], list[dict[str, Any]]] = {(rate, r): [] for rate in by_rate for r in runs}
     path = os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    with _progress() as progress, Lab(hosts=hosts, rate=fastest, name=f"peers{os.getpid() % 10000}") as lab:
+    with _progress() as progress, lab:
         bar = progress.add_task("", total=jobs)
 
         def rows_at(rate: str, steps: int, stage: str, wanted: Sequence[Run], *more: str) -> dict[Run, dict[str, Any]]:
@@ -229,7 +232,13 @@ def _measure(
             losses = rows_at(fastest, loss_steps, "losses", sound, "--eval-every", str(every))
     rows = [_row(rate, r, samples[rate, r], samples[rate, _FLOOR], losses.get(r), hosts) for rate, r in samples]
     about = {"hosts": hosts, "rounds": rounds, "steps": dict(by_rate), "loss_steps": loss_steps, "numel": numel}
-    about |= {"task": chosen.name, "batch": chosen.batch, "lr": chosen.lr, "fastest": fastest}
+    about |= {
+        "task": chosen.name,
+        "batch": chosen.batch,
+        "lr": chosen.lr,
+        "fastest": fastest,
+        "cores_of_hosts": lab.cores,
+    }
     return {"meta": meta() | about, "rows": rows}
 
 
@@ -308,7 +317,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             "on the wire": ("wire_bytes_per_step", ",d"),
             "loss": ("final_loss", ".3f"),
         }
-        title = f"{rate}, {about['hosts']} hosts, {about['task']} of {about['numel'] / 1e6:.1f}M parameters"
+        pinned = " with a core each" if about.get("cores_of_hosts") else ""
+        title = f"{rate}, {about['hosts']} hosts{pinned}, {about['task']} of {about['numel'] / 1e6:.1f}M parameters"
         out.print(table(title, rows, columns))
         for row in rows:
             if row["error"]:

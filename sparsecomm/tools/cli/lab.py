@@ -29,6 +29,7 @@ lab_app = typer.Typer(
     help="Several hosts on this machine, joined by links of a given rate (needs Linux and root).", no_args_is_help=True
 )
 Name = Annotated[str, typer.Option("--name", help="Name of the lab; several labs can be up at once.")]
+_PIN_HELP = "Run the processes of each host on a core of their own."
 _RATE_HELP = "Rate of every link in each direction: 1gbit, 100mbit, ...; none for no limit."
 
 
@@ -36,12 +37,14 @@ _RATE_HELP = "Rate of every link in each direction: 1gbit, 100mbit, ...; none fo
 def up(
     hosts: Annotated[int, typer.Option(help="Number of hosts.")] = HOSTS,
     rate: Annotated[str, typer.Option(help=_RATE_HELP)] = RATE,
+    pin: Annotated[bool, typer.Option("--pin", help=_PIN_HELP)] = False,
     name: Name = "lab",
 ) -> None:
     """Make a lab that stays until `lab down`."""
     with _clear_errors(), _signals_raise():
-        lab = Lab(hosts=hosts, rate=_rate(rate), name=name).up(persistent=True)
-        _say(f"lab {name!r} is up: {', '.join(lab.hosts)} at {lab.rate or 'no limit'}")
+        lab = Lab(hosts=hosts, rate=_rate(rate), name=name, pin=pin).up(persistent=True)
+        pinned = "" if lab.cores is None else f", on cores {', '.join(map(str, lab.cores))}"
+        _say(f"lab {name!r} is up: {', '.join(lab.hosts)} at {lab.rate or 'no limit'}{pinned}")
 
 
 @lab_app.command(context_settings={"allow_interspersed_args": False})
@@ -50,6 +53,7 @@ def run(
     ranks: Annotated[int | None, typer.Option("-n", help="Number of ranks; one per host by default.")] = None,
     hosts: Annotated[int | None, typer.Option(help="Make a lab of this many hosts for this run only.")] = None,
     rate: Annotated[str | None, typer.Option(help="Make a lab with links of this rate for this run only.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help=f"Make a lab for this run only. {_PIN_HELP}")] = False,
     env: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Variable for all ranks; may be repeated.")
     ] = None,
@@ -61,10 +65,11 @@ def run(
     """Run a command under mpirun across the hosts of a lab: the one that is up, or one made for this run."""
     with _clear_errors(), _signals_raise():
         variables = dict(map(_variable, env or ()))
-        if hosts is None and rate is None:
+        if hosts is None and rate is None and not pin:
             code = _run(Lab.find(name), command, ranks, variables, timeout)
         else:
-            with Lab(hosts=HOSTS if hosts is None else hosts, rate=_rate(rate or RATE), name=name) as lab:
+            count = HOSTS if hosts is None else hosts
+            with Lab(hosts=count, rate=_rate(rate or RATE), name=name, pin=pin) as lab:
                 code = _run(lab, command, ranks, variables, timeout)
     raise typer.Exit(code if code >= 0 else 128 - code)
 
@@ -112,9 +117,10 @@ def _print_status(lab: LabStatus, console: Console) -> None:
     if lab.problem:
         console.print(Text.assemble(("  not usable: ", "red"), lab.problem), soft_wrap=True)
         console.print(f"  remove it with: {lab.fix}", soft_wrap=True, markup=False, highlight=False)
-    table = Table("host", "address", "processes", box=None, padding=(0, 2))
-    for host, address, count in zip(lab.hosts, lab.addresses, lab.processes, strict=True):
-        table.add_row(host, address, str(count))
+    table = Table("host", "address", "core", "processes", box=None, padding=(0, 2))
+    cores = ["all"] * len(lab.hosts) if lab.cores is None else map(str, lab.cores)
+    for host, address, core, count in zip(lab.hosts, lab.addresses, cores, lab.processes, strict=True):
+        table.add_row(host, address, core, str(count))
     if lab.hosts:
         console.print(table)
 

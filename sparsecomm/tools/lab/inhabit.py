@@ -6,6 +6,7 @@ from sparsecomm.tools.lab.state import State
 
 __all__ = ["agent", "on_host", "write_scripts"]
 
+# A pinned host has a file with its core; everything that is started on the host inherits the affinity.
 # Each host has a separate host name and /etc/hosts, and a /sys with its interfaces, which UCX and doctor read.
 _ENTER = """\
 #!/bin/sh
@@ -14,7 +15,9 @@ set -e
 here=$(dirname "$0")
 host=$1
 shift
-exec nsenter --net="$here/ns/$host" unshare --uts --mount --propagation slave /bin/sh -ec '
+pin=
+[ ! -f "$here/cores/$host" ] || pin="taskset --cpu-list $(cat "$here/cores/$host")"
+exec $pin nsenter --net="$here/ns/$host" unshare --uts --mount --propagation slave /bin/sh -ec '
   echo "$1" > /proc/sys/kernel/hostname
   mount --bind "$2" /etc/hosts
   mount -t sysfs sysfs /sys
@@ -33,7 +36,11 @@ exec /bin/sh "$(dirname "$0")/enter" "$host" /bin/sh -c "$*"
 
 
 def write_scripts(state: State) -> None:
-    """Writes the scripts and the hosts file into the lab's folder."""
+    """Writes the scripts, the hosts file and the core of each pinned host into the lab's folder."""
+    if state.cores is not None:
+        (state.folder / "cores").mkdir()
+        for host, core in zip(state.hosts, state.cores, strict=True):
+            (state.folder / "cores" / host).write_text(f"{core}\n")
     (state.folder / "enter").write_text(_ENTER)
     (state.folder / "agent").write_text(_AGENT)
     (state.folder / "agent").chmod(0o755)

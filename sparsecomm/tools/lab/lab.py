@@ -26,6 +26,7 @@ from sparsecomm.tools.lab.state import (
     check_name,
     lab_names,
     load,
+    own_cores,
     remedy,
     start_time,
 )
@@ -45,18 +46,21 @@ class Lab:
         hosts: Number of hosts, 1 to 64.
         rate: Rate of every link in each direction, in tc's units ("1gbit", "100mbit"); None for no limit.
         name: Name of the lab; host names begin with it.
+        pin: Whether each host's processes run on a core of their own: host i on core i of those that this process may
+            use. Otherwise all hosts share all cores.
 
     Raises:
-        LabError: An argument is not acceptable.
+        LabError: An argument is not acceptable, or there are fewer cores than hosts to pin.
     """
 
-    def __init__(self, *, hosts: int = 4, rate: str | None = "1gbit", name: str = "lab") -> None:
+    def __init__(self, *, hosts: int = 4, rate: str | None = "1gbit", name: str = "lab", pin: bool = False) -> None:
         bits_per_second(rate)
         self._state = State(
             name=check_name(name),
             token=secrets.token_hex(8),
             count=check_hosts(hosts),
             rate=rate,
+            cores=own_cores(hosts) if pin else None,
             subnet=0,
             owner=None,
             owner_start=None,
@@ -105,6 +109,11 @@ class Lab:
     def rate(self) -> str | None:
         """The rate of every link in each direction; None if there is no limit."""
         return self._state.rate
+
+    @property
+    def cores(self) -> tuple[int, ...] | None:
+        """The core of each host's processes, by the kernel's numbers; None if the hosts are not pinned."""
+        return self._state.cores
 
     def up(self, *, persistent: bool = False) -> Lab:
         """Makes the hosts. If anything fails or interrupts it, nothing of the lab remains.
@@ -234,7 +243,7 @@ class Lab:
             self.down()
 
     def __repr__(self) -> str:
-        return f"Lab(hosts={self._state.count}, rate={self.rate!r}, name={self.name!r})"
+        return f"Lab(hosts={self._state.count}, rate={self.rate!r}, name={self.name!r}, pin={self.cores is not None})"
 
     def _is_there(self) -> bool:
         found = teardown.read_state(self.name)

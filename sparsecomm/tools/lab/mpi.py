@@ -90,7 +90,7 @@ def job_environment(
         ranks: Number of ranks.
         env: Variables that the caller sets; they take precedence.
     """
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = 1 if state.cores is not None else max(1, (os.cpu_count() or 1) // ranks)
     given = {
         **(_HYDRA_LINKS if launcher[1] else {}),
         "GLOO_SOCKET_IFNAME": INTERFACE,

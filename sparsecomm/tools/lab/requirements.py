@@ -9,7 +9,11 @@ import sys
 
 __all__ = ["missing"]
 
-_PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux", "unshare": "util-linux", "mount": "mount"}
+_PACKAGES = {
+    **dict.fromkeys(("ip", "tc"), "iproute2"),
+    **dict.fromkeys(("nsenter", "unshare", "taskset"), "util-linux"),
+    "mount": "mount",
+}
 
 
 def missing() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "check_name",
     "lab_names",
     "load",
+    "own_cores",
     "remedy",
     "start_time",
 ]
@@ -39,6 +41,7 @@ class State:
         token: Distinguishes this lab from earlier labs of the same name.
         count: Number of hosts.
         rate: Rate of each link in each direction, as the user gave it; None if unshaped.
+        cores: Core of each host's processes, by the kernel's numbers; None if all hosts share all cores.
         subnet: Third byte of its addresses, 10.88.subnet.0/24.
         owner: Id of the process with which the lab ends; None if the lab outlives its maker.
         owner_start: Start of that process in clock ticks since boot, since process ids are reused.
@@ -49,6 +52,7 @@ class State:
     token: str
     count: int
     rate: str | None
+    cores: tuple[int, ...] | None
     subnet: int
     owner: int | None
     owner_start: int | None
@@ -116,9 +120,11 @@ def load(name: str) -> State | None:
         if folder.exists() or folder.is_symlink():
             raise LabError(f"{folder} exists and is not a lab that sparsecomm made: use another name or remove it")
         return None
+    values.setdefault("cores", None)  # a lab of an earlier version may be up
     if set(values) != {field.name for field in fields(State)}:
         raise LabError(f"{folder / STATE_FILE} is damaged: remove the lab with `{remedy(name)}`")
-    return State(**values)
+    cores = values.pop("cores")
+    return State(**values, cores=None if cores is None else tuple(cores))
 
 
 def remedy(name: str) -> str:
@@ -154,6 +160,21 @@ def check_hosts(hosts: int) -> int:
     if isinstance(hosts, bool) or not isinstance(hosts, int) or not 1 <= hosts <= MOST_HOSTS:
         raise LabError(f"hosts = {hosts!r}: a lab has 1 to {MOST_HOSTS} hosts")
     return hosts
+
+
+def own_cores(hosts: int) -> tuple[int, ...]:
+    """Returns a core for each host: the first of those that this process may use.
+
+    Raises:
+        LabError: This process may use fewer cores than there are hosts.
+    """
+    usable = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    if len(usable) < hosts:
+        raise LabError(
+            f"a lab of {hosts} pinned hosts needs {hosts} cores, one for each, and this process may use "
+            f"{len(usable)}: make fewer hosts, or do not pin them"
+        )
+    return tuple(usable[:hosts])
 
 
 def boot_id() -> str:

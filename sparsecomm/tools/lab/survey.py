@@ -22,6 +22,7 @@ class LabStatus:
         hosts: Host names.
         addresses: IPv4 addresses of the hosts.
         rate: Rate of every link in each direction; None if unshaped.
+        cores: Core of each host's processes; None if the hosts are not pinned.
         processes: Number of processes on each host.
         owner: Id of the process with which the lab ends; None if it stays until somebody removes it.
         problem: Why it is not usable; None if it is.
@@ -32,6 +33,7 @@ class LabStatus:
     hosts: tuple[str, ...]
     addresses: tuple[str, ...]
     rate: str | None
+    cores: tuple[int, ...] | None
     processes: tuple[int, ...]
     owner: int | None
     problem: str | None
@@ -48,17 +50,26 @@ def _status(name: str) -> LabStatus:
         state = load(name)
     except LabError as error:
         fix = f"rm -r {teardown.ROOT / name}" if teardown.read_state(name) is None else remedy(name)
-        return LabStatus(name, (), (), None, (), None, str(error), fix)
+        return LabStatus(name, (), (), None, None, (), None, str(error), fix)
     if state is None:  # removed since it was listed
-        return LabStatus(name, (), (), None, (), None, "it is being removed", remedy(name))
+        return LabStatus(name, (), (), None, None, (), None, "it is being removed", remedy(name))
     running = Counter(teardown.inside(name).values())
     problem = None
     if state.orphaned:
         problem = f"the process that owned it ({state.owner}) is dead" if state.owner else "the machine was restarted"
     elif set(teardown.pins(name).values()) != {SWITCH, *state.hosts}:
         problem = "it is being made or removed" if state.owner else "some of its namespaces are gone"
-    processes = tuple(running[host] for host in state.hosts)
-    return LabStatus(name, state.hosts, state.addresses, state.rate, processes, state.owner, problem, remedy(name))
+    return LabStatus(
+        name=name,
+        hosts=state.hosts,
+        addresses=state.addresses,
+        rate=state.rate,
+        cores=state.cores,
+        processes=tuple(running[host] for host in state.hosts),
+        owner=state.owner,
+        problem=problem,
+        fix=remedy(name),
+    )
 
 
 def remove(name: str) -> int:

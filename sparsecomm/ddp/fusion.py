@@ -102,7 +102,7 @@ class Batch:
         for member in self.members:
             if member.error is not None:
                 raise member.error
-            check_gradient(member.grad, member.parameters, prefix)
+            check_gradient(member.grad, prefix)
 
     def unused_spans(self, layout: BucketLayout) -> tuple[tuple[int, int], ...]:
         """Returns the spans (start, end) of the batch's elements whose parameters this rank did not use."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -12,7 +13,7 @@ from sparsecomm.kernels import triton_problem
 from sparsecomm.runtime.device import device_problem
 from sparsecomm.types import GRAD_DTYPES, MAX_NUMEL
 
-__all__ = ["check_gradient", "unused_spans"]
+__all__ = ["check_gradient", "check_real", "unused_spans"]
 
 
 def unused_spans(shapes: Sequence[Sequence[int]], grad: torch.Tensor) -> list[tuple[int, int]]:
@@ -32,27 +33,37 @@ def unused_spans(shapes: Sequence[Sequence[int]], grad: torch.Tensor) -> list[tu
     return spans
 
 
-def check_gradient(grad: torch.Tensor, parameters: Sequence[torch.Tensor], prefix: str) -> None:
+def check_real(parameters: Sequence[torch.Tensor], prefix: str) -> None:
+    """Checks that no parameter is complex: DDP hands over the gradients of these as pairs of real numbers.
+
+    Raises:
+        ConfigError: for a complex parameter; the text starts with `prefix`.
+    """
+    for p in parameters:
+        if p.is_complex():
+            _refuse(p.dtype, prefix)
+
+
+def _refuse(dtype: torch.dtype, prefix: str) -> NoReturn:
+    raise ConfigError(f"{prefix}: gradients of dtype {dtype} are not supported, only float32, float16, bfloat16")
+
+
+def check_gradient(grad: torch.Tensor, prefix: str) -> None:
     """Checks that a flat bucket can be exchanged.
 
     Args:
         grad: the flat bucket.
-        parameters: parameters whose gradients make up the bucket.
         prefix: start of every error's text.
 
     Raises:
         ConfigError: for a layout, dtype, device or size that cannot be exchanged.
     """
-    # DDP hands over complex gradients as pairs of real numbers; only the parameters show that they are complex.
-    dtypes = {p.dtype for p in parameters if p.is_complex()} or {grad.dtype}
     if grad.layout != torch.strided:
         raise ConfigError(
             f"{prefix}: gradients in {grad.layout} layout are not supported; build the embedding with sparse=False"
         )
-    if not dtypes <= set(GRAD_DTYPES):
-        raise ConfigError(
-            f"{prefix}: gradients of dtype {dtypes.pop()} are not supported, only float32, float16, bfloat16"
-        )
+    if grad.dtype not in GRAD_DTYPES:
+        _refuse(grad.dtype, prefix)
     problem = device_problem(grad.device, triton_problem())
     if problem is not None:
         raise ConfigError(f"{prefix}: gradients on {grad.device} cannot be exchanged: {problem}")

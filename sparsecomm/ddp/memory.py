@@ -11,6 +11,7 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
 from sparsecomm.ddp.convergence import Convergence, combine
+from sparsecomm.ddp.gradients import check_real
 from sparsecomm.ddp.matching import matched
 from sparsecomm.ddp.model import WrappedModel
 from sparsecomm.errors import ConfigError
@@ -104,13 +105,14 @@ class Memories:
             prefix: start of every error's text.
 
         Raises:
-            ConfigError: if a parameter is not in the model or no plain tensor, or the bucket's size is not that of its
-                parameters.
+            ConfigError: if a parameter is complex, not in the model or no plain tensor, or the bucket's size is not that
+                of its parameters.
         """
         ids = tuple(id(p) for p in parameters)
         known = self.known.get(index)
         if known is not None and known.parameters == ids and known.bucket.layout.numel == numel:
             return known.bucket
+        check_real(parameters, prefix)
         named = [(model.name_of(p, prefix), p) for p in parameters]
         for name, p in named:
             check_plain(p, f"{prefix}: parameter {name!r}")

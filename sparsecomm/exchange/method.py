@@ -31,6 +31,7 @@ from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.autograd import profiler
 
 from sparsecomm.errors import ConfigError
 from sparsecomm.exchange.agree import Agreement
@@ -105,7 +106,7 @@ class Exchange:
 
     def stage(self, name: str) -> Stage:
         """Returns a context manager that adds its duration to a stage of the report."""
-        profiled = name != "wait" and bool(torch.autograd.profiler._is_profiler_enabled)
+        profiled = name != "wait" and bool(profiler._is_profiler_enabled)
         return Stage(name, self.report, profiled=profiled)
 
     def header(self) -> Header:

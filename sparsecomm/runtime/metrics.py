@@ -46,9 +46,6 @@ class BucketReport:
     apply_seconds: float = 0.0
 
 
-_SUMMED = tuple(f.name for f in fields(BucketReport) if f.name not in ("bucket", "step"))
-
-
 @dataclass(slots=True)
 class Metrics:
     """Sums over all exchanges of a state on this rank. Further attributes are the sums of those of `BucketReport`.
@@ -90,8 +87,17 @@ class Metrics:
     def add(self, report: BucketReport) -> None:
         """Adds the exchange of one bucket. Mutates self."""
         self.buckets += 1
-        for name in _SUMMED:
-            setattr(self, name, getattr(self, name) + getattr(report, name))
+        self.numel += report.numel
+        self.nnz += report.nnz
+        self.bytes_sent += report.bytes_sent
+        self.bytes_received += report.bytes_received
+        self.dense_bytes += report.dense_bytes
+        self.nonfinite += report.nonfinite
+        self.skipped += report.skipped
+        self.select_seconds += report.select_seconds
+        self.encode_seconds += report.encode_seconds
+        self.wait_seconds += report.wait_seconds
+        self.apply_seconds += report.apply_seconds
 
     def merge(self, other: Metrics) -> None:
         """Adds the sums of other metrics. Mutates self."""

@@ -146,7 +146,7 @@ class Stage:
         end = perf_counter()
         if self._range is not None:
             self._range.__exit__(kind, error, trace)
-        report, field = self._report, f"{self._name}_seconds"
+        report, field = self._report, self._name + "_seconds"
         setattr(report, field, getattr(report, field) + end - self._start)
         if _timeline is not None:
             _timeline.add(self._name, self._start, end, bucket=report.bucket, step=report.step, nnz=report.nnz)

@@ -47,9 +47,7 @@ __all__ = ["Engine"]
 
 _TRIES = 20  # tests of one request in a row, because a turn of the loop costs ten times as much as a test
 _START_BUDGET = 300e-6  # seconds of starting tasks before those in flight get a turn again
-# Seconds that the callback of a patient task may be delayed while other tasks are in progress. A callback wakes a
-# thread, which then asks for the interpreter's lock again and again.
-_CALLBACK_BATCH = 20e-3
+_CALLBACK_BATCH = 20e-3  # seconds that a patient task's callback, which wakes a thread, may wait for those of others
 _FROZEN = 5.0  # seconds between two turns after which this process must have been stopped, and its deadlines wait
 _LEAVING = 2.0  # seconds for the thread to tell that this rank leaves
 
@@ -95,7 +93,7 @@ class Engine:
         self._look_every = min(LISTEN, timeout / 10)
         self._looked = 0.0
         self._closing = False
-        self._died = False
+        self._over = self._died = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="sparsecomm-engine", daemon=True)
         self._thread.start()
@@ -111,7 +109,7 @@ class Engine:
                 f"{task.label}: process {os.getpid()} was forked from rank {self.transport.rank} (process {self._pid}) "
                 "and cannot communicate; only the process that called sparsecomm.init() can"
             )
-        if self._closing or not self._thread.is_alive():
+        if self._closing or self._over:
             raise TransportError(f"{task.label}: submitted after the engine of rank {self.transport.rank} was closed")
         self.last_label = task.label
         self.submitters.add(threading.current_thread())
@@ -197,6 +195,7 @@ class Engine:
             self._broken = error
             for task in [*(r.task for r in self._active), *(t for g in self._groups.values() for t in g.backlog)]:
                 self._call(task.on_error, self._after_failure(task.label), task.label)
+        self._over = True
         self._fail_late()
         if self._farewell is not None and not self.transport.blocking:
             with contextlib.suppress(Exception):

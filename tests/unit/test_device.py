@@ -147,7 +147,7 @@ def test_other_devices_are_refused_by_name() -> None:
     assert device_problem(CPU, "no triton") is None
     assert "no triton" in str(device_problem(torch.device("cuda"), "no triton"))
     with pytest.raises(ConfigError, match=r"rank 1, bucket 2: gradients on meta .*CUDA"):
-        check_gradient(torch.empty(3, device="meta", dtype=torch.float32), [], "rank 1, bucket 2")
+        check_gradient(torch.empty(3, device="meta", dtype=torch.float32), "rank 1, bucket 2")
 
 
 def test_a_residual_moves_to_the_device_that_asks_for_it() -> None:

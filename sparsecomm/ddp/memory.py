@@ -105,8 +105,8 @@ class Memories:
             prefix: start of every error's text.
 
         Raises:
-            ConfigError: if a parameter is complex, not in the model or no plain tensor, or the bucket's size is not that
-                of its parameters.
+            ConfigError: if a parameter is complex, not in the model or no plain tensor, or the bucket's size is not
+                that of its parameters.
         """
         ids = tuple(id(p) for p in parameters)
         known = self.known.get(index)

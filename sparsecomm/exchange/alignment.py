@@ -16,9 +16,9 @@ from sparsecomm.transport import Channel, CollectiveSteps
 __all__ = ["largest_sampled", "measure_alignment", "sampled"]
 
 
-def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
-    """Returns the sampled elements of a bucket: float32 on the host; zeros for no vector."""
-    positions = sample_positions(memory.layout)
+def sampled(vector: torch.Tensor | None, memory: BucketMemory, step: int) -> torch.Tensor:
+    """Returns the elements of a bucket that are sampled in a step: float32 on the host; zeros for no vector."""
+    positions = sample_positions(memory.layout, step)
     if vector is None:
         return torch.zeros(positions.numel(), dtype=torch.float32)
     found = vector[positions.to(vector.device)].to(torch.float32)
@@ -27,11 +27,11 @@ def sampled(vector: torch.Tensor | None, memory: BucketMemory) -> torch.Tensor:
 
 def largest_sampled(average: torch.Tensor, memory: BucketMemory, plan: Plan) -> tuple[int, int, float] | None:
     """Returns step, position and unscaled value of the largest sampled element; None if all of them are 0."""
-    found = sampled(average, memory)
+    found = sampled(average, memory, plan.step)
     i = int(found.abs().argmax()) if found.numel() else 0
     if not found.numel() or not math.isfinite(float(found[i])) or float(found[i]) == 0.0:
         return None
-    return plan.step, int(sample_positions(memory.layout)[i]), float(found[i]) / plan.grad_scale
+    return plan.step, int(sample_positions(memory.layout, plan.step)[i]), float(found[i]) / plan.grad_scale
 
 
 def measure_alignment(

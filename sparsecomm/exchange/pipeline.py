@@ -71,7 +71,7 @@ def exchange(
     if memory.pending is not None:
         memory.finish_step()
     measured = getattr(plan.feedback, "aligned", False) and channel.size > 1 and grad.numel() and is_due(plan.step)
-    compared = (sampled(grad, memory), sampled(memory.residual, memory)) if measured else None
+    compared = (sampled(grad, memory, plan.step), sampled(memory.residual, memory, plan.step)) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
     if compared is not None and not report.skipped:
         yield from measure_alignment(channel, memory, compared, arena)

@@ -113,9 +113,13 @@ def is_due(step: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def sample_positions(layout: BucketLayout) -> torch.Tensor:
-    """Returns the positions to compare: int64, at most `SAMPLE`, ascending, the same on all ranks."""
+def sample_positions(layout: BucketLayout, step: int) -> torch.Tensor:
+    """Returns the positions to compare in a step: int64, at most `SAMPLE`, ascending, the same on all ranks.
+
+    They differ from step to step. So the running means are over many more elements than one sample has: a few large
+    elements make up most of a residual's squares, and a sample holds too few of them.
+    """
     if layout.numel <= SAMPLE:
         return torch.arange(layout.numel, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(layout.hash % 2**63)
+    generator = torch.Generator().manual_seed((1_000_003 * layout.hash + step) % 2**63)
     return torch.randint(layout.numel, (SAMPLE,), generator=generator).sort().values

@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def run(
     _refuse(hosts, seeds, steps)
     study, about = _load(), meta()
     lab = Lab(hosts=hosts, name=f"loss{os.getpid() % 10000}", pin=pin)
-    try:
+    with _clear_errors():
         plan = study.Plan(
             tasks=tuple(tasks),
             rates=study.highest_first(rates),
@@ -91,13 +92,20 @@ def run(
             place={"hosts": hosts, "pinned": pin, "cpu": about["cpu"]},
         )
         rows = study.measure(plan, lab, Console(stderr=True))
-    except ValueError as error:  # the study's errors
+    facts = {"hosts": hosts, "cores_of_hosts": lab.cores, "seeds": seeds, "judge": "validation"}
+    return {"meta": about | facts | {"smoothed_evaluations": study.SMOOTHED}, "rows": rows}
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turns the study's errors into ours, and an interruption into its exit code."""
+    try:
+        yield
+    except ValueError as error:
         raise ConfigError(str(error)) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from here")
         raise SystemExit(130) from None
-    facts = {"hosts": hosts, "cores_of_hosts": lab.cores, "seeds": seeds, "judge": "validation"}
-    return {"meta": about | facts | {"smoothed_evaluations": study.SMOOTHED}, "rows": rows}
 
 
 def _refuse(hosts: int, seeds: int, steps: int) -> None:

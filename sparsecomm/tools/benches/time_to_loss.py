@@ -98,7 +98,7 @@ def run(
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Turns the study's errors into this package's, and an interruption into a hint and an exit."""
+    """Turns the study's errors into ours, and an interruption into its exit code."""
     try:
         yield
     except ValueError as error:

@@ -81,7 +81,8 @@ def _flatten(bucket: Sequence[torch.Tensor], names: Mapping[int, str]) -> tuple[
     try:
         return torch.cat([_flat_grad(p, names[id(p)]) for p in bucket]), None
     except Exception as error:
-        return torch.zeros(sum(p.numel() for p in bucket), dtype=torch.float32), error
+        like = bucket[0]  # so that this bucket is fused with the same others as on the other ranks
+        return torch.zeros(sum(p.numel() for p in bucket), dtype=like.dtype, device=like.device), error
 
 
 def _flat_grad(p: torch.Tensor, name: str) -> torch.Tensor:

@@ -87,10 +87,10 @@ class Memories:
         self._square: tuple[int, float] = (-1, 0.0)  # a step, and the average gradient's expected squared norm in it
         self._unmatched: tuple[Checkpoint, bool] | None = None  # loaded before the model was known; whether strictly
 
-    def has_changed(self, index: int, ids: tuple[int, ...]) -> bool:
-        """Returns whether the bucket of that number had other parameters when it was last handed over."""
+    def is_same(self, index: int, ids: tuple[int, ...]) -> bool | None:
+        """Returns whether the bucket of that number had these parameters when last handed over; None if never."""
         known = self.known.get(index)
-        return known is not None and known.parameters != ids
+        return None if known is None else known.parameters == ids
 
     def bucket(
         self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: WrappedModel, prefix: str
@@ -155,17 +155,9 @@ class Memories:
         version = sum(store.version for store in self._stores.values())
         known.equipped = (config, collective, home, version)
 
-    def nothing_waits(self) -> bool:
-        """Returns whether all ranks know that nothing waits in any bucket on any of them. The same on all ranks."""
-        newest = max((known.step for known in self.known.values()), default=0)
-        # A rebuild of DDP's buckets may leave numbers behind that are not in use any more.
-        return all(known.bucket.empty is Empty.EVERYWHERE for known in self.known.values() if known.step >= newest - 1)
-
-    def doubt(self, index: int) -> None:
-        """Notes that a bucket's exchange has failed: ranks may not know any more what waits on others."""
-        known = self.known.get(index)
-        if known is not None and known.bucket.empty is Empty.EVERYWHERE:
-            known.bucket.empty = Empty.HERE
+    def nothing_waits(self, step: int) -> bool:
+        """Returns whether all ranks know that nothing waits on any of them, in all buckets exchanged in a step."""
+        return all(known.bucket.empty is Empty.EVERYWHERE for known in self.known.values() if known.step == step)
 
     def finish_step(self, *, skipped: bool) -> None:
         """Makes the last exchanged step of all buckets final, or undoes it if the optimizer skips it."""

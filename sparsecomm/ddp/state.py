@@ -120,6 +120,7 @@ class SparseState:
                 options = {"compressor": compressor, **options}
             self.config = self.config.change(**options)
         self._memories.change(self.config.feedback, self.step)
+        self._parts.native.reset()
         self._choice.reset()
         self._hints.change(self.config)
         self._alarm.begin_again(self.step)
@@ -279,6 +280,8 @@ class SparseState:
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
         """Restores this rank's state, also in the middle of training. Checks everything before it changes anything.
 
+        All ranks must load between the same two steps. Not collective otherwise.
+
         Args:
             state_dict: what `state_dict` returned. Not changed, and not kept.
             strict: whether the checkpoint must be of the same parameters. Otherwise parameters that it lacks start
@@ -291,6 +294,7 @@ class SparseState:
                 another rank or world size (see `reshard`). It names the entry. If the model is not known yet, its
                 parameters are compared in the first step.
         """
+        self._parts.native.reset()  # also if this rank fails, since the others may not
         loaded = Checkpoint.from_dict(state_dict)
         model = self._lookup.attach(self, world())
         if (loaded.rank, loaded.world_size) != (model.rank, model.size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from sparsecomm.ddp.memory import Memories
 from sparsecomm.ddp.model import Averaging, ModelLookup, WrappedModel, Wrappers
 from sparsecomm.ddp.native import NativeSum, NativeSums
 from sparsecomm.ddp.scaling import LossScaling
-from sparsecomm.errors import ConfigError
+from sparsecomm.errors import ConfigError, TransportError
 from sparsecomm.exchange import Plan, blank_header, report_failure
 from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.auto import NATIVE, Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory, Empty
+from sparsecomm.feedback import BucketMemory
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
@@ -100,6 +99,7 @@ class Submission:
         self._vector: torch.Tensor | None = None
         self._ranks: tuple[int, ...] | None = None  # world ranks that average; None for all
         self._began = 0.0
+        self._native = False  # whether the process group sums the batch; the same on all ranks
         self._outside: Outside | None = None
 
     def start(self) -> None:
@@ -113,6 +113,7 @@ class Submission:
         parts, batch = self._parts, self._batch
         parts.recorder.submitted(self._step, last=batch.last)
         try:
+            parts.native.begin(self._step, sums=sums_gradients(self._owner.config))
             wrappers, averaging = self._look_up()
             self._ranks = averaging.ranks
             if batch.device.type != "cuda":  # on a GPU "auto" goes by bytes, without measuring
@@ -122,7 +123,7 @@ class Submission:
             self.fail(error)
         else:
             self._start_exchange(wrappers)
-        if batch.last and parts.native.used:
+        if batch.last and parts.native.active:
             parts.native.step_handed_over()
 
     def _start_exchange(self, wrappers: Wrappers | None) -> None:
@@ -132,19 +133,22 @@ class Submission:
             model = parts.lookup.attach(self._owner, self._here, wrappers)
             model.check_join()
             bucket, plan = self._prepare(model)
+            with torch.no_grad():  # `allreduce_gradients` may be called with gradients that require one
+                vector = self._flat(self._lane.workspace) if self._native else None
         except Exception as error:
             self._take_part_without(error)
         else:
-            if self._is_native(bucket, Candidate(plan.collective, plan.value_codec)):
-                self._start_native(model, self._flat(self._lane.workspace))
+            if vector is not None:
+                self._start_native(model, vector)
             else:
                 self._submit(bucket, plan)
 
     def _look_up(self) -> tuple[Wrappers | None, Averaging]:
         """Returns the wrappers if they had to be looked up, and the ranks that average."""
         parts, batch = self._parts, self._batch
-        changed = parts.memories.has_changed(batch.index, tuple(id(p) for p in batch.parameters))
-        if parts.lookup.must_look(self._step, changed=changed):
+        same = parts.memories.is_same(batch.index, tuple(id(p) for p in batch.parameters))
+        self._native = parts.native.active and bool(same) and bool(batch.parameters)
+        if parts.lookup.must_look(self._step, changed=same is False):
             wrappers = parts.lookup.find(self._owner, self._here)
             return wrappers, wrappers.averaging
         model = parts.lookup.model
@@ -160,6 +164,9 @@ class Submission:
         bucket = parts.memories.bucket(batch.index, batch.parameters, batch.numel, model, prefix)
         k = config.compressor.k_for(batch.numel, self._step)
         how = self._choose(bucket, model, k)
+        if self._native and how != NATIVE:
+            parts.native.leave(self._step)
+            how = NATIVE
         if how == NATIVE and batch.device.type not in model.averaging.devices:
             raise ConfigError(f"{prefix}: collective='native', but the process group has no backend for {batch.device}")
         parts.memories.equip(bucket, config, how.method, self._step, self._lane.home(how.method))
@@ -200,40 +207,30 @@ class Submission:
 
     # --- to the process group -----------------------------------------------------------------------------------
 
-    def _is_native(self, bucket: BucketMemory, how: Candidate) -> bool:
-        """Returns whether the process group sums the batch. The same on all ranks, since they know the same."""
-        if how != NATIVE or bucket.empty is not Empty.EVERYWHERE or not bucket.layout.numel:
-            return False
-        final = not self._parts.scaling.may_skip()  # otherwise NaN in this bucket undoes the step in all others
-        return sums_gradients(self._owner.config) and (final or self._parts.memories.nothing_waits())
-
     def _start_native(self, model: WrappedModel, vector: torch.Tensor, error: Exception | None = None) -> None:
         """Has the process group sum the batch; with an error, in place of this rank's gradients."""
         self._vector, self._began = vector, perf_counter()
         engine = self._here.engine
         # The process group has the same timeout, but cannot tell who is late.
-        deadline = time.monotonic() + max(0.9 * engine.timeout, engine.timeout - 2.0)
+        deadline = time.monotonic() + engine.timeout - min(2.0, 0.3 * engine.timeout)
         self._outside = Outside(self._label, self._ranks, self.fail, deadline)
         engine.watch(self._outside)
         one = NativeSum(self._batch.index, vector, self, error)
         try:
-            self._parts.native.start(one, model.averaging.group, model.size)
+            with torch.no_grad():
+                self._parts.native.start(one, model.averaging.group, model.size)
         except Exception as failure:
             if self.release():
                 self.fail(failure)
 
     def _take_part_without(self, error: Exception) -> None:
         """Takes part in what the other ranks do with the batch, so that all of them learn of this rank's error."""
-        known, model = self._parts.memories.known.get(self._batch.index), self._parts.lookup.model
-        if known is not None and model is not None:
-            n, like = known.bucket.layout.numel, self._batch.parameters[0]
-            with contextlib.suppress(Exception):  # of the compressor, which then fails on all ranks
-                k = self._owner.config.compressor.k_for(n, self._step)
-                if self._is_native(known.bucket, self._choose(known.bucket, model, k)):
-                    nothing = torch.full((n,), math.nan, dtype=like.dtype, device=like.device)
-                    self._start_native(model, nothing, error)
-                    return
-        self.compare_notes(error, lambda: self._batch.finish(None), self.fail)
+        model, parameters = self._parts.lookup.model, self._batch.parameters
+        if not self._native or model is None:
+            self._tell(error, lambda: self._batch.finish(None), self.fail, lane=0)
+            return
+        like, n = parameters[0], sum(p.numel() for p in parameters)
+        self._start_native(model, torch.full((n,), math.nan, dtype=like.dtype, device=like.device), error)
 
     # --- to the engine ------------------------------------------------------------------------------------------
 
@@ -264,6 +261,20 @@ class Submission:
         self, error: BaseException | None, done: Callable[[], None], fail: Callable[[BaseException], None]
     ) -> None:
         """Tells all ranks of this rank's error, if any; then calls `fail` if some rank has one, else `done`."""
+        try:
+            self._tell(error, done, fail, lane=self._parts.native.lane)
+        except TransportError as closed:  # the engine is closed, and the thread that waits must learn of it
+            fail(closed)
+
+    def _tell(
+        self,
+        error: BaseException | None,
+        done: Callable[[], None],
+        fail: Callable[[BaseException], None],
+        *,
+        lane: int,
+    ) -> None:
+        """Submits an exchange in which ranks tell each other of errors. Calls `fail` if some rank has one."""
         batch, step, arena = self._batch, self._step, self._lane.arena
 
         def tell(channel: Channel) -> CollectiveSteps[None]:
@@ -275,7 +286,9 @@ class Submission:
             write_header(header, payload)
             yield from agree(channel, header, payload, arena, batch.index)
 
-        self._here.engine.submit(Task(self._label, tell, lambda _: done(), fail, group=self._ranks, key=self._key))
+        self._here.engine.submit(
+            Task(self._label, tell, lambda _: done(), fail, group=self._ranks, key=self._key, lane=lane)
+        )
 
     # --- on the engine's thread ---------------------------------------------------------------------------------
 
@@ -308,6 +321,7 @@ class Submission:
         """Makes the finished step final, or undoes all of it if the GradScaler is going to skip it."""
         parts, model = self._parts, self._parts.lookup.model
         parts.memories.finish_step(skipped=step.skipped > 0)
+        parts.native.closed(self._step, nothing_waits=parts.memories.nothing_waits(self._step))
         if self._step >= parts.alarm.due and model is not None and model.rank == 0:
             density = self._owner.config.compressor.density_at(self._step)
             parts.alarm.check(self._step, density, parts.memories.convergence)
@@ -315,6 +329,6 @@ class Submission:
     def fail(self, error: BaseException) -> None:
         """Fails the futures. Called on the starting thread if nothing could be submitted."""
         self._owner.last_error = error
-        self._parts.memories.doubt(self._batch.index)
+        self._parts.native.leave(self._step)
         self._parts.recorder.abandon(self._step)
         self._batch.fail(error)

@@ -91,6 +91,12 @@ class Attendance:
         left.__cause__ = error
         return left
 
+    def excuse(self, flying: Iterable[Running], away: float) -> None:
+        """Moves the deadlines of all collectives by the seconds for which this process was stopped."""
+        running: list[InFlight] = [*flying, *list(self.outside)]
+        for one in running:
+            one.deadline += away
+
     def _listen(self, now: float) -> None:
         """Takes the notes that have arrived."""
         for note in self._transport.notes():

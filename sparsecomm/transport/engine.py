@@ -84,7 +84,7 @@ class Engine:
         self._ended: list[tuple[Running, Callable[[Any], None], Any]] = []  # with a callback that is still due
         self._callbacks_due = math.inf  # time at which the first of these callbacks must be called
         self._broken: BaseException | None = None
-        self._groups: dict[tuple[int, ...] | None, TaskGroup] = {}
+        self._groups: dict[tuple[tuple[int, ...] | None, int], TaskGroup] = {}
         self._attendance = Attendance(transport, timeout)
         self._farewell: Note | None = None
         self.last_label = ""
@@ -237,9 +237,10 @@ class Engine:
             if task is None:
                 stop = True
                 continue
-            if task.group not in self._groups:
-                self._groups[task.group] = TaskGroup(self.transport, task.group, self._link)
-            self._groups[task.group].backlog.append(task)
+            name = task.group, task.lane
+            if name not in self._groups:
+                self._groups[name] = TaskGroup(self.transport, task.group, self._link, lane=task.lane)
+            self._groups[name].backlog.append(task)
             self._waiting += 1
             self._urgent += not task.patient
         return stop
@@ -340,8 +341,7 @@ class Engine:
         now = time.monotonic()
         away, self._turned = now - self._turned, now
         if away > _FROZEN and not idle and not self.transport.blocking:
-            for running in self._active:
-                running.deadline += away
+            self._attendance.excuse(self._active, away)
 
     def _advance(self, running: Running) -> bool:
         """Resumes a task. Returns False if that broke the engine."""

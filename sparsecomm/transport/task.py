@@ -29,6 +29,7 @@ class Task:
         group: World ranks that take part, in order; None for all ranks.
         key: Identifies the buffers of the collective. A later task of the same key starts when this one has ended.
         patient: Whether the task may wait for some milliseconds while more tasks are being submitted.
+        lane: Tasks of other lanes may be submitted in another order on other ranks. 0 is everybody's.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Task:
     group: tuple[int, ...] | None = None
     key: Hashable = None
     patient: bool = False
+    lane: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +88,7 @@ class Running:
         return True
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Outside:
     """A collective in progress outside of the engine, in torch.distributed. The engine sees which ranks leave it.
 
@@ -104,15 +106,16 @@ class Outside:
 
 
 class TaskGroup:
-    """Ranks that communicate. The tags of their collectives derive from the ranks and from a count of collectives.
+    """Ranks that communicate in one lane. The tags of their collectives derive from both and from a count.
 
-    Tags are hashed from the ranks into ranges. Two groups may rarely share one; the headers of messages then differ.
+    Tags are hashed into ranges. Two groups may rarely share one; the headers of messages then differ.
     Each group also has a window and a backlog, because only within a group do all ranks submit in the same order.
 
     Args:
         world: The world's transport.
         ranks: World ranks of the group, in order; None for all ranks.
         link: Link between hosts; None to have it measured.
+        lane: Lane of the tasks.
 
     Attributes:
         in_flight: Number of tasks in flight.
@@ -120,8 +123,11 @@ class TaskGroup:
         backlog: Tasks that have not started.
     """
 
-    def __init__(self, world: Transport, ranks: tuple[int, ...] | None, link: Link | None = None) -> None:
+    def __init__(
+        self, world: Transport, ranks: tuple[int, ...] | None, link: Link | None = None, *, lane: int = 0
+    ) -> None:
         self._world = world
+        self._lane = lane
         self._given = link
         self._ranks = ranks
         self._transport: Transport | None = None
@@ -149,8 +155,9 @@ class TaskGroup:
             self._transport = self._world if self._ranks is None else GroupTransport(self._world, self._ranks)
             if len(set(self._transport.nodes)) > 1:
                 self._link = GroupLink(self._given)
-        if self._ranks is not None:
-            slot = 1 + zlib.crc32(repr(self._ranks).encode()) % ((1 << group_bits) - 1)
+        if self._ranks is not None or self._lane:
+            named = repr((self._ranks, self._lane) if self._lane else self._ranks)
+            slot = 1 + zlib.crc32(named.encode()) % ((1 << group_bits) - 1)
         self._started += 1
         tag = slot * tags + 1 + self._started % (tags - 1)  # tag 0 is that of notes
         channel = Channel(self._transport, tag, self._link)

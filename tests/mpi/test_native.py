@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import (
     assert_replicas_equal,
     flat,
+    gathered,
     grad_of,
     local_gradient,
     loss_of,
@@ -185,26 +187,100 @@ def test_nan_travels_as_in_plain_ddp(world: sc.World, where: str) -> None:
     assert bool(gradients(ddp, 4).isfinite().all())
 
 
-def test_the_error_of_one_rank_reaches_all(world: sc.World) -> None:
-    model = mlp()
-    state = sc.SparseState(sc.Dense(), model=model, collective="native")
+def step_by_hand(
+    model: nn.Module, state: sc.SparseState, number: int, *, bucket_bytes: int = 400, broken: bool = False
+) -> None:
+    """One averaging of gradients; with a sparse gradient of the last layer, which is refused, if broken."""
+    model.zero_grad()
+    loss_of(model, number, dtype=model[0].weight.dtype).backward()
+    weight = model[4].weight
+    if broken and weight.grad is not None:
+        weight.grad = weight.grad.to_sparse()
+    sc.allreduce_gradients(model, state, bucket_bytes=bucket_bytes)
 
-    def step(number: int, *, broken: bool = False) -> None:
-        model.zero_grad()
-        loss_of(model, number).backward()
-        if broken:
-            weight = model[4].weight
-            weight.grad = weight.grad.to_sparse() if weight.grad is not None else None
-        sc.allreduce_gradients(model, state, bucket_bytes=400)
 
+def nothing(state: sc.SparseState) -> dict[str, int]:
+    return {}
+
+
+def other_codec(state: sc.SparseState) -> dict[str, int]:
+    state.update(value_codec="fp16")
+    return {}
+
+
+def other_fusion(state: sc.SparseState) -> dict[str, int]:
+    state.update(fuse_bytes=900)
+    return {}
+
+
+def other_buckets(state: sc.SparseState) -> dict[str, int]:
+    return {"bucket_bytes": 1000}
+
+
+def loaded(state: sc.SparseState) -> dict[str, int]:
+    state.load_state_dict(state.state_dict())
+    return {}
+
+
+@pytest.mark.parametrize("change", [nothing, other_codec, other_fusion, other_buckets, loaded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"fuse_bytes": 1 << 16}, {"scaler": True}], ids=str)
+def test_the_error_of_one_rank_reaches_all(
+    world: sc.World, dtype: torch.dtype, options: dict[str, Any], change: Callable[[sc.SparseState], dict[str, int]]
+) -> None:
+    given = {**options, "scaler": torch.amp.GradScaler("cpu")} if "scaler" in options else options
+    model = mlp(dtype)
+    state = sc.SparseState(sc.Dense(), model=model, collective="native", **given)
     for number in range(3):
-        step(number)
+        step_by_hand(model, state, number)
+    buckets = change(state)
     with pytest.raises(sc.SparseCommError, match="sparse" if world.rank == 0 else "rank 0"):
-        step(3, broken=world.rank == 0)
+        step_by_hand(model, state, 3, broken=world.rank == 0, **buckets)
     for number in range(4, 7):
-        mine = local_gradient(model, number)
-        step(number)
+        step_by_hand(model, state, number, **buckets)
+        assert all(torch.equal(flat(model, grad_of), other) for other in gathered(flat(model, grad_of)))
+
+
+def test_a_density_that_fails_on_one_rank_fails_on_all(world: sc.World) -> None:
+    def density(step: int) -> float:
+        if step == 4 and world.rank == world.size - 1:
+            raise ValueError("no density today")
+        return 0.5
+
+    model = mlp()
+    state = sc.SparseState(sc.TopK(density=density), model=model, collective="native")
+    for number in range(4):
+        step_by_hand(model, state, number)
+    with pytest.raises((sc.SparseCommError, ValueError), match="no density today"):
+        step_by_hand(model, state, 4)
+    for number in range(5, 8):
+        step_by_hand(model, state, number)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_that_require_gradients_are_averaged(world: sc.World) -> None:
+    model = mlp()
+    state = sc.SparseState(sc.Dense(), model=model, collective="native", fuse_bytes=1 << 16)
+    for number in range(4):
+        model.zero_grad()
+        loss_of(model, number).backward(create_graph=True)
+        mine = flat(model, grad_of).detach()
+        sc.allreduce_gradients(model, state, bucket_bytes=400)
         torch.testing.assert_close(flat(model, grad_of) * world.size, summed(mine), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["allgather", "native"])
+def test_nan_in_one_of_two_models_does_not_disturb_the_other(world: sc.World, other: str) -> None:
+    first = wrap(mlp(), sc.SparseState(sc.Dense(), collective="native"))
+    second = wrap(mlp(), sc.SparseState(sc.TopK(0.1), collective=other))
+    slow = [p.register_hook(lambda g: (time.sleep(0.02 * (world.rank == 0)), g)[1]) for p in second.parameters()]
+    for step in range(6):
+        first.zero_grad()
+        second.zero_grad()
+        (loss_of(second, step) + loss_of(first, step) * (float("nan") if step >= 3 else 1.0)).backward()
+    assert bool(flat(first, grad_of).isnan().all())
+    assert bool(flat(second, grad_of).isfinite().all())
+    assert len(slow) == 6
 
 
 def test_momentum_is_exchanged_by_our_own_sum(world: sc.World, monkeypatch: pytest.MonkeyPatch) -> None:

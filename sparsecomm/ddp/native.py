@@ -26,7 +26,6 @@ from sparsecomm.errors import TransportError
 
 __all__ = ["NativeSum", "NativeSums"]
 
-
 _lanes = itertools.count(1)
 
 
@@ -145,17 +144,20 @@ class NativeSums:
         except Exception as error:
             failure = TransportError(f"the allreduce of torch.distributed failed: {error}")
             failure.__cause__ = error
-        watched = one.owner.release()
-        doubtful = watched and failure is None and one.is_doubtful()
-        if not watched:
-            pass
-        elif failure is not None:  # the others have failed as well, and the engine knows best who has left
-            one.owner.compare_notes(failure, one.owner.finish_native, one.owner.fail)
-        elif one.error is not None and not doubtful:
-            one.owner.fail(one.error)
-        elif not doubtful:
-            one.owner.finish_native()
-        self._settle(ended=1, doubtful=[one] if doubtful else [])
+        doubtful: list[NativeSum] = []
+        try:
+            if not one.owner.release():
+                return
+            if failure is not None:  # the others have failed as well, and the engine knows best who has left
+                one.owner.compare_notes(failure, one.owner.finish_native, one.owner.fail)
+            elif one.is_doubtful():
+                doubtful.append(one)
+            elif one.error is not None:
+                one.owner.fail(one.error)
+            else:
+                one.owner.finish_native()
+        finally:
+            self._settle(ended=1, doubtful=doubtful)
 
     def _settle(self, *, complete: bool = False, ended: int = 0, doubtful: list[NativeSum] | None = None) -> None:
         """Changes the counts, and lets the ranks compare notes if the step has ended and left doubts."""

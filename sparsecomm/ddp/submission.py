@@ -147,7 +147,7 @@ class Submission:
         """Returns the wrappers if they had to be looked up, and the ranks that average."""
         parts, batch = self._parts, self._batch
         same = parts.memories.is_same(batch.index, tuple(id(p) for p in batch.parameters))
-        self._native = parts.native.active and bool(same) and bool(batch.parameters)
+        self._native = parts.native.active and bool(same) and batch.numel > 0
         if parts.lookup.must_look(self._step, changed=same is False):
             wrappers = parts.lookup.find(self._owner, self._here)
             return wrappers, wrappers.averaging

@@ -293,6 +293,18 @@ def test_momentum_is_exchanged_by_our_own_sum(world: sc.World, monkeypatch: pyte
     assert_replicas_equal(ddp)
 
 
+def test_a_bucket_without_elements_is_averaged(world: sc.World) -> None:
+    model = nn.ParameterList([torch.ones(n, dtype=torch.float32) for n in (3, 0, 5, 0)])
+    state = sc.SparseState(sc.Dense(), model=model, collective="native", fuse_bytes=0)
+    for _ in range(4):
+        for p in model:
+            p.grad = torch.full_like(p, float(world.rank))
+        sc.allreduce_gradients(model, state, bucket_bytes=1)
+        for p in model:
+            assert p.grad is not None
+            assert bool((p.grad == (world.size - 1) / 2).all())
+
+
 def test_uneven_inputs_work(world: sc.World) -> None:
     ddp = wrap(mlp(), sc.SparseState(sc.Dense(), collective="native"))
     with ddp.join():

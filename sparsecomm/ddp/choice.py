@@ -16,7 +16,7 @@ from sparsecomm.runtime.metrics import BucketReport
 from sparsecomm.transport import Channel, CollectiveSteps
 from sparsecomm.types import Sizes
 
-__all__ = ["MethodChoice", "sums_gradients"]
+__all__ = ["MethodChoice", "NativeSteps", "sums_gradients"]
 
 
 def sums_gradients(config: SparseConfig) -> bool:
@@ -24,15 +24,58 @@ def sums_gradients(config: SparseConfig) -> bool:
     return config.feedback is None or isinstance(config.feedback, ErrorFeedback)
 
 
-class MethodChoice:
-    """Chooses the methods of one state. It measures only where `collective="auto"` leaves a choice."""
+class NativeSteps:
+    """The steps of one state that are left to torch.distributed (native.py), all of their buckets.
+
+    All ranks must decide alike without a message. They do: a step is native if in the step before all buckets were
+    exchanged by the method "native", whose headers have told all ranks that nothing waits on any of them, and nothing
+    has happened since: no failure, no change of options, no checkpoint. If another method is chosen meanwhile, it is
+    used from the next step on.
+
+    Attributes:
+        active: whether this step is native. Changed by the submitting thread alone.
+    """
 
     def __init__(self) -> None:
+        self.active = False
+        self._ready = False  # whether all ranks know that nothing waits
+        self._step = -1  # that was decided on last
+        self._left = -1  # step after which another method is to be used, or that has failed
+
+    def begin(self, step: int, config: SparseConfig) -> None:
+        """Decides on a step at its first batch; does nothing at others."""
+        if step != self._step:
+            self._step, self.active = step, self._ready and sums_gradients(config)
+
+    def reset(self) -> None:
+        """Ends native steps: options or residuals are changing. Call it alike on all ranks."""
+        self._ready = self.active = False
+        self._step = -1
+
+    def leave(self, step: int) -> None:
+        """Ends native steps after this one: another method was chosen, or an exchange has failed."""
+        self._left, self._ready = max(self._left, step), False
+
+    def closed(self, step: int, *, nothing_waits: bool) -> None:
+        """Notes the end of a step's last exchange, and whether all ranks know that nothing waits on any of them."""
+        self._ready = nothing_waits and step > self._left
+
+
+class MethodChoice:
+    """Chooses the methods of one state. It measures only where `collective="auto"` leaves a choice.
+
+    Attributes:
+        native: which steps are left to torch.distributed.
+    """
+
+    def __init__(self) -> None:
+        self.native = NativeSteps()
         self._chooser: Chooser | None = None  # made once the world size is known
 
     def reset(self) -> None:
         """Forgets all measurements, because the options or the step have changed."""
         self._chooser = None
+        self.native.reset()
 
     def begin(self, config: SparseConfig, here: World, averaging: Averaging, step: int, *, last: bool) -> None:
         """Advances the measurements at the hand-over of a bucket. Collective in steps that measure or decide.

@@ -1,9 +1,6 @@
 """Averages by torch.distributed itself (Gloo, NCCL), started from the hook as in plain DDP, without the engine.
 
-Whether a step goes this way is decided at its first bucket, and holds for all of its buckets: all ranks must decide
-alike without a message. They do if in the step before all buckets were exchanged by the method "native", whose headers
-have told all ranks that nothing waits on any of them, and nothing has happened since: no failure, no change of options,
-no checkpoint. If another method is chosen meanwhile, it is used from the next step on.
+Which steps go this way: `NativeSteps` in choice.py.
 
 No header goes with such a sum, so a rank that cannot take part has no way to say so. It sums NaN instead, and nobody
 waits. At the end of a step, ranks whose average begins with NaN compare notes through the engine: either all of them
@@ -69,48 +66,20 @@ class NativeSum:
 
 
 class NativeSums:
-    """The sums of one state that torch.distributed has in flight, and which steps are theirs.
+    """The sums of one state that torch.distributed has in flight.
 
     Ranks compare notes once a step, when its last batch was handed over and all sums have ended.
 
     Attributes:
         lane: the engine's lane for these notes, since sums of several states may end in another order on other ranks.
-        active: whether the step is one of these sums. Changed by the submitting thread alone.
     """
 
     def __init__(self) -> None:
         self.lane = next(_lanes)
-        self.active = False
-        self._ready = False  # whether all ranks know that nothing waits
-        self._step = -1  # that was decided on last
-        self._left = -1  # step after which another method is to be used, or that has failed
         self._lock = threading.Lock()
         self._in_flight = 0
         self._complete = False  # whether the last batch of the step was handed over
         self._doubtful: list[NativeSum] = []
-
-    def begin(self, step: int, *, sums: bool) -> None:
-        """Decides on a step at its first batch; does nothing at others.
-
-        Args:
-            step: training step.
-            sums: whether the options allow it.
-        """
-        if step != self._step:
-            self._step, self.active = step, self._ready and sums
-
-    def reset(self) -> None:
-        """Has the next exchanges be the engine's: options or residuals are changing. Call it alike on all ranks."""
-        self._ready = self.active = False
-        self._step = -1
-
-    def leave(self, step: int) -> None:
-        """Has the exchanges after a step be the engine's: another method was chosen, or an exchange has failed."""
-        self._left, self._ready = max(self._left, step), False
-
-    def closed(self, step: int, *, nothing_waits: bool) -> None:
-        """Notes the end of a step's last exchange, and whether all ranks know that nothing waits on any of them."""
-        self._ready = nothing_waits and step > self._left
 
     def start(self, one: NativeSum, group: dist.ProcessGroup | None, size: int) -> None:
         """Starts a sum and returns at once. Collective, in the same order on all ranks.

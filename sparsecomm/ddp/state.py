@@ -120,7 +120,6 @@ class SparseState:
                 options = {"compressor": compressor, **options}
             self.config = self.config.change(**options)
         self._memories.change(self.config.feedback, self.step)
-        self._parts.native.reset()
         self._choice.reset()
         self._hints.change(self.config)
         self._alarm.begin_again(self.step)
@@ -294,7 +293,7 @@ class SparseState:
                 another rank or world size (see `reshard`). It names the entry. If the model is not known yet, its
                 parameters are compared in the first step.
         """
-        self._parts.native.reset()  # also if this rank fails, since the others may not
+        self._choice.native.reset()  # also if this rank fails, since the others may not
         loaded = Checkpoint.from_dict(state_dict)
         model = self._lookup.attach(self, world())
         if (loaded.rank, loaded.world_size) != (model.rank, model.size):

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from sparsecomm.collectives import dense_ring_bytes
-from sparsecomm.ddp.choice import MethodChoice, sums_gradients
+from sparsecomm.ddp.choice import MethodChoice
 from sparsecomm.ddp.convergence import ConvergenceAlarm
 from sparsecomm.ddp.fusion import Batch
 from sparsecomm.ddp.hints import Hints
@@ -113,7 +113,7 @@ class Submission:
         parts, batch = self._parts, self._batch
         parts.recorder.submitted(self._step, last=batch.last)
         try:
-            parts.native.begin(self._step, sums=sums_gradients(self._owner.config))
+            parts.choice.native.begin(self._step, self._owner.config)
             wrappers, averaging = self._look_up()
             self._ranks = averaging.ranks
             if batch.device.type != "cuda":  # on a GPU "auto" goes by bytes, without measuring
@@ -123,7 +123,7 @@ class Submission:
             self.fail(error)
         else:
             self._start_exchange(wrappers)
-        if batch.last and parts.native.active:
+        if batch.last and parts.choice.native.active:
             parts.native.step_handed_over()
 
     def _start_exchange(self, wrappers: Wrappers | None) -> None:
@@ -147,7 +147,7 @@ class Submission:
         """Returns the wrappers if they had to be looked up, and the ranks that average."""
         parts, batch = self._parts, self._batch
         same = parts.memories.is_same(batch.index, tuple(id(p) for p in batch.parameters))
-        self._native = parts.native.active and bool(same) and batch.numel > 0
+        self._native = parts.choice.native.active and bool(same) and batch.numel > 0
         if parts.lookup.must_look(self._step, changed=same is False):
             wrappers = parts.lookup.find(self._owner, self._here)
             return wrappers, wrappers.averaging
@@ -165,7 +165,7 @@ class Submission:
         k = config.compressor.k_for(batch.numel, self._step)
         how = self._choose(bucket, model, k)
         if self._native and how != NATIVE:
-            parts.native.leave(self._step)
+            parts.choice.native.leave(self._step)
             how = NATIVE
         if how == NATIVE and batch.device.type not in model.averaging.devices:
             raise ConfigError(f"{prefix}: collective='native', but the process group has no backend for {batch.device}")
@@ -321,7 +321,7 @@ class Submission:
         """Makes the finished step final, or undoes all of it if the GradScaler is going to skip it."""
         parts, model = self._parts, self._parts.lookup.model
         parts.memories.finish_step(skipped=step.skipped > 0)
-        parts.native.closed(self._step, nothing_waits=parts.memories.nothing_waits(self._step))
+        parts.choice.native.closed(self._step, nothing_waits=parts.memories.nothing_waits(self._step))
         if self._step >= parts.alarm.due and model is not None and model.rank == 0:
             density = self._owner.config.compressor.density_at(self._step)
             parts.alarm.check(self._step, density, parts.memories.convergence)
@@ -329,6 +329,6 @@ class Submission:
     def fail(self, error: BaseException) -> None:
         """Fails the futures. Called on the starting thread if nothing could be submitted."""
         self._owner.last_error = error
-        self._parts.native.leave(self._step)
+        self._parts.choice.native.leave(self._step)
         self._parts.recorder.abandon(self._step)
         self._batch.fail(error)

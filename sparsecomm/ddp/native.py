@@ -10,7 +10,6 @@ the average, since that would wait for the device; there a rank that cannot take
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ import torch.distributed as dist
 from sparsecomm.errors import TransportError
 
 __all__ = ["NativeSum", "NativeSums"]
-
-_lanes = itertools.count(1)
 
 
 class Doubted(Protocol):
@@ -69,13 +66,9 @@ class NativeSums:
     """The sums of one state that torch.distributed has in flight.
 
     Ranks compare notes once a step, when its last batch was handed over and all sums have ended.
-
-    Attributes:
-        lane: the engine's lane for these notes, since sums of several states may end in another order on other ranks.
     """
 
     def __init__(self) -> None:
-        self.lane = next(_lanes)
         self._lock = threading.Lock()
         self._in_flight = 0
         self._complete = False  # whether the last batch of the step was handed over

@@ -261,8 +261,10 @@ class Submission:
         self, error: BaseException | None, done: Callable[[], None], fail: Callable[[BaseException], None]
     ) -> None:
         """Tells all ranks of this rank's error, if any; then calls `fail` if some rank has one, else `done`."""
+        # Sums of several states may end in another order on other ranks, so each has a lane, by what it sums.
+        lane = 1 + self._parts.memories.known[self._batch.index].bucket.layout.hash % 2**31
         try:
-            self._tell(error, done, fail, lane=self._parts.native.lane)
+            self._tell(error, done, fail, lane=lane)
         except TransportError as closed:  # the engine is closed, and the thread that waits must learn of it
             fail(closed)
 

@@ -283,6 +283,17 @@ def test_nan_in_one_of_two_models_does_not_disturb_the_other(world: sc.World, ot
     assert len(slow) == 6
 
 
+def test_ranks_may_have_made_other_states_before(world: sc.World) -> None:
+    for _ in range(1 + world.rank):
+        sc.SparseState(sc.Dense())
+    ddp = wrap(mlp(), sc.SparseState(sc.Dense(), collective="native"))
+    for step in range(3):
+        gradients(ddp, step)
+    ddp.zero_grad()
+    (loss_of(ddp, 3) * float("nan")).backward()
+    assert bool(flat(ddp, grad_of).isnan().all())
+
+
 def test_momentum_is_exchanged_by_our_own_sum(world: sc.World, monkeypatch: pytest.MonkeyPatch) -> None:
     state = sc.SparseState(sc.preset("dgc", steps_per_epoch=1).change(collective="native"))
     ddp = wrap(mlp(), state)

@@ -23,7 +23,7 @@ from sparsecomm.transport.notes import Note, NoteKind
 
 __all__ = ["Leaving"]
 
-_FIRST_WORD = 1.0  # seconds that other ranks leave rank 0 to report an error of an option
+_FIRST_WORD = 2.0  # seconds that other ranks leave rank 0 to report an error of an option; its note may take 1 to leave
 _LINGER = 2.0  # seconds for the others to raise their own errors before this rank ends the job
 _ORIGIN = 3.0  # seconds for the rank that failed first to end the job with its own status
 _CALLBACK = "Got the following error when running the callback: "  # torch's words before an error of the hook,

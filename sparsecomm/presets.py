@@ -32,10 +32,12 @@ def _adamw(density: float = 0.01, warmup_steps: int = 300) -> SparseConfig:
     """Top-k of Adam's updates for `sparsecomm.optim.AdamW`, which takes dense's settings.
 
     The density falls geometrically from 25% during the warm-up. A tenth of the run's steps or more is a good warm-up.
-    docs/convergence.md has the measurements.
+    Values have 8 bits, and their rounding stays in the residual. docs/convergence.md has the measurements.
     """
     return SparseConfig(
-        compressor=TopK(density=Geometric(0.25, density, warmup_steps)), feedback=AdamCorrection(aligned=True)
+        compressor=TopK(density=Geometric(0.25, density, warmup_steps)),
+        feedback=AdamCorrection(aligned=True),
+        value_codec="int8",
     )
 
 
@@ -44,6 +46,7 @@ def _sgd(density: float = 0.01, warmup_steps: int = 300) -> SparseConfig:
     return SparseConfig(
         compressor=TopK(density=Geometric(0.25, density, warmup_steps)),
         feedback=MomentumCorrection(masking=False, aligned=True),
+        value_codec="int8",
     )
 
 

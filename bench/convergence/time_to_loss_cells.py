@@ -40,7 +40,7 @@ def cell(task: str, method: str, density: float | None = None, *, ranks: int = 2
     settings: dict[str, Any] = {"lr": best, **transfer_cells.AVERAGING[OPTIMIZER], **FEWER_EVALUATIONS.get(task, {})}
     if density is not None:
         falling = transfer_cells.warm_up(method, density, STEPS[task])
-        settings |= {"warmup_kind": "exp", "warmup_steps": falling, "collective": "auto", "value_codec": "auto"}
+        settings |= {"warmup_kind": "exp", "warmup_steps": falling, "collective": "auto", "value_codec": "int8"}
     if method in POWERSGD:
         settings |= {"warmup_steps": STEPS[task] // 20}
     return Cell(

@@ -42,7 +42,7 @@ def warm_up(method: str, density: float, steps: int) -> int:
     if method == "topk":
         return 0
     if method == "ahead" and steps > min(STEPS):  # so that the whole run sends about 1% of dense's bytes
-        return steps // 20 if density >= 0.01 else 2 * steps // 7
+        return steps // 10 if density >= 0.01 else 2 * steps // 5
     return steps // 2
 
 
@@ -63,8 +63,10 @@ def cells(task: str, optimizer: str, steps: int) -> Iterator[Cell]:
         for density, ranks in product(DENSITIES, RANKS):
             falling = warm_up(method, density, steps)
             settings = {**dense.settings, **({"warmup_kind": "exp", "warmup_steps": falling} if falling else {})}
-            if method == "ahead" and ranks > 2:  # an allgather sends P - 1 copies
-                settings["collective"] = "split_reduce"
+            if method == "ahead":
+                settings["value_codec"] = "int8"  # as in the presets
+                if ranks > 2:  # an allgather sends P - 1 copies
+                    settings["collective"] = "split_reduce"
             yield replace(dense, method=method, density=density, ranks=ranks, settings=settings, grid={})
 
 

@@ -27,7 +27,7 @@ from sparsecomm.exchange.agree import agree
 from sparsecomm.exchange.auto import NATIVE, Candidate
 from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.exchange.method import method_named
-from sparsecomm.feedback import BucketMemory
+from sparsecomm.feedback import BucketMemory, Clipping
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
@@ -184,7 +184,7 @@ class Submission:
             feedback=config.feedback,
             grad_scale=parts.scaling.grad_scale() if scaled else 1.0,
             unused=batch.unused_spans(bucket.layout) if model.may_skip and bucket.residual is not None else (),
-            clip_norm=self._clip_norm(bucket, model),
+            clipping=self._clipping(bucket, model),
             inner_group=config.inner_group,
             final=not (scaled and parts.scaling.may_skip()),
         )
@@ -194,16 +194,18 @@ class Submission:
         staged = self._batch.device.type == "cuda" and "cuda" in model.averaging.devices
         return self._parts.choice.choose(self._owner.config, bucket, k, self._step, model.size, staged=staged)
 
-    def _clip_norm(self, bucket: BucketMemory, model: WrappedModel) -> float | None:
-        """Returns the norm to which this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
-        feedback = self._owner.config.feedback
+    def _clipping(self, bucket: BucketMemory, model: WrappedModel) -> Clipping | None:
+        """Returns how this rank clips the gradient of a bucket, as `MomentumCorrection` explains it."""
+        feedback, known = self._owner.config.feedback, bucket.alignment
         norm: float | None = getattr(feedback, "clip_norm", None)
         if norm is None:
             return None
         if not getattr(feedback, "aligned", False) or model.size == 1:
-            return norm * math.sqrt(bucket.layout.numel / max(model.numel, 1) / model.size)
+            return Clipping(norm * math.sqrt(bucket.layout.numel / max(model.numel, 1) / model.size))
         share = self._parts.memories.share_of_norm(bucket, model, self._step)
-        return norm * math.sqrt(share / bucket.alignment.of_gradients())
+        alignment = known.of_gradients()  # 1 before the first measurement
+        usual = bucket.layout.numel * known.gradient.each
+        return Clipping(norm * math.sqrt(share / alignment), usual, own=alignment)
 
     # --- to the process group -----------------------------------------------------------------------------------
 

@@ -40,8 +40,8 @@ class SparseConfig:
             keeps all sums), "two_level" (dense inside a node, sparse between nodes) or, for comparison, "tree". With
             `ChunkTopK`: "chunked". With `RandomK` and `CyclicTopK`: "shared_index". With `Sign`: "sign". With
             `PowerSGD`: "powersgd".
-        value_codec: "auto" (fp16 in sparse exchanges, fp32 in dense ones), "fp32", "fp16", "bf16" or "int8" (fp16 in
-            dense exchanges). The rounding stays in the residual.
+        value_codec: "auto" (fp16 in sparse exchanges, fp32 in dense ones), "int8" (in sparse exchanges, fp32 in dense
+            ones), "fp32", "fp16" or "bf16". The rounding stays in the residual.
         index_codec: "auto" (the smallest), "rice", "bitpack", "bitmap" or "raw".
         dense_below: buckets with fewer elements are exchanged densely.
         dense_steps: number of steps at the start in which all buckets are exchanged densely.
@@ -142,8 +142,13 @@ class SparseConfig:
 
     @cached_property
     def dense_values(self) -> ValueCodec:
-        """Codec of the values in a dense exchange; by default fp32, which rounds nothing."""
-        return ValueCodec.FP32 if self.value_codec == "auto" else self.values
+        """Codec of the values in a dense exchange: fp32, which rounds nothing, unless a codec of sums was given."""
+        return ValueCodec.FP32 if self.any_dense_values else self.values
+
+    @property
+    def any_dense_values(self) -> bool:
+        """Whether `value_codec` leaves open how values travel in dense exchanges."""
+        return self.value_codec in ("auto", "int8")
 
     @cached_property
     def indices(self) -> IndexCodec | None:

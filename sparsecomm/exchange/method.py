@@ -145,7 +145,7 @@ class Exchange:
 
     def _incoming(self) -> Incoming:
         plan = self.plan
-        return Incoming(self.grad, plan.feedback, 1.0 / plan.grad_scale, plan.unused, plan.clip_norm, plan.final)
+        return Incoming(self.grad, plan.feedback, 1.0 / plan.grad_scale, plan.unused, plan.clipping, plan.final)
 
 
 class Scope(Enum):

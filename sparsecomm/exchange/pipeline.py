@@ -71,7 +71,7 @@ def exchange(
     if memory.pending is not None:
         memory.finish_step()
     measured = getattr(plan.feedback, "aligned", False) and channel.size > 1 and grad.numel() and is_due(plan.step)
-    compared = (sampled(grad, memory, plan.step), sampled(memory.residual, memory, plan.step)) if measured else None
+    compared = _sampled_both(running) if measured else None
     yield from _run(running, method_named(plan.collective)(running))
     if compared is not None and not report.skipped:
         yield from measure_alignment(channel, memory, compared, arena)
@@ -79,6 +79,12 @@ def exchange(
     report.bytes_sent = channel.traffic.bytes_sent
     report.bytes_received = channel.traffic.bytes_received
     return report
+
+
+def _sampled_both(running: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the sampled elements of the gradient and of the residual, both unscaled."""
+    memory, plan = running.memory, running.plan
+    return sampled(running.grad, memory, plan.step).div_(plan.grad_scale), sampled(memory.residual, memory, plan.step)
 
 
 def report_failure(channel: Channel, header: Header, cause: BaseException, arena: Arena) -> CollectiveSteps[None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from sparsecomm.compress import Compressor
-from sparsecomm.feedback import ErrorFeedback, Feedback
+from sparsecomm.feedback import Clipping, ErrorFeedback, Feedback
 from sparsecomm.types import Codecs, IndexCodec, Span, ValueCodec
 
 __all__ = ["Plan", "codec_for_sums"]
@@ -29,7 +29,7 @@ class Plan:
         feedback: treatment of elements that are not sent; None drops them.
         grad_scale: factor that gradients arrive multiplied by (a GradScaler's); residuals are unscaled.
         unused: spans of parameters that this rank did not use in this step. Their memory does not change.
-        clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
+        clipping: how momentum or Adam correction clips this bucket's gradient; None to not clip.
         final: whether the step is final once this bucket is exchanged. Otherwise the caller calls
             `BucketMemory.finish_step` when it knows whether the optimizer takes the step, or the next exchange does.
         inner_group: torch process group of this rank's node for sums inside the node; None to send messages.
@@ -44,7 +44,7 @@ class Plan:
     feedback: Feedback | None = _ERROR_FEEDBACK
     grad_scale: float = 1.0
     unused: tuple[Span, ...] = ()
-    clip_norm: float | None = None
+    clipping: Clipping | None = None
     final: bool = True
     inner_group: dist.ProcessGroup | None = None
 

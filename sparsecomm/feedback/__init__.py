@@ -1,7 +1,7 @@
 """The memory of a bucket, and the elements that leave it in a step. Uses compress; used by exchange."""
 
 from sparsecomm.feedback.accumulate import ChunkNorms, accumulate, take_all, take_some
-from sparsecomm.feedback.added import Incoming
+from sparsecomm.feedback.added import Clipping, Incoming
 from sparsecomm.feedback.alignment import Alignment, Squares, is_due, sample_positions
 from sparsecomm.feedback.layout import BucketLayout
 from sparsecomm.feedback.memory import BucketMemory, Empty
@@ -16,6 +16,7 @@ __all__ = [
     "BucketLayout",
     "BucketMemory",
     "ChunkNorms",
+    "Clipping",
     "Empty",
     "ErrorFeedback",
     "Feedback",

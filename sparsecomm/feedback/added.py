@@ -14,9 +14,34 @@ from sparsecomm.feedback.watch import Hidden
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.types import Pairs, Span
 
-__all__ = ["Added", "Incoming", "set_aside_and_correct"]
+__all__ = ["Added", "Clipping", "Incoming", "set_aside_and_correct"]
 
 _ERROR_FEEDBACK = ErrorFeedback()
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """How a rank clips its gradient of one bucket, g, before momentum or Adam correction.
+
+    It stands for the clipping of the average gradient, which a rank does not know. The squared norm that is clipped is
+    therefore g's only in part, the more the ranks agree, and for the rest the usual one. A rank that went by g alone
+    would clip in nearly every step, since the norm of a small batch varies more than that of a large one. Its hard
+    batches would then count as little as its easy ones.
+
+    Attributes:
+        norm: norm to which g is clipped.
+        usual: usual squared norm of g, the mean over ranks and earlier steps.
+        own: weight of g's squared norm, in (0, 1]; `usual` has the rest.
+    """
+
+    norm: float
+    usual: float = 0.0
+    own: float = 1.0
+
+    def factor(self, norm: float) -> float:
+        """Returns the factor in (0, 1] that clips a gradient of this norm."""
+        expected = math.sqrt((1.0 - self.own) * self.usual + self.own * norm * norm)
+        return min(1.0, self.norm / expected) if expected > 0.0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +54,7 @@ class Incoming:
         scale: factor that converts the gradient to the units of the residual.
         unused: spans of parameters that this rank did not use in this step. Their gradient is zero. Their memory does
             not change, since DDP would discard the average of a parameter that no rank used.
-        clip_norm: norm to which momentum or Adam correction clips this bucket's gradient; None to not clip.
+        clipping: how momentum or Adam correction clips this bucket's gradient; None to not clip.
         grad_survives: whether the gradient stays unchanged until commit or undo. Otherwise undo needs a copy of the
             memory.
     """
@@ -38,7 +63,7 @@ class Incoming:
     feedback: Feedback | None = _ERROR_FEEDBACK
     scale: float = 1.0
     unused: tuple[Span, ...] = ()
-    clip_norm: float | None = None
+    clipping: Clipping | None = None
     grad_survives: bool = True
 
 
@@ -173,8 +198,8 @@ def _correct(added: Added, options: Correction, arena: Arena) -> None:
         added.nonfinite = n - int(torch.isfinite(grad).sum())
         added.source = None
         return
-    if incoming.clip_norm is not None and n:
+    if incoming.clipping is not None and n:
         norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32)) * abs(incoming.scale)
-        added.clip = min(1.0, incoming.clip_norm / norm) if norm > 0 else 1.0
+        added.clip = incoming.clipping.factor(norm)
     space = work_space(options, arena, memory.index, n)
     added.source = advance(options, memory, grad, incoming.scale * added.clip, space)

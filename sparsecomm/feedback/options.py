@@ -29,7 +29,8 @@ class MomentumCorrection:
     u = m u + g, v = v + u, and the largest elements of v are sent (Nesterov: u = m (u + g), v = v + u + g).
 
     Before that, each rank clips its gradient g to clip_norm / sqrt(P), or, if `aligned`, to clip_norm / sqrt(a) with
-    the alignment a of the gradients: their average is shorter than they are by sqrt(a). When the first bucket is sent,
+    the alignment a of the gradients: their average is shorter than they are by sqrt(a). If `aligned`, the squared norm
+    that is clipped is a |g|^2 + (1 - a) u with the usual value u of |g|^2 (`Clipping`). When the first bucket is sent,
     the norm over all buckets is not known yet. So each bucket is clipped by itself, to sqrt(s) of that, with the
     bucket's share s of the model's elements; if `aligned`, s is the mean of that and of the bucket's share of the
     gradient's squared norm in earlier steps.

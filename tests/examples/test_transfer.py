@@ -45,7 +45,7 @@ def test_the_study_is_whole() -> None:
             dense = [c for c in mine if c.method == "dense"]
             assert len(dense) == 1
             for cell in mine:
-                of_messages = {"collective", "warmup_kind", "warmup_steps"}
+                of_messages = {"collective", "value_codec", "warmup_kind", "warmup_steps"}
                 of_the_optimizer = {k: v for k, v in cell.settings.items() if k not in of_messages}
                 assert of_the_optimizer == dense[0].settings, "no method has settings of its own"
                 assert cell.total_steps == steps

@@ -131,7 +131,7 @@ def test_ranks_that_disagree_on_how_values_travel_say_so() -> None:
 
 
 def test_options_say_how_dense_values_travel() -> None:
-    how = {"auto": "FP32", "fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
+    how = {"auto": "FP32", "int8": "FP32", "fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
     for name, codec in how.items():
         assert sc.SparseState(sc.Dense(), value_codec=name).config.dense_values.name == codec
     assert sc.SparseState(sc.Dense()).config.dense_values == ValueCodec.FP32

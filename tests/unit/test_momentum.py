@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomm.errors import CollectiveMismatch
-from sparsecomm.feedback import MomentumCorrection
+from sparsecomm.feedback import Clipping, MomentumCorrection
 from sparsecomm.types import ValueCodec
 
 N = 80
@@ -89,7 +89,9 @@ def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone(clip: float) 
     cluster = with_velocity(1)
     grad = gradient("normal", N, torch.float32, 1)
     norm = float(grad.norm())
-    cluster.step([applied := grad.clone()], plan(N, density=1.0, feedback=MomentumCorrection(), clip_norm=clip))
+    cluster.step(
+        [applied := grad.clone()], plan(N, density=1.0, feedback=MomentumCorrection(), clipping=Clipping(clip))
+    )
     torch.testing.assert_close(applied, grad * min(1.0, clip / norm), rtol=1e-5, atol=1e-7)
 
 

@@ -45,7 +45,7 @@ NATIVE = Candidate("native", ValueCodec.FP32)
 def candidates(config: SparseConfig, *, layered: bool = False, native: bool = False) -> list[Candidate]:
     """Returns the candidates of "auto": sparse methods that work with any compressor, and dense methods.
 
-    Dense methods in 16 bits are candidates only if feedback keeps their rounding and the value codec is "auto".
+    Dense methods in 16 bits are candidates only if feedback keeps their rounding and the value codec leaves it open.
 
     Args:
         config: options of the state.
@@ -57,7 +57,7 @@ def candidates(config: SparseConfig, *, layered: bool = False, native: bool = Fa
     if native:
         found.append(NATIVE)
     dense = [config.dense_values]
-    if config.feedback is not None and config.value_codec == "auto":
+    if config.feedback is not None and config.any_dense_values:
         dense = [ValueCodec.FP32, ValueCodec.FP16, ValueCodec.BF16]
     return found + [Candidate("dense", values) for values in dense]
 

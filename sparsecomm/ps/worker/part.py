@@ -12,6 +12,7 @@ from sparsecomm.exchange.config import SparseConfig
 from sparsecomm.feedback import (
     BucketLayout,
     BucketMemory,
+    Clipping,
     Incoming,
     SelectedTaken,
     Taken,
@@ -63,7 +64,7 @@ class Part:
         self._config = config
         self._sender = sender
         self._arena = arena
-        self._clip = None if limit is None else float(limit) * math.sqrt(clip)
+        self._clipping = None if limit is None else Clipping(float(limit) * math.sqrt(clip))
         self._all: torch.Tensor | None = None
         self._rounding = torch.empty(0, dtype=torch.float32)
 
@@ -79,7 +80,7 @@ class Part:
         config, n = self._config, self.spec.numel
         pieces = [self.spec.pieces[number] for number in absent]
         unused = tuple((p.offset, p.offset + p.end - p.start) for p in pieces)
-        incoming = Incoming(grad, config.feedback, unused=unused, clip_norm=self._clip)
+        incoming = Incoming(grad, config.feedback, unused=unused, clipping=self._clipping)
         if config.compressor.is_dense or clock < config.dense_steps or n < config.dense_below:
             taken = take_all(self.bucket, incoming, self._arena)
             if self.bucket.residual is None and not bool(torch.isfinite(grad).all()):

@@ -89,7 +89,7 @@ def lead(
         feedback=ErrorFeedback(),
         grad_scale=1.0,
         unused=(),
-        clip_norm=None,
+        clipping=None,
         final=True,
         inner_group=None,
     )

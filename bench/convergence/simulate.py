@@ -100,6 +100,7 @@ class Agreement:
     """Running means of the squares from which an alignment follows, for each parameter, as `sc.feedback.Alignment`."""
 
     part: Tensor
+    count: int = 0
     mean: Tensor = field(init=False)
     each: Tensor = field(init=False)
 
@@ -108,13 +109,21 @@ class Agreement:
         self.each = torch.zeros_like(self.mean)
 
     def add(self, vectors: Tensor) -> None:
-        """Adds a step's vectors, shape (P, n)."""
-        self.mean.lerp_(torch.zeros_like(self.mean).index_add_(0, self.part, vectors.mean(0).square()), NEWEST)
-        self.each.lerp_(torch.zeros_like(self.each).index_add_(0, self.part, vectors.square().mean(0)), NEWEST)
+        """Adds a step's vectors, shape (P, n). The first ones count alike."""
+        self.count += 1
+        weight = max(NEWEST, 1.0 / self.count)
+        self.mean.lerp_(torch.zeros_like(self.mean).index_add_(0, self.part, vectors.mean(0).square()), weight)
+        self.each.lerp_(torch.zeros_like(self.each).index_add_(0, self.part, vectors.square().mean(0)), weight)
 
     def of(self, ranks: int) -> Tensor:
         """Returns the alignment of every element, in [1/P, 1], shape (n,)."""
         return (self.mean / (self.each + 1e-30)).clamp(1 / ranks, 1)[self.part]
+
+    def whole(self, ranks: int) -> float:
+        """Returns the alignment of all elements together, in [1/P, 1]; 1 before the first step."""
+        if not self.count:
+            return 1.0
+        return min(1.0, max(1 / ranks, float(self.mean.sum() / (self.each.sum() + 1e-30))))
 
 
 class Method:
@@ -135,12 +144,14 @@ class Method:
         weight = self.residuals.of(self.ranks) if self.s.ahead == "aligned" else 1.0
         return x - lr * weight * self.residual[rank]
 
-    def _max_norm(self, step: int) -> float:
-        """Returns the norm to which a rank clips its gradient."""
-        if self.s.clip_by == "ranks":
-            return float(self.s.clip / math.sqrt(self.ranks))
-        alignment = float(self.gradients.mean.sum() / (self.gradients.each.sum() + 1e-30)) if step else 1.0
-        return float(self.s.clip / math.sqrt(min(1.0, max(1 / self.ranks, alignment))))
+    def _clip(self, grads: Tensor) -> None:
+        """Clips each rank's gradient."""
+        alignment, squares = self.gradients.whole(self.ranks), grads.square().sum(dim=1, keepdim=True)
+        max_norm = self.s.clip / math.sqrt(self.ranks if self.s.clip_by == "ranks" else alignment)
+        if self.s.clip_by == "average":
+            squares = alignment * squares + (1 - alignment) * self.gradients.each.sum()
+        self.gradients.add(grads)
+        grads *= (max_norm / (squares.sqrt() + 1e-6)).clamp(max=1)
 
     def follow(self, lr: float) -> None:
         """Scales the residuals to a new rate."""
@@ -153,11 +164,10 @@ class Method:
         short = self.s.short or self.s.moment == "exact"
         beta1 = beta1_for(BETA1, density) if self.s.shorter and self.ranks > 1 else BETA1
         beta2 = ADAM_BETA2 if short else ADAM_BETA2 ** (1 / self.ranks)
-        grads *= (self._max_norm(step) / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        self._clip(grads)
         self.momentum.lerp_(grads, 1 - beta1)
         self.second.lerp_(grads.square(), 1 - beta2)
         self.exact.lerp_(grads.mean(0).square(), 1 - beta2)
-        self.gradients.add(grads)
         second = self.exact if self.s.moment == "exact" else self.second
         if self.s.moment == "average":
             second = second * self.gradients.of(self.ranks)
@@ -229,9 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clip", type=float, default=1.0, help="max_norm (default %(default)s)")
     parser.add_argument(
         "--clip-by",
-        choices=("alignment", "ranks"),
-        default="alignment",
-        help="clip a rank's gradient to max_norm over the root of the gradients' alignment, or of the number of ranks",
+        choices=("average", "alignment", "ranks"),
+        default="average",
+        help="clip by the expected norm of the average gradient; or each rank by its own norm alone, to max_norm over "
+        "the root of the gradients' alignment, or of the number of ranks",
     )
     parser.add_argument("--short", action="store_true", help="second moments decay as dense's, not by the P-th root")
     parser.add_argument("--moment", choices=("own", "average", "exact"), default="average", help="second moment")

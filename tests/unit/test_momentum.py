@@ -95,6 +95,38 @@ def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone(clip: float) 
     torch.testing.assert_close(applied, grad * min(1.0, clip / norm), rtol=1e-5, atol=1e-7)
 
 
+@given(st.floats(0.1, 10.0), st.floats(0.0, 10.0), st.floats(0.01, 1.0), st.floats(0.0, 100.0))
+def test_a_rank_counts_its_own_norm_in_part(limit: float, usual: float, own: float, norm: float) -> None:
+    factor = Clipping(limit, usual, own).factor(norm)
+    assert 0.0 < factor <= 1.0
+    assert factor == 1.0 or factor * math.sqrt((1.0 - own) * usual + own * norm**2) == pytest.approx(limit)
+    assert Clipping(limit, usual, own).factor(math.sqrt(usual)) == pytest.approx(
+        Clipping(limit).factor(math.sqrt(usual))
+    )
+
+
+def test_ranks_together_come_close_to_clipping_the_average() -> None:
+    """Eight ranks whose gradients are noise, and whose norms vary from step to step, each by itself."""
+    ranks, steps, limit = 8, 400, 1.0
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(steps, ranks, 500, generator=generator, dtype=torch.float32) / 500**0.5
+    grads *= 3.0 * torch.randn(steps, ranks, 1, generator=generator, dtype=torch.float32).mul(0.7).exp()
+    usual = float(grads.square().sum(2).mean())
+    mean = grads.mean(1)
+    dense = mean * (limit / mean.norm(dim=1, keepdim=True)).clamp(max=1.0)
+
+    def error(clipping: Clipping) -> float:
+        factors = torch.tensor(
+            [[clipping.factor(float(g.norm())) for g in step] for step in grads], dtype=torch.float32
+        )
+        return float(((grads * factors[..., None]).mean(1) - dense).square().sum() / dense.square().sum())
+
+    alignment = 1.0 / ranks
+    by_itself = error(Clipping(limit / alignment**0.5))
+    together = error(Clipping(limit / alignment**0.5, usual, own=alignment))
+    assert together < 0.5 * by_itself
+
+
 @given(
     st.sampled_from([0.0, 0.5, 0.9]),
     st.booleans(),

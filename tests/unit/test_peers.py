@@ -197,6 +197,27 @@ def test_train_in_a_world_of_one_writes_rows_and_pictures(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_steps_in_turns(tmp_path: Path) -> None:
+    file = tmp_path / "turns.json"
+    command = [*mpirun_command(2), sys.executable, "-m", "sparsecomm", "bench", "turns", "--tasks", "cnn"]
+    command += ["--methods", "ddp-silent,sparsecomm-topk", "--density", "0.1", "--steps", "6", "--json", str(file)]
+    job = run_job(command, deadline=120.0)
+    assert job.code == 0, str(job)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(r["method"], r["density"], r["against"]) for r in rows] == [
+        ("ddp-silent", None, "ddp-gloo"),
+        ("sparsecomm-topk", 0.1, "ddp-gloo"),
+    ]
+    for row in rows:
+        assert 0.0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert row["ok"] == ("ok" if row["ratio"] <= row["goal"] else "MISS")
+        assert row["steps"] == 6
+    bench_again = run_job([sys.executable, "-m", "sparsecomm", "bench", "turns", "--steps", "1"], deadline=60.0)
+    assert bench_again.code == 1
+    assert "steps = 1: 2 at least" in bench_again.err
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_peers_between_two_real_hosts(tmp_path: Path) -> None:
     file = tmp_path / "peers.json"

@@ -65,16 +65,19 @@ class Batch:
         members: the buckets; all have the same dtype and device.
         last: whether this batch is the last of the backward pass.
         parameters: parameters of all members, in order.
+        ids: `id` of each parameter.
         numel: elements of all members.
     """
 
     members: list[HandedBucket]
     last: bool = False
     parameters: list[torch.Tensor] = field(init=False)
+    ids: tuple[int, ...] = field(init=False)
     numel: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [p for m in self.members for p in m.parameters]
+        self.ids = tuple(map(id, self.parameters))
         self.numel = sum(m.grad.numel() for m in self.members)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from sparsecomm.compress.base import SelectorMemory
 from sparsecomm.ddp.checkpoint import Checkpoint, fill_names
 from sparsecomm.ddp.convergence import Convergence, combine
+from sparsecomm.ddp.fusion import Batch
 from sparsecomm.ddp.gradients import check_real
 from sparsecomm.ddp.matching import matched
 from sparsecomm.ddp.model import WrappedModel
@@ -87,20 +88,16 @@ class Memories:
         self._square: tuple[int, float] = (-1, 0.0)  # a step, and the average gradient's expected squared norm in it
         self._unmatched: tuple[Checkpoint, bool] | None = None  # loaded before the model was known; whether strictly
 
-    def is_same(self, index: int, ids: tuple[int, ...]) -> bool | None:
+    def is_same(self, batch: Batch) -> bool | None:
         """Returns whether the bucket of that number had these parameters when last handed over; None if never."""
-        known = self.known.get(index)
-        return None if known is None else known.parameters == ids
+        known = self.known.get(batch.index)
+        return None if known is None else known.parameters == batch.ids
 
-    def bucket(
-        self, index: int, parameters: Sequence[torch.Tensor], numel: int, model: WrappedModel, prefix: str
-    ) -> BucketMemory:
+    def bucket(self, batch: Batch, model: WrappedModel, prefix: str) -> BucketMemory:
         """Returns the memory of a bucket. After a rebuild of DDP's buckets, residuals move to theirs by name.
 
         Args:
-            index: bucket number.
-            parameters: parameters in the bucket, in order.
-            numel: elements of the bucket.
+            batch: the bucket, or several that are exchanged as one.
             model: gives the parameters' names.
             prefix: start of every error's text.
 
@@ -108,23 +105,23 @@ class Memories:
             ConfigError: if a parameter is complex, not in the model or no plain tensor, or the bucket's size is not
                 that of its parameters.
         """
-        ids = tuple(id(p) for p in parameters)
+        index, numel = batch.index, batch.numel
         known = self.known.get(index)
-        if known is not None and known.parameters == ids and known.bucket.layout.numel == numel:
+        if known is not None and known.parameters == batch.ids and known.bucket.layout.numel == numel:
             return known.bucket
-        check_real(parameters, prefix)
-        named = [(model.name_of(p, prefix), p) for p in parameters]
+        check_real(batch.parameters, prefix)
+        named = [(model.name_of(p, prefix), p) for p in batch.parameters]
         for name, p in named:
             check_plain(p, f"{prefix}: parameter {name!r}")
         layout = BucketLayout.of(named)
         if layout.numel != numel:
-            raise ConfigError(f"{prefix}: {numel} elements, but its {len(ids)} parameters have {layout.numel}")
+            raise ConfigError(f"{prefix}: {numel} elements, but its {len(named)} parameters have {layout.numel}")
         selector = self._selectors.pop(layout.hash, SelectorMemory())
         bucket = BucketMemory(index, layout, selector=selector, watch=Watch(layout))
         before = zip(layout.shapes, map(self._alignments.get, layout.names), strict=True)
         bucket.alignment = Alignment.merged([(math.prod(shape), a) for shape, a in before if a is not None])
         self._alignments |= dict.fromkeys(layout.names, bucket.alignment)
-        self.known[index] = _Known(ids, bucket)
+        self.known[index] = _Known(batch.ids, bucket)
         return bucket
 
     def equip(self, bucket: BucketMemory, config: SparseConfig, collective: str, step: int, home: torch.device) -> None:

@@ -146,7 +146,7 @@ class Submission:
     def _look_up(self) -> tuple[Wrappers | None, Averaging]:
         """Returns the wrappers if they had to be looked up, and the ranks that average."""
         parts, batch = self._parts, self._batch
-        same = parts.memories.is_same(batch.index, tuple(id(p) for p in batch.parameters))
+        same = parts.memories.is_same(batch)
         self._native = parts.choice.native.active and bool(same) and batch.numel > 0
         if parts.lookup.must_look(self._step, changed=same is False):
             wrappers = parts.lookup.find(self._owner, self._here)
@@ -161,7 +161,7 @@ class Submission:
         parts.memories.match_loaded(model.shapes)
         prefix = f"rank {model.rank}, bucket {batch.index}"
         batch.check(prefix)
-        bucket = parts.memories.bucket(batch.index, batch.parameters, batch.numel, model, prefix)
+        bucket = parts.memories.bucket(batch, model, prefix)
         k = config.compressor.k_for(batch.numel, self._step)
         how = self._choose(bucket, model, k)
         if self._native and how != NATIVE:

@@ -157,8 +157,9 @@ class Attendance:
         else:
             blame = "all ranks wait in it, so messages between them are lost (is a link down?)"
         stuck = f"; this rank still waits for: {', '.join(waiting)}" if waiting else ""
+        own = running.task.timeout if isinstance(running, Running) else None
         return CommTimeout(
-            f"rank {self._transport.rank}: {running.label} did not finish within {self._timeout:g} s; {blame}"
+            f"rank {self._transport.rank}: {running.label} did not finish within {own or self._timeout:g} s; {blame}"
             f"{stuck}. (SPARSECOMM_TIMEOUT sets the limit in seconds)"
         )
 

@@ -7,7 +7,6 @@ flight in any order. Collectives of one group start in the order of the calls; m
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,12 +18,13 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from sparsecomm.backend import checking
+from sparsecomm.backend.meeting import meet
 from sparsecomm.backend.octets import Flat, check_tensors
 from sparsecomm.backend.tags import Slots, TagSpace
 from sparsecomm.backend.work import EngineWork, JoinedWork
-from sparsecomm.errors import CommTimeout, ConfigError, TransportError
+from sparsecomm.errors import ConfigError, TransportError
 from sparsecomm.runtime.arena import Arena
-from sparsecomm.transport import AgreedError, Channel, CollectiveSteps, Engine, Request, Task
+from sparsecomm.transport import Channel, CollectiveSteps, Engine, Task
 
 __all__ = ["EngineGroup", "Members"]
 
@@ -238,7 +238,7 @@ class EngineGroup(dist.ProcessGroup):
         limit = self._timeout or self._engine.timeout if timeout is None else timeout.total_seconds()
 
         def steps(channel: Channel, arena: Arena) -> CollectiveSteps[None]:
-            return _meet(channel, limit, wait_all_ranks)
+            return meet(channel, limit, wait_all_ranks)
 
         margin = timedelta(seconds=2 * limit + 60)  # its own deadline comes first
         self._start(f"monitored_barrier(timeout={limit:g})", [], steps, margin).wait()
@@ -272,6 +272,22 @@ class EngineGroup(dist.ProcessGroup):
     def size(self) -> int:
         return len(self._members.ranks)
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return self
+
+    @property
+    def supports_splitting(self) -> bool:
+        """Whether the group can be split by torch's C++."""
+        return False
+
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        """Returns whether the group has memory of its own for tensors."""
+        return False
+
     def getBackendName(self) -> str:
         """Returns the name of the backend."""
         return "sparsecomm"
@@ -302,56 +318,3 @@ class EngineGroup(dist.ProcessGroup):
 
     def _get_sequence_number_for_group(self) -> int:
         return self._number
-
-
-class _Until(Request):
-    """Other requests, or a moment, whichever comes first."""
-
-    def __init__(self, requests: Sequence[Request], until: float) -> None:
-        self.peer = next((r.peer for r in requests), None)
-        self._requests = list(requests)
-        self._until = until
-
-    @override
-    def test(self) -> bool:
-        self._requests = [r for r in self._requests if not r.test()]
-        return not self._requests or time.monotonic() >= self._until
-
-    @override
-    def describe(self) -> str:
-        return ", ".join(r.describe() for r in self._requests)
-
-    @override
-    def cancel(self) -> None:
-        for request in self._requests:
-            request.cancel()
-
-
-def _meet(channel: Channel, limit: float, wait_all: bool) -> CollectiveSteps[None]:
-    """Rank 0 hears from all others and answers them."""
-    until = time.monotonic() + limit
-    token = torch.zeros(1, dtype=torch.uint8)
-    if channel.rank:
-        yield [_Until([channel.isend(token, 0)], until)]
-        answer = torch.zeros(1, dtype=torch.uint8)
-        heard = channel.irecv(answer, 0)
-        yield [_Until([heard], until)]
-        if not heard.test():
-            heard.cancel()
-            raise AgreedError(CommTimeout(f"monitored_barrier: rank 0 has not answered within {limit:g} s"))
-        return
-    tokens = [torch.zeros(1, dtype=torch.uint8) for _ in range(channel.size)]
-    waits = {r: channel.irecv(tokens[r], r) for r in range(1, channel.size)}
-    yield [_Until(list(waits.values()), until)]
-    late = [r for r, request in waits.items() if not request.test()]
-    for r in late:
-        waits[r].cancel()
-    if late:
-        named = late if wait_all else late[:1]
-        raise AgreedError(
-            CommTimeout(
-                f"monitored_barrier: rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))} failed to pass "
-                f"monitoredBarrier in {limit * 1000:g} ms"
-            )
-        )
-    yield [channel.isend(token, r) for r in waits]

@@ -16,6 +16,7 @@ from sparsecomm.backend import moves, sums
 from sparsecomm.backend.group import EngineGroup
 from sparsecomm.backend.octets import Flat, check_tensors, pieces
 from sparsecomm.backend.reduction import Reduction
+from sparsecomm.backend.sparse import check_sparse, sum_sparse
 from sparsecomm.errors import ConfigError
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.transport import Channel, CollectiveSteps
@@ -73,10 +74,15 @@ class SparsecommGroup(EngineGroup):
         told = f"broadcast({_kind(tensors)}, from rank {source})"
         return self._start(told, tensors, steps, getattr(opts, "timeout", timeout))
 
-    def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, op: Any = None) -> Any:
+    def allreduce(  # type: ignore[override]
+        self, tensors: Any, opts: Any = None, timeout: timedelta | None = None, op: Any = None
+    ) -> Any:
         """Combines the tensors of all ranks, in place. `opts` may be the operation itself."""
         tensors, opts = _listed(tensors), AllreduceOptions() if opts is None else opts
-        reduction = self._reduction(getattr(opts, "reduceOp", opts) if op is None else op, tensors, "all_reduce")
+        op = getattr(opts, "reduceOp", opts) if op is None else op
+        if len(tensors) == 1 and tensors[0].layout != torch.strided:
+            return self._sum_sparse(tensors[0], op)
+        reduction = self._reduction(op, tensors, "all_reduce")
 
         def steps(channel: Channel, arena: Arena) -> CollectiveSteps[None]:
             flat = Flat(tensors)
@@ -85,6 +91,14 @@ class SparsecommGroup(EngineGroup):
 
         told = f"all_reduce({_kind(tensors)}, {reduction.name})"
         return self._start(told, tensors, steps, getattr(opts, "timeout", timeout))
+
+    def _sum_sparse(self, tensor: torch.Tensor, op: Any) -> Any:
+        check_sparse(tensor, getattr(op, "op", op).name)
+
+        def steps(channel: Channel, arena: Arena) -> CollectiveSteps[None]:
+            return sum_sparse(channel, tensor)
+
+        return self._start(f"all_reduce({_kind([tensor])} sparse, SUM)", [tensor], steps)
 
     def allreduce_coalesced(self, tensors: _Tensors, opts: Any = None) -> Any:
         """Combines many tensors in one operation."""

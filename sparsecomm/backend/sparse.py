@@ -48,5 +48,6 @@ def sum_sparse(channel: Channel, tensor: torch.Tensor) -> CollectiveSteps[None]:
             torch.cat([v.clone() for v in all_values]),
             tensor.shape,
             dtype=tensor.dtype,
+            check_invariants=True,  # of what others have sent
         ).coalesce()
-        tensor.detach().copy_(total)
+        tensor.copy_(total)  # a detached one would keep its own indices

@@ -36,6 +36,14 @@ def test_it_starts_without_a_launcher_by_its_own_address() -> None:
     assert_all_well(run_job([*STRICT, BACKEND, "address"], deadline=60.0), 1)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_models_are_sharded_and_split(ranks: int) -> None:
+    ways = ["fsdp2", "mesh", "tensor_parallel", "zero", "checkpoint"]
+    job = run_job([*mpirun_command(ranks), sys.executable, JOBS / "sharded.py", *ways], deadline=120.0)
+    assert job.code == 0, job
+    assert sorted(job.out.splitlines()) == sorted(f"{way} {rank}" for way in ways for rank in range(ranks)), job
+
+
 def test_a_mismatch_names_both_sides_on_every_rank() -> None:
     assert_all_well(backend_job(3, "mismatch", TORCH_DISTRIBUTED_DEBUG="DETAIL"), 3)
 

@@ -30,9 +30,13 @@ from torch.testing._internal.common_distributed import TEST_SKIPS  # noqa: E402
 from torch.testing._internal.common_utils import TestCase  # noqa: E402
 from torch.testing._internal.distributed import distributed_test  # noqa: E402
 
-import sparsecomm  # noqa: E402, F401
+import sparsecomm  # noqa: E402
 
 SKIPS = {skip.exit_code: skip.message for skip in TEST_SKIPS.values()}
+
+
+NAMED = ("test_get_backend",)
+"""Tests that expect the backend's name. The others choose what they do by the name, and so are told Gloo's."""
 
 
 class Suite(TestCase, distributed_test.DistributedTest._DistTestBase):  # type: ignore[misc, name-defined]
@@ -65,25 +69,28 @@ def outcome_of(name: str) -> tuple[str, str]:
     return "pass", ""
 
 
-def told(folder: Path, number: int, mine: tuple[str, str]) -> list[tuple[str, str]]:
+Ending = tuple[str, str, bool]
+"""How a test ended, why, and whether the engine is broken, as after a deadline that a test wants to see pass."""
+
+
+def told(folder: Path, number: int, mine: Ending) -> list[Ending]:
     """Tells the others how the test ended here; returns how it ended on all ranks that answer in time."""
     path = folder / f"{number}-{RANK}.tmp"
     path.write_text(json.dumps(mine))
     path.rename(path.with_suffix(".json"))
     until = time.monotonic() + 30
-    found: dict[int, tuple[str, str]] = {}
+    found: dict[int, Ending] = {}
     while len(found) < SIZE and time.monotonic() < until:
         for rank in range(SIZE):
             other = folder / f"{number}-{rank}.json"
             if rank not in found and other.exists():
                 found[rank] = tuple(json.loads(other.read_text()))
         time.sleep(0.002)
-    return [found.get(rank, ("fail", f"rank {rank} did not end the test")) for rank in range(SIZE)]
+    return [found.get(rank, ("fail", f"rank {rank} did not end the test", True)) for rank in range(SIZE)]
 
 
 def become_ours() -> None:
-    """Has the tests expect our name, and offers our monitored barrier, to which torch admits Gloo alone."""
-    distributed_test.BACKEND = "sparsecomm"
+    """Offers our monitored barrier, to which torch admits Gloo alone."""
 
     def monitored_barrier(group: Any = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
         if group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -115,12 +122,16 @@ def main() -> None:
     for number, name in enumerate(options.tests):
         faulthandler.dump_traceback_later(options.seconds, exit=True)
         start(options.backend, options.folder, number)
-        mine = outcome_of(name)
+        distributed_test.BACKEND = options.backend if name in NAMED else "gloo"
+        kind, why = outcome_of(name)
+        broken = sparsecomm.is_initialized() and sparsecomm.world().engine.failure is not None
+        mine = kind, why, broken
         everyone = told(options.folder, number, mine)
         worst = min(everyone, key=lambda one: ("fail", "pass", "skip").index(one[0]))
         if RANK == 0:
-            (options.folder / f"{number}.outcome").write_text(json.dumps([name, *worst]))
-        if worst[0] == "fail":
+            (options.folder / f"{number}.outcome").write_text(json.dumps([name, *worst[:2]]))
+        if worst[0] == "fail" or any(one[2] for one in everyone):
+            (options.folder / "over").touch()
             sys.stdout.flush()
             os._exit(0) if options.backend == "gloo" else end_at_once()
         try:

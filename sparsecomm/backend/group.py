@@ -28,6 +28,9 @@ from sparsecomm.transport import Channel, CollectiveSteps, Engine, Task
 
 __all__ = ["EngineGroup", "Members"]
 
+_ARENAS = 4
+"""Most arenas that a group keeps while nothing is in flight; each has the buffers of its longest collective."""
+
 Steps = Callable[[Channel, Arena], CollectiveSteps[Any]]
 
 
@@ -122,7 +125,8 @@ class EngineGroup(dist.ProcessGroup):
                     yield from checking.compare(channel, told)
                 arena = self._arenas.pop() if self._arenas else Arena()
                 yield from steps(channel, arena)
-                self._arenas.append(arena)
+                if len(self._arenas) < _ARENAS:
+                    self._arenas.append(arena)
 
             self._submit(work, run, lane, tag, timeout)
         return self._gather(work)

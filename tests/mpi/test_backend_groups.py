@@ -335,8 +335,10 @@ def in_any_order(mixes: list[Mix], groups: list[Any], operations: dict[int, list
         works, outputs = mixes[i].start(groups[i], left[i].pop(0))
         results[i].append(outputs)
         flying += works
-        if order.random() < 0.05:
-            flying.pop(order.randrange(len(flying))).wait() if flying else None
+        if order.random() < 0.05:  # to wait for others here could be a circle
+            for work in [work for work in flying if work.is_completed()]:
+                work.wait()
+                flying.remove(work)
     order.shuffle(flying)
     for work in flying:
         work.wait()

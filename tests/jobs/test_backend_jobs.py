@@ -39,7 +39,7 @@ def test_it_starts_without_a_launcher_by_its_own_address() -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_models_are_sharded_and_split(ranks: int) -> None:
     ways = ["fsdp2", "mesh", "tensor_parallel", "zero", "checkpoint"]
-    job = run_job([*mpirun_command(ranks), sys.executable, JOBS / "sharded.py", *ways], deadline=120.0)
+    job = run_job([*mpirun_command(ranks), sys.executable, JOBS / "sharded.py", *ways], deadline=240.0)
     assert job.code == 0, job
     assert sorted(job.out.splitlines()) == sorted(f"{way} {rank}" for way in ways for rank in range(ranks)), job
 

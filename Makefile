@@ -1,6 +1,7 @@
 # make demo   fresh machine to a trained model: venv, install, dense and top-k training side by side
 # make test   fresh machine to a checked tree: venv, install, lint, types, tests
 # make test-mpi    the MPI suite on Open MPI, MPICH and Intel MPI, each from its wheel
+# make test-torch  torch's own tests of a backend over ours and over Gloo
 # make test-rdma   the hook and MPI windows over RDMA verbs, soft-RoCE in an emulated guest (needs root and qemu)
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard sparsecomm/_native/*)
 
-.PHONY: install data demo test test-mpi test-rdma lint types unit test-lab dtypes faults chaos bench bench-peers readme fuzz fuzz-asan fuzz-million clean
+.PHONY: install data demo test test-mpi test-torch test-rdma lint types unit test-lab dtypes faults chaos bench bench-peers readme fuzz fuzz-asan fuzz-million clean
 
 install: $(STAMP)
 
@@ -47,6 +48,11 @@ test-lab: install
 
 test-mpi: install
 	$(BIN)/python tests/mpi_matrix.py
+
+# torch's DistributedTest at three ranks over "sparsecomm" and over Gloo: five minutes; RANKS=4 for four
+RANKS := 3
+test-torch: install
+	$(BIN)/python tests/torch_suite/run.py --ranks $(RANKS)
 
 test-rdma: install .venvs/vng/bin/vng
 	SPARSECOMM_TEST_RDMA=1 $(BIN)/python -m pytest -s tests/rdma

@@ -12,7 +12,7 @@ ddp.register_comm_hook(state, sc.sparse_hook)
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsecomm import optim, ps
+from sparsecomm import backend, optim, ps
 from sparsecomm.compress import (
     ChunkTopK,
     Compressor,
@@ -49,6 +49,8 @@ from sparsecomm.feedback import AdamCorrection, ErrorFeedback, MomentumCorrectio
 from sparsecomm.launch import World, init, is_initialized, shutdown, world
 from sparsecomm.presets import preset
 from sparsecomm.runtime.metrics import BucketReport, Metrics
+
+backend.register()
 
 try:
     __version__ = version("sparsecomm")
@@ -92,6 +94,7 @@ __all__ = [
     "WireError",
     "World",
     "allreduce_gradients",
+    "backend",
     "init",
     "is_initialized",
     "optim",

@@ -1,6 +1,6 @@
 """Joins the world of a job over the transport of its launcher. `JOINS` is the table of transports.
 
-A join function also brings up torch.distributed, unless it is up already.
+A join function also brings up torch.distributed, unless it is up already or about to come up over this transport.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ class JoinRequest:
         timeout: Seconds that a collective may take.
         nodes: Node of every rank; None to find it out.
         teardown: Receives the callbacks that take down again what the function brings up beside torch.distributed.
+        torch: Whether to bring up torch.distributed, too.
     """
 
     launch: Launch
     timeout: float
     nodes: Sequence[int] | None
     teardown: ExitStack
+    torch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class JoinResult:
 
 def _join_solo(joining: JoinRequest) -> JoinResult:
     """Makes a world of one."""
-    if not dist.is_initialized():
+    if joining.torch and not dist.is_initialized():
         torch_dist.init_solo()
         return JoinResult(SoloTransport(), 0, 1, made_torch=True)
     return JoinResult(SoloTransport(), 0, 1)
@@ -97,7 +99,7 @@ def _join_mpi(joining: JoinRequest) -> JoinResult:
     local_rank, local_size = node.Get_rank(), node.Get_size()
     node.Free()
     transport = MPITransport(comm, joining.nodes)
-    if dist.is_initialized():
+    if dist.is_initialized() or not joining.torch:
         return JoinResult(transport, local_rank, local_size)
     store = torch_dist.init_over_mpi(comm, local_size, joining.timeout)
     return JoinResult(transport, local_rank, local_size, store, made_torch=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import io
 import os
 import sys
 import threading
@@ -131,6 +132,10 @@ class Leaving:
             # torch wraps the error of a hook in its text and a stack of threads that tell the user nothing.
             error = self._engine.failure.with_traceback(trace)
         self._old[0](type(error), error, trace)
+        if isinstance(sys.stderr, io.StringIO):  # that of torch's hook, which shows it when this one returns: never
+            with contextlib.suppress(Exception):
+                shown, sys.stderr = sys.stderr.getvalue(), sys.__stderr__
+                print(shown, end="", file=sys.stderr, flush=True)
         if os.getpid() == self._pid and not self._left:  # a forked child may fail without ending the job
             alike = isinstance(error, ConfigError)  # on all ranks, probably
             self._end_the_job(f"failed with {_told(error)}", 1, linger=0.0 if alike else _LINGER)

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from sparsecomm.errors import LaunchError
 
-__all__ = ["init_from_environment", "init_over_mpi", "init_solo", "leave_torch"]
+__all__ = ["init_from_environment", "init_over_mpi", "init_solo", "leave_torch", "own_addresses", "reachable_address"]
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _NOTE_BYTES = 4096
@@ -74,18 +74,18 @@ def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:
     store: Any = None
     if rank == 0:
         store = TCPStore("127.0.0.1", 0, size, True, limit, wait_for_workers=False)
-        addresses = ["127.0.0.1"] if node_size == size else _own_addresses()
+        addresses = ["127.0.0.1"] if node_size == size else own_addresses()
         text = f"{store.port} {' '.join(addresses)}".encode()[:_NOTE_BYTES]
         note[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     comm.Bcast(note, root=0)
     if rank != 0:
         port, *addresses = bytes(note).rstrip(b"\0").decode().split()
-        store = TCPStore(_reachable(addresses, int(port), rank), int(port), size, False, limit)
+        store = TCPStore(reachable_address(addresses, int(port), rank), int(port), size, False, limit)
     dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=limit)
     return store
 
 
-def _own_addresses() -> list[str]:
+def own_addresses() -> list[str]:
     """Returns addresses at which other nodes may reach this node, the most likely first."""
     found = [os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
     wanted = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -100,7 +100,12 @@ def _own_addresses() -> list[str]:
     return [a for a in dict.fromkeys(found) if not a.startswith("127.")] or ["127.0.0.1"]
 
 
-def _reachable(addresses: list[str], port: int, rank: int) -> str:
+def reachable_address(addresses: list[str], port: int, rank: int) -> str:
+    """Returns the first address at which this rank reaches rank 0.
+
+    Raises:
+        LaunchError: if there is none.
+    """
     for address in addresses:
         with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5.0):
             return address

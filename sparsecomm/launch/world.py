@@ -21,7 +21,7 @@ from sparsecomm.launch.torch_dist import leave_torch
 from sparsecomm.runtime.trace import close_timeline, open_timeline
 from sparsecomm.transport import Engine, Link, Transport
 
-__all__ = ["World", "call_at_end", "default_timeout", "init", "is_initialized", "shutdown", "world"]
+__all__ = ["World", "call_at_end", "default_timeout", "init", "is_initialized", "join_for_torch", "shutdown", "world"]
 
 _DEFAULT_TIMEOUT = 300.0  # seconds
 _LONGEST = 1e7  # seconds; the libraries underneath count in integers
@@ -162,6 +162,27 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
         ConfigError: if the timeout is not a positive number, if `nodes` does not give the node of every rank, or if
             SPARSECOMM_LINK is not two positive numbers.
     """
+    return _join(timeout, nodes, _launch)
+
+
+def join_for_torch(timeout: float | None = None) -> World:
+    """Joins the world of this job, of which torch.distributed is going to have a process group. Collective.
+
+    As `init`, but torch.distributed stays down. If `init` was called, returns its world.
+
+    Args:
+        timeout: Seconds that a collective may take. None takes SPARSECOMM_TIMEOUT, or 300 if that is not set.
+
+    Raises:
+        LaunchError: if the processes cannot find each other, or if their launcher is none of MPI's.
+        ConfigError: as `init`.
+    """
+    return _join(timeout, None, _launch_for_torch, torch=False)
+
+
+def _join(
+    timeout: float | None, nodes: Sequence[int] | None, launched: Callable[[], Launch], *, torch: bool = True
+) -> World:
     if _owned.world is not None:
         if _owned.pid != os.getpid():
             raise LaunchError(
@@ -172,15 +193,16 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     limit = default_timeout() if timeout is None else timeout
     if isinstance(limit, bool) or not (isinstance(limit, (int, float)) and 0 < limit < _LONGEST):
         raise ConfigError(f"timeout must be a positive number of seconds below 1e7, got {timeout!r}")
-    launch, link = _launch(), _given_link()
-    joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown)
+    launch, link = launched(), _given_link()
+    joining = JoinRequest(launch, limit, _given_nodes(nodes, launch.size), _owned.teardown, torch)
     with deadline(limit, launch, "sparsecomm.init()"):
         joined = JOINS[launch.transport](joining)
     transport = joined.transport
     if joined.store is not None:
         _owned.store = joined.store
     _owned.made_torch = joined.made_torch
-    _check_torch(transport)
+    if torch:
+        _check_torch(transport)
     _owned.world = World(
         rank=transport.rank,
         size=transport.size,
@@ -211,6 +233,21 @@ def _launch() -> Launch:
     except LaunchError:
         return group
     return group if found.size == 1 else found  # `_check_torch` compares two worlds of several ranks
+
+
+def _launch_for_torch() -> Launch:
+    """Returns how this process was started, which must be by a launcher of MPI, or alone.
+
+    Raises:
+        LaunchError: if it was started otherwise.
+    """
+    launch = detect()
+    if launch.transport == "gloo" and launch.size > 1:
+        raise LaunchError(
+            f'the backend "sparsecomm" communicates over MPI, but {launch.launcher} started this process: launch with '
+            'mpirun or srun, or use the backend "gloo"'
+        )
+    return launch
 
 
 def world() -> World:

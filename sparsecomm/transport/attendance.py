@@ -157,9 +157,11 @@ class Attendance:
         else:
             blame = "all ranks wait in it, so messages between them are lost (is a link down?)"
         stuck = f"; this rank still waits for: {', '.join(waiting)}" if waiting else ""
+        own = running.task.timeout if isinstance(running, Running) else None
+        limit = f"the timeout of {own:g} s" if own else f"{self._timeout:g} s"
+        hint = "" if own else ". (SPARSECOMM_TIMEOUT sets the limit in seconds)"
         return CommTimeout(
-            f"rank {self._transport.rank}: {running.label} did not finish within {self._timeout:g} s; {blame}"
-            f"{stuck}. (SPARSECOMM_TIMEOUT sets the limit in seconds)"
+            f"rank {self._transport.rank}: {running.label} did not finish within {limit}; {blame}{stuck}{hint}"
         )
 
     def _incomplete(self, running: InFlight) -> list[Request]:

@@ -87,6 +87,13 @@ class Transport(Protocol):
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         """Starts to receive exactly `buffer.numel()` bytes from a rank into a contiguous uint8 tensor."""
 
+    def irecv_any(self, buffer: torch.Tensor, tag: int) -> Request:
+        """Starts to receive exactly `buffer.numel()` bytes from whichever rank sends first.
+
+        The request's `peer` is None until it is complete. Then it is the world rank of the sender.
+        """
+        raise TransportError(f"the {self.name} transport cannot receive from any rank")
+
     def world_rank(self, rank: int) -> int:
         """Returns the world rank of a rank of this transport."""
 
@@ -219,6 +226,14 @@ class Channel:
         self.pending.append(request)
         return request
 
+    def irecv_any(self, buffer: torch.Tensor) -> Request:
+        """Starts to receive exactly `buffer.numel()` bytes from whichever rank sends first (`Transport.irecv_any`)."""
+        self.traffic.messages_received += 1
+        self.traffic.bytes_received += buffer.numel()
+        request = self._transport.irecv_any(buffer, self._tag)
+        self.pending.append(request)
+        return request
+
     def world_rank(self, rank: int) -> int:
         """Returns the world rank of a rank of this channel."""
         return self._transport.world_rank(rank)
@@ -305,6 +320,10 @@ class GroupTransport(Transport):
     @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         return self._base.irecv(buffer, self._ranks[source], tag)
+
+    @override
+    def irecv_any(self, buffer: torch.Tensor, tag: int) -> Request:
+        return self._base.irecv_any(buffer, tag)
 
     @override
     def world_rank(self, rank: int) -> int:

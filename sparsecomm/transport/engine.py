@@ -277,10 +277,10 @@ class Engine:
         group.in_flight += 1
         if task.key is not None:
             group.keys.add(task.key)
-        running = Running(task, group, time.monotonic() + self.timeout)
+        running = Running(task, group, time.monotonic() + (task.timeout or self.timeout))
         self._active[running] = None
         try:
-            running.channel = group.open_channel()
+            running.channel = group.open_channel(task.tag)
             running.steps = task.make(running.channel)
         except BaseException as error:
             self._fail(running, error)

@@ -98,7 +98,12 @@ class _MPIRequest(Request):
     __slots__ = ("_keep", "_pieces", "_receive", "_transport", "peer")
 
     def __init__(
-        self, transport: MPITransport, pieces: list[tuple[Any, int]], keep: torch.Tensor, peer: int, receive: bool
+        self,
+        transport: MPITransport,
+        pieces: list[tuple[Any, int]],
+        keep: torch.Tensor,
+        peer: int | None,
+        receive: bool,
     ) -> None:
         self._transport = transport
         self._pieces = pieces
@@ -127,7 +132,7 @@ class _MPIRequest(Request):
     def describe(self) -> str:
         nbytes = self._keep.numel()
         action = f"receive of {nbytes} bytes from" if self._receive else f"send of {nbytes} bytes to"
-        return f"{action} rank {self.peer}"
+        return f"{action} {'any rank' if self.peer is None else f'rank {self.peer}'}"
 
     @override
     def cancel(self) -> None:
@@ -135,6 +140,27 @@ class _MPIRequest(Request):
         if self._receive:
             for request, _ in self._pieces:
                 request.Cancel()
+
+
+class _FromAny(_MPIRequest):
+    """A message from any rank. The pieces after the first are received from the rank that has sent that one."""
+
+    __slots__ = ("_tag",)
+
+    def __init__(self, transport: MPITransport, first: tuple[Any, int], buffer: torch.Tensor, tag: int) -> None:
+        super().__init__(transport, [first], buffer, None, True)
+        self._tag = tag
+
+    @override
+    def test(self) -> bool:
+        first = self._pieces[0][1] if self._pieces else 0
+        if not super().test():
+            return False
+        if self.peer is None:
+            self.peer = self._transport.status.Get_source()
+            if first < self._keep.numel():
+                self._pieces = self._transport.receive_pieces(self._keep[first:], self.peer, self._tag)
+        return super().test()
 
 
 class MPITransport(Transport):
@@ -188,11 +214,19 @@ class MPITransport(Transport):
     @override
     def irecv(self, buffer: torch.Tensor, source: int, tag: int) -> Request:
         self._check_process()
+        return _MPIRequest(self, self.receive_pieces(buffer, source, tag), buffer, source, True)
+
+    @override
+    def irecv_any(self, buffer: torch.Tensor, tag: int) -> Request:
+        self._check_process()
+        view, length = self._views(buffer)[0]
+        first = self._comm.Irecv((view, self.MPI.BYTE), self.MPI.ANY_SOURCE, tag)
+        return _FromAny(self, (first, length), buffer, tag)
+
+    def receive_pieces(self, buffer: torch.Tensor, source: int, tag: int) -> list[tuple[Any, int]]:
+        """Starts to receive the pieces of a message. Returns their requests and lengths."""
         self._peers.add(source)
-        pieces = [
-            (self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)
-        ]
-        return _MPIRequest(self, pieces, buffer, source, True)
+        return [(self._comm.Irecv((view, self.MPI.BYTE), source, tag), length) for view, length in self._views(buffer)]
 
     @override
     def world_rank(self, rank: int) -> int:

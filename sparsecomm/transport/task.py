@@ -29,7 +29,10 @@ class Task:
         group: World ranks that take part, in order; None for all ranks.
         key: Identifies the buffers of the collective. A later task of the same key starts when this one has ended.
         patient: Whether the task may wait for some milliseconds while more tasks are being submitted.
-        lane: Tasks of other lanes may be submitted in another order on other ranks. 0 is everybody's.
+        lane: Tasks of other lanes may be submitted in another order on other ranks. 0 is everybody's. A lane below 0
+            has no window: all its tasks start at once.
+        tag: Tag of its messages, outside of the range of tags that groups give out. None takes the group's next tag.
+        timeout: Seconds that the task may take from its start; None for the engine's timeout.
     """
 
     label: str
@@ -40,6 +43,8 @@ class Task:
     key: Hashable = None
     patient: bool = False
     lane: int = 0
+    tag: int | None = None
+    timeout: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -139,31 +144,38 @@ class TaskGroup:
 
     def may_start(self) -> bool:
         """Returns whether the first task of the backlog may start now."""
-        return bool(self.backlog) and self.in_flight < IN_FLIGHT and self.backlog[0].key not in self.keys
+        free = self.in_flight < IN_FLIGHT or self._lane < 0
+        return bool(self.backlog) and free and self.backlog[0].key not in self.keys
 
-    def open_channel(self) -> Channel:
+    def open_channel(self, tag: int | None = None) -> Channel:
         """Returns the channel of the next collective.
+
+        Args:
+            tag: Tag of its messages; None for the group's next one.
 
         Raises:
             TransportError: if these ranks cannot be a group.
         """
-        tag_bits = min(self._world.max_tag.bit_length() - 1, 30)
-        group_bits = tag_bits * 2 // 5
-        tags = 1 << (tag_bits - group_bits)
-        slot = 0
         if self._transport is None:
             self._transport = self._world if self._ranks is None else GroupTransport(self._world, self._ranks)
             if len(set(self._transport.nodes)) > 1:
                 self._link = GroupLink(self._given)
+        channel = Channel(self._transport, self._next_tag() if tag is None else tag, self._link)
+        if self._link is not None:
+            self._link.in_flight[channel] = None
+        return channel
+
+    def _next_tag(self) -> int:
+        """Returns a tag in the lower half of all tags."""
+        tag_bits = min(self._world.max_tag.bit_length() - 1, 30)
+        group_bits = tag_bits * 2 // 5
+        tags = 1 << (tag_bits - group_bits)
+        slot = 0
         if self._ranks is not None or self._lane:
             named = repr((self._ranks, self._lane) if self._lane else self._ranks)
             slot = 1 + zlib.crc32(named.encode()) % ((1 << group_bits) - 1)
         self._started += 1
-        tag = slot * tags + 1 + self._started % (tags - 1)  # tag 0 is that of notes
-        channel = Channel(self._transport, tag, self._link)
-        if self._link is not None:
-            self._link.in_flight[channel] = None
-        return channel
+        return slot * tags + 1 + self._started % (tags - 1)  # tag 0 is that of notes
 
     def end(self, running: Running) -> None:
         """Takes a task out of flight."""

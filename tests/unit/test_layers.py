@@ -29,13 +29,14 @@ ORDER = [
     "exchange",
     "presets",
     "launch",
+    "backend",
     "ddp",
     "optim",
     "ps",
     "testing",
     "tools",
 ]
-NOT_YET = {"presets": {"launch"}, "ps": {"ddp"}}
+NOT_YET = {"presets": {"launch"}, "ddp": {"backend"}, "optim": {"backend"}, "ps": {"ddp", "backend"}}
 """Neighbours that have no business with each other."""
 EXCHANGE_ORDER = [
     {"costs", "plan", "agree", "messages", "alignment", "inferred"},

@@ -17,6 +17,7 @@ from sparsecomm.tools.benches import meta
 
 SHORT = 3000  # steps; the goals of shorter runs are weaker
 LIMIT = 0.03  # no cell of at least SHORT steps may be above it
+LISTED = 20  # missing runs that the text names
 FIRST, WINDOW = 10, 10  # steps
 
 
@@ -195,7 +196,9 @@ def markdown(gaps: Sequence[Gap], missing: Sequence[str]) -> str:
     text[-1] += f"much in shorter runs. No cell of at least {SHORT:,} steps above {100 * LIMIT:g}%."
     text += ["", f"Beyond the goal: {', '.join(f'{g.cell} ({100 * g.gap:+.2f}%)' for g in beyond) or 'no cell'}.", ""]
     text += [*_table(HEADINGS, [line(gap) for gap in gaps]), ""]
-    text += [f"Missing runs: {len(missing)}" + (f" ({', '.join(missing)})" if missing else "") + ".", ""]
+    more = ["..."] if len(missing) > LISTED else []
+    named = f" ({', '.join([*missing[:LISTED], *more])})" if missing else ""
+    text += [f"Missing runs: {len(missing)}{named}.", ""]
     return "\n".join(text)
 
 

@@ -22,20 +22,18 @@ class InferredSum:
         sums: float32, shape (m,), sums over all ranks, sent or expected.
         expected: float32, shape (m,), the part of one rank that did not send the element. It leaves that rank's
             residual, so that nothing is counted twice.
+        places: int64, for each rank the places in `positions` of what it sent.
     """
 
     positions: torch.Tensor
     sums: torch.Tensor
     expected: torch.Tensor
+    places: Sequence[torch.Tensor]
 
-    def not_sent(self, own: torch.Tensor) -> Pairs:
-        """Returns positions (int64) and expected elements that this rank did not send.
-
-        Args:
-            own: uint32, ascending, positions that this rank sent; all are among `positions`.
-        """
-        others = torch.ones(self.positions.shape, dtype=torch.bool, device=own.device)
-        others[torch.searchsorted(self.positions, own.to(torch.int64))] = False
+    def not_sent(self, rank: int) -> Pairs:
+        """Returns positions (int64) and expected elements that a rank did not send."""
+        others = torch.ones(self.positions.shape, dtype=torch.bool, device=self.positions.device)
+        others[self.places[rank]] = False
         return self.positions[others], self.expected[others]
 
 
@@ -53,14 +51,14 @@ def infer_sum(parts: Sequence[Pairs], alignment: Alignment, ranks: int) -> Infer
         alignment: how far the ranks agree, the same on all ranks.
         ranks: number of ranks P.
     """
-    where = [indices.to(torch.int64) for indices, _ in parts]
-    positions = torch.unique(torch.cat(where))
+    where = torch.cat([indices.to(torch.int64) for indices, _ in parts])
+    positions, found = torch.unique(where, return_inverse=True)
+    places = torch.split(found, [values.numel() for _, values in parts])
     sums = torch.zeros(positions.shape, device=positions.device, dtype=torch.float32)
     count = torch.zeros_like(sums)
-    for index, (_, values) in zip(where, parts, strict=True):
-        place = torch.searchsorted(positions, index)
-        sums[place] += values
-        count[place] += 1.0
+    for place, (_, values) in zip(places, parts, strict=True):
+        sums.index_add_(0, place, values)  # no place twice, so that the order is that of the ranks on a GPU, too
+        count.index_add_(0, place, torch.ones_like(values))
     common = alignment.common_share()
     expected = sums * (common / (count * common + (1.0 - common)))
-    return InferredSum(positions, sums + (ranks - count) * expected, expected)
+    return InferredSum(positions, sums + (ranks - count) * expected, expected, places)

@@ -137,4 +137,4 @@ class Allgather(Method):
     def finish(self) -> None:
         """Removes from the residual what the average already holds of it."""
         if self._inferred is not None:
-            self._taken.give(*self._inferred.not_sent(self._taken.indices))
+            self._taken.give(*self._inferred.not_sent(self.exchange.channel.rank))

@@ -157,7 +157,8 @@ def test_a_frozen_parameter_does_not_move_and_its_residual_is_kept(
     assert out == [None, None]
     for mine in seen:
         assert all(torch.equal(values, mine[1]) for values in mine[1:])
-    assert any(bool(r.any()) for r in kept) == (codec != "fp32" or compressor == sc.TopK(0.3))
+    rounds = codec == "fp16" or (codec == "int8" and compressor != sc.Dense())  # int8 leaves dense values alone
+    assert any(bool(r.any()) for r in kept) == (rounds or compressor == sc.TopK(0.3))
     half = len(kept) // 2
     assert len({tuple(r.tolist()) for r in kept}) <= 2, f"one residual of each worker, {half} times"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import _rendezvous_handlers, register_rendezvous_handler
 
@@ -20,13 +20,12 @@ from sparsecomm.backend.process_group import SparsecommGroup
 from sparsecomm.backend.store import LazyStore
 from sparsecomm.errors import LaunchError
 from sparsecomm.launch import World, detect, join_for_torch
-from sparsecomm.launch.torch_dist import own_addresses, reachable_address
+from sparsecomm.launch.torch_dist import STORE_NOTE_BYTES, reach_store, serve_store
 from sparsecomm.transport import Channel, CollectiveSteps
 
 __all__ = ["NAME", "register"]
 
 NAME = "sparsecomm"
-_NOTE_BYTES = 4096
 _ADDRESS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _starts = itertools.count()
 """Numbers the times that torch.distributed starts here, so that the keys of one start do not confuse the next."""
@@ -74,28 +73,19 @@ def _join(url: str, timeout: timedelta = default_pg_timeout, **_: Any) -> Iterat
 
 def _make_store(world: World) -> LazyStore:
     """Makes a store on rank 0 and tells all ranks where it is. Collective."""
-    limit = timedelta(seconds=world.engine.timeout)
-    note = torch.zeros(_NOTE_BYTES, dtype=torch.uint8)
+    limit = world.engine.timeout
+    note = torch.zeros(STORE_NOTE_BYTES, dtype=torch.uint8)
     server: Any = None
     if world.rank == 0:
-        server = TCPStore("127.0.0.1", 0, world.size, True, limit, wait_for_workers=False)
-        addresses = ["127.0.0.1"] if world.local_size == world.size else own_addresses()
-        text = f"{server.port} {' '.join(addresses)}".encode()[:_NOTE_BYTES]
-        note[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        server, text = serve_store(world.size, world.local_size, limit)
+        note.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
 
     def steps(channel: Channel) -> CollectiveSteps[None]:
         return spread(channel, note, 0)
 
     world.engine.call("start of torch.distributed", steps)
-    port, *found = bytes(note.tolist()).rstrip(b"\0").decode().split()
-
-    def connect() -> Any:
-        if server is not None:
-            return server
-        host = reachable_address(found, int(port), world.rank)
-        return TCPStore(host, int(port), world.size, False, limit)
-
-    return LazyStore(connect)
+    told = bytes(note.tolist())
+    return LazyStore(lambda: reach_store(told, world.rank, world.size, limit) if server is None else server)
 
 
 def _create(options: Any, chosen: Any) -> SparsecommGroup:

@@ -19,10 +19,19 @@ from torch.distributed.rendezvous import rendezvous
 
 from sparsecomm.errors import LaunchError
 
-__all__ = ["init_from_environment", "init_over_mpi", "init_solo", "leave_torch", "own_addresses", "reachable_address"]
+__all__ = [
+    "STORE_NOTE_BYTES",
+    "init_from_environment",
+    "init_over_mpi",
+    "init_solo",
+    "leave_torch",
+    "reach_store",
+    "serve_store",
+]
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
-_NOTE_BYTES = 4096
+STORE_NOTE_BYTES = 4096
+"""Bytes in which rank 0 tells where its store is."""
 _worlds = itertools.count()
 """Numbers the worlds that this process joins one after the other."""
 
@@ -69,23 +78,46 @@ def init_over_mpi(comm: Any, node_size: int, timeout: float) -> Any:
         LaunchError: if a rank cannot reach rank 0. The message names the addresses that it tried.
     """
     rank, size = comm.Get_rank(), comm.Get_size()
-    note = np.zeros(_NOTE_BYTES, dtype=np.uint8)
-    limit = timedelta(seconds=timeout)
+    note = np.zeros(STORE_NOTE_BYTES, dtype=np.uint8)
     store: Any = None
     if rank == 0:
-        store = TCPStore("127.0.0.1", 0, size, True, limit, wait_for_workers=False)
-        addresses = ["127.0.0.1"] if node_size == size else own_addresses()
-        text = f"{store.port} {' '.join(addresses)}".encode()[:_NOTE_BYTES]
-        note[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+        store, text = serve_store(size, node_size, timeout)
+        note[:] = np.frombuffer(text, dtype=np.uint8)
     comm.Bcast(note, root=0)
     if rank != 0:
-        port, *addresses = bytes(note).rstrip(b"\0").decode().split()
-        store = TCPStore(reachable_address(addresses, int(port), rank), int(port), size, False, limit)
-    dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=limit)
+        store = reach_store(bytes(note), rank, size, timeout)
+    dist.init_process_group(_backend(), store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     return store
 
 
-def own_addresses() -> list[str]:
+def serve_store(size: int, node_size: int, timeout: float) -> tuple[Any, bytes]:
+    """Makes the store of torch.distributed on rank 0.
+
+    Args:
+        size: Number of ranks.
+        node_size: Number of ranks on this node. If that is all ranks, they use the loopback address.
+        timeout: Seconds that an operation of the store may take.
+
+    Returns:
+        The store, and `STORE_NOTE_BYTES` bytes with which `reach_store` finds it.
+    """
+    store = TCPStore("127.0.0.1", 0, size, True, timedelta(seconds=timeout), wait_for_workers=False)
+    addresses = ["127.0.0.1"] if node_size == size else _own_addresses()
+    return store, f"{store.port} {' '.join(addresses)}".encode()[:STORE_NOTE_BYTES].ljust(STORE_NOTE_BYTES, b"\0")
+
+
+def reach_store(note: bytes, rank: int, size: int, timeout: float) -> Any:
+    """Connects to the store of rank 0, which has told where it is.
+
+    Raises:
+        LaunchError: if this rank cannot reach it. The message names the addresses that it tried.
+    """
+    port, *addresses = note.rstrip(b"\0").decode().split()
+    host = _reachable_address(addresses, int(port), rank)
+    return TCPStore(host, int(port), size, False, timedelta(seconds=timeout))
+
+
+def _own_addresses() -> list[str]:
     """Returns addresses at which other nodes may reach this node, the most likely first."""
     found = [os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
     wanted = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -100,7 +132,7 @@ def own_addresses() -> list[str]:
     return [a for a in dict.fromkeys(found) if not a.startswith("127.")] or ["127.0.0.1"]
 
 
-def reachable_address(addresses: list[str], port: int, rank: int) -> str:
+def _reachable_address(addresses: list[str], port: int, rank: int) -> str:
     """Returns the first address at which this rank reaches rank 0.
 
     Raises:

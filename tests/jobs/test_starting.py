@@ -65,7 +65,7 @@ def test_what_is_done_in_time_goes_on() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "how"), [("mpirun", "end"), ("ulfm", "sleep")])
 def test_a_rank_that_does_not_come_is_named_after_the_timeout(launcher: str, how: str) -> None:
-    command = [*launch_line(launcher, 3), LATE, how, *(["600"] if how == "sleep" else [])]
+    command = [*launch_line(launcher, 3), LATE, how, *(["60"] if how == "sleep" else [])]
     job = run_job(command, deadline=90.0, env={"SPARSECOMM_TIMEOUT": "5"})
     assert job.code != 0, job
     said = r"sparsecomm.init\(\) has waited 5 s for other ranks.*ranks 0, 2 came, rank 1 did not"

@@ -165,19 +165,16 @@ def init(*, timeout: float | None = None, nodes: Sequence[int] | None = None) ->
     return _join(timeout, nodes, _launch)
 
 
-def join_for_torch(timeout: float | None = None) -> World:
+def join_for_torch() -> World:
     """Joins the world of this job, of which torch.distributed is going to have a process group. Collective.
 
     As `init`, but torch.distributed stays down. If `init` was called, returns its world.
-
-    Args:
-        timeout: Seconds that a collective may take. None takes SPARSECOMM_TIMEOUT, or 300 if that is not set.
 
     Raises:
         LaunchError: if the processes cannot find each other, or if their launcher is none of MPI's.
         ConfigError: as `init`.
     """
-    return _join(timeout, None, _launch_for_torch, torch=False)
+    return _join(None, None, _launch_for_torch, torch=False)
 
 
 def _join(

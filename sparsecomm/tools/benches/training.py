@@ -29,7 +29,7 @@ from sparsecomm.errors import ConfigError, SparseCommError
 from sparsecomm.tools.benches.methods import METHODS, Attached, Run, load_plugins
 from sparsecomm.tools.benches.tasks import TASKS, Task, task
 
-__all__ = ["FEWEST_STEPS", "RunFailed", "Schedule", "agreed", "error_row", "train"]
+__all__ = ["FEWEST_STEPS", "RunFailed", "Schedule", "agreed", "error_row", "timed_step", "train"]
 
 FEWEST_STEPS = 4
 _PATIENCE = 20.0  # longest time in seconds that a failed rank waits to learn whether the others failed as well
@@ -232,7 +232,7 @@ def _record(
             record.wire_start = _interface_bytes()
         examples = chosen.examples(schedule.seed, world.rank, step)
         used = process_time()
-        record.seconds.append(_step(attached, optimizer, chosen, examples))
+        record.seconds.append(timed_step(attached, optimizer, chosen, examples))
         record.cpu.append(process_time() - used)
         record.sent.append(attached.step_bytes(step))
         record.wire_end = _interface_bytes()
@@ -246,10 +246,10 @@ def _record(
     return record
 
 
-def _step(
+def timed_step(
     attached: Attached, optimizer: torch.optim.Optimizer, chosen: Task, examples: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
-    """Runs one training step and returns its seconds."""
+    """Runs one training step and returns its seconds. Collective."""
     start = perf_counter()
     optimizer.zero_grad(set_to_none=True)
     chosen.loss(attached.model, *examples).backward()  # type: ignore[no-untyped-call]

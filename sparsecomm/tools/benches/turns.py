@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from sparsecomm.errors import ConfigError
 from sparsecomm.tools.benches import bench, meta, table, verdict
 from sparsecomm.tools.benches.methods import METHODS, Attached, Run, load_plugins, runs_of
 from sparsecomm.tools.benches.tasks import TASKS, Task, task
+from sparsecomm.tools.benches.training import timed_step
 
 __all__ = ["print_table", "run"]
 
@@ -83,13 +83,7 @@ class _Training:
     def run(self, rank: int) -> None:
         """Runs one step. Collective."""
         examples = self.chosen.examples(0, rank, self.step)
-        start = perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.chosen.loss(self.attached.model, *examples).backward()  # type: ignore[no-untyped-call]
-        if self.attached.average is not None:
-            self.attached.average()
-        self.optimizer.step()
-        self.seconds.append(perf_counter() - start)
+        self.seconds.append(timed_step(self.attached, self.optimizer, self.chosen, examples))
         self.step += 1
 
 

@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsecomm  # noqa: F401
 
+STEPS = 4
+
 
 def model() -> nn.Module:
     """The same on all ranks. 24 features divide by 1 to 4 ranks."""
@@ -26,17 +28,25 @@ def batch(step: int, rank: int) -> torch.Tensor:
     return torch.randn(6, 24, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def trained_alone(steps: int, *, together: bool) -> nn.Module:
+def trained_alone(*, together: bool) -> nn.Module:
     """One process that averages the gradients of all ranks' batches, or of one batch that all share."""
     alone = model()
     optimizer = torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9)
     size = 1 if together else dist.get_world_size()
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
         for rank in range(size):
             (alone(batch(step, rank)).square().mean() / size).backward()
         optimizer.step()
     return alone
+
+
+def train(ours: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    """Trains on the batches of a rank."""
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        ours(batch(step, rank)).square().mean().backward()
+        optimizer.step()
 
 
 def compare(found: dict[str, torch.Tensor], expected: nn.Module) -> None:
@@ -57,11 +67,8 @@ def fsdp2() -> None:
             fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     optimizer = torch.optim.SGD(sharded.parameters(), 0.1, momentum=0.9)
-    for step in range(4):
-        optimizer.zero_grad()
-        sharded(batch(step, dist.get_rank())).square().mean().backward()
-        optimizer.step()
-    compare(dict(sharded.named_parameters()), trained_alone(4, together=False))
+    train(sharded, optimizer, dist.get_rank())
+    compare(dict(sharded.named_parameters()), trained_alone(together=False))
 
 
 def tensor_parallel() -> None:
@@ -71,11 +78,8 @@ def tensor_parallel() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     split = parallelize_module(model(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = torch.optim.SGD(split.parameters(), 0.1, momentum=0.9, foreach=False)
-    for step in range(4):
-        optimizer.zero_grad()
-        split(batch(step, 0)).square().mean().backward()
-        optimizer.step()
-    compare(dict(split.named_parameters()), trained_alone(4, together=True))
+    train(split, optimizer, 0)
+    compare(dict(split.named_parameters()), trained_alone(together=True))
 
 
 def zero() -> None:
@@ -84,11 +88,8 @@ def zero() -> None:
 
     ddp = DistributedDataParallel(model())
     optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
-    for step in range(4):
-        optimizer.zero_grad()
-        ddp(batch(step, dist.get_rank())).square().mean().backward()
-        optimizer.step()
-    compare(dict(ddp.module.named_parameters()), trained_alone(4, together=False))
+    train(ddp, optimizer, dist.get_rank())
+    compare(dict(ddp.module.named_parameters()), trained_alone(together=False))
 
 
 def checkpoint() -> None:
@@ -122,11 +123,8 @@ def mesh() -> None:
     sharded = model()
     fully_shard(sharded, mesh=grid)
     optimizer = torch.optim.SGD(sharded.parameters(), 0.1, momentum=0.9)
-    for step in range(4):
-        optimizer.zero_grad()
-        sharded(batch(step, dist.get_rank())).square().mean().backward()
-        optimizer.step()
-    compare(dict(sharded.named_parameters()), trained_alone(4, together=False))
+    train(sharded, optimizer, dist.get_rank())
+    compare(dict(sharded.named_parameters()), trained_alone(together=False))
 
 
 if __name__ == "__main__":

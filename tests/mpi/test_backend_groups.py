@@ -121,17 +121,34 @@ def test_futures_have_the_result_and_run_callbacks(world: sc.World, ours: Any) -
     assert work.get_future().value()[0] is tensor
 
 
+def hold_the_engine(group: Any, gate: threading.Event) -> None:
+    """Keeps the engine's thread in a callback until `gate` is set: no operation ends before that.
+
+    A callback of an operation that has ended already runs on the thread that adds it, so it may take several tries.
+    """
+    caller = threading.get_ident()
+    held = threading.Event()
+
+    def hold(_: Any) -> None:
+        if threading.get_ident() != caller:
+            held.set()
+            assert gate.wait(20)
+
+    for _ in range(1000):
+        dist.all_reduce(full(1.0), group=group, async_op=True).get_future().then(hold)
+        if held.wait(0.01):
+            return
+    raise AssertionError("no operation was still in progress when its callback was added")
+
+
 def test_a_callback_that_waits_for_another_operation_is_told(world: sc.World, ours: Any) -> None:
     alone = dist.new_group([world.rank], backend="sparsecomm", use_local_synchronization=True)
     gate = threading.Event()
 
-    def hold(_: Any) -> None:
-        assert gate.wait(20)
-
     def wait_there(_: Any) -> None:
         dist.all_reduce(full(1.0), group=alone)
 
-    dist.all_reduce(full(1.0), group=alone, async_op=True).get_future().then(hold)  # holds the engine
+    hold_the_engine(alone, gate)
     late = dist.all_reduce(full(1.0), group=alone, async_op=True).get_future().then(wait_there)
     gate.set()
     with pytest.raises(RuntimeError, match="cannot wait for it"):

@@ -6,6 +6,7 @@ flight in any order. Collectives of one group start in the order of the calls; m
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Members:
     timeout: float | None
 
 
+_makings = itertools.count()
+"""Numbers the makings of groups, each of which fails alone."""
 _slots_of: WeakKeyDictionary[Engine, Slots] = WeakKeyDictionary()
 
 
@@ -94,8 +97,19 @@ class EngineGroup(dist.ProcessGroup):
             done.succeed(None)
 
         slots, tag = _slots(self._engine), self._tags.making(self._members.name)
+        alone = -1 - next(_makings)
         self._engine.submit(
-            Task(label, slots.agree, took, done.fail, group=self._ranks, lane=-1, tag=tag, timeout=self._timeout)
+            Task(
+                label,
+                slots.agree,
+                took,
+                done.fail,
+                group=self._ranks,
+                lane=-1,
+                tag=tag,
+                timeout=self._timeout,
+                domain=alone,
+            )
         )
         done.wait()
         return found[0]
@@ -154,7 +168,17 @@ class EngineGroup(dist.ProcessGroup):
         self._in_flight[work] = None
         try:
             self._engine.submit(
-                Task(work.label, run, done, failed, group=self._ranks, lane=lane, tag=tag, timeout=limit)
+                Task(
+                    work.label,
+                    run,
+                    done,
+                    failed,
+                    group=self._ranks,
+                    lane=lane,
+                    tag=tag,
+                    timeout=limit,
+                    domain=self._slot,
+                )
             )
         except BaseException:
             del self._in_flight[work]
@@ -256,8 +280,8 @@ class EngineGroup(dist.ProcessGroup):
             if not self._is_open:
                 return
             self._is_open = False
-            if not self._in_flight:  # else a later group would get their messages
-                _slots(self._engine).give_back(self._slot)
+            if not self._in_flight and self._engine.breakage.cause(self._slot) is None:
+                _slots(self._engine).give_back(self._slot)  # else a later group would get messages of this one
 
     @override
     def abort(self) -> None:

@@ -111,7 +111,7 @@ class Leaving:
     def _end_the_job(self, how: str, status: int, *, linger: float = _LINGER) -> None:
         """Tells the others how this rank leaves, gives them time to fail, and ends the job."""
         self._left = True
-        blamed = self._engine.failure
+        blamed = self._engine.breakage.latest
         self._print(f"rank {self._rank} of {self._size} {how}; ending the job on all ranks")
         with contextlib.suppress(Exception):  # a script may have replaced or closed it
             sys.stdout.flush()
@@ -128,9 +128,9 @@ class Leaving:
             time.sleep(_FIRST_WORD)
         assert self._old is not None
         wrapped = error.args and isinstance(error.args[0], str) and error.args[0].startswith(_CALLBACK)
-        if wrapped and self._engine.failure is not None:
+        if wrapped and self._engine.breakage.latest is not None:
             # torch wraps the error of a hook in its text and a stack of threads that tell the user nothing.
-            error = self._engine.failure.with_traceback(trace)
+            error = self._engine.breakage.latest.with_traceback(trace)
         self._old[0](type(error), error, trace)
         if isinstance(sys.stderr, io.StringIO):  # that of torch's hook, which shows it when this one returns: never
             with contextlib.suppress(Exception):

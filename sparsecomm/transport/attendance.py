@@ -16,6 +16,7 @@ LISTEN = 0.25
 """Most seconds between two looks for notes, while collectives are in flight."""
 _GRACE = 1.0  # seconds for what a rank sent before it ended, and for others to answer when a collective is overdue
 _OUTSIDE_GRACE = 5.0  # the same for a sum outside of the engine, of which is not known what it still waits for
+_STALE = 30.0  # seconds after which a rank no longer waits in what it called overdue: that has failed there
 _PAUSE = 0.02  # seconds between two looks of a thread that can do nothing else
 
 
@@ -98,7 +99,9 @@ class Attendance:
             one.deadline += away
 
     def _listen(self, now: float) -> None:
-        """Takes the notes that have arrived."""
+        """Takes the notes that have arrived, and drops what is no longer true."""
+        for rank in [r for r, note in self._notes.items() if not note.left and now - self._heard[r] > _STALE]:
+            del self._notes[rank]
         for note in self._transport.notes():
             known = self._notes.get(note.rank)
             if known is None or not known.left:

@@ -35,10 +35,11 @@ from weakref import WeakSet
 
 import torch
 
-from sparsecomm.errors import ConfigError, SparseCommError, TransportError
+from sparsecomm.errors import ConfigError, TransportError
 from sparsecomm.transport.attendance import LISTEN, Attendance
 from sparsecomm.transport.backoff import Backoff
 from sparsecomm.transport.base import AgreedError, Channel, CollectiveSteps, Link, Transport
+from sparsecomm.transport.breakage import EVERYTHING, Breakage
 from sparsecomm.transport.inbox import HOLD, Inbox
 from sparsecomm.transport.notes import Note
 from sparsecomm.transport.task import Outside, Running, Task, TaskGroup
@@ -56,8 +57,9 @@ class Engine:
     """Runs collectives of one transport on one background thread.
 
     Every rank of a group must submit the same collectives in the same order. A failure that all ranks have agreed on
-    (`AgreedError`) fails that collective alone. Any other failure breaks the engine: every collective in flight, and
-    every one submitted later, fails with that cause, because the ranks no longer agree on the collective in progress.
+    (`AgreedError`) fails that collective alone. Any other failure breaks the domain of the task, and that of domain 0
+    breaks all: every collective in flight, and every one submitted later, fails with that cause, because the ranks no
+    longer agree on the collective in progress.
 
     Args:
         transport: The transport. From now on only the engine's thread may use it.
@@ -69,6 +71,7 @@ class Engine:
         timeout: Seconds that a collective may take from its start.
         last_label: Label of the collective that was submitted last; empty before the first one.
         submitters: Threads that have submitted collectives.
+        breakage: What has failed so far.
     """
 
     def __init__(self, transport: Transport, *, timeout: float = 300.0, link: Link | None = None) -> None:
@@ -83,7 +86,7 @@ class Engine:
         self._urgent = 0  # tasks in backlogs that are not patient
         self._ended: list[tuple[Running, Callable[[Any], None], Any]] = []  # with a callback that is still due
         self._callbacks_due = math.inf  # time at which the first of these callbacks must be called
-        self._broken: BaseException | None = None
+        self.breakage = Breakage()
         self._groups: dict[tuple[tuple[int, ...] | None, int], TaskGroup] = {}
         self._attendance = Attendance(transport, timeout)
         self._farewell: Note | None = None
@@ -150,11 +153,6 @@ class Engine:
         """Ends the watch on a collective. Returns whether it was watched; if not, it has been failed."""
         return self._attendance.outside.pop(outside, self) is None
 
-    @property
-    def failure(self) -> BaseException | None:
-        """The error that has broken the engine; None if nothing has."""
-        return self._broken
-
     def close(self, timeout: float = 10.0) -> bool:
         """Stops the thread when all submitted tasks have ended. Waits at most `timeout` seconds for that. Idempotent.
 
@@ -192,9 +190,9 @@ class Engine:
         except BaseException as error:  # a bug in the engine must not leave callers waiting for this thread
             self._died = True
             self._call_back()
-            self._broken = error
+            self.breakage.add(EVERYTHING, error)
             for task in [*(r.task for r in self._active), *(t for g in self._groups.values() for t in g.backlog)]:
-                self._call(task.on_error, self._after_failure(task.label), task.label)
+                self._call(task.on_error, self.breakage.refusal(task.label, task.domain), task.label)
         self._over = True
         self._fail_late()
         if self._farewell is not None and not self.transport.blocking:
@@ -210,7 +208,7 @@ class Engine:
             idle = not self._active and not self._waiting and not stop
             holds = self._waiting_for_more() and not self._active
             stop |= self._take_new(None if idle else HOLD if holds else backoff.pause())
-            if self._farewell is not None and self._broken is None:
+            if self._farewell is not None and self.breakage.cause(EVERYTHING) is None:
                 self._fail(None, TransportError(f"rank {self.transport.rank} leaves: {self._farewell.text}"))
             moved = self._start_backlog()
             self._excuse_absence(idle)
@@ -271,8 +269,8 @@ class Engine:
         return started
 
     def _start(self, task: Task, group: TaskGroup) -> None:
-        if self._broken is not None:
-            self._call(task.on_error, self._after_failure(task.label), task.label)
+        if self.breakage.latest is not None and self.breakage.cause(task.domain) is not None:
+            self._call(task.on_error, self.breakage.refusal(task.label, task.domain), task.label)
             return
         group.in_flight += 1
         if task.key is not None:
@@ -334,6 +332,7 @@ class Engine:
             return True
         if trouble is not None:
             self._fail(*trouble)
+            self._looked = 0.0  # other domains may be in the same trouble
         return trouble is not None
 
     def _excuse_absence(self, idle: bool) -> None:
@@ -344,7 +343,7 @@ class Engine:
             self._attendance.excuse(self._active, away)
 
     def _advance(self, running: Running) -> bool:
-        """Resumes a task. Returns False if that broke the engine."""
+        """Resumes a task. Returns False if that broke its domain."""
         assert running.steps is not None
         try:
             running.waiting.extend(next(running.steps))
@@ -364,21 +363,22 @@ class Engine:
         return error
 
     def _fail(self, failed: Running | Outside | None, error: BaseException) -> None:
-        """Fails one task with `error` and all others in flight with an error that refers to it. Breaks the engine."""
+        """Fails one task with `error`, and all of its domain in flight with an error that refers to it."""
         self._call_back()
-        self._broken = error
-        for one in list(self._attendance.outside):
+        domain = failed.task.domain if isinstance(failed, Running) else EVERYTHING
+        self.breakage.add(domain, error)
+        for one in list(self._attendance.outside) if domain == EVERYTHING else ():
             if self.release(one):
-                self._call(one.on_error, error if one is failed else self._after_failure(one.label), one.label)
-        for victim in list(self._active):
+                reason = error if one is failed else self.breakage.refusal(one.label, domain)
+                self._call(one.on_error, reason, one.label)
+        for victim in [r for r in self._active if domain in (EVERYTHING, r.task.domain)]:
             # Closing the generator lets the collective undo its changes. An error there must not leave others waiting.
-            for request in victim.channel.pending if victim.channel is not None else ():
-                with contextlib.suppress(Exception):
-                    request.cancel()
+            if victim.channel is not None:
+                self.breakage.abandon(victim.channel.pending, blocking=self.transport.blocking)
             if victim.steps is not None:
                 with contextlib.suppress(Exception):
                     victim.steps.close()
-            reason = error if victim is failed else self._after_failure(victim.task.label)
+            reason = error if victim is failed else self.breakage.refusal(victim.label, domain)
             self._end(victim, victim.task.on_error, reason)
         self._call_back()
 
@@ -388,11 +388,6 @@ class Engine:
             with torch.inference_mode(False):
                 callback(argument)
         except BaseException as error:  # SystemExit too, since other tasks still need this thread
-            self._broken = TransportError(f"{label}: its callback raised {type(error).__name__}: {error}")
-            self._broken.__cause__ = error
-
-    def _after_failure(self, label: str) -> SparseCommError:
-        cause = self._broken
-        error = TransportError(f"{label}: not exchanged, communication failed before: {cause}")
-        error.__cause__ = cause
-        return error
+            failure = TransportError(f"{label}: its callback raised {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            self.breakage.add(EVERYTHING, failure)

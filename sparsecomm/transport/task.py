@@ -33,6 +33,8 @@ class Task:
             has no window: all its tasks start at once.
         tag: Tag of its messages, outside of the range of tags that groups give out. None takes the group's next tag.
         timeout: Seconds that the task may take from its start; None for the engine's timeout.
+        domain: Tasks that fail together. A failure that the ranks have not agreed on ends all tasks of its domain, and
+            in domain 0 those of all.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Task:
     lane: int = 0
     tag: int | None = None
     timeout: float | None = None
+    domain: int = 0
 
 
 @dataclass(slots=True, eq=False)

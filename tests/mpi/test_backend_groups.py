@@ -186,6 +186,42 @@ def test_the_monitored_barrier_names_who_is_missing_and_the_group_lives_on(world
     assert tensor.tolist() == [world.size] * 4
 
 
+def test_a_deadline_ends_its_group_alone(world: sc.World, ours: Any) -> None:
+    group = dist.new_group(backend="sparsecomm", timeout=timedelta(seconds=1))
+    dist.barrier(group=group)
+    if world.size > 1 and world.rank != world.size - 1:
+        with pytest.raises(sc.CommTimeout, match=f"within the timeout of 1 s; late: .*rank {world.size - 1}"):
+            dist.all_reduce(full(1.0), group=group)
+        with pytest.raises(sc.TransportError, match="communication failed before"):
+            dist.all_reduce(full(1.0), group=group)
+    slot = group._slot
+    dist.destroy_process_group(group)
+    tensor = full(1.0)
+    dist.all_reduce(tensor, group=ours)
+    assert tensor.tolist() == [world.size] * 4
+    again = dist.new_group(backend="sparsecomm")
+    tensor = full(2.0)
+    dist.all_reduce(tensor, group=again)  # the messages of the group that failed are not taken for those of this one
+    assert tensor.tolist() == [2.0 * world.size] * 4
+    assert world.size == 1 or again._slot != slot
+    dist.destroy_process_group(again)
+
+
+def test_a_message_of_another_length_ends_its_group_alone(world: sc.World, ours: Any) -> None:
+    if world.size == 1:
+        return
+    group = dist.new_group(backend="sparsecomm", timeout=timedelta(seconds=20))
+    if world.rank == 0:
+        with pytest.raises(sc.TransportError, match="a message of 12 bytes arrived instead"):
+            dist.recv(full(0.0), 1, group=group)
+    elif world.rank == 1:
+        dist.send(full(1.0, 3), 0, group=group)
+    tensor = full(1.0)
+    dist.all_reduce(tensor, group=ours)
+    assert tensor.tolist() == [world.size] * 4
+    dist.destroy_process_group(group)
+
+
 def test_the_debug_mode_finds_mismatches(world: sc.World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "is_wanted", lambda: True)
     group = dist.new_group(backend="sparsecomm")

@@ -258,6 +258,35 @@ class FailingRequest:
         pass
 
 
+def test_a_failure_of_a_domain_leaves_the_others_alone(solo: Engine) -> None:
+    ended: list[Any] = []
+    released = threading.Event()
+
+    def held(channel: Channel) -> CollectiveSteps[str]:
+        while not released.is_set():
+            yield []
+        return "held"
+
+    for domain in (7, 8, 0):
+        name = f"held {domain}"
+        solo.submit(Task(name, held, ended.append, lambda e: ended.append(str(e)), domain=domain))
+    failed: list[BaseException] = []
+    solo.submit(Task("bad", failing(RuntimeError("no")), ended.append, failed.append, domain=7))
+    solo.submit(Task("late", at_once(1), ended.append, lambda e: ended.append(str(e)), domain=7))
+    assert solo.call("other", at_once("still here")) == "still here"
+    assert len(ended) == 2
+    released.set()
+    assert solo.close()
+    assert [str(e) for e in failed] == ["no"]
+    assert ended == [
+        "held 7: not exchanged, communication failed before: no",
+        "late: not exchanged, communication failed before: no",
+        "held",
+        "held",
+    ]
+    assert solo.breakage.latest is failed[0]
+
+
 def test_a_request_that_fails_is_the_error_of_its_collective(solo: Engine) -> None:
     def steps(channel: Channel) -> CollectiveSteps[None]:
         requests: list[Request] = [FailingRequest()]

@@ -13,6 +13,7 @@ from sparsecomm.ddp.entries import alignment_of, as_state_dict, count_of, layout
 from sparsecomm.errors import StateError
 from sparsecomm.feedback import Alignment
 from sparsecomm.runtime.names import plain_name
+from sparsecomm.runtime.shards import WHOLE, Place
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
 
@@ -21,6 +22,7 @@ _SELECTOR = "selector."
 _ALIGNMENT = "alignment."
 _MOMENT_STEPS = "moment_steps"
 _NUMBERS = ("step", "rank", "world_size")
+_PLACE = ("shard", "shards")
 _Entry = TypeVar("_Entry")
 
 
@@ -32,8 +34,9 @@ class Checkpoint:
         step: training step.
         rank: rank that saved it.
         world_size: ranks of the group that saved it.
+        place: the shard of the model whose parameters it is of.
         memories: tensors by kind ("residual", "velocity", "second_moment") and parameter name; float32, in the
-            parameter's shape.
+            shape of the rank's part of the parameter.
         moment_steps: steps that the moments of Adam correction have seen.
         selectors: the compressor's memory of each bucket, by layout hash.
         alignments: how far the ranks agreed in the bucket of each parameter, by parameter name.
@@ -42,6 +45,7 @@ class Checkpoint:
     step: int
     rank: int
     world_size: int
+    place: Place = WHOLE
     memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in _MEMORIES})
     moment_steps: int = 0
     selectors: dict[int, SelectorMemory] = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Checkpoint:
     def to_dict(self) -> dict[str, torch.Tensor]:
         """Returns the flat dict of tensors."""
         out = {name: torch.tensor(getattr(self, name), dtype=torch.int64) for name in _NUMBERS}
+        if self.place != WHOLE:
+            out |= {name: torch.tensor(n, dtype=torch.int64) for name, n in zip(_PLACE, self.place, strict=True)}
         if self.memories["second_moment"]:
             out[_MOMENT_STEPS] = torch.tensor(self.moment_steps, dtype=torch.int64)
         for kind, named in self.memories.items():
@@ -74,7 +80,7 @@ class Checkpoint:
         if missing:
             raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
         step, rank, world_size = (count_of(name, given[name]) for name in _NUMBERS)
-        made = cls(step, rank, world_size)
+        made = cls(step, rank, world_size, _place_in(given))
         unknown = []
         for key, value in given.items():
             kind, _, name = key.partition(".")
@@ -87,7 +93,7 @@ class Checkpoint:
                 _put(made.alignments, name, alignment_of(key, value), kind)
             elif key == _MOMENT_STEPS:
                 made.moment_steps = count_of(key, value)
-            elif key not in _NUMBERS:
+            elif key not in (*_NUMBERS, *_PLACE):
                 unknown.append(key)
         if unknown:
             raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
@@ -114,6 +120,16 @@ class Checkpoint:
                 f"the checkpoint of step {self.step} names no residual: torch.distributed.checkpoint fills only the "
                 "tensors it is given, so register the hook (or pass model=) before loading into a new state"
             )
+
+
+def _place_in(given: Mapping[str, object]) -> Place:
+    """Returns the place that a checkpoint names; `WHOLE` if it names none."""
+    found = [count_of(name, given[name]) for name in _PLACE if name in given]
+    if not found:
+        return WHOLE
+    if len(found) < len(_PLACE) or found[0] >= found[1]:
+        raise StateError(f"the checkpoint's shard and shards must be a number below another one, got {found}")
+    return Place(*found)
 
 
 def _put(into: dict[str, _Entry], name: str, value: _Entry, kind: str) -> None:
@@ -172,6 +188,11 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     """Checks that two ranks' checkpoints are of one run at one step, as far as it shows."""
+    if first.place != other.place:
+        raise StateError(
+            f"rank 0 saved {first.place}, rank {other.rank} saved {other.place}: reshard takes the checkpoints of the "
+            "ranks that hold the same shard"
+        )
     if first.moment_steps != other.moment_steps:
         raise StateError(
             f"the checkpoints are of different runs: moment_steps is {first.moment_steps} on rank 0, "
@@ -205,7 +226,7 @@ def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
     sources = range(rank, len(old), size) if size < len(old) else [rank % len(old)]
     shared_by = len(range(rank % len(old), size, len(old))) if size >= len(old) else 1
     factor = size / len(old) / shared_by
-    made = Checkpoint(old[0].step, rank, size, moment_steps=old[0].moment_steps)
+    made = Checkpoint(old[0].step, rank, size, old[0].place, moment_steps=old[0].moment_steps)
     for kind, into in made.memories.items():
         weight = 1.0 / len(sources) if kind == "second_moment" else factor
         for source in sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -151,7 +151,9 @@ def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[in
             residuals[name] = torch.zeros(shape if name in kept else 0, dtype=torch.float32)
 
 
-def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
+def reshard(
+    state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int, *, shards: int | None = None
+) -> list[dict[str, torch.Tensor]]:
     """Turns the checkpoints of all ranks into checkpoints for another world size. Loses nothing.
 
     An update is the sum over ranks divided by P, so (sum of residuals) / P must stay the same. With P ranks before and
@@ -160,12 +162,16 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     holds for the gradients it computed, are distributed in the same way. Second moments, which are not sums, are
     averaged or copied.
 
+    With `average_replicas`, ranks are the replicas that hold one shard, and `shards` is for another number of shards.
+
     Args:
-        state_dicts: `SparseState.state_dict()` of each rank, in rank order.
-        world_size: the new world size.
+        state_dicts: `SparseState.state_dict()` of each rank, in rank order; with `shards`, of all ranks of the first
+            replica, then of the second, and so on.
+        world_size: the new world size; of a sharded model, the new number of replicas.
+        shards: the new number of shards of a replica; 1 for a whole model. None keeps the shard that was saved.
 
     Returns:
-        One state dict per rank, for `load_state_dict`.
+        One state dict per rank, for `load_state_dict`; with `shards`, in the order in which they were given.
 
     Raises:
         StateError: if these are not the checkpoints of all ranks of one world at one step.
@@ -173,6 +179,55 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
     old = [Checkpoint.from_dict(d) for d in state_dicts]
+    if shards is None:
+        return [made.to_dict() for made in _resized(old, world_size)]
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise StateError(f"shards must be a whole number >= 1, got {shards!r}")
+    whole = [made for replica in _resized(_joined(old), world_size) for made in _split(replica, shards)]
+    return [made.to_dict() for made in whole]
+
+
+def _joined(old: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Returns the checkpoint of each replica as a whole model's; thresholds and alignments, which shards have, drop."""
+    count = old[0].place.shards if old else 1
+    if any((c.rank, *c.place) != (i // count, i % count, count) for i, c in enumerate(old)) or len(old) % count:
+        saved = ", ".join(f"rank {c.rank} of {c.world_size} with {c.place}" for c in old)
+        raise StateError(f"need the checkpoints of all shards of all replicas, replica by replica, got: {saved}")
+    return [_whole(old[first : first + count]) for first in range(0, len(old), count)]
+
+
+def _whole(shards: Sequence[Checkpoint]) -> Checkpoint:
+    """Returns one replica's checkpoint. Shards are rows, which follow each other."""
+    first = shards[0]
+    if len({(c.step, c.moment_steps, c.world_size) for c in shards}) > 1:
+        raise StateError(f"the shards of rank {first.rank} are of different steps or runs: {[c.step for c in shards]}")
+    made = Checkpoint(first.step, first.rank, first.world_size, moment_steps=first.moment_steps)
+    for kind, into in made.memories.items():
+        if len({frozenset(c.memories[kind]) for c in shards}) > 1:
+            raise StateError(f"the shards of rank {first.rank} are of different models: each has other names of {kind}")
+        for name, part in first.memories[kind].items():
+            filled = [t for t in (c.memories[kind][name] for c in shards) if t.numel()]
+            into[name] = torch.cat(filled) if len(filled) > 1 else [*filled, part][0]
+    return made
+
+
+def _split(whole: Checkpoint, shards: int) -> list[Checkpoint]:
+    """Returns the checkpoints of a replica's shards, with rows as `fully_shard` divides them."""
+    if shards == 1:
+        return [whole]
+    out = [replace(whole, place=Place(i, shards), memories={kind: {} for kind in _MEMORIES}) for i in range(shards)]
+    for kind, named in whole.memories.items():
+        for name, t in named.items():
+            if not t.dim():
+                raise StateError(f"{kind} of {name!r} has no rows to shard, and fully_shard takes no such parameter")
+            rows = -(-t.shape[0] // shards)
+            for i, made in enumerate(out):
+                made.memories[kind][name] = t[i * rows : (i + 1) * rows].clone()
+    return out
+
+
+def _resized(old: Sequence[Checkpoint], world_size: int) -> list[Checkpoint]:
+    """Returns checkpoints of one shard for another number of ranks."""
     if not old or [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
         saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
         raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
@@ -183,7 +238,7 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     for c in old:
         c.check()
         _check_alike(old[0], c)
-    return [_new_rank(old, j, world_size).to_dict() for j in range(world_size)]
+    return [_new_rank(old, j, world_size) for j in range(world_size)]
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:

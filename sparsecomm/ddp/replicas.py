@@ -227,9 +227,6 @@ def _add_kept(new: _Reduced, kept: _Reduced) -> None:
 
 def _padded_numel(p: torch.Tensor) -> int:
     """Returns the elements of a parameter's shard as torch reduces it: rows are padded to the longest shard's."""
-    dim: int = p.placements[0].dim  # type: ignore[attr-defined]
-    if dim > 0:
-        return local_part(p).numel()  # torch shards these evenly
     rows, shards = p.shape[0], place_of(p).shards
     return -(-rows // shards) * p.shape[1:].numel()
 

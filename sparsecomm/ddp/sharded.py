@@ -55,7 +55,8 @@ def check_layout(model: torch.nn.Module) -> None:
         ConfigError: if they are not; names a parameter and its mesh.
     """
     places: dict[Place, str] = {}
-    for name, p in named_plainly(model):
+    for name, parameter in named_plainly(model):
+        p: Any = parameter  # a DTensor, which has more than a parameter
         mesh: Any = getattr(p, "device_mesh", None)
         if mesh is None:
             raise ConfigError(
@@ -68,6 +69,8 @@ def check_layout(model: torch.nn.Module) -> None:
                 f"{mesh.mesh_dim_names}, on which torch averages over the replicas itself; shard on one dimension "
                 f"alone: {_MESH}"
             )
+        if mesh.size() > 1 and not p.placements[0].is_shard(dim=0):
+            raise ConfigError(f"parameter {name!r} has {p.placements}, but only rows are supported: Shard(0)")
         places.setdefault(place_of(p), name)
     if len(places) > 1:
         told = ", ".join(f"{place} of {name!r}" for place, name in places.items())

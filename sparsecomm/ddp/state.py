@@ -309,7 +309,7 @@ class SparseState:
         if loaded.place != model.place:
             raise StateError(
                 f"rank {model.rank} of {model.size}, which holds {model.place}, was given the checkpoint of "
-                f"{loaded.place}; every rank loads its own, and residuals do not move to another number of shards"
+                f"{loaded.place}; every rank loads its own, and sparsecomm.reshard with shards= converts them"
             )
         loaded.check()
         self._memories.load(loaded, model, strict=strict)

@@ -13,7 +13,7 @@ RANKS = 4
 REPLICAS = JOBS / "replicas.py"
 EXACT = ["dense", "add_up", "methods", "optimizers"]
 NOTHING_LOST = ["conserve", "conserve_fused", "conserve_large", "conserve_bf16", "conserve_accumulated"]
-BOOKS = ["checkpoint", "other_replicas"]
+BOOKS = ["checkpoint", "other_replicas", "other_shards"]
 REFUSED = ["bad_models", "bad_passes", "interrupted"]
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 import sparsecomm as sc
 
@@ -324,6 +325,29 @@ def other_replicas() -> None:
         sc.reshard([saved[0], saved[1] | {"rank": torch.tensor(1)}], 1)
 
 
+def other_shards() -> None:
+    """The checkpoints of 2 replicas of 2 shards become those of 1 of 4 shards, and of 4 that are whole."""
+    model, state = averaged(Uneven(), grid(), 0.1, feedback=sc.MomentumCorrection(0.9))
+    backward(model, 0)
+    saved: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(saved, state.state_dict())
+    for replicas, shards in ((1, 4), (4, 1)):
+        made = sc.reshard(saved, replicas, shards=shards)
+        for key in (f"{kind}.{name}" for kind in ("residual", "velocity") for name in named(model)):
+            whole = [torch.cat([d[key] for d in made[i * shards : (i + 1) * shards]]) for i in range(replicas)]
+            was = [torch.cat([d[key] for d in saved[i : i + 2]]) for i in (0, 2)]
+            torch.testing.assert_close(sum(whole) / replicas, sum(was) / 2)
+            assert bool(was[0].any()) or "first" not in key, f"nothing waits in {key}"
+        mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replica", "shard"))
+        again, loaded = averaged(Uneven(), mesh, 0.1, feedback=sc.MomentumCorrection(0.9))
+        mine = made[dist.get_rank()]
+        loaded.load_state_dict(mine)
+        assert all(torch.equal(t, mine[key]) for key, t in loaded.state_dict().items())
+        backward(again, 1)
+    with refused(sc.StateError, "need the checkpoints of all shards of all replicas"):
+        sc.reshard(saved[::2], 1, shards=4)
+
+
 def optimizers() -> None:
     """SGD and AdamW of sc.optim: at density 1 SGD is torch's; at 10% both learn, and take each gradient step-ahead."""
     mesh = grid()
@@ -397,6 +421,9 @@ def bad_models() -> None:
     model = Uneven()
     fully_shard(model.first, mesh=mesh["shard"])
     with refused(sc.ConfigError, "parameter 'scale' is not under fully_shard"):
+        sc.average_replicas(model, state_of(model))
+    model = fully_shard(Large(), mesh=mesh["shard"], shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    with refused(sc.ConfigError, "only rows are supported"):
         sc.average_replicas(model, state_of(model))
     model = sharded(Uneven(), mesh["shard"])
     first = "rank 0 holds shard 0 of 2 and rank 1 shard 1 of 2"

@@ -30,7 +30,7 @@ from sparsecomm.compress import (
     TopK,
     Warmup,
 )
-from sparsecomm.ddp import Convergence, SparseState, allreduce_gradients, reshard, sparse_hook
+from sparsecomm.ddp import Convergence, SparseState, allreduce_gradients, average_replicas, reshard, sparse_hook
 from sparsecomm.errors import (
     CollectiveMismatch,
     CommTimeout,
@@ -94,6 +94,7 @@ __all__ = [
     "WireError",
     "World",
     "allreduce_gradients",
+    "average_replicas",
     "backend",
     "init",
     "is_initialized",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from sparsecomm.ddp.entries import alignment_of, as_state_dict, count_of, layout
 from sparsecomm.errors import StateError
 from sparsecomm.feedback import Alignment
 from sparsecomm.runtime.names import plain_name
+from sparsecomm.runtime.shards import WHOLE, Place
 
 __all__ = ["Checkpoint", "fill_names", "reshard"]
 
@@ -21,6 +22,7 @@ _SELECTOR = "selector."
 _ALIGNMENT = "alignment."
 _MOMENT_STEPS = "moment_steps"
 _NUMBERS = ("step", "rank", "world_size")
+_PLACE = ("shard", "shards")
 _Entry = TypeVar("_Entry")
 
 
@@ -32,8 +34,9 @@ class Checkpoint:
         step: training step.
         rank: rank that saved it.
         world_size: ranks of the group that saved it.
+        place: the shard of the model whose parameters it is of.
         memories: tensors by kind ("residual", "velocity", "second_moment") and parameter name; float32, in the
-            parameter's shape.
+            shape of the rank's part of the parameter.
         moment_steps: steps that the moments of Adam correction have seen.
         selectors: the compressor's memory of each bucket, by layout hash.
         alignments: how far the ranks agreed in the bucket of each parameter, by parameter name.
@@ -42,6 +45,7 @@ class Checkpoint:
     step: int
     rank: int
     world_size: int
+    place: Place = WHOLE
     memories: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {kind: {} for kind in _MEMORIES})
     moment_steps: int = 0
     selectors: dict[int, SelectorMemory] = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Checkpoint:
     def to_dict(self) -> dict[str, torch.Tensor]:
         """Returns the flat dict of tensors."""
         out = {name: torch.tensor(getattr(self, name), dtype=torch.int64) for name in _NUMBERS}
+        if self.place != WHOLE:
+            out |= {name: torch.tensor(n, dtype=torch.int64) for name, n in zip(_PLACE, self.place, strict=True)}
         if self.memories["second_moment"]:
             out[_MOMENT_STEPS] = torch.tensor(self.moment_steps, dtype=torch.int64)
         for kind, named in self.memories.items():
@@ -74,7 +80,7 @@ class Checkpoint:
         if missing:
             raise StateError(f"this is not a SparseState checkpoint: it has no {', '.join(missing)}")
         step, rank, world_size = (count_of(name, given[name]) for name in _NUMBERS)
-        made = cls(step, rank, world_size)
+        made = cls(step, rank, world_size, _place_in(given))
         unknown = []
         for key, value in given.items():
             kind, _, name = key.partition(".")
@@ -87,7 +93,7 @@ class Checkpoint:
                 _put(made.alignments, name, alignment_of(key, value), kind)
             elif key == _MOMENT_STEPS:
                 made.moment_steps = count_of(key, value)
-            elif key not in _NUMBERS:
+            elif key not in (*_NUMBERS, *_PLACE):
                 unknown.append(key)
         if unknown:
             raise StateError(f"this is not a SparseState checkpoint: it has unknown entries {sorted(unknown)}")
@@ -116,6 +122,16 @@ class Checkpoint:
             )
 
 
+def _place_in(given: Mapping[str, object]) -> Place:
+    """Returns the place that a checkpoint names; `WHOLE` if it names none."""
+    found = [count_of(name, given[name]) for name in _PLACE if name in given]
+    if not found:
+        return WHOLE
+    if len(found) < len(_PLACE) or found[0] >= found[1]:
+        raise StateError(f"the checkpoint's shard and shards must be a number below another one, got {found}")
+    return Place(*found)
+
+
 def _put(into: dict[str, _Entry], name: str, value: _Entry, kind: str) -> None:
     if name in into:
         raise StateError(f"this is not a SparseState checkpoint: it has the {kind} of {name!r} twice")
@@ -135,7 +151,9 @@ def fill_names(residuals: dict[str, torch.Tensor], shapes: Mapping[str, tuple[in
             residuals[name] = torch.zeros(shape if name in kept else 0, dtype=torch.float32)
 
 
-def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) -> list[dict[str, torch.Tensor]]:
+def reshard(
+    state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int, *, shards: int | None = None
+) -> list[dict[str, torch.Tensor]]:
     """Turns the checkpoints of all ranks into checkpoints for another world size. Loses nothing.
 
     An update is the sum over ranks divided by P, so (sum of residuals) / P must stay the same. With P ranks before and
@@ -144,12 +162,16 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     holds for the gradients it computed, are distributed in the same way. Second moments, which are not sums, are
     averaged or copied.
 
+    With `average_replicas`, ranks are the replicas that hold one shard, and `shards` is for another number of shards.
+
     Args:
-        state_dicts: `SparseState.state_dict()` of each rank, in rank order.
-        world_size: the new world size.
+        state_dicts: `SparseState.state_dict()` of each rank, in rank order; with `shards`, of all ranks of the first
+            replica, then of the second, and so on.
+        world_size: the new world size; of a sharded model, the new number of replicas.
+        shards: the new number of shards of a replica; 1 for a whole model. None keeps the shard that was saved.
 
     Returns:
-        One state dict per rank, for `load_state_dict`.
+        One state dict per rank, for `load_state_dict`; with `shards`, in the order in which they were given.
 
     Raises:
         StateError: if these are not the checkpoints of all ranks of one world at one step.
@@ -157,6 +179,55 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
     old = [Checkpoint.from_dict(d) for d in state_dicts]
+    if shards is None:
+        return [made.to_dict() for made in _resized(old, world_size)]
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise StateError(f"shards must be a whole number >= 1, got {shards!r}")
+    whole = [made for replica in _resized(_joined(old), world_size) for made in _split(replica, shards)]
+    return [made.to_dict() for made in whole]
+
+
+def _joined(old: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Returns the checkpoint of each replica as a whole model's; thresholds and alignments, which shards have, drop."""
+    count = old[0].place.shards if old else 1
+    if any((c.rank, *c.place) != (i // count, i % count, count) for i, c in enumerate(old)) or len(old) % count:
+        saved = ", ".join(f"rank {c.rank} of {c.world_size} with {c.place}" for c in old)
+        raise StateError(f"need the checkpoints of all shards of all replicas, replica by replica, got: {saved}")
+    return [_whole(old[first : first + count]) for first in range(0, len(old), count)]
+
+
+def _whole(shards: Sequence[Checkpoint]) -> Checkpoint:
+    """Returns one replica's checkpoint. Shards are rows, which follow each other."""
+    first = shards[0]
+    if len({(c.step, c.moment_steps, c.world_size) for c in shards}) > 1:
+        raise StateError(f"the shards of rank {first.rank} are of different steps or runs: {[c.step for c in shards]}")
+    made = Checkpoint(first.step, first.rank, first.world_size, moment_steps=first.moment_steps)
+    for kind, into in made.memories.items():
+        if len({frozenset(c.memories[kind]) for c in shards}) > 1:
+            raise StateError(f"the shards of rank {first.rank} are of different models: each has other names of {kind}")
+        for name, part in first.memories[kind].items():
+            filled = [t for t in (c.memories[kind][name] for c in shards) if t.numel()]
+            into[name] = torch.cat(filled) if len(filled) > 1 else [*filled, part][0]
+    return made
+
+
+def _split(whole: Checkpoint, shards: int) -> list[Checkpoint]:
+    """Returns the checkpoints of a replica's shards, with rows as `fully_shard` divides them."""
+    if shards == 1:
+        return [whole]
+    out = [replace(whole, place=Place(i, shards), memories={kind: {} for kind in _MEMORIES}) for i in range(shards)]
+    for kind, named in whole.memories.items():
+        for name, t in named.items():
+            if not t.dim():
+                raise StateError(f"{kind} of {name!r} has no rows to shard, and fully_shard takes no such parameter")
+            rows = -(-t.shape[0] // shards)
+            for i, made in enumerate(out):
+                made.memories[kind][name] = t[i * rows : (i + 1) * rows].clone()
+    return out
+
+
+def _resized(old: Sequence[Checkpoint], world_size: int) -> list[Checkpoint]:
+    """Returns checkpoints of one shard for another number of ranks."""
     if not old or [c.rank for c in old] != list(range(len(old))) or any(c.world_size != len(old) for c in old):
         saved = ", ".join(f"rank {c.rank} of {c.world_size}" for c in old)
         raise StateError(f"need the checkpoints of all ranks of one world in rank order, got: {saved or 'none'}")
@@ -167,11 +238,16 @@ def reshard(state_dicts: Sequence[Mapping[str, torch.Tensor]], world_size: int) 
     for c in old:
         c.check()
         _check_alike(old[0], c)
-    return [_new_rank(old, j, world_size).to_dict() for j in range(world_size)]
+    return [_new_rank(old, j, world_size) for j in range(world_size)]
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
     """Checks that two ranks' checkpoints are of one run at one step, as far as it shows."""
+    if first.place != other.place:
+        raise StateError(
+            f"rank 0 saved {first.place}, rank {other.rank} saved {other.place}: reshard takes the checkpoints of the "
+            "ranks that hold the same shard"
+        )
     if first.moment_steps != other.moment_steps:
         raise StateError(
             f"the checkpoints are of different runs: moment_steps is {first.moment_steps} on rank 0, "
@@ -205,7 +281,7 @@ def _new_rank(old: Sequence[Checkpoint], rank: int, size: int) -> Checkpoint:
     sources = range(rank, len(old), size) if size < len(old) else [rank % len(old)]
     shared_by = len(range(rank % len(old), size, len(old))) if size >= len(old) else 1
     factor = size / len(old) / shared_by
-    made = Checkpoint(old[0].step, rank, size, moment_steps=old[0].moment_steps)
+    made = Checkpoint(old[0].step, rank, size, old[0].place, moment_steps=old[0].moment_steps)
     for kind, into in made.memories.items():
         weight = 1.0 / len(sources) if kind == "second_moment" else factor
         for source in sources:

@@ -29,6 +29,7 @@ from sparsecomm.feedback import (
     Watch,
 )
 from sparsecomm.runtime.kinds import check_plain
+from sparsecomm.runtime.shards import local_part
 from sparsecomm.types import ValueCodec
 
 __all__ = ["Memories", "Waiting"]
@@ -110,7 +111,7 @@ class Memories:
         if known is not None and known.parameters == batch.ids and known.bucket.layout.numel == numel:
             return known.bucket
         check_real(batch.parameters, prefix)
-        named = [(model.name_of(p, prefix), p) for p in batch.parameters]
+        named = [(model.name_of(p, prefix), local_part(p)) for p in batch.parameters]
         for name, p in named:
             check_plain(p, f"{prefix}: parameter {name!r}")
         layout = BucketLayout.of(named)
@@ -259,7 +260,7 @@ class Memories:
         """
         if model.names:
             self.match_loaded(model.shapes)
-        made = Checkpoint(step, model.rank, model.size)
+        made = Checkpoint(step, model.rank, model.size, model.place)
         feedback = config.feedback
         # torch.distributed.checkpoint fills the tensors it is given. A new state must therefore name all parameters
         # before its first step, or it could not be loaded into.

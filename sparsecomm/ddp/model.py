@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparsecomm.errors import ConfigError
 from sparsecomm.launch import World
 from sparsecomm.runtime.names import localized, named_plainly
+from sparsecomm.runtime.shards import WHOLE, Place, local_part, place_of
 
 __all__ = ["Averaging", "ModelLookup", "WrappedModel", "Wrappers", "find_wrappers"]
 
@@ -55,9 +56,10 @@ class WrappedModel:
 
     Attributes:
         names: parameter names by `id(parameter)`, without what DDP and other wrappers add: as in the plain state dict.
-        shapes: parameter shapes by name, frozen parameters included.
+        shapes: shapes by name of the parts of parameters that this rank holds, frozen parameters included.
         trainable: names of the parameters that require a gradient.
-        numel: elements of all parameters.
+        numel: elements of these parts.
+        place: this rank's place among the shards of the model; `WHOLE` if it is not sharded.
         averaging: the ranks that average.
         rank: this rank within the group.
         size: number of ranks in the group.
@@ -69,6 +71,7 @@ class WrappedModel:
     shapes: dict[str, tuple[int, ...]]
     trainable: set[str]
     numel: int
+    place: Place
     averaging: Averaging
     rank: int
     size: int
@@ -99,11 +102,13 @@ class WrappedModel:
         model = ddps[0] if model is None and ddps else model
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         named = [] if inner is None else _named(inner, ddps)
+        places = {place_of(p) for _, p in named}
         return cls(
             names={id(p): name for name, p in named},
-            shapes={name: () if p.is_nested else tuple(p.shape) for name, p in named},  # refused later, by name
+            shapes={name: () if p.is_nested else tuple(local_part(p).shape) for name, p in named},  # refused later
             trainable={name for name, p in named if p.requires_grad},
-            numel=sum(p.numel() for _, p in named),
+            numel=sum(local_part(p).numel() for _, p in named),
+            place=places.pop() if len(places) == 1 else WHOLE,
             averaging=wrappers.averaging,
             rank=members.index(rank),
             size=len(members),

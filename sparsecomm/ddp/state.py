@@ -16,7 +16,7 @@ from sparsecomm.ddp.fusion import Fusion, HandedBucket
 from sparsecomm.ddp.hints import Hints
 from sparsecomm.ddp.lanes import Lanes
 from sparsecomm.ddp.memory import Memories, Waiting
-from sparsecomm.ddp.model import ModelLookup
+from sparsecomm.ddp.model import ModelLookup, WrappedModel
 from sparsecomm.ddp.native import NativeSums
 from sparsecomm.ddp.scaling import LossScaling
 from sparsecomm.ddp.submission import StateParts, Submission
@@ -229,7 +229,11 @@ class SparseState:
 
     def group_size(self) -> int:
         """Returns the number of ranks that average. Not collective."""
-        return self._lookup.attach(self, world()).size
+        return self.wrapped_model().size
+
+    def wrapped_model(self) -> WrappedModel:
+        """Returns names, shapes and ranks of the model, looked up now if they are not known yet. Not collective."""
+        return self._lookup.attach(self, world())
 
     def waiting(self, parameters: Sequence[torch.Tensor]) -> list[Waiting]:
         """Returns what this rank holds back of these parameters; none of a parameter without a residual.
@@ -239,7 +243,7 @@ class SparseState:
         Args:
             parameters: parameters of the model.
         """
-        return self._memories.waiting(parameters, self._lookup.attach(self, world()).names)
+        return self._memories.waiting(parameters, self.wrapped_model().names)
 
     def delivered(self) -> dict[int, tuple[int, float]]:
         """Returns one element of the last average of some buckets, to recognise it in `.grad`. Not collective.
@@ -266,7 +270,8 @@ class SparseState:
 
         Keys:
             ``step``, ``rank``, ``world_size``: int64.
-            ``residual.<parameter name>``: float32, in the parameter's shape.
+            ``shard``, ``shards``: int64; which of the shards of a sharded model this rank holds.
+            ``residual.<parameter name>``: float32, in the shape of this rank's part of the parameter.
             ``velocity.<parameter name>``: the same; with momentum or Adam correction.
             ``second_moment.<parameter name>``: the same; with Adam correction.
             ``moment_steps``: int64; with Adam correction.
@@ -274,7 +279,7 @@ class SparseState:
             ``alignment.<parameter name>``: float64, shape (6,): ranks, measurements, and squared norms of the mean and
             of each rank, of gradients and of residuals; with the optimizers of `sparsecomm.optim`.
         """
-        return self._memories.save(self.step, self._lookup.attach(self, world()), self.config).to_dict()
+        return self._memories.save(self.step, self.wrapped_model(), self.config).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
         """Restores this rank's state, also in the middle of training. Checks everything before it changes anything.
@@ -295,11 +300,16 @@ class SparseState:
         """
         self._choice.native.reset()  # also if this rank fails, since the others may not
         loaded = Checkpoint.from_dict(state_dict)
-        model = self._lookup.attach(self, world())
+        model = self.wrapped_model()
         if (loaded.rank, loaded.world_size) != (model.rank, model.size):
             raise StateError(
                 f"rank {model.rank} of {model.size} was given the checkpoint of rank {loaded.rank} of "
                 f"{loaded.world_size}; every rank loads its own, and sparsecomm.reshard converts to another world size"
+            )
+        if loaded.place != model.place:
+            raise StateError(
+                f"rank {model.rank} of {model.size}, which holds {model.place}, was given the checkpoint of "
+                f"{loaded.place}; every rank loads its own, and sparsecomm.reshard with shards= converts them"
             )
         loaded.check()
         self._memories.load(loaded, model, strict=strict)

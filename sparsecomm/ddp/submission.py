@@ -31,7 +31,9 @@ from sparsecomm.feedback import BucketMemory, Clipping
 from sparsecomm.launch import World
 from sparsecomm.runtime.arena import Arena
 from sparsecomm.runtime.metrics import BucketReport, Metrics, Recorder
+from sparsecomm.runtime.shards import local_part
 from sparsecomm.transport import Channel, CollectiveSteps, Outside, Task
+from sparsecomm.types import GRAD_DTYPES
 from sparsecomm.wire import HEADER_BYTES, write_header
 
 __all__ = ["StateParts", "Submission", "SubmittingState"]
@@ -161,6 +163,7 @@ class Submission:
         parts.memories.match_loaded(model.shapes)
         prefix = f"rank {model.rank}, bucket {batch.index}"
         batch.check(prefix)
+        self._check_sharded(model)
         bucket = parts.memories.bucket(batch, model, prefix)
         k = config.compressor.k_for(batch.numel, self._step)
         how = self._choose(bucket, model, k)
@@ -188,6 +191,24 @@ class Submission:
             inner_group=config.inner_group,
             final=not (scaled and parts.scaling.may_skip()),
         )
+
+    def _check_sharded(self, model: WrappedModel) -> None:
+        """Checks that no option needs all shards of a model, where this rank has one.
+
+        Raises:
+            ConfigError: for a GradScaler or a norm to clip to.
+        """
+        if model.place.shards == 1:
+            return
+        where = f"rank {model.rank} holds {model.place} of the model"
+        if self._parts.scaling.scaler is not None:
+            raise ConfigError(
+                f"{where}: scaler= is not supported, since an overflow in another shard would skip the step unseen; "
+                "use bfloat16, which needs no scaler"
+            )
+        norm = getattr(self._owner.config.feedback, "clip_norm", None)
+        if norm is not None:
+            raise ConfigError(f"{where}: clipping to a norm ({norm}) is not supported, since no rank knows all of it")
 
     def _choose(self, bucket: BucketMemory, model: WrappedModel, k: int) -> Candidate:
         """Returns the method that exchanges the batch, of which k elements would be selected."""
@@ -231,8 +252,9 @@ class Submission:
         if not self._native or model is None:
             self._tell(error, lambda: self._batch.finish(None), self.fail, lane=0)
             return
-        like, n = parameters[0], sum(p.numel() for p in parameters)
-        self._start_native(model, torch.full((n,), math.nan, dtype=like.dtype, device=like.device), error)
+        like, n = self._batch.members[0].grad, sum(local_part(p).numel() for p in parameters)
+        dtype = like.dtype if like.dtype in GRAD_DTYPES else parameters[0].dtype
+        self._start_native(model, torch.full((n,), math.nan, dtype=dtype, device=like.device), error)
 
     # --- to the engine ------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from torch._compile import _disable_dynamo  # loads the compiler only when it is called
 
 from sparsecomm.ddp import SparseState, Waiting
+from sparsecomm.runtime.shards import local_part
 
 __all__ = ["StepAhead"]
 
@@ -97,7 +98,7 @@ class StepAhead:
             return
         self.back()
         waiting = [(g, self._state.waiting(g["params"])) for g in self._groups()]
-        moved = [w.parameter.data for _, found in waiting for w in found]
+        moved = [local_part(w.parameter).data for _, found in waiting for w in found]
         if [t.data_ptr() for t in moved] != [t.data_ptr() for t in self._moved]:
             self._saved = [torch.empty_like(t) for t in moved]
         self._moved = moved
@@ -154,5 +155,5 @@ def _subtract(found: Sequence[Waiting], lr: float) -> None:
     for w in found:
         by_alignment.setdefault(w.alignment, []).append(w)
     for alignment, some in by_alignment.items():
-        data = [w.parameter.data for w in some]
+        data = [local_part(w.parameter).data for w in some]
         torch._foreach_add_(data, [w.residual.to(w.parameter.device) for w in some], alpha=-lr * alignment)

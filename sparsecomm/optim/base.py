@@ -13,6 +13,7 @@ from sparsecomm.ddp import SparseState
 from sparsecomm.errors import ConfigError, StateError
 from sparsecomm.feedback import Feedback
 from sparsecomm.optim.ahead import StepAhead
+from sparsecomm.runtime.shards import local_part
 
 __all__ = ["AveragedOptimizer", "Params"]
 
@@ -133,7 +134,8 @@ class AveragedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
-                    self._update(group, params, [p.grad for p in params if p.grad is not None])
+                    updates = [local_part(p.grad) for p in params if p.grad is not None]
+                    self._update(group, [local_part(p) for p in params], updates)
         return loss
 
     def _check_untouched(self) -> None:
@@ -145,12 +147,13 @@ class AveragedOptimizer(torch.optim.Optimizer):
         delivered = self.sparse_state.delivered()
         parameters = (p for group in self.param_groups for p in group["params"]) if delivered else ()
         for p in parameters:
-            if id(p) not in delivered or p.grad is None or p.grad.stride() != p.stride():
+            if id(p) not in delivered or p.grad is None:
                 continue
-            if not torch.ops.aten.is_non_overlapping_and_dense(p.grad):
+            grad, like = local_part(p.grad), local_part(p)
+            if grad.stride() != like.stride() or not torch.ops.aten.is_non_overlapping_and_dense(grad):
                 continue
             place, value = delivered[id(p)]
-            found = float(p.grad.as_strided((p.numel(),), (1,))[place])
+            found = float(grad.as_strided((grad.numel(),), (1,))[place])
             if found != 0.0 and math.isfinite(found) and abs(found / value - 1.0) > _ROUNDING:
                 raise ConfigError(
                     f"something scaled the averages in .grad by {found / value:.3g} between backward and step. They "

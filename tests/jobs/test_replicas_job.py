@@ -17,7 +17,7 @@ BOOKS = ["checkpoint", "other_replicas", "other_shards"]
 REFUSED = ["bad_models", "bad_passes", "interrupted"]
 
 
-def replicas_job(backend: str, *checks: str, deadline: float = 240.0) -> Job:
+def replicas_job(backend: str, *checks: str, deadline: float = 480.0) -> Job:
     return run_job([*mpirun_command(RANKS), sys.executable, REPLICAS, backend, *checks], deadline=deadline)
 
 
@@ -37,6 +37,6 @@ def test_replicas_over_gloo() -> None:
 
 def test_replicas_that_use_different_layers_say_so_at_once() -> None:
     """The deadline is below the time limit of an exchange."""
-    job = replicas_job("sparsecomm", "other_layers", deadline=120.0)
+    job = replicas_job("sparsecomm", "other_layers", deadline=240.0)
     assert job.code not in (0, -1), job
     assert "CollectiveMismatch: ranks disagree on" in job.err, job

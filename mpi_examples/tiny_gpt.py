@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,4 +42,77 @@ class TinyGPT(nn.Module):
         hidden = self.tokens(inputs) + self.positions.weight[:time]
         for block in self.blocks:
             hidden = block(hidden, src_mask=mask, is_causal=True)
-        return F.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1), targets.flatten())
+        return mean_loss(self.head(self.norm(hidden)), targets)
+
+
+class Attention(nn.Module):
+    """The attention of a block with a layer each for queries, keys and values, so that ranks can share out the heads.
+
+    Args:
+        whole: The attention of a block of `TinyGPT`, whose values it takes over.
+    """
+
+    def __init__(self, whole: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(whole, nn.MultiheadAttention)
+        self.features = whole.head_dim
+        self.queries, self.keys, self.values = (nn.Linear(whole.embed_dim, whole.embed_dim) for _ in range(3))
+        weights, biases = whole.in_proj_weight.chunk(3), whole.in_proj_bias.chunk(3)
+        for layer, weight, bias in zip((self.queries, self.keys, self.values), weights, biases, strict=True):
+            layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+        self.out = whole.out_proj
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """Returns the causal attention, and None for the weights: a block calls it as `nn.MultiheadAttention`.
+
+        Args:
+            hidden: float ``(batch, time, features)``.
+        """
+        layers = (self.queries, self.keys, self.values)
+        q, k, v = (layer(hidden).unflatten(-1, (-1, self.features)).transpose(1, 2) for layer in layers)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2)), None
+
+
+class Stage(nn.Module):
+    """The layers of one rank of a pipeline. Its parameters have the names that they have in the whole model.
+
+    Args:
+        whole: The model. The stage shares its layers.
+        index: Number of this stage, from 0. The first one has the embeddings, the last one the head.
+        stages: Number of stages.
+    """
+
+    def __init__(self, whole: TinyGPT, index: int, stages: int) -> None:
+        super().__init__()
+        first, last = (len(whole.blocks) * i // stages for i in (index, index + 1))
+        self.blocks = nn.ModuleDict({str(i): whole.blocks[i] for i in range(first, last)})
+        self.begins, self.ends = index == 0, index == stages - 1
+        if self.begins:
+            self.tokens, self.positions = whole.tokens, whole.positions
+        if self.ends:
+            self.norm, self.head = whole.norm, whole.head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the output of the last block here, ``(batch, time, features)``, or of the head.
+
+        Args:
+            hidden: Output of the stage before; int64 ``(batch, time)`` in the first stage.
+        """
+        time = hidden.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(time)
+        if self.begins:
+            hidden = self.tokens(hidden) + self.positions.weight[:time]
+        for block in self.blocks.values():
+            hidden = block(hidden, src_mask=mask, is_causal=True)
+        return self.head(self.norm(hidden)) if self.ends else hidden
+
+
+def mean_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean cross-entropy of the output of the last `Stage` in nats.
+
+    Args:
+        scores: float ``(batch, time, VOCABULARY)``.
+        targets: int64 ``(batch, time)``.
+    """
+    return F.cross_entropy(scores.flatten(0, 1), targets.flatten())

@@ -226,8 +226,9 @@ class ModelLookup:
 
 
 def _named(model: torch.nn.Module, ddps: list[DistributedDataParallel]) -> list[tuple[str, torch.Tensor]]:
-    """Returns the model's parameters by plain name, and those that DDP reduces in their place."""
-    named: list[tuple[str, torch.Tensor]] = list(named_plainly(model))
+    """Returns the model's parameters by plain name but for those that DDP leaves out, and those that it reduces."""
+    left_out = {id(p) for d in ddps for name, p in d.module.named_parameters() if name in d.parameters_to_ignore}
+    named: list[tuple[str, torch.Tensor]] = [(name, p) for name, p in named_plainly(model) if id(p) not in left_out]
     known = {id(p) for _, p in named}
     for ddp in ddps:
         named += localized(model, [p for p in ddp._module_parameters if id(p) not in known])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -37,11 +38,8 @@ class TinyGPT(nn.Module):
             inputs: int64 ``(batch, time)``.
             targets: int64 ``(batch, time)``, the byte that follows each byte of ``inputs``.
         """
-        time = inputs.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(time)
-        hidden = self.tokens(inputs) + self.positions.weight[:time]
-        for block in self.blocks:
-            hidden = block(hidden, src_mask=mask, is_causal=True)
+        hidden = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        hidden = through(self.blocks, hidden)
         return mean_loss(self.head(self.norm(hidden)), targets)
 
 
@@ -99,13 +97,23 @@ class Stage(nn.Module):
         Args:
             hidden: Output of the stage before; int64 ``(batch, time)`` in the first stage.
         """
-        time = hidden.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(time)
         if self.begins:
-            hidden = self.tokens(hidden) + self.positions.weight[:time]
-        for block in self.blocks.values():
-            hidden = block(hidden, src_mask=mask, is_causal=True)
+            hidden = self.tokens(hidden) + self.positions.weight[: hidden.shape[1]]
+        hidden = through(self.blocks.values(), hidden)
         return self.head(self.norm(hidden)) if self.ends else hidden
+
+
+def through(blocks: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+    """Returns the output of the last of some blocks, of which each byte sees the bytes before it.
+
+    Args:
+        blocks: The blocks, in order.
+        hidden: float ``(batch, time, features)``.
+    """
+    mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
+    for block in blocks:
+        hidden = block(hidden, src_mask=mask, is_causal=True)
+    return hidden
 
 
 def mean_loss(scores: Tensor, targets: Tensor) -> Tensor:

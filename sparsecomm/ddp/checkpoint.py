@@ -176,13 +176,12 @@ def reshard(
     Raises:
         StateError: if these are not the checkpoints of all ranks of one world at one step.
     """
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise StateError(f"world_size must be a whole number >= 1, got {world_size!r}")
+    for name, number in (("world_size", world_size), ("shards", 1 if shards is None else shards)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise StateError(f"{name} must be a whole number >= 1, got {number!r}")
     old = [Checkpoint.from_dict(d) for d in state_dicts]
     if shards is None:
         return [made.to_dict() for made in _resized(old, world_size)]
-    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise StateError(f"shards must be a whole number >= 1, got {shards!r}")
     whole = [made for replica in _resized(_joined(old), world_size) for made in _split(replica, shards)]
     return [made.to_dict() for made in whole]
 

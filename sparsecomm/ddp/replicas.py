@@ -100,7 +100,7 @@ class _Exchange:
         self._kept: dict[int, _Reduced] = {}  # sums of earlier passes without an exchange, by id of the group
         self._numbers: dict[int, int] = {}  # usual bucket number, by id of the group
         self._number = -1  # of the bucket that was started last
-        self._watched: dict[int, Any] = {}  # handles of the parameters' hooks, by id of the parameter
+        self._watched: set[int] = set()  # ids of the parameters with our hook
 
     def reduced(self, group: Any, output: torch.Tensor) -> None:
         """Takes a group's sum. torch's all-reduce hook.
@@ -119,7 +119,8 @@ class _Exchange:
         for one in group.fsdp_params:
             p = one.sharded_param
             if p.requires_grad and id(p) not in self._watched:
-                self._watched[id(p)] = p.register_post_accumulate_grad_hook(self.accumulated)
+                p.register_post_accumulate_grad_hook(self.accumulated)
+                self._watched.add(id(p))
         self._current = _Reduced(group, output.clone(), side_of(output.device).mark(), exchanged)
         output.zero_()
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from sparsecomm.errors import CommTimeout, RankLeft, TransportError
-from sparsecomm.transport.base import Request, Transport
+from sparsecomm.transport.base import Request, Transport, is_over
 from sparsecomm.transport.notes import Note, NoteKind, late_ranks, listed
 from sparsecomm.transport.task import Outside, Running
 
@@ -171,7 +171,7 @@ class Attendance:
         """Returns the requests that are incomplete, as far as this transport can tell without waiting."""
         if isinstance(running, Outside):
             return []
-        return [r for r in running.waiting if self._transport.blocking or not _done(r)]
+        return [r for r in running.waiting if self._transport.blocking or not is_over(r)]
 
     def _peers(self, running: InFlight) -> list[int]:
         """Returns the world ranks that the collective's incomplete requests wait for; outside the engine all others."""
@@ -179,11 +179,3 @@ class Attendance:
             ranks = range(self._transport.size) if running.ranks is None else running.ranks
             return [rank for rank in ranks if rank != self._transport.rank]
         return [r.peer for r in self._incomplete(running) if r.peer is not None]
-
-
-def _done(request: Request) -> bool:
-    """Returns whether a request is complete, also if it has failed."""
-    try:
-        return request.test()
-    except Exception:
-        return True

@@ -28,6 +28,7 @@ __all__ = [
     "SoloTransport",
     "Traffic",
     "Transport",
+    "is_over",
 ]
 
 T_co = TypeVar("T_co", covariant=True)
@@ -58,6 +59,14 @@ class Request(Protocol):
 
     def cancel(self) -> None:
         """Abandons the request after a failure. Its buffer may still be written to."""
+
+
+def is_over(request: Request) -> bool:
+    """Returns whether a request is complete, also if it has failed or was cancelled."""
+    try:
+        return request.test()
+    except Exception:
+        return True
 
 
 class Transport(Protocol):

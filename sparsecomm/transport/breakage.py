@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 
 from sparsecomm.errors import SparseCommError, TransportError
-from sparsecomm.transport.base import Request
+from sparsecomm.transport.base import Request, is_over
 
 __all__ = ["EVERYTHING", "Breakage"]
 
@@ -55,11 +55,4 @@ class Breakage:
                 request.cancel()
             self._abandoned.append(request)
         if not blocking:
-            self._abandoned = [request for request in self._abandoned if not _is_over(request)]
-
-
-def _is_over(request: Request) -> bool:
-    try:
-        return request.test()
-    except Exception:  # it was cancelled, or has failed
-        return True
+            self._abandoned = [request for request in self._abandoned if not is_over(request)]

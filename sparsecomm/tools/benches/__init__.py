@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.table import Table
 
 from sparsecomm.kernels import available_paths, current_path
@@ -37,6 +38,7 @@ __all__ = [
     "companion",
     "meta",
     "registry",
+    "slowest",
     "table",
     "timing",
     "verdict",
@@ -157,6 +159,14 @@ def timing(samples: Sequence[float]) -> Timing:
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median, median, median)
     return Timing(median, (high - low) / median if median else 0.0, min(samples), tuple(samples))
+
+
+def slowest(seconds: Sequence[float]) -> list[float]:
+    """Returns the seconds that each sample took on its slowest rank. Collective."""
+    taken = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    found: list[float] = taken.tolist()
+    return found
 
 
 def alternate(

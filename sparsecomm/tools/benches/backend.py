@@ -12,7 +12,7 @@ from rich.console import Console
 
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
-from sparsecomm.tools.benches import Timing, alternate, bench, meta, table, timing, verdict
+from sparsecomm.tools.benches import Timing, alternate, bench, meta, slowest, table, timing, verdict
 from sparsecomm.transport.mpi import import_mpi
 
 __all__ = ["print_table", "run"]
@@ -132,12 +132,7 @@ def _timings(calls: dict[str, Call], times: int, repeats: int) -> dict[str, Timi
         return several
 
     mine = alternate({n: repeated(c) for n, c in calls.items()}, repeats=repeats, warmup=2, before=dist.barrier)
-    found = {}
-    for name, taken in mine.items():
-        slowest = torch.tensor(taken.samples, dtype=torch.float64) / times
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        found[name] = timing(slowest.tolist())
-    return found
+    return {n: timing(slowest([seconds / times for seconds in taken.samples])) for n, taken in mine.items()}
 
 
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

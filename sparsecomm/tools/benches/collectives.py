@@ -14,7 +14,7 @@ from rich.console import Console
 
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
-from sparsecomm.tools.benches import Timing, alternate, bench, figures, meta, table, timing, verdict
+from sparsecomm.tools.benches import Timing, alternate, bench, figures, meta, slowest, table, timing, verdict
 from sparsecomm.tools.benches.algorithms import ALGORITHMS, Algorithm, Case, Unavailable
 
 __all__ = ["GOAL", "plots", "print_table", "run"]
@@ -132,9 +132,7 @@ def _measure(
             found.facts[key] = {"relative_error": error}
     timings = alternate({key: r.call for key, r in ready.items()}, repeats=repeats, warmup=2, before=start_line)
     for key, mine in timings.items():
-        slowest = torch.tensor(mine.samples, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        found.timings[key] = timing(slowest.tolist())
+        found.timings[key] = timing(slowest(mine.samples))
         found.facts[key] |= {
             "bytes_sent": ready[key].bytes_sent(),
             "bytes_are": "counted" if ready[key].counted else "computed",

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import sparsecomm as sc
 from sparsecomm.errors import ConfigError
-from sparsecomm.tools.benches import bench, meta, table, verdict
+from sparsecomm.tools.benches import bench, meta, slowest, table, verdict
 from sparsecomm.tools.benches.methods import METHODS, Attached, Run, load_plugins, runs_of
 from sparsecomm.tools.benches.tasks import TASKS, Task, task
 from sparsecomm.tools.benches.training import timed_step
@@ -110,7 +110,7 @@ def _pair(world: sc.World, chosen: Task, mine: Run, other: Run, steps: int) -> d
             if world.size > 1:
                 dist.barrier()  # so that no rank is late from the other model; our own would keep our thread awake
             one.run(world.rank)
-    mine_seconds, other_seconds = (_slowest(one.seconds, world.size) for one in both)
+    mine_seconds, other_seconds = (slowest(one.seconds) for one in both)
     ratios = [a / b for a, b in zip(mine_seconds, other_seconds, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -129,15 +129,6 @@ def _pair(world: sc.World, chosen: Task, mine: Run, other: Run, steps: int) -> d
         "goal": _GOAL,
         "ok": verdict(median, _GOAL),
     }
-
-
-def _slowest(seconds: list[float], size: int) -> list[float]:
-    """Returns the seconds of each step on its slowest rank. Collective."""
-    if size > 1:
-        slowest = torch.tensor(seconds, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        seconds = slowest.tolist()
-    return seconds
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from checks import run_checks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -122,11 +123,17 @@ def kept(state: sc.SparseState, part: hybrid.Part) -> Tensor:
     return flat([saved[f"residual.{name}"] for name in part.own])
 
 
-def keeps_books(split: Split) -> None:
+def keep_books(split: Split) -> None:
     """Each part loses nothing in any step; its copies, and what all ranks share, have the same bits."""
     mesh, books = grid(), Books()
-    sc.sparse_hook = lambda state, bucket: books.hook(state, bucket)  # DDP accepts no annotations that are strings
-    sc.allreduce_gradients = books.by_hand  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        # DDP accepts no annotations that are strings.
+        patch.setattr(sc, "sparse_hook", lambda state, bucket: books.hook(state, bucket))
+        patch.setattr(sc, "allreduce_gradients", books.by_hand)
+        check_books(split, mesh, books)
+
+
+def check_books(split: Split, mesh: DeviceMesh, books: Books) -> None:
     column = mesh["data"].get_group()
     part, state = split(whole_model(), mesh, sc.SparseConfig(compressor=sc.TopK(0.05), collective="allgather"))
     before, waiting = torch.zeros(sum(p.numel() for p in part.own.values())), 0.0
@@ -147,11 +154,11 @@ def keeps_books(split: Split) -> None:
 
 
 def tensors_sparse() -> None:
-    keeps_books(hybrid.split_tensors)
+    keep_books(hybrid.split_tensors)
 
 
 def layers_sparse() -> None:
-    keeps_books(hybrid.split_layers)
+    keep_books(hybrid.split_layers)
 
 
 # --- pipelines alone --------------------------------------------------------------------------------------------------
@@ -187,11 +194,5 @@ def one_forward_one_backward() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("sparsecomm")
-    plain = sc.sparse_hook, sc.allreduce_gradients
-    for what in sys.argv[1:]:
-        sc.sparse_hook, sc.allreduce_gradients = plain
-        globals()[what]()
-        dist.barrier()
-        sys.stdout.write(f"{what} {os.environ['OMPI_COMM_WORLD_RANK']}\n")
-        sys.stdout.flush()
+    run_checks(globals(), sys.argv[1:])
     dist.destroy_process_group()

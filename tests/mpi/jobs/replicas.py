@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checks import run_checks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -522,10 +523,6 @@ if __name__ == "__main__":
         sc.init()
     else:
         dist.init_process_group("sparsecomm")
-    for what in sys.argv[2:]:
-        globals()[what]()
-        dist.barrier()
-        sys.stdout.write(f"{what} {dist.get_rank()}\n")
-        sys.stdout.flush()
+    run_checks(globals(), sys.argv[2:])
     if sys.argv[1] != "gloo":
         dist.destroy_process_group()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import tempfile
 
 import torch
 import torch.distributed as dist
+from checks import run_checks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -130,9 +130,5 @@ def mesh() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("sparsecomm")
-    for what in sys.argv[1:]:
-        globals()[what]()
-        dist.barrier()
-        sys.stdout.write(f"{what} {os.environ['OMPI_COMM_WORLD_RANK']}\n")
-        sys.stdout.flush()
+    run_checks(globals(), sys.argv[1:])
     dist.destroy_process_group()
